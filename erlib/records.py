@@ -1,0 +1,94 @@
+"""One parquet schema for everything that was measured, emulated or simulated: one row per request.
+
+Metrics, figures and claims read records and nothing else. A *point* (experiment, configuration, mix, users, repeat) is
+one file, written under a temporary name and renamed when complete: a file that exists is complete.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_ROUTE_SPANS = ("queue", "vectorise", "svd", "kmeans", "forward", "first_byte")
+
+SCHEMA = pa.schema(
+    [
+        # which point
+        ("source", pa.string()),  # measured | emulated | simulated
+        ("paper", pa.string()),  # p1 | p2
+        ("experiment", pa.string()),  # load | preliminary | overhead
+        ("config", pa.string()),  # p1.A ... p2.R; preliminary: p2.fp8-tp4-bs100
+        ("mix", pa.string()),  # uniform | normal
+        ("users", pa.int32()),
+        ("repeat", pa.int32()),
+        # which request
+        ("user", pa.int32()),
+        ("turn", pa.string()),  # base | continuation
+        ("cluster", pa.int32()),  # the cluster that the prompt was drawn from
+        ("expert", pa.int32()),  # the server that answered, 0-based
+        ("prompt", pa.int32()),  # index in the workload
+        ("input_tokens", pa.int32()),
+        ("output_tokens", pa.int32()),
+        # client clock, monotonic, comparable within a point
+        ("t_send_ns", pa.int64()),
+        ("t_first_ns", pa.int64()),
+        ("t_last_ns", pa.int64()),
+        ("token_ns", pa.list_(pa.int64())),
+        ("status", pa.string()),  # ok, or what went wrong
+        # what the gateway did with it (null where there is none)
+        *((f"route_{span}_ns", pa.int64()) for span in _ROUTE_SPANS),
+        # the run: did the harness itself keep up?
+        ("client_lag_p99_ms", pa.float64()),
+        ("client_lag_max_ms", pa.float64()),
+        ("client_cpu_cores", pa.float64()),
+        ("server_tokens", pa.int64()),  # tokens that the servers counted during the point, all requests
+        # provenance
+        ("point_hash", pa.string()),
+        ("profile", pa.string()),
+        ("profile_hash", pa.string()),
+        ("git_commit", pa.string()),
+        ("host", pa.string()),  # e.g. "2 x AMD EPYC 7763, 24 GB"
+        ("versions", pa.string()),  # JSON
+        ("seed", pa.int64()),
+        ("started", pa.string()),  # ISO 8601, UTC
+    ]
+)
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write one complete point: to a temporary name first, renamed when it is on disk.
+
+    Raises
+    ------
+    OSError
+        If the disk is full or not writable; nothing that looks complete is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(directory: Path, **where: str) -> pd.DataFrame:
+    """All records below `directory`, optionally those whose columns equal `where`.
+
+    ``token_ns`` is a column of int64 arrays. An empty frame with the schema's columns if there are none.
+    """
+    files = sorted(path for path in directory.rglob("*.parquet") if not path.name.startswith("."))
+    tables = [pq.read_table(path, schema=SCHEMA) for path in files]
+    frame = (pa.concat_tables(tables) if tables else SCHEMA.empty_table()).to_pandas()
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    return frame.reset_index(drop=True)
