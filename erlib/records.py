@@ -7,6 +7,7 @@ one file, written under a temporary name and renamed when complete: a file that 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ SCHEMA = pa.schema(
 )
 
 
-def write(rows: list[dict[str, Any]], path: Path) -> None:
+def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Write one complete point: to a temporary name first, renamed when it is on disk.
 
     Raises
@@ -69,7 +70,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
         If the disk is full or not writable; nothing that looks complete is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -81,14 +82,15 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read(directory: Path, **where: str) -> pd.DataFrame:
-    """All records below `directory`, optionally those whose columns equal `where`.
+def read(directory: Path) -> pd.DataFrame:
+    """All records below `directory`; see :func:`read_files`."""
+    return read_files(sorted(path for path in directory.rglob("*.parquet") if not path.name.startswith(".")))
 
-    ``token_ns`` is a column of int64 arrays. An empty frame with the schema's columns if there are none.
+
+def read_files(files: Sequence[Path]) -> pd.DataFrame:
+    """Records of complete points as one frame; ``token_ns`` is a column of int64 arrays.
+
+    An empty frame with the schema's columns if there are no files.
     """
-    files = sorted(path for path in directory.rglob("*.parquet") if not path.name.startswith("."))
     tables = [pq.read_table(path, schema=SCHEMA) for path in files]
-    frame = (pa.concat_tables(tables) if tables else SCHEMA.empty_table()).to_pandas()
-    for column, value in where.items():
-        frame = frame[frame[column] == value]
-    return frame.reset_index(drop=True)
+    return (pa.concat_tables(tables) if tables else SCHEMA.empty_table()).to_pandas()

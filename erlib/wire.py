@@ -1,0 +1,134 @@
+"""What travels between clients, gateways and servers: KServe v2 ``ModelStreamInfer`` messages for the model ``ensemble``.
+
+Inputs ``text_input`` BYTES, ``max_tokens`` INT32, ``stream`` BOOL and, optionally, ``end_id`` INT32 (-1: never stop
+early); outputs ``text_output`` BYTES and ``output_ids`` INT32. Every expert and the gateway speak it, so a client need
+not know which of them it talks to. One response is one token.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from tritonclient.grpc import service_pb2 as pb
+
+SERVICE = "inference.GRPCInferenceService"
+STREAM_INFER = f"/{SERVICE}/ModelStreamInfer"
+MODEL_NAME = "ensemble"
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.use_local_subchannel_pool", 1),  # a channel is a connection of its own
+]
+MAX_PROMPT_BYTES = 4 << 20
+NEVER_STOP = -1
+"""``end_id`` of a forced answer length."""
+
+
+class BadRequest(ValueError):
+    """A request that no expert can serve; the message says what is wrong with it."""
+
+
+class Response(NamedTuple):
+    """One message of a response stream."""
+
+    error: str
+    text: bytes
+    token_ids: tuple[int, ...]
+
+
+def encode_request(prompt: str, max_tokens: int, end_id: int | None = None, request_id: str = "") -> bytes:
+    """Serialise a streaming request; `end_id` None lets the engine stop at its own end-of-sequence token."""
+    text = prompt.encode()
+    request = pb.ModelInferRequest(model_name=MODEL_NAME, id=request_id)
+    tensors = [
+        ("text_input", "BYTES", struct.pack("<I", len(text)) + text),
+        ("max_tokens", "INT32", struct.pack("<i", max_tokens)),
+        ("stream", "BOOL", b"\x01"),
+    ]
+    if end_id is not None:
+        tensors.append(("end_id", "INT32", struct.pack("<i", end_id)))
+    for name, datatype, raw in tensors:
+        request.inputs.add(name=name, datatype=datatype, shape=[1, 1])
+        request.raw_input_contents.append(raw)
+    return request.SerializeToString()
+
+
+def prompt_of(message: bytes) -> tuple[str, str]:
+    """Request id and prompt of a serialised request: all that the gateway needs to know.
+
+    Raises
+    ------
+    BadRequest
+        If the message is not a request for ``ensemble`` with one non-empty UTF-8 ``text_input`` of at most
+        ``MAX_PROMPT_BYTES``.
+    """
+    try:
+        request = pb.ModelInferRequest.FromString(message)
+    except Exception:
+        raise BadRequest("not a KServe v2 ModelInferRequest") from None
+    if request.model_name != MODEL_NAME:
+        raise BadRequest(f"unknown model {request.model_name!r}: the gateway serves {MODEL_NAME!r}")
+    position = next((i for i, tensor in enumerate(request.inputs) if tensor.name == "text_input"), None)
+    if position is None:
+        raise BadRequest("the request has no input 'text_input'")
+    tensor = request.inputs[position]
+    if tensor.datatype != "BYTES":
+        raise BadRequest(f"text_input must be BYTES, not {tensor.datatype}")
+    if tensor.contents.bytes_contents:
+        values = list(tensor.contents.bytes_contents)
+    else:
+        # Inputs that carry their own contents have no raw entry.
+        raw_position = sum(1 for other in request.inputs[:position] if not other.HasField("contents"))
+        if raw_position >= len(request.raw_input_contents):
+            raise BadRequest("text_input has no data")
+        values = _bytes_elements(request.raw_input_contents[raw_position])
+    if len(values) != 1:
+        raise BadRequest(f"text_input must hold exactly one prompt, not {len(values)}")
+    if len(values[0]) > MAX_PROMPT_BYTES:
+        raise BadRequest(f"the prompt has {len(values[0]):,} bytes; at most {MAX_PROMPT_BYTES:,} are taken")
+    try:
+        prompt = values[0].decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadRequest("text_input is not valid UTF-8") from None
+    if not prompt.strip():
+        raise BadRequest("text_input is empty")
+    return request.id, prompt
+
+
+def decode_response(message: bytes) -> Response:
+    """Error (empty if none), text and token ids of one serialised response message."""
+    reply = pb.ModelStreamInferResponse.FromString(message)
+    if reply.error_message:
+        return Response(reply.error_message, b"", ())
+    text, tokens = b"", ()
+    for tensor, raw in zip(reply.infer_response.outputs, reply.infer_response.raw_output_contents, strict=False):
+        if tensor.name == "text_output":
+            text = b"".join(_bytes_elements(raw))
+        elif tensor.name == "output_ids":
+            tokens = struct.unpack(f"<{len(raw) // 4}i", raw)
+    return Response("", text, tokens)
+
+
+def encode_error(message: str, request_id: str = "") -> bytes:
+    """An in-stream error as Triton sends it: the stream lives on, the request does not."""
+    reply = pb.ModelStreamInferResponse(error_message=message)
+    reply.infer_response.id = request_id
+    return reply.SerializeToString()
+
+
+def _bytes_elements(raw: bytes) -> list[bytes]:
+    """Elements of a BYTES tensor: each behind its length as a little-endian uint32."""
+    elements = []
+    position = 0
+    while position < len(raw):
+        if position + 4 > len(raw):
+            raise BadRequest("malformed BYTES tensor: truncated length")
+        (length,) = struct.unpack_from("<I", raw, position)
+        position += 4
+        if position + length > len(raw):
+            raise BadRequest("malformed BYTES tensor: truncated element")
+        elements.append(raw[position : position + length])
+        position += length
+    return elements

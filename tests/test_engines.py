@@ -1,0 +1,137 @@
+"""Arithmetic of the papers' models, Table I and the laptop's systems."""
+
+import math
+
+import pytest
+
+from erlib import config, engines
+from erlib.config import ConfigError
+
+
+@pytest.fixture(scope="module")
+def laptop():
+    return config.load_profile("laptop")
+
+
+@pytest.fixture(scope="module")
+def table():
+    both = [engines.table1("p1"), engines.table1("p2")]
+    return {row.config: row for frame in both for row in frame.itertuples()}
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-2-70b", 68_976_648_192),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_parameters_are_those_of_the_published_checkpoints(model, parameters):
+    assert engines.shape(model).parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "kv_bytes"),
+    [
+        ("llama-2-70b", "fp16", 327_680),
+        ("llama-2-70b", "int8", 163_840),
+        ("llama-2-13b", "fp16", 819_200),
+        ("llama-3-8b", "fp16", 131_072),
+        ("smollm2-135m", "fp16", 23_040),
+    ],
+)
+def test_kv_bytes_per_token(model, dtype, kv_bytes):
+    assert engines.shape(model).kv_bytes_per_token(dtype) == kv_bytes
+
+
+def test_unknown_model_names_the_known_ones():
+    with pytest.raises(ConfigError, match="llama-2-13b"):
+        engines.shape("llama-4")
+
+
+def test_a_sibling_loses_layers_and_keeps_the_embedding():
+    whole, half = engines.smollm2(30), engines.smollm2(15)
+    assert half.embedding == whole.embedding
+    assert half.linear * 2 == whole.linear
+
+
+@pytest.mark.parametrize("name", ["p1.A", "p1.B", "p1.C", "p1.D"])
+def test_paper_1_prints_decimal_gb_of_what_is_loaded(table, name):
+    assert table[name].weights_gb_printed == pytest.approx(table[name].loaded_gb, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["p2.A", "p2.B", "p2.C", "p2.D", "p2.E"])
+def test_paper_2_prints_thousands_of_mib_of_what_is_loaded(table, name):
+    assert table[name].weights_gb_printed == pytest.approx(table[name].loaded_mib_1000, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "stated"), [("p1.B", 72_000), ("p1.D", 159_000)])
+def test_stated_kv_tokens_that_follow_from_the_printed_cache(table, name, stated):
+    assert table[name].kv_tokens == pytest.approx(stated, rel=0.03)
+    assert "KV tokens" not in table[name].discrepancy
+
+
+def test_p1_c_states_kv_tokens_that_its_cache_cannot_hold(table):
+    assert table["p1.C"].kv_tokens == 65_917
+    assert "160,000 KV tokens, which need 131 GB; 54 GB hold 65,917" in table["p1.C"].discrepancy
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("p1.A", "weights +2.2%"),
+        ("p1.B", "batch size 60, but 26 sequences"),
+        ("p1.D", "batch size 150, but 58 sequences"),
+        ("p2.A", "weights +5.5%"),
+        ("p2.D", "heading says INT8"),
+        ("p2.E", "weights -4.1% against parameters x bytes (16.1 GB, 15.0 GiB)"),
+    ],
+)
+def test_discrepancies_are_marked(table, name, words):
+    assert words in table[name].discrepancy
+
+
+def test_every_system_fits_its_gpus(table):
+    assert max(row.gpu_gb for row in table.values()) < 85.5  # 81,559 MiB
+
+
+def test_batch_and_kv_cache_shrink_by_the_profiles_factors(laptop):
+    plan = engines.laptop_system(laptop, config.load_configuration("p1.A"))
+    assert plan.batch_size == round(600 / 31.25)
+    tokens = 1_116_943 / (31.25 * 24)
+    assert tokens <= plan.kv_tokens < tokens + config.KV_BLOCK_TOKENS
+
+
+@pytest.mark.parametrize("name", config.config_ids())
+def test_every_plan_holds_one_sequence_and_one_user(laptop, name):
+    plan = engines.laptop_system(laptop, config.load_configuration(name))
+    assert plan.kv_tokens >= plan.max_sequence_tokens >= engines.longest_sequence_tokens(laptop, name[:2])
+    assert plan.batch_size >= 1
+    assert plan.threads >= 1
+
+
+def test_the_longest_sequence_is_prompt_and_both_answers(laptop):
+    tokens = engines.longest_sequence_tokens(laptop, "p1")
+    assert math.ceil((1535 + 1200 + 30) / 24) < tokens < (1535 + 1200 + 30) / 24 + 20
+
+
+def test_a_kv_cache_that_cannot_hold_one_sequence_is_refused(laptop):
+    spec = config.load_configuration("p1.C")
+    small = spec.model_copy(update={"laptop": spec.laptop.model_copy(update={"kv_blocks": 3})})
+    with pytest.raises(ConfigError, match=r"p1\.C: laptop.kv_blocks is 3, but one sequence of 127 tokens needs 4"):
+        engines.laptop_system(laptop, small)
+    enough = spec.model_copy(update={"laptop": spec.laptop.model_copy(update={"kv_blocks": 4, "batch_size": 7})})
+    plan = engines.laptop_system(laptop, enough)
+    assert (plan.kv_blocks, plan.batch_size) == (4, 7)
+
+
+def test_needed_engines_cover_configurations_and_all_formats_without_repetition(laptop):
+    wanted = engines.needed(laptop)
+    assert len(wanted) == len(set(wanted))
+    for name in [*laptop.paper1.configs, *laptop.paper2.configs]:
+        spec = config.load_configuration(name).laptop
+        assert (spec.size, spec.dtype) in wanted
+    assert {dtype for size, dtype in wanted if size == "quality"} == {"fp16", "fp8", "int8", "int4"}
