@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import platform
-import re
-import subprocess
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -18,14 +15,13 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import psutil
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from erlib import config, paths
+from erlib import config, paths, sweep
 
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, _, _ = OKABE_ITO
@@ -107,7 +103,7 @@ def save(
     """
     directory = paths.FIGURES / profile / source / paper
     directory.mkdir(parents=True, exist_ok=True)
-    host = host or this_host()
+    host = host or sweep.machine()
     footer = " · ".join(part for part in (evidence or f"{source} on {host}", f"profile {profile}", note) if part)
     lines = textwrap.fill(footer, width=int(fig.get_figwidth() * 23))
     fig.text(0.005, -0.02, lines, va="top", ha="left", fontsize=6, color="#777777")
@@ -120,7 +116,7 @@ def save(
         "host": host,
         "footer": footer,
         "command": command,
-        "git_commit": git_commit(),
+        "git_commit": sweep.git_commit(),
         "versions": {name: metadata.version(name) for name in ("matplotlib", "numpy", "pandas", "scipy")}
         | {"python": platform.python_version()},
         "records": {"points": len(hashes), "point_hashes": hashes},
@@ -133,25 +129,6 @@ def save(
     data.to_csv(target.with_suffix(".csv"), index=False)
     target.with_suffix(".json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return target.with_suffix(".png")
-
-
-@functools.cache
-def this_host() -> str:
-    """This machine in a few words, e.g. "2 x AMD EPYC 7763, 24 GB"."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{psutil.cpu_count()} x {name}, {psutil.virtual_memory().total / 1e9:.0f} GB"
-
-
-@functools.cache
-def git_commit() -> str:
-    """The checked-out commit, ``-dirty`` if the working tree differs from it, "unknown" outside a clone."""
-    command = ["git", "-C", str(paths.ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def command(profile: config.Profile, notebook: str) -> str:

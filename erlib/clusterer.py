@@ -36,6 +36,7 @@ Floats = npt.NDArray[np.float32]
 BATCH_DOCUMENTS = 50_000
 ITERATIONS = 20
 TOLERANCE = 1e-3
+_PICKLES = ("tfidf.pkl", "kmeans.pkl")
 _NUMBER = "#NUMBER"
 _words = re.compile(r"(?u)\b\w\w+\b").findall  # scikit-learn's default token pattern
 
@@ -309,13 +310,12 @@ class Clusterer:
             If a file is missing, has another hash, is truncated, names anything outside the allow-list, or is not
             c-BTM's pipeline.
         """
-        names = ("tfidf.pkl", "kmeans.pkl")
-        blobs = [_fetch(str(path_or_url), name) for name in names]
-        for name, blob, expected in zip(names, blobs, sha256 or (None, None), strict=True):
+        blobs = [_fetch(str(path_or_url), name) for name in _PICKLES]
+        for name, blob, expected in zip(_PICKLES, blobs, sha256 or (None, None), strict=True):
             found = hashlib.sha256(blob).hexdigest()
             if expected is not None and found != expected.lower():
                 raise ClustererError(f"{name} of {path_or_url} has sha256 {found}, expected {expected}; not read")
-        pipeline, kmeans = (_unpickle(blob, name) for name, blob in zip(names, blobs, strict=True))
+        pipeline, kmeans = (_unpickle(blob, name) for name, blob in zip(_PICKLES, blobs, strict=True))
         try:
             return _from_shells(pipeline, kmeans, str(path_or_url))
         except (AttributeError, KeyError, TypeError, IndexError) as error:
@@ -603,7 +603,8 @@ def build(profile: config.Profile) -> Path:
     code = Path(__file__)
     if settings.pickles:
         source = settings.pickles
-        digest = config.digest(code, source, settings.pickles_sha256)
+        local = [path for name in _PICKLES if (path := Path(source) / name).is_file()]
+        digest = config.digest(code, settings.model_dump(mode="json"), *local)
         train = None
     else:
         train = corpus.load(profile.corpus, profile.seed, "train")

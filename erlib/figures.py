@@ -22,18 +22,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from erlib import canvas, config, metrics, paths
-from erlib.canvas import BLUE, GREEN, GREY, LOOKS, ORANGE, SKY, VERMILION, save, style
+from erlib.canvas import BLUE, GREEN, GREY, LOOKS, ORANGE, SKY, VERMILION, command, save, style
+from erlib.sweep import MissingRecords
 
-__all__ = ["save", "style"]  # what notebooks want from the canvas
+__all__ = ["command", "save", "style"]  # what notebooks want from the canvas
 
 Turn = Literal["base", "continuation"]
 
 PAPER_ROUTING_MS = (442.0, 302.0)
 """Mean and sd of the routing latency that both papers state in section VI."""
-
-
-class MissingRecords(RuntimeError):
-    """A figure's data have not been measured yet; the message says what to run."""
 
 
 # --- which records ----------------------------------------------------------------------------------------------
@@ -60,14 +57,25 @@ def _select(
     return mine
 
 
-def _load(
-    records: pd.DataFrame, profile: config.Profile, paper: str, mix: str, more: Iterable[tuple[str, str]] = ()
-) -> pd.DataFrame:
-    """Load-sweep records of all configurations under `mix`, and of `more` (config, mix)."""
-    sweep = profile.paper1 if paper == "p1" else profile.paper2
-    systems = [*((name, mix) for name in sweep.configs), *more]
-    wanted = [(name, mix, users) for (name, mix), users in product(systems, sweep.users)]
+def _load(records: pd.DataFrame, profile: config.Profile, paper: str, *mixes: config.Mix) -> pd.DataFrame:
+    """Load-sweep records: routed systems under `mixes`, the others under the one mix that they are measured with."""
+    settings = profile.paper1 if paper == "p1" else profile.paper2
+    for mix in mixes:
+        if mix not in settings.mixes:
+            raise config.ConfigError(
+                f"this figure needs the {mix} mix: add it to paper{paper[-1]}.mixes and measure again"
+            )
+    wanted = [
+        (name, mix, users)
+        for name in settings.configs
+        for mix in (mixes if _is_routed(name) else settings.mixes[:1])
+        for users in settings.users
+    ]
     return _select(records, wanted, paper=paper, experiment="load", notebook="05_load_sweep")
+
+
+def _is_routed(name: str) -> bool:
+    return config.load_configuration(name).routing == "expert_router"
 
 
 def _metric(used: pd.DataFrame, *names: str) -> pd.DataFrame:
@@ -98,7 +106,7 @@ def _finish(
         caption,
         reference if paper != "workbench" else "Papers 1 and 2, section VI (stated in the text, no figure)",
         records=used["point_hash"].unique().tolist(),
-        command=canvas.command(profile, notebook),
+        command=command(profile, notebook),
         host=" and ".join(sorted(used["host"].unique())),
         note=canvas.precision_note(profile),
         extra={
@@ -211,7 +219,7 @@ def architecture(clusters: pd.DataFrame, profile: config.Profile, paper: Literal
         dots[["x", "y", "cluster"]],
         caption,
         f"Paper {paper[-1]}, Fig. 1",
-        command=canvas.command(profile, f"{'08' if paper == 'paper1' else '09'}_figures_{paper}"),
+        command=command(profile, f"{'08' if paper == 'paper1' else '09'}_figures_{paper}"),
         evidence="diagram; the dots are documents of this profile's corpus",
     )
     plt.close(fig)
@@ -266,7 +274,7 @@ def table1_models(table: pd.DataFrame, profile: config.Profile, paper: Literal["
     )
     save(
         *(fig, profile.name, "measured", paper, "table1_models", table, caption, f"Paper {paper[-1]}, Table I"),
-        command=canvas.command(profile, f"{'08' if paper == 'paper1' else '09'}_figures_{paper}"),
+        command=command(profile, f"{'08' if paper == 'paper1' else '09'}_figures_{paper}"),
         evidence="arithmetic on the paper's numbers, nothing was timed",
     )
     plt.close(fig)
@@ -348,11 +356,10 @@ def paper1_user_throughput(records: pd.DataFrame, profile: config.Profile) -> Fi
 def _over_users(used: pd.DataFrame) -> pd.DataFrame:
     """User throughput with its spread over users in the place of the spread over repeats."""
     table = _metric(used, "user_tokens_per_s_mean", "user_tokens_per_s_sd")
-    keys = ["source", "paper", "experiment", "config", "mix", "users", "turn", "repeats"]
-    wide = table.pivot(index=keys, columns="metric", values="mean").reset_index()
-    return wide.rename(columns={"user_tokens_per_s_mean": "mean", "user_tokens_per_s_sd": "sd"}).rename_axis(
-        None, axis=1
-    )
+    is_sd = table["metric"] == "user_tokens_per_s_sd"
+    keys = ["config", "mix", "users", "turn"]
+    spread = table.loc[is_sd, [*keys, "mean"]].rename(columns={"mean": "sd"})
+    return table[~is_sd].drop(columns=["sd", "ci95"]).merge(spread, on=keys, validate="one_to_one")
 
 
 def paper1_p99_response_time(records: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -457,7 +464,7 @@ def paper2_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figur
     )
     save(
         *(fig, profile.name, "measured", "paper2", "fig02_input_tokens", pd.concat(counts), caption, "Paper 2, Fig. 2"),
-        command=canvas.command(profile, "09_figures_paper2"),
+        command=command(profile, "09_figures_paper2"),
         evidence="token counts, nothing was timed",
     )
     plt.close(fig)
@@ -470,9 +477,8 @@ _PRELIMINARY = re.compile(r"p2\.(fp16|fp8|int8|int4)-tp(\d+)-bs(\d+)")
 def _preliminary(records: pd.DataFrame, profile: config.Profile) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Mean response time by configuration, `best` marking the fastest batch size of its data type, and the records."""
     sweep = profile.preliminary
-    mine = records[(records["paper"] == "p2") & (records["experiment"] == "preliminary")]
     names = [f"p2.{d}-tp{t}-bs{b}" for d, t, b in product(sweep.dtypes, (4, 8), sweep.batch_sizes)]
-    wanted = product(names, mine["mix"].unique() if len(mine) else ["uniform"], sweep.users)
+    wanted = product(names, ["uniform"], sweep.users)
     used = _select(records, wanted, paper="p2", experiment="preliminary", notebook="04_preliminary_sweep")
     table = _metric(used, "response_mean_s")
     parts = table["config"].str.extract(_PRELIMINARY.pattern)
@@ -495,7 +501,7 @@ def paper2_preliminary(records: pd.DataFrame, profile: config.Profile) -> Figure
         ax.set_title(f"TP={parallel}" + (" (one instance)" if parallel == 4 else ""))
         canvas.user_axis(ax, sorted(table["users"].unique()), profile)
         ax.set_ylim(bottom=0)
-        ax.legend(loc="upper left", title="best batch size", alignment="left")
+        ax.legend(loc="lower right", title="best batch size", alignment="left")
     axes[0].set_ylabel("mean response time [s]")
     caption = (
         "Preliminary experiment: mean response time by data type and batch size. Bold: each data type's best batch "
@@ -576,29 +582,30 @@ def _median_and_box(
 def paper2_user_throughput_p99(records: pd.DataFrame, profile: config.Profile) -> Figure:
     """Paper 2, Fig. 6: user throughput (I) and p99 response time (II), routed systems under both mixes."""
     configs = profile.paper2.configs
-    routed = [name for name in configs if config.load_configuration(name).routing == "expert_router"]
-    used = _load(records, profile, "p2", "normal", [(name, "uniform") for name in routed])
+    used = _load(records, profile, "p2", "normal", "uniform")
     throughput, latency = _over_users(used), _metric(used, "response_p99_s")
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.6))
     panels = [("I) User throughput", "tokens/s per user", throughput), ("II) p99 response time", "seconds", latency)]
     for ax, (title, ylabel, table) in zip(axes, panels, strict=True):
         for name in configs:
-            both = name in routed
             for mix, rows in table[table["config"] == name].groupby("mix"):
-                hollow: dict[str, Any] = dict(linestyle=":", markerfacecolor="white") if mix == "uniform" else {}
-                canvas.line(ax, rows, LOOKS[name], canvas.name_of(name) + (f", {mix}" if both else ""), **hollow)
+                uniform = _is_routed(name) and mix == "uniform"
+                hollow: dict[str, Any] = dict(linestyle=":", markerfacecolor="white") if uniform else {}
+                canvas.line(
+                    ax, rows, LOOKS[name], canvas.name_of(name) + (f", {mix}" if _is_routed(name) else ""), **hollow
+                )
         ax.set(title=title, ylabel=ylabel)
         canvas.user_axis(ax, sorted(profile.paper2.users), profile)
     canvas.log_axis(axes[0])
     axes[1].set_ylim(bottom=0)
     canvas.legend(fig, axes[0])
-    data = pd.concat([throughput.assign(metric="user_tokens_per_s"), latency])
+    data = pd.concat([throughput, latency])
     caption = (
         "I) user throughput, mean over users with bars of one standard deviation over users; II) response time that "
         "99 % of the answers do not exceed (nearest rank), bars one standard deviation between repeats. The routed "
-        "systems D and E are shown under the normal and the uniform mix, the others under the normal mix. In the "
-        "paper the mix hardly matters, E leads user throughput up to 800 users, and C has the lowest p99 at many "
-        f"users.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
+        "systems D and E are shown under the normal and the uniform mix; to the others, which do not look at clusters, "
+        "the mix is the same. In the paper the mix hardly matters, E leads user throughput up to 800 users, and C has "
+        f"the lowest p99 at many users.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
     )
     return _finish(fig, data, used, profile, "paper2", "fig06_user_throughput_p99", caption=caption)
 
@@ -667,9 +674,7 @@ SPAN_NAMES = {
 def routing_overhead(records: pd.DataFrame, profile: config.Profile) -> Figure:
     """What the gateway adds to a request, by number of users and span, beside the papers' 442 +- 302 ms."""
     sweep = profile.overhead
-    mine = records[(records["experiment"] == "overhead") & (records["config"] == sweep.config)]
-    mixes = mine["mix"].unique() if len(mine) else ["uniform"]
-    wanted = product([sweep.config], mixes, sweep.users)
+    wanted = product([sweep.config], ["uniform"], sweep.users)
     paper = sweep.config.split(".")[0]
     used = _select(records, wanted, paper=paper, experiment="overhead", notebook="06_routing_overhead")
     table = metrics.routing_overhead(used)

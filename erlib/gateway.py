@@ -6,7 +6,8 @@ tokens pass through as raw bytes. One process is one instance; the papers run si
 Run as ``python -m erlib.gateway --port PORT --experts HOST:PORT,... --clusterer DIR [--policy replicas --index I]``.
 
 Metadata, all times in ns: a client may send ``er-sent-ns`` (its CLOCK_MONOTONIC, meaningful on one host). The gateway
-answers with ``er-expert`` and the spans ``er-queue-ns`` (client's send to classification), ``er-vectorise-ns``,
+answers with ``er-gateway`` (which instance), ``er-expert`` and the spans ``er-queue-ns`` (client's send to
+classification), ``er-vectorise-ns``,
 ``er-svd-ns``, ``er-kmeans-ns`` before the first token, and ``er-forward-ns`` (classified to written to the expert) and
 ``er-first-byte-ns`` (written to the expert's first response) at the end. On a stream that carries several requests they
 describe the first one.
@@ -36,8 +37,9 @@ Route = Callable[[str], tuple[int, Sequence[int]]]
 class Gateway(grpc.GenericRpcHandler):
     """All methods of the inference service: streaming inference is routed, the rest goes to the first expert."""
 
-    def __init__(self, route: Route, experts: Sequence[str]):
+    def __init__(self, route: Route, experts: Sequence[str], index: int):
         self._route = route
+        self._index = index
         channels = [grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) for url in experts]
         self._streams = [channel.stream_stream(wire.STREAM_INFER) for channel in channels]
         self._first = channels[0]
@@ -89,7 +91,12 @@ class Gateway(grpc.GenericRpcHandler):
             queue = [("er-queue-ns", str(t_received - int(sent)))] if str(sent).isdigit() else []
             spans = {"vectorise": vectorise_ns, "svd": svd_ns, "kmeans": kmeans_ns}
             await context.send_initial_metadata(
-                (("er-expert", str(expert)), *queue, *((f"er-{span}-ns", str(ns)) for span, ns in spans.items()))
+                (
+                    ("er-gateway", str(self._index)),
+                    ("er-expert", str(expert)),
+                    *queue,
+                    *((f"er-{span}-ns", str(ns)) for span, ns in spans.items()),
+                )
             )
         t_classified = time.monotonic_ns()
         call = self._streams[expert](timeout=context.time_remaining())
@@ -135,10 +142,10 @@ def replicas(n_experts: int, index: int) -> Route:
     return lambda prompt: (next(turn) % n_experts, (0, 0, 0))
 
 
-async def serve(route: Route, experts: Sequence[str], port: int, host: str = "127.0.0.1") -> None:
+async def serve(route: Route, experts: Sequence[str], port: int, host: str, index: int) -> None:
     """Serve until SIGTERM or SIGINT, then let running streams end for up to two seconds."""
     server = grpc.aio.server(options=[*wire.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((Gateway(route, experts),))
+    server.add_generic_rpc_handlers((Gateway(route, experts, index),))
     if server.add_insecure_port(f"{host}:{port}") == 0:
         raise SystemExit(f"port {port} is in use")
     await server.start()
@@ -167,7 +174,7 @@ def main() -> None:
         if clusterer.n_clusters != len(experts):
             raise SystemExit(f"{clusterer.n_clusters} clusters need as many experts; --experts names {len(experts)}")
         route = classify_with(clusterer)
-    asyncio.run(serve(route, experts, args.port, args.host))
+    asyncio.run(serve(route, experts, args.port, args.host, args.index))
 
 
 if __name__ == "__main__":

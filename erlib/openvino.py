@@ -1,7 +1,8 @@
 """Laptop engines: SmolLM2-135M and its depth-truncated siblings as OpenVINO engines in FP16, FP8, INT8 and INT4.
 
-A CPU stores low precision but computes wider (FP8 and FP16 become float32), so an engine's size and accuracy are the
-format's own and its speed is not. The heavy libraries (torch, optimum, nncf) run in a process of their own.
+A CPU stores these formats but computes in those that it has (FP8 becomes float32 or bfloat16), so an engine's size and
+accuracy are the format's own and its speed is not. The heavy libraries (torch, optimum, nncf) run in a process of their
+own.
 """
 
 from __future__ import annotations
@@ -437,8 +438,8 @@ def speed(
 ) -> pd.DataFrame:
     """Tokens per second of the continuous-batching pipeline, called directly with all cores.
 
-    Greedy, forced length, all prompts submitted at once, after a warm-up. Not the formats' own speed: the CPU widens
-    all of them before it computes.
+    Greedy, forced length, all prompts submitted at once, after a warm-up. Not the formats' own speed: a CPU
+    computes in the precision that it has, which the table names.
 
     Parameters
     ----------
@@ -456,7 +457,8 @@ def speed(
     -------
     pandas.DataFrame
         One row per system and batch: ``name``, ``kv_cache``, ``batch``, ``tokens_per_s`` (prefill included),
-        ``kv_bytes_per_token`` (size of the cache that the pipeline reports, scales included, over its tokens).
+        ``computes_in`` (the CPU's default precision), ``kv_bytes_per_token`` (size of the cache that the pipeline
+        reports, scales included, over its tokens).
     """
     rows: list[dict[str, Any]] = []
     for engine, kv_cache in tqdm(systems, "tokens/s"):
@@ -480,8 +482,9 @@ def report(profile: Profile) -> pd.DataFrame:
     -------
     pandas.DataFrame
         One row per engine and KV cache: ``name``, ``label``, ``dtype``, ``kv_cache``, ``layers``, ``parameters``,
-        ``weights_bytes``, ``bits_per_weight``, ``kv_bytes_per_token``, ``perplexity``, ``perplexity_ratio``,
-        ``argmax_agreement`` one ``tokens_per_s_at_<batch>`` per batch size, and ``key``, the hash of what was measured.
+        ``weights_bytes``, ``bits_per_weight``, ``kv_bytes_per_token``, ``computes_in``, ``perplexity``,
+        ``perplexity_ratio``, ``argmax_agreement``, one ``tokens_per_s_at_<batch>`` per batch size, and ``key``, the hash
+        of what was measured.
 
     Raises
     ------
@@ -504,7 +507,9 @@ def report(profile: Profile) -> pd.DataFrame:
     systems: list[tuple[BuiltEngine, KvCache]] = [(engine, "f16") for engine in built]
     systems += [(engine, "u8") for engine in built if engine.dtype in ("int8", "fp8")]
     speeds = speed(systems, settings.speed_batches, settings.speed_tokens)
-    speeds = speeds.pivot(index=["name", "kv_cache", "kv_bytes_per_token"], columns="batch", values="tokens_per_s")
+    speeds = speeds.pivot(
+        index=["name", "kv_cache", "kv_bytes_per_token", "computes_in"], columns="batch", values="tokens_per_s"
+    )
     speeds = speeds.add_prefix("tokens_per_s_at_").rename_axis(columns=None).reset_index()
     fields = ["name", "label", "dtype", "layers", "parameters", "weights_bytes", "bits_per_weight"]
     table = pd.DataFrame([{field: getattr(engine, field) for field in fields} for engine in built])
@@ -661,7 +666,10 @@ def _speed_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         scheduler.dynamic_split_fuse = False
         scheduler.enable_prefix_caching = False
         pipeline = genai.ContinuousBatchingPipeline(
-            job["engine"], scheduler, "CPU", {"KV_CACHE_PRECISION": job["kv_cache"], "INFERENCE_PRECISION_HINT": COMPUTE_PRECISION}
+            job["engine"],
+            scheduler,
+            "CPU",
+            {"KV_CACHE_PRECISION": job["kv_cache"], "INFERENCE_PRECISION_HINT": COMPUTE_PRECISION},
         )
         generation = genai.GenerationConfig()
         generation.max_new_tokens = generation.min_new_tokens = job["tokens"]
@@ -684,6 +692,7 @@ def _speed_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             if not warm:
                 continue
             yield {
+                "computes_in": openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name(),
                 "batch": batch,
                 "tokens_per_s": generated / wall_s,
                 "kv_bytes_per_token": pipeline.get_metrics().cache_size_in_bytes / blocks / config.KV_BLOCK_TOKENS,

@@ -138,7 +138,7 @@ def preliminary(profile: Profile) -> list[Series]:
         for tensor_parallel in (8, 4):
             for batch_size in settings.batch_sizes:
                 slots = profile.scaled_users(batch_size)
-                server = _server(
+                server = server_plan(
                     engine.path,
                     batch_size=slots,
                     kv_blocks=slots * -(-sequence_tokens // config.KV_BLOCK_TOKENS),
@@ -179,7 +179,7 @@ def systems(profile: Profile, names: list[str]) -> list[System]:
         System(
             configuration.id,
             configuration.routing,
-            [_server(engine.path, plan.batch_size, plan.kv_blocks, plan.kv_cache, plan.threads)] * plan.instances,
+            [server_plan(engine.path, plan.batch_size, plan.kv_blocks, plan.kv_cache, plan.threads)] * plan.instances,
             tokenizer,
         )
         for configuration, plan, engine in zip(configurations, plans, built, strict=True)
@@ -191,7 +191,8 @@ def _workload(profile: Profile, paper: prompts.Paper) -> Workload:
     return prompts.build(profile, paper, openvino.tokenizer(profile), router)
 
 
-def _server(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, threads: int) -> stack.ServerPlan:
+def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, threads: int) -> stack.ServerPlan:
+    """How an OpenVINO engine is served; batch size, KV blocks and threads are per instance."""
     parameters = {
         "engine": str(engine),
         "max_batch_size": str(batch_size),
@@ -416,4 +417,4 @@ def _skeleton(file: Path) -> str:
     return ast.dump(tree)
 
 
-_MEASURED: tuple[Callable[..., Any], ...] = (_scripts, _server)
+_MEASURED: tuple[Callable[..., Any], ...] = (_scripts, server_plan)

