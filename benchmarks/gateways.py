@@ -1,7 +1,7 @@
 """Do all gateways decide alike, and does NGINX spread requests evenly?
 
-Starts 16 gateways behind NGINX, sends prompts of the held-out corpus to each of them and through NGINX, and compares the
-expert that each names. The decision stands in the response's metadata before an expert is asked, so none runs.
+Starts 16 gateways behind NGINX, sends prompts of the held-out corpus to each of them and through NGINX, and compares
+the expert that each names. The decision stands in the response's metadata before an expert is asked, so none runs.
 
     python benchmarks/gateways.py [--prompts 10000] [--gateways 16] [--json FILE]
 """

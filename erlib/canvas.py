@@ -200,10 +200,10 @@ def user_axis(ax: Axes, levels: Sequence[int], profile: config.Profile) -> None:
     ax.set_xlim(min(levels) - margin, max(levels) + margin)
 
 
-def level(users: int, profile: config.Profile) -> str:
-    if profile.scale.users == 1:
-        return f"{users}"
-    return f"{users} (papers: {users * profile.scale.users:.0f})"
+def level(users: int, profile: config.Profile, unit: str = "") -> str:
+    """A number of users and the papers' number that it stands for."""
+    same = profile.scale.users == 1
+    return f"{users}{unit}" + ("" if same else f" (papers: {users * profile.scale.users:.0f})")
 
 
 def log_axis(ax: Axes) -> None:

@@ -1,7 +1,7 @@
 """The c-BTM router's model: text to one of k clusters, trained as c-BTM's published code trains it.
 
-Pipeline (paper 1, section III; ``metaseq/scripts/train_clusterer.py`` of kernelmachine/cbtm): words without stop words
-and numbers, TF-IDF, truncated SVD to 100 dimensions, row-wise L2 normalisation, balanced k-means. A fitted
+Pipeline (paper 1, section III-A; ``metaseq/scripts/train_clusterer.py`` of kernelmachine/cbtm): words without stop
+words and numbers, TF-IDF, truncated SVD to 100 dimensions, row-wise L2 normalisation, balanced k-means. A fitted
 :class:`Clusterer` is numpy arrays and a word list only: loading one and classifying with it import neither
 scikit-learn nor PyTorch, because each routing gateway is a process that does just that.
 """
@@ -133,7 +133,7 @@ class Clusterer:
         n_clusters, n_components : int
         normalizer : {"l2", "standard"}
             ``l2``: rows to unit length, what c-BTM's code does. ``standard``: columns to mean 0 and variance 1, what
-            both papers' text says (paper 1, section III).
+            both papers' text says (paper 1, section III-A).
         stop_words : {"sklearn", "nltk"}
             c-BTM's own list, or NLTK's English one.
         seed : int

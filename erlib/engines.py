@@ -212,16 +212,18 @@ class LaptopPlan:
         return self.kv_blocks * config.KV_BLOCK_TOKENS
 
 
-def longest_sequence_tokens(profile: Profile, paper: Paper) -> int:
-    """Longest prompt and answer that the paper's workload makes at this profile's scale, with a little slack.
+def longest_sequence_tokens(profile: Profile, workload: Paper | Literal["preliminary"]) -> int:
+    """Longest prompt and answer that a workload makes at this profile's scale, with a little slack.
 
-    Paper 1: base prompt (mean + 4 sd), its answer, and the continuation's answer. Paper 2: longest prompt and answer.
+    Paper 1: base prompt (mean + 4 sd), its answer, and the continuation's answer; preliminary: base prompt and its
+    answer. Paper 2: longest prompt and answer.
     """
-    workload = profile.workload
-    if paper == "p1":
-        longest = workload.p1_input_tokens + 4 * workload.p1_input_sd + 2 * workload.p1_output_tokens
+    settings = profile.workload
+    if workload == "p2":
+        longest: float = P2_MAX_INPUT_TOKENS + settings.p2_max_output_tokens
     else:
-        longest = P2_MAX_INPUT_TOKENS + workload.p2_max_output_tokens
+        answers = 2 * settings.p1_output_tokens if workload == "p1" else settings.preliminary_output_tokens
+        longest = settings.p1_input_tokens + 4 * settings.p1_input_sd + answers
     return math.ceil(longest / profile.scale.tokens) + _SLACK_TOKENS
 
 

@@ -643,9 +643,7 @@ def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> 
                 transform=ax.get_yaxis_transform(),
             )
         ax.set(xlabel="time since the first request [s]", xlim=(0, None), ylim=(0, None))
-        ax.set_title(
-            canvas.level(users, profile).replace(" (", " users (") if profile.scale.users != 1 else f"{users} users"
-        )
+        ax.set_title(canvas.level(users, profile, unit=" users"))
     axes[0, 0].set_ylabel(f"tokens/s in buckets of {width_s:.2g} s")
     canvas.legend(fig, axes[0, 0])
     data = pd.concat([table.assign(what="bucket"), means.reset_index().assign(what="mean over buckets")])

@@ -225,6 +225,33 @@ def aggregate(summary: pd.DataFrame) -> pd.DataFrame:
     return result.assign(ci95=t * result["sd"] / np.sqrt(result["repeats"]))
 
 
+def accounting(records: pd.DataFrame) -> pd.DataFrame:
+    """Do clients and servers agree, and how was the load spread?
+
+    Returns
+    -------
+    DataFrame
+        One row per config: ``received_tokens``, ``counted_tokens`` (by the servers), ``busiest_share`` (requests of the
+        busiest expert over an even share) and ``moved`` (share of continuation prompts that the router sent to another
+        expert than their base prompt; NaN where nothing is classified).
+    """
+    done = answers(records)
+    by_config = done.groupby("config")
+    counted = done.groupby(["config", "point_hash"])["server_tokens"].first().groupby("config").sum()
+    classified = done[done["route_kmeans_ns"] > 0]
+    turns = classified.pivot_table(index=["config", "point_hash", "user"], columns="turn", values="expert")
+    turns = turns.reindex(columns=["base", "continuation"]).dropna()
+    return pd.DataFrame(
+        {
+            "received_tokens": by_config["output_tokens"].sum(),
+            "counted_tokens": counted,
+            "busiest_share": by_config["expert"].agg(lambda expert: expert.value_counts().max() / len(expert))
+            * by_config["expert"].nunique(),
+            "moved": (turns["base"] != turns["continuation"]).groupby("config").mean(),
+        }
+    )
+
+
 def routing_spans(records: pd.DataFrame) -> pd.DataFrame:
     """What the gateway did with each answered request that passed through one, in ms.
 

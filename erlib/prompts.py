@@ -1,6 +1,6 @@
 """The workloads of both papers: real text of a given length in tokens, cut so that the router's decision is known.
 
-A workload is a pool of prompts, equally many per cluster with the same lengths in each; a *draw* picks the prompts of N
+A workload is a pool of prompts, equally many per cluster and equally long; a *draw* picks the prompts of N
 concurrent users from it, by one of paper 2's two mixes (section IV-A).
 """
 
@@ -87,7 +87,7 @@ def mlperf_input_tokens(levels: Floats) -> Floats:
 def paper_input_tokens(paper: Paper, settings: config.WorkloadSettings, n: int) -> npt.NDArray[np.int64]:
     """`n` full-scale input lengths at evenly spaced quantiles, int array (n,), ascending.
 
-    Paper 1 and the preliminary sweep: normal, 335 +- 30 (paper 1, section IV; paper 2, section IV-B). Paper 2:
+    Paper 1 and the preliminary sweep: normal, 335 +- 30 (paper 1, section IV-B; paper 2, section IV-C). Paper 2:
     MLPerf's. Evenly spaced rather than random quantiles, so that a small pool shows the whole distribution.
     """
     levels = (np.arange(n) + 0.5) / n
@@ -156,8 +156,9 @@ def build(
     print(
         f"workload {paper}: cutting {k * per_cluster} prompts from {len(documents.texts)} documents (none cached yet)"
     )
-    lengths = paper_input_tokens(paper, settings, per_cluster)
     rng = np.random.default_rng([profile.seed, *paper.encode()])
+    # Neighbouring quantiles are dealt out by lot: the pool has many different lengths, each cluster the same spread.
+    lengths = rng.permuted(paper_input_tokens(paper, settings, k * per_cluster).reshape(per_cluster, k), axis=1)
     home = clusterer.predict(documents.texts)
     max_tokens, end_id = answer(paper, profile)
     rows = []
@@ -165,7 +166,7 @@ def build(
         for cluster in range(k):
             own = [text for text, c in zip(documents.texts, home, strict=True) if c == cluster]
             passages = _Passages(own or documents.texts, rng)
-            for length in rng.permutation(lengths):
+            for length in rng.permutation(lengths[:, cluster]):
                 text = _find(passages, profile.scaled_tokens(length), tokenizer, clusterer, cluster)
                 rows.append((paper, cluster, text, len(tokenizer.encode(text)), length, max_tokens, end_id))
                 progress.update()
@@ -308,7 +309,7 @@ def draw(workload: Workload, users: int, mix: config.Mix, seed: int, repeat: int
 
 
 def continuation(prompt_text: str, answer_text: str) -> str:
-    """Text of the second turn: the first prompt and its answer (paper 1, section IV: 335 + 1,200 = 1,535 tokens)."""
+    """Text of the second turn: the first prompt and its answer (paper 1, section IV-B: 335 + 1,200 = 1,535 tokens)."""
     return prompt_text + answer_text
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import psutil
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from erlib import (
     clusterer,
@@ -200,7 +200,7 @@ def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, th
         "max_batched_tokens": str(_MAX_BATCHED_TOKENS),
         "kv_cache": kv_cache,
         "threads": str(threads),
-        "compute_precision": openvino.COMPUTE_PRECISION,
+        "compute": json.dumps(openvino.COMPUTE),
     }
     return stack.ServerPlan("openvino", parameters, batch_size)
 

@@ -1,4 +1,4 @@
-"""One Triton Inference Server per engine: the real ``tritonserver`` of the ``nvidia-pytriton`` wheel, as a plain process.
+"""One Triton server per engine: the real ``tritonserver`` of the ``nvidia-pytriton`` wheel, as a plain process.
 
 The wheel is only the carrier of the binary and its Python backend (Triton 2.51); its own API is not used.
 """
@@ -6,6 +6,7 @@ The wheel is only the carrier of the binary and its Python backend (Triton 2.51)
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -19,9 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from erlib import paths, processes
-from erlib.wire import MODEL_NAME
 from erlib.processes import StartError
-
+from erlib.wire import MODEL_NAME
 
 MODEL_CODE = paths.ENGINE_SPECS / "triton"
 
@@ -104,7 +104,7 @@ class TritonServer:
             name=MODEL_NAME,
             max_batch_size=max_batch_size,
             parameters="\n".join(
-                f'parameters: {{ key: "{key}" value: {{ string_value: "{value}" }} }}'
+                f'parameters: {{ key: "{key}" value: {{ string_value: {json.dumps(value)} }} }}'
                 for key, value in sorted(parameters.items())
             ),
         )
@@ -146,6 +146,9 @@ class TritonServer:
             ],
             self.log,
             env=_environment(),
+            # Engines take all the CPU that there is. Users, NGINX and gateways share it with them here, as they do not
+            # in the papers, and must not wait for it: they would measure the scheduler.
+            niceness=10,
         )  # fmt: skip
 
     def wait_ready(self, timeout_s: float) -> None:

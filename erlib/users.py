@@ -218,10 +218,10 @@ async def _request(
         call.cancel()
     responses = [wire.decode_response(message) for message in messages]
     reply = b"".join(response.text for response in responses)
-    error = next((response.error for response in responses if response.error), "")
+    refusal = next((response.error for response in responses if response.error), "")
     counts = [len(response.token_ids) for response in responses]
-    if error:
-        answer.status = error
+    if refusal:
+        answer.status = refusal
     elif not counts or any(count != 1 for count in counts):
         answer.status = f"expected one token per response, got {counts[:5]}"
     elif script.end_id == wire.NEVER_STOP and len(times) != script.max_tokens:

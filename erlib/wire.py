@@ -1,4 +1,4 @@
-"""What travels between clients, gateways and servers: KServe v2 ``ModelStreamInfer`` messages for the model ``ensemble``.
+"""What travels between clients, gateways and servers: KServe v2 ``ModelStreamInfer`` messages for ``ensemble``.
 
 Inputs ``text_input`` BYTES, ``max_tokens`` INT32, ``stream`` BOOL and, optionally, ``end_id`` INT32 (-1: never stop
 early); outputs ``text_output`` BYTES and ``output_ids`` INT32. Every expert and the gateway speak it, so a client need

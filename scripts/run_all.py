@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import shutil
 import sys
 import time
@@ -16,6 +17,8 @@ import yaml
 from erlib import config, paths
 
 LEAST_FREE_GB = 4
+_REASON = re.compile(r"[a-z]+( \w+)?: ")
+"""How erlib's one-line reasons begin: ``sweep: 4 of 4 points found``."""
 
 
 def main() -> int:
@@ -119,8 +122,8 @@ class Step:
         before = time.time()
         with _Log(self.log):
             papermill.execute_notebook(
-                str(self.notebook), str(self._executed), self._parameters, kernel_name="python3", cwd=str(paths.NOTEBOOKS),
-                log_output=True, progress_bar=False, request_save_on_cell_execute=False,
+                str(self.notebook), str(self._executed), self._parameters, kernel_name="python3",
+                cwd=str(paths.NOTEBOOKS), log_output=True, progress_bar=False, request_save_on_cell_execute=False,
             )  # fmt: skip
         wrote = [
             str(path)
@@ -155,15 +158,15 @@ class _Log(logging.Handler):
         text = record.getMessage()
         self._file.write(text.rstrip("\r\n") + "\n")
         self._file.flush()
-        if not text.strip() or record.funcName in ("execute_cell", "execute_managed_notebook", "execute_notebook"):
+        is_bar = "%|" in text
+        if not (is_bar or _REASON.match(text)):  # tables and papermill's own chatter are in the log
             return
-        is_bar = "\r" in text or "%|" in text
         line = text.replace("\r", "\n").strip().splitlines()[-1]
         width = shutil.get_terminal_size((120, 20)).columns - 1
         if is_bar and sys.stdout.isatty():
             print(f"\r  {line[: width - 2]:<{width - 2}}", end="", flush=True)
             self._bar = True
-        elif not is_bar and not line.startswith("<"):
+        elif not is_bar:
             print(("\n" if self._bar else "") + f"  {line[: width - 2]}", flush=True)
             self._bar = False
 
@@ -215,7 +218,7 @@ def _arguments() -> argparse.Namespace:
     keys = "\n".join(f"  {key:<34} {text}" for key, text in config.describe_keys())
     parser = argparse.ArgumentParser(
         prog="./run_all.sh",
-        description="Run the notebooks of a profile in order. What is up to date is skipped; what was interrupted resumes.",
+        description="Run a profile's notebooks in order. What is up to date is skipped; what was interrupted resumes.",
         epilog=f"keys for --set:\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

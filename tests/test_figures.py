@@ -80,19 +80,14 @@ def test_every_item_is_written_with_its_provenance(
     assert len(about["caption"]) > 100 and ("aper" in about["reference"])
     assert about["git_commit"] and about["versions"]["matplotlib"] == matplotlib.__version__
     assert not plt.get_fignums()  # a notebook would show an open figure a second time
-
-
-@pytest.mark.parametrize(("paper", "slug"), TIMED)
-def test_figures_of_measurements_name_their_records_and_machine(
-    paper: str, slug: str, records: pd.DataFrame, profile: config.Profile, home: Path
-) -> None:
-    ITEMS[paper, slug](records, profile)
-    about = json.loads((home / paper / f"{slug}.json").read_text())
-    assert set(about["records"]["point_hashes"]) <= set(records["point_hash"])
-    assert about["records"]["points"] == len(about["records"]["point_hashes"]) > 0
-    assert about["host"] == "2 x Synthetic CPU, 24 GB" and "measured on 2 x Synthetic CPU" in about["footer"]
-    assert "stored, not computed" in about["footer"]
-    assert about["requests"]["failed"] == 0 and about["requests"]["answered"] > 0
+    if (paper, slug) in TIMED:
+        assert set(about["records"]["point_hashes"]) <= set(records["point_hash"])
+        assert about["records"]["points"] == len(about["records"]["point_hashes"]) > 0
+        assert about["host"] == "2 x Synthetic CPU, 24 GB" and "measured on 2 x Synthetic CPU" in about["footer"]
+        assert "stored, not computed" in about["footer"]
+        assert about["requests"]["failed"] == 0 and about["requests"]["answered"] > 0
+    else:
+        assert "measured on" not in about["footer"]  # arithmetic and diagrams do not pose as measurements
 
 
 def test_all_the_papers_figures_and_tables_are_there() -> None:

@@ -94,7 +94,7 @@ class TritonPythonModel:
         properties = {
             "KV_CACHE_PRECISION": get("kv_cache"),
             "INFERENCE_NUM_THREADS": int(get("threads")),
-            "INFERENCE_PRECISION_HINT": get("compute_precision"),
+            **json.loads(get("compute")),
         }
         self.pipeline = genai.ContinuousBatchingPipeline(str(engine), scheduler, "CPU", properties)
 
