@@ -74,6 +74,9 @@ class WorkloadSettings(_Strict):
     p1_input_sd: float = Field(30, ge=0)
     p1_output_tokens: PositiveInt = 1200
     p2_max_output_tokens: PositiveInt = 1000
+    p2_answers: Literal["eos", "mlperf"] = Field(
+        "eos", description="end of sequence as the model says, or forced to MLPerf's answer lengths"
+    )
     preliminary_output_tokens: PositiveInt = 200
 
 

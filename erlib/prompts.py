@@ -74,14 +74,14 @@ class Workload:
 
 
 @cache
-def _mlperf_quantiles() -> tuple[list[float], list[float]]:
+def _mlperf_quantiles() -> dict[str, list[float]]:
     data = yaml.safe_load((paths.FACTS / "mlperf_lengths.yaml").read_text(encoding="utf-8"))
-    return data["levels"], data["input_tokens"]
+    return {name: data[name] for name in ("levels", "input_tokens", "output_tokens")}
 
 
 def mlperf_input_tokens(levels: Floats) -> Floats:
     """Inverse CDF of MLPerf's Llama-2-70B input lengths (paper 2, Fig. 2) at `levels` in [0, 1]; in tokens."""
-    return np.interp(levels, *_mlperf_quantiles())
+    return np.interp(levels, _mlperf_quantiles()["levels"], _mlperf_quantiles()["input_tokens"])
 
 
 def paper_input_tokens(paper: Paper, settings: config.WorkloadSettings, n: int) -> npt.NDArray[np.int64]:
@@ -101,13 +101,25 @@ def paper_input_tokens(paper: Paper, settings: config.WorkloadSettings, n: int) 
     return np.maximum(1, lengths.round()).astype(np.int64)
 
 
-def answer(paper: Paper, profile: config.Profile) -> tuple[int, int | None]:
-    """Answer limit in tokens on this machine, and ``end_id``: only paper 2's answers may end early."""
+def answer_tokens(
+    paper: Paper, profile: config.Profile, n: int, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.int64], int | None]:
+    """Answer lengths of `n` prompts in tokens on this machine, int array (n,), and the ``end_id`` that goes with them.
+
+    Forced, except in paper 2 with ``workload.p2_answers: eos``, where they are limits. With ``mlperf``, each answer of
+    paper 2 is forced to the length of a reference answer of MLPerf's data set, drawn without regard to its prompt.
+    """
     settings = profile.workload
-    if paper == "p2":
-        return profile.scaled_tokens(settings.p2_max_output_tokens), None
-    forced = settings.p1_output_tokens if paper == "p1" else settings.preliminary_output_tokens
-    return profile.scaled_tokens(forced), FORCED
+    if paper == "p2" and settings.p2_answers == "mlperf":
+        quantiles = _mlperf_quantiles()
+        lengths = np.interp(rng.permutation((np.arange(n) + 0.5) / n), quantiles["levels"], quantiles["output_tokens"])
+        return np.array([profile.scaled_tokens(min(x, settings.p2_max_output_tokens)) for x in lengths]), FORCED
+    tokens = {
+        "p1": settings.p1_output_tokens,
+        "p2": settings.p2_max_output_tokens,
+        "preliminary": settings.preliminary_output_tokens,
+    }[paper]
+    return np.full(n, profile.scaled_tokens(tokens)), None if paper == "p2" else FORCED
 
 
 # --- the pool ---------------------------------------------------------------------------------------------------
@@ -160,7 +172,7 @@ def build(
     # Neighbouring quantiles are dealt out by lot: the pool has many different lengths, each cluster the same spread.
     lengths = rng.permuted(paper_input_tokens(paper, settings, k * per_cluster).reshape(per_cluster, k), axis=1)
     home = clusterer.predict(documents.texts)
-    max_tokens, end_id = answer(paper, profile)
+    limits, end_id = answer_tokens(paper, profile, k * per_cluster, rng)
     rows = []
     with tqdm(total=k * per_cluster, desc=f"prompts {paper}", delay=2, leave=False) as progress:
         for cluster in range(k):
@@ -168,7 +180,7 @@ def build(
             passages = _Passages(own or documents.texts, rng)
             for length in rng.permutation(lengths[:, cluster]):
                 text = _find(passages, profile.scaled_tokens(length), tokenizer, clusterer, cluster)
-                rows.append((paper, cluster, text, len(tokenizer.encode(text)), length, max_tokens, end_id))
+                rows.append((paper, cluster, text, len(tokenizer.encode(text)), length, limits[len(rows)], end_id))
                 progress.update()
     columns = ["paper", "cluster", "text", "input_tokens", "paper_input_tokens", "max_tokens", "end_id"]
     frame = pd.DataFrame(rows, columns=columns).astype({"end_id": "Int32"}).rename_axis("prompt").reset_index()
