@@ -63,20 +63,15 @@ def python(*arguments: str | Path) -> list[str | Path]:
 def stop(processes: Iterable[subprocess.Popen[bytes]], grace_s: float = 10.0) -> None:
     """SIGTERM all `processes`, wait up to `grace_s` seconds, SIGKILL what is left with its children; reap them."""
     running = [process for process in processes if process.poll() is None]
-    families = {process.pid: _children(process.pid) for process in running}
+    families = [psutil.Process(process.pid) for process in running]
+    families += [child for parent in list(families) for child in _children(parent)]
     for process in running:
         process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
+    _, alive = psutil.wait_procs(families, timeout=grace_s)
+    for member in alive:
+        member.kill()
     for process in running:
-        try:
-            process.wait(max(0.05, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    orphans = [child for family in families.values() for child in family]
-    _, alive = psutil.wait_procs(orphans, timeout=3)
-    for child in alive:
-        child.kill()
+        process.wait()
     psutil.wait_procs(alive, timeout=3)
 
 
@@ -134,9 +129,9 @@ def listening(port: int, host: str = "127.0.0.1") -> bool:
         return probe.connect_ex((host, port)) == 0
 
 
-def _children(pid: int) -> list[psutil.Process]:
+def _children(process: psutil.Process) -> list[psutil.Process]:
     try:
-        return psutil.Process(pid).children(recursive=True)
+        return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 

@@ -173,7 +173,7 @@ def build(
     lengths = rng.permuted(paper_input_tokens(paper, settings, k * per_cluster).reshape(per_cluster, k), axis=1)
     home = clusterer.predict(documents.texts)
     limits, end_id = answer_tokens(paper, profile, k * per_cluster, rng)
-    rows = []
+    rows: list[tuple[object, ...]] = []
     with tqdm(total=k * per_cluster, desc=f"prompts {paper}", delay=2, leave=False) as progress:
         for cluster in range(k):
             own = [text for text, c in zip(documents.texts, home, strict=True) if c == cluster]

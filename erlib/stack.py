@@ -190,7 +190,8 @@ class Stack:
         if self._nginx and self._nginx.process:
             processes.stop([self._nginx.process])
         processes.stop(self._gateways)
-        processes.stop([server.process for server in self.servers if server.process])
+        # Triton takes seconds to unload a model; nobody is served any more and the engine holds nothing worth saving.
+        processes.stop([server.process for server in self.servers if server.process], grace_s=0)
         for server in self.servers:
             server.clean_up()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -144,6 +145,8 @@ class _Log(logging.Handler):
 
     def __enter__(self) -> None:
         self._file = self._path.open("w", encoding="utf-8")
+        self._stderr = os.dup(2)
+        os.dup2(self._file.fileno(), 2)  # the kernel inherits it: its own warnings belong into the log
         logger = logging.getLogger("papermill")
         logger.handlers, logger.propagate = [self], False
         logger.setLevel(logging.INFO)
@@ -152,6 +155,8 @@ class _Log(logging.Handler):
         if self._bar:
             print(flush=True)
         logging.getLogger("papermill").handlers = []
+        os.dup2(self._stderr, 2)
+        os.close(self._stderr)
         self._file.close()
 
     def emit(self, record: logging.LogRecord) -> None:
