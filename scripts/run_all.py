@@ -28,6 +28,8 @@ def main() -> int:
         overrides = dict(_override(item) for group in args.set for item in group)
         profile = config.load_profile(args.profile, overrides)
         steps = _selection(args.only, args.start)
+        if not args.dry_run:
+            config.require_backend(profile)
     except config.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
