@@ -168,7 +168,7 @@ class TritonPythonModel:
 
     def _read(self, running):
         """Hand the step's tokens to the senders and wait until they are out: no token is buffered behind a step."""
-        generated = 0
+        ready = []
         for number, sequence in list(running.items()):
             tokens = []
             while sequence.handle.can_read():
@@ -176,17 +176,17 @@ class TritonPythonModel:
                     tokens += output.generated_ids
             done = sequence.handle.get_status() != genai.GenerationStatus.RUNNING
             if tokens or done:
-                generated += len(tokens)
-                with self.all_sent:
-                    self.unsent += 1
-                self.outboxes[number % SENDERS].put((sequence, tokens, done))
+                ready.append((number, sequence, tokens, done))
             if done or sequence.cancelled:
                 if not done:
                     sequence.handle.cancel()
                 self.free_blocks += sequence.kv_blocks
                 del running[number]
-        if generated:
-            self.token_counter.increment(generated)
+        if generated := sum(len(tokens) for _, _, tokens, _ in ready):
+            self.token_counter.increment(generated)  # before anybody can have received them
+        self.unsent = len(ready)
+        for number, *step in ready:
+            self.outboxes[number % SENDERS].put(step)
         with self.all_sent:
             self.all_sent.wait_for(lambda: self.unsent == 0, timeout=1)
 
