@@ -41,6 +41,16 @@ LOOKS = {
     "p2.R": (GREY, "X"),
 }
 """Colour and marker of a configuration, the same on all figures; related systems of the two papers share a colour."""
+_SPARE_LOOKS = [("#000000", "*"), ("#8c510a", "h"), ("#332288", "<"), ("#882255", ">")]
+
+
+def look(config_id: str) -> tuple[str, str]:
+    """Colour and marker of a configuration; those that a reader has added take spare ones in order of their names."""
+    if config_id in LOOKS:
+        return LOOKS[config_id]
+    added = [name for name in config.config_ids() if name not in LOOKS]
+    return _SPARE_LOOKS[added.index(config_id) % len(_SPARE_LOOKS)]
+
 
 FAINT: dict[str, Any] = dict(linewidth=0.8, alpha=0.3, markersize=3)
 DTYPE_LOOKS = {"fp16": (BLUE, "o"), "fp8": (ORANGE, "^"), "int8": (PURPLE, "P"), "int4": (VERMILION, "D")}
@@ -231,7 +241,7 @@ def systems(ax: Axes, table: pd.DataFrame, *, dodge: bool = False) -> None:
     step = 0.008 * (table["users"].max() - table["users"].min()) if dodge else 0.0
     names = sorted(table["config"].unique())
     for i, name in enumerate(names):
-        line(ax, table[table["config"] == name], LOOKS[name], name_of(name), shift=step * (i - (len(names) - 1) / 2))
+        line(ax, table[table["config"] == name], look(name), name_of(name), shift=step * (i - (len(names) - 1) / 2))
 
 
 def legend(fig: Figure, ax: Axes, columns: int = 3) -> None:

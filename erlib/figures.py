@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from erlib import canvas, config, metrics, paths
-from erlib.canvas import BLUE, GREEN, GREY, LOOKS, ORANGE, SKY, VERMILION, command, save, style
+from erlib.canvas import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, command, look, save, style
 from erlib.sweep import MissingRecords
 
 __all__ = ["command", "save", "style"]  # what notebooks want from the canvas
@@ -557,7 +557,7 @@ def _median_and_box(
         capprops=dict(color="#777777"),
     )
     for config_id, box in zip(boxes, drawn["boxes"], strict=True):
-        box.set(facecolor=mpl.colors.to_rgba(LOOKS[config_id][0], 0.45), edgecolor=LOOKS[config_id][0])
+        box.set(facecolor=mpl.colors.to_rgba(look(config_id)[0], 0.45), edgecolor=look(config_id)[0])
     right.set_title(f"{most} users, min to max")
     right.grid(axis="x", visible=False)
     for ax in (left, right):
@@ -592,7 +592,7 @@ def paper2_user_throughput_p99(records: pd.DataFrame, profile: config.Profile) -
                 uniform = _is_routed(name) and mix == "uniform"
                 hollow: dict[str, Any] = dict(linestyle=":", markerfacecolor="white") if uniform else {}
                 canvas.line(
-                    ax, rows, LOOKS[name], canvas.name_of(name) + (f", {mix}" if _is_routed(name) else ""), **hollow
+                    ax, rows, look(name), canvas.name_of(name) + (f", {mix}" if _is_routed(name) else ""), **hollow
                 )
         ax.set(title=title, ylabel=ylabel)
         canvas.user_axis(ax, sorted(profile.paper2.users), profile)
@@ -627,7 +627,7 @@ def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> 
         here = table[table["users"] == users]
         window = max(1, round(here["bucket"].max() / 30))
         for name, rows in here.groupby("config"):
-            colour, dashed = LOOKS[name][0], "--" if LOOKS[name][0] == GREY else "-"
+            colour, dashed = look(name)[0], "--" if look(name)[0] == GREY else "-"
             t_s = rows["t_s"] + width_s / 2
             smooth = rows["tokens_per_s"].rolling(window, center=True, min_periods=1).mean()
             ax.plot(t_s, rows["tokens_per_s"], color=colour, linewidth=0.4, alpha=0.25)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -10,6 +12,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,66 +30,83 @@ def main() -> int:
     try:
         overrides = dict(_override(item) for group in args.set for item in group)
         profile = config.load_profile(args.profile, overrides)
-        steps = _selection(args.only, args.start)
-        if not args.dry_run:
-            config.require_backend(profile)
+        chosen = _selection(args.only, args.start)
+        steps = _steps(profile, {"profile": args.profile, "overrides": overrides})
+        steps = [step for step in steps if step.notebook in chosen]
+        if args.dry_run:
+            for step in steps:
+                reason = step.reason_to_run(force=bool(args.only))
+                print(f"{step.name}: {'run: ' + reason if reason else 'skip: nothing it reads has changed'}")
+            return 0
+        config.require_backend(profile)
+        with _alone(profile):
+            return _run(steps, profile, force=bool(args.only))
     except config.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _run(steps: list[Step], profile: config.Profile, force: bool) -> int:
+    """Run what has to run, stop at the first failure, say what happened."""
+    rows: list[tuple[Step, str, float]] = []
+    failed = False
+    for step in steps:
+        if failed:
+            rows.append((step, "not run", 0.0))
+            continue
+        reason = step.reason_to_run(force)
+        print(f"{step.name}: {'running: ' + reason if reason else 'cached: nothing it reads has changed'}", flush=True)
+        started = time.monotonic()
+        result = "ran" if reason else "cached"
+        try:
+            if reason:
+                step.run()
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on where this one left off", file=sys.stderr)
+            result, failed = "stopped", True
+        except Exception as error:
+            print(f"\nerror in {step.name}: {_brief(error)}", file=sys.stderr)
+            result, failed = "failed", True
+        rows.append((step, result, time.monotonic() - started))
+    print(f"\n{'notebook':<24} {'result':<8} {'seconds':>8}  log")
+    for step, result, seconds in rows:
+        print(f"{step.name:<24} {result:<8} {seconds:>8.1f}  {_short(step.log)}")
+    print(f"{'total':<24} {'':<8} {sum(seconds for *_, seconds in rows):>8.1f}")
+    print(f"figures: {_short(paths.FIGURES / profile.name)}")
+    return int(failed)
+
+
+@contextlib.contextmanager
+def _alone(profile: config.Profile) -> Iterator[None]:
+    """Refuse to start without disk space, or beside another run of the same profile."""
     run_dir = paths.run_dir(profile.name)
     run_dir.mkdir(parents=True, exist_ok=True)
     free_gb = shutil.disk_usage(run_dir).free / 1e9
     if free_gb < LEAST_FREE_GB:
-        print(f"error: {free_gb:.1f} GB free at {run_dir}; a run needs {LEAST_FREE_GB} GB", file=sys.stderr)
-        return 1
-
-    rows: list[tuple[str, str, float, Path]] = []
-    upstream: list[str] = []
-    failed = False
-    started = time.monotonic()
-    for notebook in _notebooks():
-        step = Step(notebook, profile, args.profile, overrides, upstream)
-        upstream = [*upstream, step.key]
-        if notebook not in steps:
-            continue
-        reason = step.reason_to_run(force=bool(args.only))
-        if args.dry_run:
-            print(f"{notebook.stem}: {'run: ' + reason if reason else 'skip: nothing it reads has changed'}")
-            continue
-        if failed:
-            rows.append((notebook.stem, "not run", 0.0, step.log))
-            continue
-        print(
-            f"{notebook.stem}: {'running: ' + reason if reason else 'cached: nothing it reads has changed'}", flush=True
-        )
-        begun = time.monotonic()
+        raise config.ConfigError(f"{free_gb:.1f} GB free at {run_dir}; a run needs {LEAST_FREE_GB} GB")
+    with (run_dir / "lock").open("w") as lock:
         try:
-            if reason:
-                step.run()
-            rows.append((notebook.stem, "ran" if reason else "cached", time.monotonic() - begun, step.log))
-        except KeyboardInterrupt:
-            print("\nstopped; the same command goes on where this one left off", file=sys.stderr)
-            rows.append((notebook.stem, "stopped", time.monotonic() - begun, step.log))
-            failed = True
-        except Exception as error:
-            print(f"\nerror in {notebook.stem}: {_brief(error)}", file=sys.stderr)
-            rows.append((notebook.stem, "failed", time.monotonic() - begun, step.log))
-            failed = True
-    if not args.dry_run:
-        _print_table(rows, time.monotonic() - started)
-        print(f"figures: {_short(paths.FIGURES / profile.name)}")
-    return int(failed)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise config.ConfigError(f"another run of profile {profile.name!r} is going on; wait for it") from None
+        yield
+
+
+def _steps(profile: config.Profile, parameters: dict[str, Any]) -> list[Step]:
+    steps: list[Step] = []
+    for notebook in _notebooks():
+        steps.append(Step(notebook, profile, parameters, upstream=[step.key for step in steps]))
+    return steps
 
 
 class Step:
     """One notebook with what it depends on."""
 
-    def __init__(
-        self, notebook: Path, profile: config.Profile, profile_name: str, overrides: dict[str, Any], upstream: list[str]
-    ):
+    def __init__(self, notebook: Path, profile: config.Profile, parameters: dict[str, Any], upstream: list[str]):
         self.notebook = notebook
+        self.name = notebook.stem
         self.profile = profile
-        self._parameters = {"profile": profile_name, "overrides": overrides}
+        self._parameters = parameters
         self._run_dir = paths.run_dir(profile.name)
         self._executed = self._run_dir / "notebooks" / notebook.name
         self._stamp = self._executed.with_suffix(".json")
@@ -212,13 +232,6 @@ def _brief(error: Exception) -> str:
 
 def _short(path: Path) -> Path:
     return path.relative_to(paths.ROOT) if path.is_relative_to(paths.ROOT) else path
-
-
-def _print_table(rows: list[tuple[str, str, float, Path]], total_s: float) -> None:
-    print(f"\n{'notebook':<24} {'result':<8} {'seconds':>8}  log")
-    for name, result, seconds, log in rows:
-        print(f"{name:<24} {result:<8} {seconds:>8.1f}  {_short(log)}")
-    print(f"{'total':<24} {'':<8} {total_s:>8.1f}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -184,7 +184,8 @@ class TritonPythonModel:
                 del running[number]
         if generated := sum(len(tokens) for _, _, tokens, _ in ready):
             self.token_counter.increment(generated)  # before anybody can have received them
-        self.unsent = len(ready)
+        with self.all_sent:
+            self.unsent += len(ready)
         for number, *step in ready:
             self.outboxes[number % SENDERS].put(step)
         with self.all_sent:
