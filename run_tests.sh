@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests (arguments go to pytest; the slow ones: ./run_tests.sh -m slow).
 . "$(dirname "$0")/scripts/environment.sh"
+cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy

@@ -12,10 +12,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from erlib import paths
 
@@ -37,6 +46,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _from_root(value: str) -> str:
+    return value if "://" in value else str(paths.ROOT / value)
+
+
+_Path = Annotated[str, AfterValidator(_from_root)]
+"""A path, relative to the repository (notebooks run in a directory of their own), or a URL."""
+
+
 # --- profiles ---------------------------------------------------------------------------------------------------
 
 
@@ -50,7 +67,7 @@ class Scale(_Strict):
 
 class CorpusSettings(_Strict):
     name: Literal["newsgroups", "c4", "jsonl", "parquet"] = "newsgroups"
-    path: str | None = Field(None, description="file of a jsonl or parquet corpus")
+    path: _Path | None = Field(None, description="file of a jsonl or parquet corpus")
     text_field: str = "text"
     label_field: str | None = None
     documents: PositiveInt | None = Field(None, description="how many documents to take (None: all)")
@@ -62,7 +79,7 @@ class ClustererSettings(_Strict):
     n_components: int = Field(100, ge=2)
     normalizer: Literal["l2", "standard"] = "l2"
     stop_words: Literal["sklearn", "nltk"] = "sklearn"
-    pickles: str | None = Field(None, description="directory or URL prefix of c-BTM's tfidf.pkl and kmeans.pkl")
+    pickles: _Path | None = Field(None, description="directory or URL prefix of c-BTM's tfidf.pkl and kmeans.pkl")
     pickles_sha256: tuple[str, str] | None = Field(None, description="sha256 of tfidf.pkl and kmeans.pkl")
 
 

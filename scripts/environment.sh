@@ -1,21 +1,29 @@
 # Sourced by run_all.sh and run_tests.sh: makes .venv (or uses the active conda environment) and sets PYTHON.
 set -euo pipefail
+invoked_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ROOT=$PWD
 
 fail() { echo "error: $*" >&2; exit 1; }
 
-apt_install() { # apt_install PACKAGE: quietly, if this user may
+as_root() { # as_root COMMAND...: if this user may without being asked for a password
+  if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then sudo -n "$@"; else return 1; fi
+}
+
+apt_install() { # apt_install PACKAGE: quietly, with a fresh package list if the old one does not do
   command -v apt-get >/dev/null || return 1
-  local sudo=()
-  [ "$(id -u)" = 0 ] || { command -v sudo >/dev/null && sudo -n true 2>/dev/null && sudo=(sudo -n); } || return 1
   echo "installing $1 with apt-get" >&2
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >/dev/null 2>&1 && return
-  "${sudo[@]}" apt-get update -qq >/dev/null 2>&1 &&
-    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >/dev/null 2>&1
+  local install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1")
+  as_root "${install[@]}" >/dev/null 2>&1 || { as_root apt-get update -qq && as_root "${install[@]}"; } >/dev/null 2>&1
+}
+
+install_nginx() {
+  apt_install nginx-light || return 1
+  as_root systemctl disable --now nginx >/dev/null 2>&1 || true # the package starts a web server of its own
 }
 
 find_nginx() { command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || [ -x "${CONDA_PREFIX:-/nonexistent}/bin/nginx" ]; }
-find_nginx || apt_install nginx-light ||
+find_nginx || install_nginx ||
   fail "NGINX is missing and cannot be installed here: apt-get install nginx-light, or conda env create -f environment.yml"
 
 if [ "${CONDA_DEFAULT_ENV:-}" = expert-router ]; then
@@ -62,3 +70,4 @@ fi
 
 export PYTHON PATH="${PYTHON%/python}:$PATH:/usr/sbin"
 export NNCF_CI=1 DO_NOT_TRACK=1 # no telemetry
+cd "$invoked_from"

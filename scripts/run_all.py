@@ -27,6 +27,8 @@ _REASON = re.compile(r"[a-z]+( \w+)?: ")
 
 def main() -> int:
     args = _arguments()
+    if args.profile.endswith((".yaml", ".yml")):
+        args.profile = str(Path(args.profile).resolve())  # notebooks run in a directory of their own
     try:
         overrides = dict(_override(item) for group in args.set for item in group)
         profile = config.load_profile(args.profile, overrides)

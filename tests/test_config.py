@@ -45,6 +45,12 @@ def test_wrong_overrides_are_named(overrides, message):
         config.load_profile("smoke", overrides)
 
 
+def test_paths_are_relative_to_the_repository():
+    read = config.load_profile("smoke", {"corpus.path": "my/text.jsonl", "clusterer.pickles": "https://host/c4/8"})
+    assert read.corpus.path == str(paths.ROOT / "my/text.jsonl")
+    assert read.clusterer.pickles == "https://host/c4/8"
+
+
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(config.ConfigError, match="did you mean 'laptop'"):
         config.load_profile("latop")
