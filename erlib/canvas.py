@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from erlib import config, paths, sweep
+from erlib import config, engines, paths, sweep
 
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, _, _ = OKABE_ITO
@@ -175,9 +175,10 @@ def stand_ins(profile: config.Profile, configs: Iterable[str]) -> str:
     layers = {"large": profile.engines.large_layers, "small": profile.engines.small_layers}
     parts = []
     for name in configs:
-        system = config.load_configuration(name).laptop
-        many = f"{system.instances} × " if system.instances > 1 else ""
-        parts.append(f"{name[-1]} {many}{layers[system.size]} layers {system.dtype.upper()}, KV {system.kv_cache}")
+        plan = engines.laptop_system(profile, config.load_configuration(name))
+        many = f"{plan.instances} × " if plan.instances > 1 else ""
+        slots = f"{plan.batch_size} slot{'s' * (plan.batch_size > 1)}, {plan.kv_tokens} KV tokens in {plan.kv_cache}"
+        parts.append(f"{name[-1]} {many}{layers[plan.size]} layers {plan.dtype.upper()}, {slots}")
     return f" On this machine Llama-architecture stand-ins cut from SmolLM2-135M serve: {'; '.join(parts)}."
 
 
@@ -185,7 +186,7 @@ def scale(profile: config.Profile) -> str:
     s = profile.scale
     if s.users == s.tokens == 1:
         return ""
-    return f" Users and batch sizes are the papers' divided by {s.users:g}, tokens by {s.tokens:g}."
+    return f" Users and batch sizes are the papers' divided by {s.users:g}, tokens by {s.tokens:g}, then rounded."
 
 
 REPEATS = " Points are means over repeats, bars one standard deviation between repeats."

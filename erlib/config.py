@@ -164,6 +164,10 @@ class Profile(_Strict):
         for name in [*self.paper1.configs, *self.paper2.configs, self.overhead.config]:
             if name not in known:
                 raise ValueError(f"unknown configuration {name!r}{nearest(name, known)}; see engines/*.yaml")
+        if load_configuration(self.overhead.config).routing not in ("expert_router", "replicas"):
+            raise ValueError(
+                f"overhead.config: {self.overhead.config} has no gateways whose overhead could be measured"
+            )
         return self
 
     @property

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -53,6 +53,12 @@ class Corpus:
     label_names: list[str]
     name: str
     sha: str
+
+
+def fingerprint(settings: config.CorpusSettings) -> list[Any]:
+    """What identifies a corpus for a cache without loading it: its settings, and the content of the user's file."""
+    file = Path(settings.path) if settings.path else None
+    return [settings.model_dump(mode="json"), config.digest(file) if file and file.is_file() else None]
 
 
 def load(settings: config.CorpusSettings, seed: int, split: Split = "train") -> Corpus:

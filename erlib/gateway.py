@@ -5,12 +5,11 @@ tokens pass through as raw bytes. One process is one instance; the papers run si
 
 Run as ``python -m erlib.gateway --port PORT --experts HOST:PORT,... --clusterer DIR [--policy replicas --index I]``.
 
-Metadata, all times in ns: a client may send ``er-sent-ns`` (its CLOCK_MONOTONIC, meaningful on one host). The gateway
-answers with ``er-gateway`` (which instance), ``er-expert`` and the spans ``er-queue-ns`` (client's send to
-classification), ``er-vectorise-ns``,
-``er-svd-ns``, ``er-kmeans-ns`` before the first token, and ``er-forward-ns`` (classified to written to the expert) and
-``er-first-byte-ns`` (written to the expert's first response) at the end. On a stream that carries several requests they
-describe the first one.
+Metadata, all times in ns: a client may send ``er-sent-ns`` (its CLOCK_MONOTONIC, meaningful on one host). When it has
+forwarded the prompt, the gateway answers with ``er-gateway`` (which instance), ``er-expert`` and the spans
+``er-queue-ns`` (client's send to prompt read), ``er-vectorise-ns``, ``er-svd-ns``, ``er-kmeans-ns`` and
+``er-forward-ns`` (classified to written to the expert); at the end follows ``er-first-byte-ns`` (written to the
+expert's first response). On a stream that carries several requests they describe the first one.
 """
 
 from __future__ import annotations
@@ -78,43 +77,36 @@ class Gateway(grpc.GenericRpcHandler):
     async def _serve(
         self, message: bytes, context: grpc.aio.ServicerContext, one_writer: asyncio.Lock, first: bool
     ) -> None:
-        t_received = time.monotonic_ns()
         request_id = ""
         try:
             request_id, prompt = wire.prompt_of(message)
         except wire.BadRequest as error:
             await self._write(context, one_writer, wire.encode_error(str(error), request_id))
             return
+        t_read = time.monotonic_ns()
         expert, (vectorise_ns, svd_ns, kmeans_ns) = self._route(prompt)
-        if first:
-            sent = dict(context.invocation_metadata() or ()).get("er-sent-ns", "")
-            queue = [("er-queue-ns", str(t_received - int(sent)))] if str(sent).isdigit() else []
-            spans = {"vectorise": vectorise_ns, "svd": svd_ns, "kmeans": kmeans_ns}
-            await context.send_initial_metadata(
-                (
-                    ("er-gateway", str(self._index)),
-                    ("er-expert", str(expert)),
-                    *queue,
-                    *((f"er-{span}-ns", str(ns)) for span, ns in spans.items()),
-                )
-            )
         t_classified = time.monotonic_ns()
         call = self._streams[expert](timeout=context.time_remaining())
         try:
-            await call.write(message)
-            await call.done_writing()
-            t_forwarded = time.monotonic_ns()
+            try:
+                await call.write(message)
+                await call.done_writing()
+            finally:
+                t_forwarded = time.monotonic_ns()
+                if first:  # only now, because it would have delayed the prompt
+                    sent = str(dict(context.invocation_metadata() or ()).get("er-sent-ns", ""))
+                    spans = {"queue": t_read - int(sent)} if sent.isdigit() else {}
+                    spans |= {"vectorise": vectorise_ns, "svd": svd_ns, "kmeans": kmeans_ns}
+                    spans |= {"forward": t_forwarded - t_classified}
+                    times = [(f"er-{span}-ns", str(ns)) for span, ns in spans.items()]
+                    who = [("er-gateway", str(self._index)), ("er-expert", str(expert))]
+                    await context.send_initial_metadata((*who, *times))
             t_first = 0
             async for response in call:
                 t_first = t_first or time.monotonic_ns()
                 await self._write(context, one_writer, response)
             if first:
-                context.set_trailing_metadata(
-                    (
-                        ("er-forward-ns", str(t_forwarded - t_classified)),
-                        ("er-first-byte-ns", str(max(0, t_first - t_forwarded))),
-                    )
-                )
+                context.set_trailing_metadata((("er-first-byte-ns", str(max(0, t_first - t_forwarded))),))
         except grpc.aio.AioRpcError as error:
             reason = f"expert {expert} failed: {error.code().name}: {error.details()}"
             await self._write(context, one_writer, wire.encode_error(reason, request_id))

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
+from erlib import config
+
 POINT = ["source", "paper", "experiment", "config", "mix", "users", "repeat"]
 """Columns that name one run of the user simulator."""
 
@@ -246,7 +248,7 @@ def accounting(records: pd.DataFrame) -> pd.DataFrame:
             "received_tokens": by_config["output_tokens"].sum(),
             "counted_tokens": counted,
             "busiest_share": by_config["expert"].agg(lambda expert: expert.value_counts().max() / len(expert))
-            * by_config["expert"].nunique(),
+            * pd.Series({name: config.load_configuration(name).laptop.instances for name in by_config.groups}),
             "moved": (turns["base"] != turns["continuation"]).groupby("config").mean(),
         }
     )

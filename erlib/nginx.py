@@ -16,13 +16,13 @@ from erlib.processes import StartError
 _CONFIG = """\
 worker_processes 1;  # one worker, so that round robin is exact
 daemon off;
-pid {run}/nginx.pid;
+pid "{run}/nginx.pid";
 error_log stderr warn;
 events {{ worker_connections 16384; }}
 http {{
   access_log off;
-  client_body_temp_path {run}/body; proxy_temp_path {run}/proxy; fastcgi_temp_path {run}/fastcgi;
-  uwsgi_temp_path {run}/uwsgi; scgi_temp_path {run}/scgi;
+  client_body_temp_path "{run}/body"; proxy_temp_path "{run}/proxy"; fastcgi_temp_path "{run}/fastcgi";
+  uwsgi_temp_path "{run}/uwsgi"; scgi_temp_path "{run}/scgi";
   upstream gateways {{
 {servers}
     keepalive 1024;
@@ -91,7 +91,7 @@ class Nginx:
         self.log.unlink(missing_ok=True)
         config = self._run / "nginx.conf"
         config.write_text(self._config)
-        self.process = processes.spawn([find(), "-e", "stderr", "-p", self._run, "-c", config], self.log)
+        self.process = processes.spawn([find(), "-p", self._run, "-c", config], self.log)
         processes.wait_until(
             lambda: processes.listening(self.port, self.host), self.process, "NGINX", self.log, timeout_s
         )

@@ -315,7 +315,7 @@ def _target(profile: Profile, layers: int, dtype: Dtype, source: Path) -> Path:
     code = [inspect.getsource(part) for part in (_export, _compress, feed)]
     parts = [source.name, layers, dtype, _RECIPES.get(dtype), code, version("nncf"), version("optimum-intel")]
     if dtype == "int4":
-        parts += [profile.corpus.model_dump(mode="json"), profile.seed, profile.engines.calibration_samples]
+        parts += [corpus.fingerprint(profile.corpus), profile.seed, profile.engines.calibration_samples]
     depth = "" if layers == available else f"-{layers}of{available}"
     return paths.ENGINE_BUILDS / f"smollm2-135m{depth}-{dtype}-{config.digest(*parts)}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -69,7 +70,8 @@ def stop(processes: Iterable[subprocess.Popen[bytes]], grace_s: float = 10.0) ->
         process.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(families, timeout=grace_s)
     for member in alive:
-        member.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     for process in running:
         process.wait()
     psutil.wait_procs(alive, timeout=3)

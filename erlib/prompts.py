@@ -196,7 +196,8 @@ def _pool_size(profile: config.Profile, paper: Paper, k: int) -> int:
         sweep = profile.paper1 if paper == "p1" else profile.paper2
         users, repeats, mixes = [*sweep.users, *profile.overhead.users], sweep.repeats, sweep.mixes
     largest_share = max(mix_shares(mix, k, profile.workload.sigma).max() for mix in mixes)
-    return max(MIN_PER_CLUSTER, math.ceil(max(users) * repeats * largest_share))
+    needed = max(MIN_PER_CLUSTER, math.ceil(max(users) * repeats * largest_share))
+    return int(2 ** math.ceil(math.log2(needed)))  # in steps, so that one more repeat rarely changes all prompts
 
 
 class _Passages:

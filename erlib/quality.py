@@ -158,7 +158,7 @@ def report(profile: Profile) -> pd.DataFrame:
     code = [inspect.getsource(part) for part in (_score, _speed_worker, report)]
     measured = settings.perplexity_tokens, settings.speed_batches, settings.speed_tokens
     key = config.digest(
-        [engine.path.name for engine in built], measured, profile.corpus.model_dump(mode="json"), profile.seed, code
+        [engine.path.name for engine in built], measured, corpus.fingerprint(profile.corpus), profile.seed, code
     )
     file = paths.run_dir(profile.name) / "engines.csv"
     if file.exists() and (known := pd.read_csv(file))["key"].eq(key).all():

@@ -109,6 +109,9 @@ class Stack:
         for process, what, log in self._all():
             if process is not None and process.poll() is not None:
                 raise StartError(f"{what} died with code {process.returncode}; {log} ends:\n{processes.tail(log)}")
+        for server in self.servers:
+            if not server.has_backend():
+                raise StartError(f"the engine of Triton server {server.label} died (out of memory?); see {server.log}")
 
     def __enter__(self) -> Self:
         self._trap_sigterm()
@@ -193,7 +196,8 @@ class Stack:
         # Triton takes seconds to unload a model; nobody is served any more and the engine holds nothing worth saving.
         processes.stop([server.process for server in self.servers if server.process], grace_s=0)
         for server in self.servers:
-            server.clean_up()
+            if server.process:  # one that never started must not sweep up another's memory
+                server.clean_up()
 
     def _gateway_log(self, index: int) -> Path:
         return self._log_dir / f"gateway-{index}.log"

@@ -102,7 +102,7 @@ class Series:
     @property
     def continues(self) -> bool:
         """Whether users send a continuation prompt: paper 1's chat scenario does (section IV-B), paper 2's does not."""
-        return self.paper == "p1"
+        return self.paper == "p1" and self.experiment == "load"
 
 
 # --- what is to be measured ---------------------------------------------------------------------------------------
@@ -160,7 +160,8 @@ def overhead(profile: Profile) -> list[Series]:
     short = workload.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP)
     workload = dataclasses.replace(workload, frame=short)
     (target,) = systems(profile, [settings.config])
-    return [Series("p2", "overhead", target, workload, settings.users, settings.repeats, ["uniform"])]
+    paper: Literal["p1", "p2"] = "p1" if settings.config.startswith("p1") else "p2"
+    return [Series(paper, "overhead", target, workload, settings.users, settings.repeats, ["uniform"])]
 
 
 def systems(profile: Profile, names: list[str]) -> list[System]:
@@ -216,18 +217,20 @@ def points(profile: Profile, series: Series, router: Path) -> list[Point]:
     """All points of a series, in the order in which they are measured; `router` is the clusterer's directory."""
     base = [
         series.system.description,
-        series.workload.frame.to_json(),
         router.name,
         _code_digest(),
         profile.seed,
-        [profile.serving.gateways, profile.serving.user_processes, profile.workload.sigma],
+        [profile.serving.gateways, profile.serving.user_processes],
+        provenance()["host"],
+        provenance()["versions"],
     ]
     folder = paths.run_dir(profile.name) / "records" / series.experiment / series.system.config
     result = []
     for repeat in range(series.repeats):
         for mix in series.mixes:
             for level in series.users:
-                name = config.digest(*base, mix, level, repeat)
+                drawn = prompts.draw(series.workload, level, mix, profile.seed, repeat)
+                name = config.digest(*base, mix, level, repeat, drawn)
                 path = folder / f"{mix}-u{level:04d}-r{repeat}-{name}.parquet"
                 result.append(Point(series.paper, series.experiment, series.system, mix, level, repeat, name, path))
     return result
@@ -288,6 +291,7 @@ def _measure(profile: Profile, series: Series, todo: list[Point], router: Path, 
     ):
         for point in todo:
             progress.set_description(f"{label} {point.mix} {point.users} users, repeat {point.repeat}")
+            serving_stack.require_alive()
             started = datetime.now(UTC).isoformat(timespec="seconds")
             scripts = _scripts(profile, series, point, len(serving_stack.targets))
             counted = serving_stack.generated_tokens()
@@ -377,9 +381,17 @@ def provenance() -> dict[str, str]:
 
 def git_commit() -> str:
     """Short commit of the repository, ``-dirty`` if changed since; ``unknown`` outside git."""
-    command = ["git", "-C", str(paths.ROOT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    reply = subprocess.run(command, capture_output=True, text=True, check=False)
-    return reply.stdout.strip() or "unknown"
+    try:
+        commit = _git("rev-parse", "--short=10", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!figures")  # a run redraws figures
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(paths.ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def machine() -> str:
@@ -417,4 +429,4 @@ def _skeleton(file: Path) -> str:
     return ast.dump(tree)
 
 
-_MEASURED: tuple[Callable[..., Any], ...] = (_scripts, server_plan)
+_MEASURED: tuple[Callable[..., Any], ...] = (_scripts, prompts.continuation)

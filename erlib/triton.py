@@ -18,12 +18,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from erlib import paths, processes
 from erlib.processes import StartError
 from erlib.wire import MODEL_NAME
 
 MODEL_CODE = paths.ENGINE_SPECS / "triton"
+
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+"""Asks a server on this machine, whatever proxies the environment names."""
 
 _CONFIG = """\
 name: "{name}"
@@ -165,18 +169,34 @@ class TritonServer:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://{self.host}:{self.http_port}/v2/health/ready", timeout=1) as reply:
+            with _open(f"http://{self.host}:{self.http_port}/v2/health/ready", timeout=1) as reply:
                 return reply.status == 200
         except OSError:
             return False
 
     def generated_tokens(self) -> int:
-        """Tokens that the engine has generated since start, from the server's metrics endpoint."""
-        with urllib.request.urlopen(f"http://{self.host}:{self.metrics_port}/metrics", timeout=10) as reply:
-            for line in reply.read().decode().splitlines():
-                if line.startswith("expert_generated_tokens"):
-                    return int(float(line.rsplit(" ", 1)[1]))
-        return 0
+        """Tokens that the engine has generated since start, from the server's metrics endpoint.
+
+        Raises
+        ------
+        StartError
+            If the server does not answer.
+        """
+        try:
+            with _open(f"http://{self.host}:{self.metrics_port}/metrics", timeout=10) as reply:
+                lines = reply.read().decode().splitlines()
+        except OSError as error:
+            raise StartError(f"Triton server {self.label} does not answer ({error}); see {self.log}") from None
+        return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines if line.startswith("expert_generated_tokens"))
+
+    def has_backend(self) -> bool:
+        """Whether the process that runs the engine lives: Triton itself goes on saying "ready" when it does not."""
+        assert self.process is not None
+        try:
+            children = psutil.Process(self.process.pid).children()
+            return any(child.status() != psutil.STATUS_ZOMBIE for child in children)
+        except psutil.NoSuchProcess:
+            return False
 
     def clean_up(self) -> None:
         """Remove what a stopped server may leave: its shared memory and its model repository."""

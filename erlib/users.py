@@ -32,6 +32,7 @@ from erlib.prompts import continuation
 _LAG_PROBE_S = 0.01
 _START_DELAY_S = 0.25
 _CHANNELS_PER_TARGET = 2
+_CONNECT_TIMEOUT_S = 20
 
 
 class PointFailed(RuntimeError):
@@ -252,7 +253,11 @@ async def _run(job: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
         for url in job["targets"]
     ]
     used = {script.target for script in scripts}
-    await asyncio.gather(*(channel.channel_ready() for target in used for channel in channels[target]))
+    connecting = asyncio.gather(*(channel.channel_ready() for target in used for channel in channels[target]))
+    try:
+        await asyncio.wait_for(connecting, _CONNECT_TIMEOUT_S)
+    except TimeoutError:
+        raise SystemExit(f"nobody answers at {', '.join(job['targets'][target] for target in used)}") from None
     lags_ms: list[float] = []
     await asyncio.sleep(max(0.0, job["start_ns"] / 1e9 - time.monotonic()))
     lag_watch = asyncio.create_task(_watch_lag(lags_ms))

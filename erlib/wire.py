@@ -20,6 +20,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.use_local_subchannel_pool", 1),  # a channel is a connection of its own
+    ("grpc.enable_http_proxy", 0),
 ]
 MAX_PROMPT_BYTES = 4 << 20
 NEVER_STOP = -1

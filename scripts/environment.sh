@@ -29,7 +29,7 @@ find_nginx || install_nginx ||
 if [ "${CONDA_DEFAULT_ENV:-}" = expert-router ]; then
   PYTHON=$CONDA_PREFIX/bin/python
 else
-  if [ ! -x .venv/bin/python ]; then
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     base=
     for candidate in python3.11 python3 python; do
       if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
@@ -40,7 +40,7 @@ else
     if ! "$base" -c 'import ensurepip' 2>/dev/null; then
       apt_install python3.11-venv || fail "Python's venv module is missing: apt-get install python3.11-venv"
     fi
-    "$base" -m venv .venv
+    "$base" -m venv --clear .venv
   fi
   PYTHON=$PWD/.venv/bin/python
 fi

@@ -97,45 +97,60 @@ def _alone(profile: config.Profile) -> Iterator[None]:
 def _steps(profile: config.Profile, parameters: dict[str, Any]) -> list[Step]:
     steps: list[Step] = []
     for notebook in _notebooks():
-        steps.append(Step(notebook, profile, parameters, upstream=[step.key for step in steps]))
+        steps.append(Step(notebook, profile, parameters, earlier=list(steps)))
     return steps
 
 
 class Step:
     """One notebook with what it depends on."""
 
-    def __init__(self, notebook: Path, profile: config.Profile, parameters: dict[str, Any], upstream: list[str]):
+    def __init__(self, notebook: Path, profile: config.Profile, parameters: dict[str, Any], earlier: list[Step]):
         self.notebook = notebook
         self.name = notebook.stem
         self.profile = profile
         self._parameters = parameters
+        self._earlier = earlier
         self._run_dir = paths.run_dir(profile.name)
         self._executed = self._run_dir / "notebooks" / notebook.name
         self._stamp = self._executed.with_suffix(".json")
         self.log = self._run_dir / "logs" / f"{notebook.stem}.log"
-        self._reads = {
+        corpus_file = [Path(profile.corpus.path)] if profile.corpus.path else []
+        self._inputs = {
             "the notebook": config.digest(notebook),
             "the profile": profile.digest,
             "erlib": config.digest(*sorted(paths.STYLE.parent.glob("*.py")), paths.STYLE),
             "engines": config.digest(
-                *sorted(p for p in paths.ENGINE_SPECS.rglob("*.yaml")), *sorted(paths.ENGINE_SPECS.rglob("model.py"))
+                *sorted(paths.ENGINE_SPECS.glob("*.yaml")), *sorted(paths.ENGINE_SPECS.rglob("model.py"))
             ),
-            "an earlier notebook": config.digest(upstream),
+            "data": config.digest(*sorted(paths.FACTS.glob("*.yaml"))),
+            "the pinned packages": config.digest(paths.ROOT / "constraints.txt"),
+            "the corpus": config.digest(*(path for path in corpus_file if path.exists())),
         }
-        self.key = config.digest(self._reads)
 
     def reason_to_run(self, force: bool) -> str:
         """Why the notebook has to run; empty if it has not."""
         if force:
             return "asked for with --only"
-        if not self._stamp.exists():
+        before = self._last_run()
+        if before is None:
             return "not run before with this profile"
-        before = json.loads(self._stamp.read_text())
-        changed = [what for what, value in self._reads.items() if before["reads"].get(what) != value]
+        changed = [what for what, value in self._reads().items() if before["reads"].get(what) != value]
         if changed:
             return f"changed: {', '.join(changed)}"
         gone = [name for name in before["wrote"] if not Path(name).exists()]
         return f"{_short(Path(gone[0]))} is gone" if gone else ""
+
+    def _reads(self) -> dict[str, str]:
+        """All inputs by content; what earlier notebooks made stands for itself by when they ran."""
+        runs = [before["finished"] if (before := step._last_run()) else "" for step in self._earlier]
+        return {**self._inputs, "an earlier notebook's results": config.digest(runs)}
+
+    def _last_run(self) -> dict[str, Any] | None:
+        try:
+            stamp = json.loads(self._stamp.read_text())
+        except (FileNotFoundError, ValueError):  # never run, or cut off while the stamp was written
+            return None
+        return stamp if {"reads", "wrote", "finished"} <= stamp.keys() else None
 
     def run(self) -> None:
         """Execute with papermill; the executed copy is kept whether or not it succeeds."""
@@ -156,7 +171,7 @@ class Step:
             for path in root.rglob("*")
             if path.is_file() and path.stat().st_mtime >= before and path.suffix != ".log"
         ]
-        self._stamp.write_text(json.dumps({"reads": self._reads, "wrote": wrote, "seconds": time.time() - before}))
+        self._stamp.write_text(json.dumps({"reads": self._reads(), "wrote": wrote, "finished": str(time.time())}))
 
 
 class _Log(logging.Handler):

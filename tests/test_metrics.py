@@ -232,3 +232,16 @@ def test_response_time_is_ttft_plus_tpot_times_the_other_tokens(records: pd.Data
     assert (done["ttft_s"] + done["tpot_s"].fillna(0) * (done["output_tokens"] - 1)).tolist() == pytest.approx(
         done["response_s"].tolist()
     )
+
+
+def test_accounting_of_a_worked_example() -> None:
+    """Two users on eight experts, both on expert 3 at first; one continuation moves to expert 5."""
+    routed = {"config": "p1.C", "route_kmeans_ns": 9.0, "point_hash": "a", "server_tokens": 7}
+    rows = [
+        request(0, 1.0, 2.0, 3.0, expert=3, **routed),
+        request(1, 1.0, 2.0, expert=3, **routed),
+        request(0, 4.0, 5.0, 6.0, turn="continuation", expert=5, **routed),
+        request(1, 4.0, 5.0, 6.0, turn="continuation", expert=3, **routed),
+    ]
+    (row,) = metrics.accounting(synthetic.frame(rows)).to_dict("records")
+    assert row == {"received_tokens": 7, "counted_tokens": 7, "busiest_share": 3 / 4 * 8, "moved": 0.5}

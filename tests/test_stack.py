@@ -210,14 +210,18 @@ def own_ports(profile):
     return profile.serving.model_copy(update={"base_port": profile.serving.base_port + 100})
 
 
-def test_a_killed_server_is_an_error_and_nothing_is_left(own_ports, router, server_plan, tokenizer, tmp_path):
+@pytest.mark.parametrize(("whose", "reason"), [("server", "died with code -9"), ("engine", "the engine of .* died")])
+def test_a_killed_server_is_an_error_and_nothing_is_left(
+    whose, reason, own_ports, router, server_plan, tokenizer, tmp_path
+):
     with stack.Stack("dying", [server_plan] * 8, "expert_router", own_ports, router, tmp_path) as running:
-        victim = running.servers[Clusterer.load(router).route(PROMPT)[0]]
+        server = psutil.Process(running.servers[Clusterer.load(router).route(PROMPT)[0]].process.pid)
+        victim = server if whose == "server" else server.children()[0]
         with users.UserSimulator(tokenizer, 1, tmp_path / "users.log") as simulator:
-            threading.Timer(0.6, victim.process.kill).start()
-            seen = simulator.run([users.Script(0, 0, 0, PROMPT, 480, -1, 0, False)], running.targets, 30)
-        assert "failed: UNAVAILABLE" in seen.answers[0].status
-        with pytest.raises(processes.StartError, match="died with code -9"):
+            threading.Timer(0.6, victim.kill).start()
+            seen = simulator.run([users.Script(0, 0, 0, PROMPT, 480, -1, 0, False)], running.targets, 10)
+        assert seen.answers[0].status != "ok"
+        with pytest.raises(processes.StartError, match=reason):
             running.require_alive()
     assert _leftovers(own_ports.base_port) == []
 

@@ -9,6 +9,7 @@ Requests are admitted first come, first served, when a batch slot is free and th
 """
 
 import collections
+import contextlib
 import json
 import queue
 import threading
@@ -98,11 +99,11 @@ class TritonPythonModel:
         }
         self.pipeline = genai.ContinuousBatchingPipeline(str(engine), scheduler, "CPU", properties)
 
-        family = pb_utils.MetricFamily(
+        self.metric_family = pb_utils.MetricFamily(
             name="expert_generated_tokens", description="tokens handed to senders", kind=pb_utils.MetricFamily.COUNTER
         )
-        self.token_counter = family.Metric(labels={"model": "ensemble"})
-        self.token_family = family
+        self.token_counter = self.metric_family.Metric(labels={"model": "ensemble"})
+        self.number = 0
         self.inbox = queue.SimpleQueue()
         self.outboxes = [queue.SimpleQueue() for _ in range(SENDERS)]
         self.unsent = 0
@@ -132,30 +133,35 @@ class TritonPythonModel:
     def _engine_loop(self):
         waiting = collections.deque()
         running = {}
-        number = 0
-        while not self.stopping:
-            self._receive(waiting, block=not running and not waiting)
-            while waiting:
-                head = waiting[0]
-                if head.sender.is_cancelled():
-                    waiting.popleft().sender.send(flags=FINAL)
-                    continue
-                if len(running) >= self.max_batch_size or head.kv_blocks > self.free_blocks:
-                    break
-                number += 1
-                tokens = ov.Tensor(np.array([head.token_ids], dtype=np.int64))
-                head.handle = self.pipeline.add_request(number, tokens, head.generation_config())
-                self.free_blocks -= head.kv_blocks
-                running[number] = waiting.popleft()
-            if not running:
+        try:
+            while not self.stopping:
+                self._receive(waiting, block=not running and not waiting)
+                self._admit(waiting, running)
+                if running:
+                    self.pipeline.step()
+                    self._read(running)
+        except Exception as error:  # the engine is lost: say so to everybody, now and later, instead of hanging
+            failure = f"the engine failed: {type(error).__name__}: {error}"
+            pb_utils.Logger.log_error(failure)
+            for sequence in [*running.values(), *waiting]:
+                _fail(sequence.sender, failure)
+            while not self.stopping:
+                with contextlib.suppress(queue.Empty):
+                    _fail(self.inbox.get(timeout=0.1).sender, failure)
+
+    def _admit(self, waiting, running):
+        while waiting:
+            head = waiting[0]
+            if head.sender.is_cancelled():
+                waiting.popleft().sender.send(flags=FINAL)
                 continue
-            try:
-                self.pipeline.step()
-            except Exception as error:  # the engine is lost: say so to everybody instead of hanging
-                for sequence in [*running.values(), *waiting]:
-                    _fail(sequence.sender, f"engine step failed: {error}")
-                raise
-            self._read(running)
+            if len(running) >= self.max_batch_size or head.kv_blocks > self.free_blocks:
+                return
+            self.number += 1
+            running[self.number] = waiting.popleft()
+            tokens = ov.Tensor(np.array([head.token_ids], dtype=np.int64))
+            head.handle = self.pipeline.add_request(self.number, tokens, head.generation_config())
+            self.free_blocks -= head.kv_blocks
 
     def _receive(self, waiting, block):
         try:
