@@ -72,8 +72,10 @@ class System:
 class Harness:
     """What stands between users and engines.
 
-    The client takes ``client_tokens_per_s / (1 + max(0, n - client_knee) / client_slope)`` messages per second while n
-    streams are open at the servers: its threads get into each other's way.
+    A gateway's stream is free again when the server has sent the last token; what the client has not taken yet waits
+    in the stream's buffers. The client takes messages in the order in which they were sent, at
+    ``client_tokens_per_s / (1 + max(0, n - client_knee) / client_slope)`` per second while the servers have n requests:
+    its threads get into each other's way.
     """
 
     name: str
@@ -194,6 +196,7 @@ class _Client:
         self._settings = settings
         self._free_s = 0.0
         self.open_streams = 0
+        """Requests that the servers have."""
 
     def take(self, now_s: float, messages: int) -> float:
         """When the client has taken the messages of a step; they count as taken together."""
@@ -351,22 +354,23 @@ def trace(system: System, drawn: Sequence[Prompt], continues: bool, around: Harn
             request = Request(number, turn, prompt, tokens, server, env.now, env.event())
             requests.append(request)
             if gateway is None:
-                yield from answer(request)
+                taken_s = yield from answer(request)
             else:
                 with gateway.request() as stream:
                     yield stream
                     request.queued_s = env.now - request.sent_s
                     request.routed_s = latencies_s[2 * number + (turn == "continuation")]
                     yield env.timeout(request.routed_s)
-                    yield from answer(request)
+                    taken_s = yield from answer(request)
+            yield env.timeout(taken_s - env.now)
             tokens += prompt.max_tokens
 
-    def answer(request: Request) -> _Process:
+    def answer(request: Request) -> Generator[simpy.Event, Any, float]:
         client.open_streams += 1
         servers[request.server].submit(request)
         taken_s = yield request.done
-        yield env.timeout(taken_s - env.now)
         client.open_streams -= 1
+        return taken_s
 
     for server in servers:
         env.process(server.run(env, client))

@@ -292,8 +292,9 @@ class Fitted(StepTimes):
     """Step times of a measured engine, fitted to its records; to predict loads that were not measured.
 
     Decode steps are tabulated by batch size: the median time between two tokens of an answer while so many answers
-    were under way on its server, made non-decreasing, linear between the measured batch sizes. Prompts are read at a
-    fixed and a per-token time, fitted to the time to first token of single users, the gateway's share taken off.
+    were under way on its server and no prompt was read, made non-decreasing, linear between the measured batch sizes.
+    Prompts are read at a fixed and a per-token time, fitted to the time to first token of single users, the gateway's
+    share taken off.
 
     Parameters
     ----------
@@ -338,13 +339,14 @@ class Fitted(StepTimes):
 
 
 def _gaps_by_batch(server: pd.DataFrame) -> pd.DataFrame:
-    """Inter-token times of one server's answers and how many answers were under way at each."""
+    """Inter-token times of one server's answers without a prompt read between, and the answers then under way."""
     starts, ends = np.sort(server["t_first_ns"].to_numpy()), np.sort(server["t_last_ns"].to_numpy())
     stamps: Sequence[npt.NDArray[np.int64]] = [np.asarray(tokens) for tokens in server["token_ns"]]
-    if not stamps:
-        return pd.DataFrame({"batch": [], "gap_s": []})
+    sooner = np.concatenate([tokens[:-1] for tokens in stamps])
     later = np.concatenate([tokens[1:] for tokens in stamps])
-    gaps = np.concatenate([np.diff(tokens) for tokens in stamps])
-    middle = later - gaps // 2
+    gaps = later - sooner
+    # a step's messages arrive within a fraction of it, so a prompt's first token may come a little after the others'
+    began = np.searchsorted(starts, later + gaps // 4, "right") - np.searchsorted(starts, sooner + gaps // 4, "right")
+    middle = sooner + gaps // 2
     batch = np.searchsorted(starts, middle, "right") - np.searchsorted(ends, middle, "left")
-    return pd.DataFrame({"batch": batch, "gap_s": gaps * 1e-9})
+    return pd.DataFrame({"batch": batch, "gap_s": gaps * 1e-9})[began == 0]
