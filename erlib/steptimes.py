@@ -293,8 +293,9 @@ class Fitted(StepTimes):
 
     Decode steps are tabulated by batch size: the median time between two tokens of an answer while so many answers
     were under way on its server and no prompt was read, made non-decreasing, linear between the measured batch sizes.
-    Prompts are read at a fixed and a per-token time, fitted to the time to first token of single users, the gateway's
-    share taken off.
+    Where prompts were read between two tokens, that took longer by a fixed and a per-token time. A step that only reads
+    prompts has a fixed and a per-token time of its own, fitted to the times to first token (the gateway's share taken
+    off) of single users and of those whom a server served at once when all came together.
 
     Parameters
     ----------
@@ -313,40 +314,67 @@ class Fitted(StepTimes):
         if records["config"].nunique() != 1:
             raise ValueError(f"fit one configuration at a time, not {sorted(records['config'].unique())}")
         done = records[records["status"] == "ok"]
-        alone = done[done["users"] == 1]
-        if alone.empty:
+        if not (done["users"] == 1).any():
             raise ValueError("calibrating needs records of a single user: without them, time in queues looks like work")
-        servers = done.groupby(["source", "mix", "users", "repeat", "expert"])
-        observed = pd.concat([_gaps_by_batch(server) for _, server in servers]).groupby("batch")["gap_s"]
-        gaps = observed.median()[observed.count() >= min_gaps]
-        if gaps.empty:
+        servers = [server for _, server in done.groupby(["source", "mix", "users", "repeat", "expert"])]
+        gaps = pd.concat([_gaps(server) for server in servers])
+        undisturbed = gaps[gaps["prompt_tokens"] == 0].groupby("batch")["gap_s"]
+        decode_s = undisturbed.median()[undisturbed.count() >= min_gaps]
+        if decode_s.empty:
             raise ValueError(f"no batch size has {min_gaps} inter-token times; give more records or lower min_gaps")
-        self.batches: npt.NDArray[np.int64] = gaps.index.to_numpy()
-        self.decode_table_s: npt.NDArray[np.float64] = np.maximum.accumulate(gaps.to_numpy())
-        first_s = (alone["t_first_ns"] - alone["t_send_ns"] - alone[_ROUTE_COLUMNS].fillna(0).sum(axis=1)) * 1e-9
-        design = np.column_stack([np.ones(len(alone)), alone["input_tokens"]])
-        (self.prefill_fixed_s, self.prefill_per_token_s), _ = nnls(design, first_s.to_numpy())
+        self.batches: npt.NDArray[np.int64] = decode_s.index.to_numpy()
+        self.decode_table_s: npt.NDArray[np.float64] = np.maximum.accumulate(decode_s.to_numpy())
+        read = pd.concat([_read_before_first_token(server) for server in servers])
+        self.prefill_s_by_tokens = _fixed_and_per_token(read["tokens"], read["first_s"])
+        both = gaps[(gaps["prompt_tokens"] > 0) & (gaps["batch"] <= self.batches[-1])]
+        longer_s = both["gap_s"] - np.interp(both["batch"], self.batches, self.decode_table_s)
+        # without a prompt that met an answer, reading one is taken to cost the same beside decoding as alone
+        self.stall_s_by_tokens = (
+            _fixed_and_per_token(both["prompt_tokens"], longer_s) if len(both) >= min_gaps else self.prefill_s_by_tokens
+        )
         longest = int((done["input_tokens"] + done["output_tokens"]).max())
         self.limits = Limits(np.inf, int(self.batches[-1]), longest)
 
     def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
         self._check(prompts, prompt_tokens, sequences, context_tokens)
-        decoding = float(np.interp(sequences, self.batches, self.decode_table_s)) if sequences else 0.0
+        decoding_s = float(np.interp(sequences, self.batches, self.decode_table_s)) if sequences else 0.0
         if not prompts:
-            return decoding
-        # the fixed part (launching kernels, reading weights) is paid once by a step that does both
-        return max(decoding, self.prefill_fixed_s) + self.prefill_per_token_s * prompt_tokens
+            return decoding_s
+        fixed_s, per_token_s = self.stall_s_by_tokens if sequences else self.prefill_s_by_tokens
+        return decoding_s + fixed_s + per_token_s * prompt_tokens
 
 
-def _gaps_by_batch(server: pd.DataFrame) -> pd.DataFrame:
-    """Inter-token times of one server's answers without a prompt read between, and the answers then under way."""
-    starts, ends = np.sort(server["t_first_ns"].to_numpy()), np.sort(server["t_last_ns"].to_numpy())
+def _fixed_and_per_token(tokens: pd.Series, seconds: pd.Series) -> tuple[float, float]:
+    (fixed_s, per_token_s), _ = nnls(np.column_stack([np.ones(len(tokens)), tokens]), seconds.to_numpy())
+    return float(fixed_s), float(per_token_s)
+
+
+def _gaps(server: pd.DataFrame) -> pd.DataFrame:
+    """Inter-token times of one server's answers, the answers then under way and the prompt tokens read between."""
+    server = server.sort_values("t_first_ns")
+    starts, ends = server["t_first_ns"].to_numpy(), np.sort(server["t_last_ns"].to_numpy())
+    read = np.concatenate([[0], server["input_tokens"].cumsum()])
     stamps: Sequence[npt.NDArray[np.int64]] = [np.asarray(tokens) for tokens in server["token_ns"]]
     sooner = np.concatenate([tokens[:-1] for tokens in stamps])
     later = np.concatenate([tokens[1:] for tokens in stamps])
     gaps = later - sooner
     # a step's messages arrive within a fraction of it, so a prompt's first token may come a little after the others'
-    began = np.searchsorted(starts, later + gaps // 4, "right") - np.searchsorted(starts, sooner + gaps // 4, "right")
+    before, after = (np.searchsorted(starts, stamp + gaps // 4, "right") for stamp in (sooner, later))
     middle = sooner + gaps // 2
     batch = np.searchsorted(starts, middle, "right") - np.searchsorted(ends, middle, "left")
-    return pd.DataFrame({"batch": batch, "gap_s": gaps * 1e-9})[began == 0]
+    return pd.DataFrame({"batch": batch, "gap_s": gaps * 1e-9, "prompt_tokens": read[after] - read[before]})
+
+
+def _read_before_first_token(server: pd.DataFrame) -> pd.DataFrame:
+    """Prompt tokens that one server had read by each request's first token, and the time that this took.
+
+    Of single users all requests; otherwise the first ones, until an answer ends: later ones may have waited for a slot.
+    """
+    routed_ns = server[_ROUTE_COLUMNS].fillna(0).sum(axis=1)
+    first_s = (server["t_first_ns"] - server["t_send_ns"] - routed_ns) * 1e-9
+    if (server["users"] == 1).all():
+        return pd.DataFrame({"tokens": server["input_tokens"], "first_s": first_s})
+    at_once = server[(server["turn"] == "base") & (server["t_first_ns"] < server["t_last_ns"].min())]
+    ordered = at_once.sort_values("t_first_ns")
+    tokens = ordered.groupby("t_first_ns")["input_tokens"].sum().cumsum().reindex(ordered["t_first_ns"]).to_numpy()
+    return pd.DataFrame({"tokens": tokens, "first_s": first_s[ordered.index]})
