@@ -135,6 +135,18 @@ def test_fitted_finds_the_engine_behind_the_records_and_predicts_other_loads():
             assert guessed == pytest.approx(real, rel=0.05)
 
 
+def test_fitted_tells_reading_alone_from_reading_beside_decoding():
+    class Overlapping(Linear):
+        def step_s(self, prompts, prompt_tokens, sequences, context_tokens):
+            alone = super().step_s(prompts, prompt_tokens, sequences, context_tokens)
+            return alone + 0.05 if prompts and not sequences else alone
+
+    rows = [row for users in (1, 4, 32) for row in _measure(Overlapping(), users)]
+    fitted = Fitted(_frame(rows))
+    for step in ((1, 64, 0, 0), (2, 150, 8, 400), (1, 64, 15, 1000)):
+        assert fitted.step_s(*step) == pytest.approx(Overlapping().step_s(*step), rel=0.05)
+
+
 def test_fitted_refuses_what_it_cannot_know():
     rows = _measure(Linear(), 1) + _measure(Linear(), 4)
     fitted = Fitted(_frame(rows))
