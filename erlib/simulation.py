@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 from collections import deque
@@ -21,7 +22,6 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +66,11 @@ class System:
     kv_block_tokens: int = 64
     max_step_tokens: int = 8192
     """Prompt and decoded tokens of one step; a prompt is never cut in two (chunked context off)."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.instances, self.batch_size, self.kv_tokens, self.kv_block_tokens, self.max_step_tokens)
+        if min(sizes) < 1:
+            raise SimulationError(f"{self.config}: all sizes must be at least 1, not {sizes}")
 
 
 @dataclass(frozen=True)
@@ -254,7 +259,7 @@ class Server:
         step_s = self.system.steps.step_s
         running = context_tokens = reserved = 0
         ending: dict[int, list[Request]] = {}
-        for step in range(2**62):
+        for step in itertools.count():
             if not running and not self._waiting:
                 self._idle = env.event()
                 yield self._idle
@@ -332,11 +337,13 @@ def trace(system: System, drawn: Sequence[Prompt], continues: bool, around: Harn
     """
     if not drawn:
         raise SimulationError("a point needs at least one user")
+    if min(min(prompt.input_tokens, prompt.max_tokens) for prompt in drawn) < 1:
+        raise SimulationError("every prompt and every answer has at least one token")
     classifies = system.routing == "expert_router"
-    beyond = max(prompt.cluster for prompt in drawn)
-    if classifies and beyond >= system.instances:
+    strays = {prompt.cluster for prompt in drawn} - set(range(system.instances))
+    if classifies and strays:
         raise SimulationError(
-            f"{system.config} has {system.instances} experts, but a prompt belongs to cluster {beyond}"
+            f"{system.config} has {system.instances} experts, but a prompt belongs to cluster {max(strays)}"
         )
     env, client = simpy.Environment(), _Client(around)
     servers = [Server(system) for _ in range(system.instances)]
@@ -476,6 +483,7 @@ class Point:
 
     config: str
     paper: Paper
+    around: Harness
     mix: Mix
     users: int
     repeat: int
@@ -483,30 +491,34 @@ class Point:
 
 
 def points(
-    profile: Profile, preset: Preset, directory: Path, workloads: Mapping[Paper, Workload], papers: Iterable[Paper]
+    profile: Profile,
+    around: Mapping[Paper, Harness],
+    directory: Path,
+    workloads: Mapping[Paper, Workload],
+    papers: Iterable[Paper],
 ) -> list[Point]:
     """All points of the papers' load experiments; names carry a hash of what they are computed from."""
-    code = [Path(__file__), Path(steptimes.__file__), steptimes.TABLE]
+    code = [*(Path(str(module.__file__)) for module in (prompts, engines, steptimes)), Path(__file__), steptimes.TABLE]
     result = []
     for paper in papers:
         settings = profile.paper1 if paper == "p1" else profile.paper2
         frame = workloads[paper].frame[["prompt", "cluster", "input_tokens", "max_tokens"]]
         inputs = [frame.to_json(), workloads[paper].sigma, profile.seed, profile.workload.p2_max_output_tokens]
-        inputs += [asdict(harness(preset, paper)), *code]
+        inputs += [asdict(around[paper]), *code]
         for name in settings.configs:
             configuration = config.load_configuration(name)
             base = config.digest(*inputs, configuration.model_dump(mode="json", exclude={"laptop"}))
             mixes = settings.mixes if configuration.routing == "expert_router" else settings.mixes[:1]
-            for mix, users, repeat in product(mixes, settings.users, range(settings.repeats)):
+            for mix, users, repeat in itertools.product(mixes, settings.users, range(settings.repeats)):
                 digest = config.digest(base, mix, users, repeat)
-                path = directory / preset / name / f"{mix}-u{users:04d}-r{repeat}-{digest}.parquet"
-                result.append(Point(name, paper, mix, users, repeat, path))
+                path = directory / around[paper].name / name / f"{mix}-u{users:04d}-r{repeat}-{digest}.parquet"
+                result.append(Point(name, paper, around[paper], mix, users, repeat, path))
     return result
 
 
 def run(
     profile: Profile,
-    preset: Preset,
+    preset: Preset | Mapping[Paper, Harness],
     directory: Path,
     workloads: Mapping[Paper, Workload] | None = None,
     papers: Iterable[Paper] = ("p1", "p2"),
@@ -519,9 +531,10 @@ def run(
     ----------
     profile : Profile
         At full scale (e.g. ``dgx-h100``): configurations, user levels, repeats, mixes, seed.
-    preset : {"hardware", "harness"}
+    preset : {"hardware", "harness"} or mapping
+        A preset's name, or what is around the engines in each paper, under a name of your own.
     directory : Path
-        Records go to ``<directory>/<preset>/<config>/``.
+        Records go to ``<directory>/<name of the preset>/<config>/``.
     workloads : mapping, optional
         Of each paper, at full scale (:func:`at_paper_scale`); by default without texts.
     papers : iterable of {"p1", "p2"}
@@ -542,16 +555,18 @@ def run(
         )
     papers = list(papers)
     workloads = dict(workloads or {paper: textless_workload(profile, paper) for paper in papers})
-    wanted = points(profile, preset, directory, workloads, papers)
+    around = {p: harness(preset, p) for p in papers} if isinstance(preset, str) else preset
+    label = "simulation " + " and ".join(dict.fromkeys(around[paper].name for paper in papers))
+    wanted = points(profile, around, directory, workloads, papers)
     todo = [point for point in wanted if not point.path.exists()]
-    print(f"simulation {preset}: {len(wanted) - len(todo)} of {len(wanted)} points found by content hash")
+    print(f"{label}: {len(wanted) - len(todo)} of {len(wanted)} points found by content hash")
     # the longest first, so that no worker is left alone with one
     todo.sort(key=lambda point: -point.users)
     with (
         ProcessPoolExecutor(workers) as pool,
-        tqdm(total=sum(point.users for point in todo), unit="user", desc=f"simulation {preset}") as progress,
+        tqdm(total=sum(point.users for point in todo), unit="user", desc=label) as progress,
     ):
-        jobs = {pool.submit(_write, profile, preset, workloads[p.paper], p, columns): p for p in todo}
+        jobs = {pool.submit(_write, profile, workloads[p.paper], p, columns): p for p in todo}
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -562,9 +577,7 @@ def run(
     return [point.path for point in wanted]
 
 
-def _write(
-    profile: Profile, preset: Preset, workload: Workload, point: Point, columns: Mapping[str, Any] | None
-) -> None:
+def _write(profile: Profile, workload: Workload, point: Point, columns: Mapping[str, Any] | None) -> None:
     limit = profile.workload.p2_max_output_tokens if point.paper == "p2" else None
     system = paper_system(point.config, answer_limit=limit)
     drawn = prompts.draw(workload, point.users, point.mix, profile.seed, point.repeat)
@@ -575,7 +588,7 @@ def _write(
         paper=point.paper,
         mix=point.mix,
         repeat=point.repeat,
-        around=harness(preset, point.paper),
+        around=point.around,
         seed=_seed(profile.seed, point),
         columns=provenance | dict(columns or {}),
     )

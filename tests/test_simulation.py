@@ -162,6 +162,8 @@ def test_requests_go_where_the_routing_says():
     assert experts("round_robin", drawn) == experts("replicas", drawn) == [0, 1, 2, 3, 0, 1]
     with pytest.raises(SimulationError, match="4 experts, but a prompt belongs to cluster 4"):
         experts("expert_router", [Prompt(0, 4, "", 10, 2, FORCED)])
+    with pytest.raises(SimulationError, match="cluster -1"):
+        experts("expert_router", [Prompt(0, -1, "", 10, 2, FORCED)])
 
 
 def test_what_can_never_be_served_is_an_error():
@@ -169,6 +171,9 @@ def test_what_can_never_be_served_is_an_error():
         ({"kv_tokens": 64}, users(1), "needs 2 KV blocks"),
         ({"max_step_tokens": 99}, users(1), "a step takes 99 tokens"),
         ({}, [], "at least one user"),
+        ({}, users(1, output_tokens=0), "at least one token"),
+        ({}, users(1, input_tokens=0), "at least one token"),
+        ({"batch_size": 0}, users(1), "sizes must be at least 1"),
     ]:
         with pytest.raises(SimulationError, match=message):
             simulation.trace(system(**changes), drawn, continues=False)
@@ -300,6 +305,14 @@ def test_the_same_seed_gives_the_same_records_and_repeats_differ(tmp_path):
     assert [list(tokens) for tokens in one["token_ns"]] == [list(tokens) for tokens in again["token_ns"]]
     first, second = (one[(one["repeat"] == repeat) & (one["users"] == 9)] for repeat in (0, 1))
     assert (first["route_forward_ns"].to_numpy() != second["route_forward_ns"].to_numpy()).all()
+
+
+def test_the_reader_may_move_the_harness(tmp_path):
+    wide = {"p1": replace(HARNESS["p1"], name="320 streams", gateway_streams=320)}
+    profile = _small(**{"paper1.configs": ["p1.D"]})
+    files = simulation.run(profile, wide, tmp_path, papers=["p1"], workers=1)
+    assert {path.parents[1].name for path in files} == {"320 streams"}
+    assert set(records.read_files(files)["host"]) == {"8 x H100 in virtual time, preset 320 streams"}
 
 
 def test_columns_may_be_replaced():
