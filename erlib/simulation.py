@@ -1,0 +1,600 @@
+"""The papers' experiments in virtual time: discrete-event simulation of engines, gateway and client at full scale.
+
+One event per engine step (:mod:`erlib.steptimes` says how long it lasts), not per token: all sequences of a step get
+their tokens together, so an answer's timestamps are a slice of its server's steps. What is simulated is TensorRT-LLM's
+in-flight batching with ``guaranteed_no_evict``: first come, first served; a request enters when a batch slot is free,
+KV blocks for its prompt and its longest answer can be reserved, and its prompt fits into the step.
+
+Two presets: ``hardware`` is nothing but the GPUs; ``harness`` puts a gateway that relays few streams at a time and a
+client of limited speed around them. The harness' numbers are a hypothesis fitted to the papers' statements, never a
+measurement.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import itertools
+import json
+import math
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import simpy
+from tqdm import tqdm
+
+from erlib import config, engines, prompts, records, steptimes, sweep
+from erlib.config import ConfigError, Mix, Profile, Routing
+from erlib.prompts import Prompt, Workload
+from erlib.steptimes import Calibration, StepTimes
+
+Paper = Literal["p1", "p2"]
+Preset = Literal["hardware", "harness"]
+
+_STATED_KV_TOLERANCE = 0.03
+_CLUSTERS = 8
+_Process = Generator[simpy.Event, Any, None]
+
+
+class SimulationError(ValueError):
+    """A system cannot serve what it is asked for; the message says why."""
+
+
+# --- what is simulated --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class System:
+    """Engines and how requests reach them; sizes are per instance."""
+
+    config: str
+    routing: Routing
+    steps: StepTimes
+    instances: int
+    batch_size: int
+    kv_tokens: int
+    answer_limit: int | None = None
+    """Tokens of the longest answer, for which KV cache is reserved; None: each request's own length."""
+    kv_block_tokens: int = 64
+    max_step_tokens: int = 8192
+    """Prompt and decoded tokens of one step; a prompt is never cut in two (chunked context off)."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.instances, self.batch_size, self.kv_tokens, self.kv_block_tokens, self.max_step_tokens)
+        if min(sizes) < 1:
+            raise SimulationError(f"{self.config}: all sizes must be at least 1, not {sizes}")
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What stands between users and engines.
+
+    A gateway's stream is free again when the server has sent the last token; what the client has not taken yet waits
+    in the stream's buffers. The client takes messages in the order in which they were sent, at
+    ``client_tokens_per_s / (1 + max(0, n - client_knee) / client_slope)`` per second while the servers have n requests:
+    its threads get into each other's way.
+    """
+
+    name: str
+    gateway_streams: int | None = None
+    """Requests that the gateways relay at a time, all together; further ones wait. None: no limit."""
+    routing_mean_s: float = 0.0
+    routing_sd_s: float = 0.0
+    """Latency of classification (lognormal), for configurations that classify."""
+    client_tokens_per_s: float | None = None
+    """None: the client keeps up with everything."""
+    client_knee: int = 200
+    client_slope: float = 800
+
+
+HARDWARE = Harness("hardware")
+HARNESS: dict[Paper, Harness] = {
+    "p1": Harness("harness", 160, routing_mean_s=0.442, routing_sd_s=0.302, client_tokens_per_s=2000),
+    "p2": Harness("harness", 48, routing_mean_s=0.442, routing_sd_s=0.302),
+}
+"""Routing latency as both papers state it (section V, "TTFT"); streams and client speed fitted to their claims."""
+
+
+def harness(preset: Preset, paper: Paper) -> Harness:
+    """The harness of a preset; change single numbers with :func:`dataclasses.replace`."""
+    if preset not in ("hardware", "harness"):
+        raise ConfigError(f"preset must be 'hardware' or 'harness', not {preset!r}")
+    return HARDWARE if preset == "hardware" else HARNESS[paper]
+
+
+def paper_system(name: str, calibration: Calibration | None = None, answer_limit: int | None = None) -> System:
+    """A configuration of a paper (or a baseline beside one) on 8 H100s.
+
+    KV tokens are those that the text states where they agree with the printed KV cache, and otherwise those that the
+    printed cache holds (p1.C states more than twice as many).
+
+    Parameters
+    ----------
+    name : str
+        ``p1.A`` ... ``p2.R``.
+    calibration : Calibration, optional
+    answer_limit : int, optional
+        See :class:`System`.
+    """
+    configuration = config.load_configuration(name)
+    printed = configuration.system
+    held = engines.kv_tokens(printed)
+    agree = printed.kv_tokens and abs(printed.kv_tokens / held - 1) <= _STATED_KV_TOLERANCE
+    steps: StepTimes = steptimes.for_configuration(configuration)
+    return System(
+        config=name,
+        routing=configuration.routing,
+        steps=steps.calibrated(calibration) if calibration else steps,
+        instances=printed.instances,
+        batch_size=printed.batch_size,
+        kv_tokens=printed.kv_tokens if printed.kv_tokens and agree else held,
+        answer_limit=answer_limit,
+    )
+
+
+# --- the workload at full scale -----------------------------------------------------------------------------------
+
+
+def at_paper_scale(workload: Workload, profile: Profile, paper: Paper) -> Workload:
+    """A workload that was cut for this machine, with the papers' lengths: the router's decisions stay.
+
+    Paper 2's answers get MLPerf's lengths, whatever ``workload.p2_answers`` is: nobody generates them here.
+    """
+    forced = {"workload": profile.workload.model_copy(update={"p2_answers": "mlperf"}), "scale": _FULL_SCALE}
+    rng = np.random.default_rng([profile.seed, *paper.encode()])
+    lengths, _ = prompts.answer_tokens(paper, profile.model_copy(update=forced), len(workload.frame), rng)
+    tokens = workload.frame["paper_input_tokens"]
+    frame = workload.frame.assign(input_tokens=tokens, max_tokens=lengths, end_id=prompts.FORCED)
+    return replace(workload, frame=frame)
+
+
+def textless_workload(profile: Profile, paper: Paper, n_clusters: int = _CLUSTERS, per_cluster: int = 512) -> Workload:
+    """A pool of the papers' lengths without texts, equally many prompts per cluster, where no clusterer is at hand."""
+    n = n_clusters * per_cluster
+    lengths = prompts.paper_input_tokens(paper, profile.workload, n)
+    rng = np.random.default_rng([profile.seed, *paper.encode()])
+    # as in a workload of texts: every cluster gets the same spread of lengths
+    lengths = rng.permuted(lengths.reshape(per_cluster, n_clusters), axis=1).ravel()
+    columns = {"prompt": np.arange(n), "paper": paper, "cluster": np.arange(n) % n_clusters, "text": ""}
+    frame = pd.DataFrame(columns | {"paper_input_tokens": lengths})
+    return at_paper_scale(Workload(frame, n_clusters, profile.workload.sigma), profile, paper)
+
+
+_FULL_SCALE = config.Scale(users=1, tokens=1)
+
+
+# --- engines, gateway, client, users ------------------------------------------------------------------------------
+
+
+@dataclass
+class Request:
+    """One request on its way; times in seconds of virtual time."""
+
+    user: int
+    turn: str
+    prompt: Prompt
+    input_tokens: int
+    server: int
+    sent_s: float
+    done: simpy.Event
+    queued_s: float = 0.0
+    routed_s: float = 0.0
+    first_step: int = -1
+
+    @property
+    def output_tokens(self) -> int:
+        return self.prompt.max_tokens
+
+
+class _Client:
+    """Takes the messages of all streams, in the order in which they come, as fast as it can."""
+
+    def __init__(self, settings: Harness):
+        self._settings = settings
+        self._free_s = 0.0
+        self.open_streams = 0
+        """Requests that the servers have."""
+
+    def take(self, now_s: float, messages: int) -> float:
+        """When the client has taken the messages of a step; they count as taken together."""
+        if self._settings.client_tokens_per_s is None:
+            return now_s
+        slower = 1 + max(0, self.open_streams - self._settings.client_knee) / self._settings.client_slope
+        self._free_s = max(self._free_s, now_s) + messages * slower / self._settings.client_tokens_per_s
+        return self._free_s
+
+
+@dataclass
+class Server:
+    """One engine instance; what it did stays readable afterwards."""
+
+    system: System
+    taken_s: list[float] = field(default_factory=list)
+    """When the client had each step's tokens."""
+    ends_s: list[float] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list)
+    """Sequences that got a token in each step."""
+    kv_blocks: list[int] = field(default_factory=list)
+    """KV blocks reserved in each step."""
+    _waiting: deque[Request] = field(default_factory=deque)
+    _idle: simpy.Event | None = None
+
+    @property
+    def kv_blocks_total(self) -> int:
+        return self.system.kv_tokens // self.system.kv_block_tokens
+
+    def blocks(self, request: Request) -> int:
+        """KV blocks to reserve, so that the request never has to be evicted."""
+        answer = max(request.output_tokens, self.system.answer_limit or 0)
+        return math.ceil((request.input_tokens + answer) / self.system.kv_block_tokens)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises
+        ------
+        SimulationError
+            If it would wait for ever.
+        """
+        needed, most = self.blocks(request), self.system.max_step_tokens
+        if needed > self.kv_blocks_total or request.input_tokens > most:
+            raise SimulationError(
+                f"{self.system.config}: a request with {request.input_tokens} prompt tokens needs {needed} KV blocks; "
+                f"an instance has {self.kv_blocks_total}, and a step takes {most} tokens"
+            )
+        self._waiting.append(request)
+        if self._idle and not self._idle.triggered:
+            self._idle.succeed()
+
+    def run(self, env: simpy.Environment, client: _Client) -> _Process:
+        """The engine's loop."""
+        step_s = self.system.steps.step_s
+        running = context_tokens = reserved = 0
+        ending: dict[int, list[Request]] = {}
+        for step in itertools.count():
+            if not running and not self._waiting:
+                self._idle = env.event()
+                yield self._idle
+            admitted, prompt_tokens = self._admit(running, reserved) if self._waiting else ([], 0)
+            yield env.timeout(step_s(len(admitted), prompt_tokens, running, context_tokens))
+            context_tokens += running + prompt_tokens + len(admitted)
+            running += len(admitted)
+            for request in admitted:
+                reserved += self.blocks(request)
+                request.first_step = step
+                ending.setdefault(step + request.output_tokens - 1, []).append(request)
+            now = env.now
+            taken_s = client.take(now, running)
+            self.taken_s.append(taken_s)
+            self.ends_s.append(now)
+            self.sequences.append(running)
+            self.kv_blocks.append(reserved)
+            if step not in ending:
+                continue
+            for request in ending.pop(step):
+                running -= 1
+                context_tokens -= request.input_tokens + request.output_tokens
+                reserved -= self.blocks(request)
+                request.done.succeed(taken_s)
+
+    def _admit(self, running: int, reserved: int) -> tuple[list[Request], int]:
+        admitted: list[Request] = []
+        prompt_tokens = 0
+        while self._waiting and running + len(admitted) < self.system.batch_size:
+            request = self._waiting[0]
+            fits = running + prompt_tokens + request.input_tokens <= self.system.max_step_tokens
+            reserved += self.blocks(request)
+            if not fits or reserved > self.kv_blocks_total:
+                break
+            admitted.append(self._waiting.popleft())
+            prompt_tokens += request.input_tokens
+        return admitted, prompt_tokens
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything that happened at one point."""
+
+    requests: list[Request]
+    servers: list[Server]
+
+    def token_ns(self) -> list[npt.NDArray[np.int64]]:
+        """When the client had each request's tokens, in the order of :attr:`requests`."""
+        steps_ns = [np.rint(np.array(server.taken_s) * 1e9).astype(np.int64) for server in self.servers]
+        return [steps_ns[r.server][r.first_step : r.first_step + r.output_tokens] for r in self.requests]
+
+
+def trace(system: System, drawn: Sequence[Prompt], continues: bool, around: Harness = HARDWARE, seed: int = 0) -> Trace:
+    """Let all users of one point do their requests; they start together, each waits for an answer before the next.
+
+    Parameters
+    ----------
+    system : System
+    drawn : sequence of Prompt
+        One per user, at full scale (:func:`at_paper_scale`); ``cluster`` is the router's decision, and ``max_tokens``
+        the length of the answer.
+    continues : bool
+        Whether a continuation prompt follows: the base prompt and its answer (paper 1, section IV-B). It goes to the
+        same cluster.
+    around : Harness
+    seed : int
+        Of the routing latencies.
+
+    Raises
+    ------
+    SimulationError
+        If a cluster has no server, or a request can never be served.
+    OutOfRange
+        If a step is larger than the step times know.
+    """
+    if not drawn:
+        raise SimulationError("a point needs at least one user")
+    if min(min(prompt.input_tokens, prompt.max_tokens) for prompt in drawn) < 1:
+        raise SimulationError("every prompt and every answer has at least one token")
+    classifies = system.routing == "expert_router"
+    strays = {prompt.cluster for prompt in drawn} - set(range(system.instances))
+    if classifies and strays:
+        raise SimulationError(
+            f"{system.config} has {system.instances} experts, but a prompt belongs to cluster {max(strays)}"
+        )
+    env, client = simpy.Environment(), _Client(around)
+    servers = [Server(system) for _ in range(system.instances)]
+    gateway = None
+    if system.routing in ("expert_router", "replicas"):
+        gateway = simpy.Resource(env, capacity=around.gateway_streams or len(drawn))
+    latencies_s = _routing_latencies(around if classifies else HARDWARE, 2 * len(drawn), seed)
+    requests: list[Request] = []
+
+    def user(number: int, prompt: Prompt) -> _Process:
+        tokens = prompt.input_tokens
+        for turn in ("base", "continuation") if continues else ("base",):
+            turns_taken = len(requests) if system.routing == "replicas" else number
+            server = prompt.cluster if classifies else turns_taken % system.instances
+            request = Request(number, turn, prompt, tokens, server, env.now, env.event())
+            requests.append(request)
+            if gateway is None:
+                taken_s = yield from answer(request)
+            else:
+                with gateway.request() as stream:
+                    yield stream
+                    request.queued_s = env.now - request.sent_s
+                    request.routed_s = latencies_s[2 * number + (turn == "continuation")]
+                    yield env.timeout(request.routed_s)
+                    taken_s = yield from answer(request)
+            yield env.timeout(taken_s - env.now)
+            tokens += prompt.max_tokens
+
+    def answer(request: Request) -> Generator[simpy.Event, Any, float]:
+        client.open_streams += 1
+        servers[request.server].submit(request)
+        taken_s = yield request.done
+        client.open_streams -= 1
+        return taken_s
+
+    for server in servers:
+        env.process(server.run(env, client))
+    everybody = env.all_of([env.process(user(number, prompt)) for number, prompt in enumerate(drawn)])
+    env.run(everybody)
+    return Trace(requests, servers)
+
+
+def _routing_latencies(around: Harness, n: int, seed: int) -> list[float]:
+    if not around.routing_mean_s:
+        return [0.0] * n
+    variance = math.log1p((around.routing_sd_s / around.routing_mean_s) ** 2)
+    mean = math.log(around.routing_mean_s) - variance / 2
+    return np.random.default_rng(seed).lognormal(mean, math.sqrt(variance), n).tolist()
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def simulate(
+    system: System,
+    drawn: Sequence[Prompt],
+    *,
+    paper: Paper,
+    mix: Mix = "uniform",
+    repeat: int = 0,
+    around: Harness = HARDWARE,
+    seed: int = 0,
+    columns: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Records of one point (:data:`erlib.records.SCHEMA`), one row per request, ``source`` "simulated".
+
+    Parameters
+    ----------
+    system, drawn, around, seed
+        See :func:`trace`.
+    paper : {"p1", "p2"}
+        Paper 1's users send a continuation prompt.
+    mix, repeat
+        For the records; the draw has them already.
+    columns : mapping, optional
+        Further columns, or others than these, e.g. ``profile`` or ``source``.
+
+    Returns
+    -------
+    list of dict
+        ``host`` names the preset. Of the gateway's spans only ``queue`` (wait for a stream) and ``forward`` (the
+        routing latency as a whole) are modelled. Columns about the client's own lag are missing.
+    """
+    happened = trace(system, drawn, continues=paper == "p1", around=around, seed=seed)
+    stamps = happened.token_ns()
+    shared = {
+        "source": "simulated",
+        "paper": paper,
+        "experiment": "load",
+        "config": system.config,
+        "mix": mix,
+        "users": len(drawn),
+        "repeat": repeat,
+        "server_tokens": sum(sum(server.sequences) for server in happened.servers),
+        "host": f"8 x H100 in virtual time, preset {around.name}",
+        "versions": _versions(),
+        "git_commit": sweep.git_commit(),
+        "seed": seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "status": "ok",
+        **(columns or {}),
+    }
+    rows = []
+    for request, token_ns in zip(happened.requests, stamps, strict=True):
+        row = {
+            **shared,
+            "user": request.user,
+            "turn": request.turn,
+            "cluster": request.prompt.cluster,
+            "expert": request.server,
+            "prompt": request.prompt.prompt,
+            "input_tokens": request.input_tokens,
+            "output_tokens": request.output_tokens,
+            "t_send_ns": round(request.sent_s * 1e9),
+            "t_first_ns": int(token_ns[0]),
+            "t_last_ns": int(token_ns[-1]),
+            "token_ns": token_ns,
+        }
+        if system.routing in ("expert_router", "replicas"):
+            row |= {"route_queue_ns": round(request.queued_s * 1e9), "route_forward_ns": round(request.routed_s * 1e9)}
+        rows.append(row)
+    return rows
+
+
+@functools.cache
+def _versions() -> str:
+    table = config.digest(steptimes.TABLE)
+    return json.dumps({name: importlib.metadata.version(name) for name in ("simpy", "numpy")} | {"step_times": table})
+
+
+# --- both papers --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """One file of records."""
+
+    config: str
+    paper: Paper
+    around: Harness
+    mix: Mix
+    users: int
+    repeat: int
+    path: Path
+
+
+def points(
+    profile: Profile,
+    around: Mapping[Paper, Harness],
+    directory: Path,
+    workloads: Mapping[Paper, Workload],
+    papers: Iterable[Paper],
+) -> list[Point]:
+    """All points of the papers' load experiments; names carry a hash of what they are computed from."""
+    code = [*(Path(str(module.__file__)) for module in (prompts, engines, steptimes)), Path(__file__), steptimes.TABLE]
+    result = []
+    for paper in papers:
+        settings = profile.paper1 if paper == "p1" else profile.paper2
+        frame = workloads[paper].frame[["prompt", "cluster", "input_tokens", "max_tokens"]]
+        inputs = [frame.to_json(), workloads[paper].sigma, profile.seed, profile.workload.p2_max_output_tokens]
+        inputs += [asdict(around[paper]), *code]
+        for name in settings.configs:
+            configuration = config.load_configuration(name)
+            base = config.digest(*inputs, configuration.model_dump(mode="json", exclude={"laptop"}))
+            mixes = settings.mixes if configuration.routing == "expert_router" else settings.mixes[:1]
+            for mix, users, repeat in itertools.product(mixes, settings.users, range(settings.repeats)):
+                digest = config.digest(base, mix, users, repeat)
+                path = directory / around[paper].name / name / f"{mix}-u{users:04d}-r{repeat}-{digest}.parquet"
+                result.append(Point(name, paper, around[paper], mix, users, repeat, path))
+    return result
+
+
+def run(
+    profile: Profile,
+    preset: Preset | Mapping[Paper, Harness],
+    directory: Path,
+    workloads: Mapping[Paper, Workload] | None = None,
+    papers: Iterable[Paper] = ("p1", "p2"),
+    workers: int = 2,
+    columns: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Simulate what is missing of both papers' load experiments; returns the files of all points.
+
+    Parameters
+    ----------
+    profile : Profile
+        At full scale (e.g. ``dgx-h100``): configurations, user levels, repeats, mixes, seed.
+    preset : {"hardware", "harness"} or mapping
+        A preset's name, or what is around the engines in each paper, under a name of your own.
+    directory : Path
+        Records go to ``<directory>/<name of the preset>/<config>/``.
+    workloads : mapping, optional
+        Of each paper, at full scale (:func:`at_paper_scale`); by default without texts.
+    papers : iterable of {"p1", "p2"}
+    workers : int
+        Processes.
+    columns : mapping, optional
+        See :func:`simulate`.
+
+    Raises
+    ------
+    ConfigError
+        If the profile is not at full scale.
+    """
+    if (profile.scale.users, profile.scale.tokens) != (1, 1):
+        raise ConfigError(
+            f"the simulation has the papers' own scale, but profile {profile.name!r} divides users by "
+            f"{profile.scale.users:g} and tokens by {profile.scale.tokens:g}; use dgx-h100"
+        )
+    papers = list(papers)
+    workloads = dict(workloads or {paper: textless_workload(profile, paper) for paper in papers})
+    around = {p: harness(preset, p) for p in papers} if isinstance(preset, str) else preset
+    label = "simulation " + " and ".join(dict.fromkeys(around[paper].name for paper in papers))
+    wanted = points(profile, around, directory, workloads, papers)
+    todo = [point for point in wanted if not point.path.exists()]
+    print(f"{label}: {len(wanted) - len(todo)} of {len(wanted)} points found by content hash")
+    # the longest first, so that no worker is left alone with one
+    todo.sort(key=lambda point: -point.users)
+    with (
+        ProcessPoolExecutor(workers) as pool,
+        tqdm(total=sum(point.users for point in todo), unit="user", desc=label) as progress,
+    ):
+        jobs = {pool.submit(_write, profile, workloads[p.paper], p, columns): p for p in todo}
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                progress.update(jobs[job].users)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [point.path for point in wanted]
+
+
+def _write(profile: Profile, workload: Workload, point: Point, columns: Mapping[str, Any] | None) -> None:
+    limit = profile.workload.p2_max_output_tokens if point.paper == "p2" else None
+    system = paper_system(point.config, answer_limit=limit)
+    drawn = prompts.draw(workload, point.users, point.mix, profile.seed, point.repeat)
+    provenance = {"profile": profile.name, "profile_hash": profile.digest, "point_hash": point.path.stem[-16:]}
+    rows = simulate(
+        system,
+        drawn,
+        paper=point.paper,
+        mix=point.mix,
+        repeat=point.repeat,
+        around=point.around,
+        seed=_seed(profile.seed, point),
+        columns=provenance | dict(columns or {}),
+    )
+    records.write(rows, point.path)
+
+
+def _seed(seed: int, point: Point) -> int:
+    """A seed of the point's own, so that routing latencies of repeats differ."""
+    return int(config.digest(seed, point.config, point.mix, point.users, point.repeat)[:8], 16)

@@ -1,0 +1,380 @@
+"""How long does one step of an engine take? Tables distilled from measurements, a roofline, or a fit to records.
+
+An engine step of in-flight batching reads some new prompts and decodes one token of every running sequence. All three
+models answer the same question, :meth:`StepTimes.step_s`, and refuse it outside what they know.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.optimize import nnls
+
+from erlib import paths
+from erlib.config import Configuration, Dtype
+from erlib.engines import BYTES_PER_VALUE, LlamaShape
+
+TABLE = paths.FACTS / "h100_step_times.parquet"
+_ROUTE_COLUMNS = [f"route_{span}_ns" for span in ("queue", "vectorise", "svd", "kmeans", "forward")]
+
+
+class OutOfRange(ValueError):
+    """A step lies outside what its model knows; models are not extrapolated."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest step that a model knows, or can be asked for."""
+
+    tokens: float
+    """Prompt tokens and decoded tokens of one step."""
+    batch: float
+    """Sequences decoded in one step."""
+    context: float
+    """Mean tokens in the KV cache of the decoded sequences, or longest prompt."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a real engine adds to its kernels: step = modelled / efficiency + per_step_s + per_sequence_s x sequences.
+
+    Parameters
+    ----------
+    efficiency : float
+        Share of the modelled speed that is reached; above 0, usually at most 1.
+    per_step_s, per_sequence_s : float
+        Host time of a step and of each sequence in it, in seconds.
+    """
+
+    efficiency: float = 1.0
+    per_step_s: float = 0.0
+    per_sequence_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.efficiency > 0 or not min(self.per_step_s, self.per_sequence_s) >= 0:
+            raise ValueError(f"a calibration needs an efficiency above 0 and no negative times, not {self}")
+
+
+class StepTimes(ABC):
+    """Duration of engine steps."""
+
+    limits: Limits
+
+    @abstractmethod
+    def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
+        """Seconds of one step.
+
+        Parameters
+        ----------
+        prompts, prompt_tokens : int
+            New prompts that the step reads, and their tokens, all together.
+        sequences, context_tokens : int
+            Running sequences that each get one more token, and the tokens in their KV caches, all together.
+
+        Raises
+        ------
+        OutOfRange
+            If the step lies outside :attr:`limits`.
+        """
+
+    def decode_s(self, batch: int, context: int) -> float:
+        """Seconds of a step that decodes `batch` sequences of `context` tokens each."""
+        return self.step_s(0, 0, batch, batch * context)
+
+    def prefill_s(self, tokens: int, prompts: int = 1) -> float:
+        """Seconds of a step that reads `prompts` prompts of `tokens` tokens each: up to their first tokens."""
+        return self.step_s(prompts, prompts * tokens, 0, 0)
+
+    def calibrated(self, calibration: Calibration) -> StepTimes:
+        """The same steps, as slow as `calibration` says."""
+        return _Calibrated(self, calibration)
+
+    def _check(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> None:
+        limits = self.limits
+        if (
+            0 <= prompts <= prompt_tokens <= prompts * limits.context
+            and 0 <= sequences <= context_tokens <= sequences * limits.context
+            and sequences <= limits.batch
+            and 0 < prompt_tokens + sequences <= limits.tokens
+        ):
+            return  # simulations ask a million times: nothing more for them to do
+        if min(prompts, sequences) < 0 or prompt_tokens < prompts or context_tokens < sequences:
+            raise OutOfRange("every prompt and every running sequence of a step has at least one token")
+        if not prompts + sequences:
+            raise OutOfRange("a step reads a prompt or decodes a sequence")
+        if (prompt_tokens and not prompts) or (context_tokens and not sequences):
+            raise OutOfRange("a step has prompt tokens or a context, but no prompt or sequence that they belong to")
+        asked = {
+            "tokens": prompt_tokens + sequences,
+            "batch": sequences,
+            "context": max(prompt_tokens / max(1, prompts), context_tokens / max(1, sequences)),
+        }
+        for name, value in asked.items():
+            limit = getattr(limits, name)
+            if value > limit:
+                raise OutOfRange(
+                    f"a step with {name} {value:,.6g} was asked for, but {type(self).__name__} knows {name} up to "
+                    f"{limit:,.6g} and does not extrapolate"
+                )
+
+
+class _Calibrated(StepTimes):
+    def __init__(self, steps: StepTimes, calibration: Calibration):
+        self.limits = steps.limits
+        self._steps, self._calibration = steps, calibration
+
+    def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
+        c = self._calibration
+        modelled = self._steps.step_s(prompts, prompt_tokens, sequences, context_tokens)
+        return modelled / c.efficiency + c.per_step_s + c.per_sequence_s * (prompts + sequences)
+
+
+# --- from measured kernels ----------------------------------------------------------------------------------------
+
+
+class Table(StepTimes):
+    """Step times of one model on H100s, from ``data/h100_step_times.parquet``; provenance in the notice beside it.
+
+    A step is the sum of four parts: ``dense`` (matrices, all-reduce and element-wise work, by tokens in the step),
+    ``output`` (output layer, by sequences), ``decode`` (attention of decoded tokens, by sequences and mean context) and
+    ``prefill`` (attention of prompts, by prompts and mean length). Between the table's points each is linear.
+
+    Raises
+    ------
+    OutOfRange
+        If the table does not hold this model in this form.
+    """
+
+    def __init__(self, model: str, dtype: Dtype, kv_dtype: Dtype, tensor_parallel: int):
+        rows = _table()
+        mine = (rows["model"] == model) & (rows["dtype"] == dtype) & (rows["kv_dtype"] == kv_dtype)
+        rows = rows[mine & (rows["tensor_parallel"] == tensor_parallel)]
+        if rows.empty:
+            raise OutOfRange(
+                f"{TABLE.name} holds no {model} in {dtype} with {kv_dtype} KV cache and TP{tensor_parallel}; "
+                "use Roofline, or distil it with scripts/distill_step_times.py"
+            )
+        self._dense, self._output = (_line(rows[rows["part"] == part]) for part in ("dense", "output"))
+        self._decode, self._prefill = (_Grid(rows[rows["part"] == part]) for part in ("decode", "prefill"))
+        self._prompts = self._prefill.x[-1]
+        self.limits = Limits(len(self._dense) - 1, self._decode.x[-1], min(self._decode.y[-1], self._prefill.y[-1]))
+
+    def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
+        self._check(prompts, prompt_tokens, sequences, context_tokens)
+        if prompts > self._prompts:
+            raise OutOfRange(f"a step reads at most {self._prompts} prompts, not {prompts}")
+        seconds = self._dense[prompt_tokens + sequences] + self._output[prompts + sequences]
+        if sequences:
+            seconds += self._decode.at(sequences, context_tokens / sequences)
+        if prompts:
+            seconds += self._prefill.at(prompts, prompt_tokens / prompts)
+        return seconds
+
+
+def for_configuration(configuration: Configuration) -> Table:
+    """The table of one instance of a paper's configuration (or of the one that a baseline stands beside)."""
+    system = configuration.system
+    return Table(system.model, system.dtype, system.kv_dtype, system.tensor_parallel)
+
+
+@functools.cache
+def _table() -> pd.DataFrame:
+    return pd.read_parquet(TABLE)
+
+
+def _line(rows: pd.DataFrame) -> list[float]:
+    """Seconds for 0, 1, 2, ... (nothing takes no time)."""
+    return list(np.interp(np.arange(rows["x"].max() + 1), [0, *rows["x"]], [0, *rows["ms"] * 1e-3]))
+
+
+class _Grid:
+    """Bilinear interpolation of seconds; plain lists, since a simulation asks for one point at a time."""
+
+    def __init__(self, rows: pd.DataFrame):
+        seconds = rows.pivot(index="x", columns="y", values="ms").sort_index() * 1e-3
+        self.x: list[int] = seconds.index.tolist()
+        self.y: list[int] = seconds.columns.tolist()
+        self._seconds: list[list[float]] = seconds.to_numpy(dtype=float).tolist()
+
+    def at(self, x: float, y: float) -> float:
+        i = min(bisect_right(self.x, x), len(self.x) - 1) - 1
+        j = min(bisect_right(self.y, y), len(self.y) - 1) - 1
+        u = (x - self.x[i]) / (self.x[i + 1] - self.x[i])
+        v = (y - self.y[j]) / (self.y[j + 1] - self.y[j])
+        low, high = self._seconds[i], self._seconds[i + 1]
+        at_low, at_high = low[j] + v * (low[j + 1] - low[j]), high[j] + v * (high[j + 1] - high[j])
+        return at_low + u * (at_high - at_low)
+
+
+# --- from first principles ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data-sheet numbers of a GPU, and the share of them that kernels reach.
+
+    ``flops`` are dense, per format of the computation; weight-only formats (INT8, INT4) compute in FP16.
+    """
+
+    name: str
+    fp16_flops: float
+    fp8_flops: float
+    memory_bytes_per_s: float
+    link_bytes_per_s: float
+    """NVLink, one direction."""
+    compute_share: float = 0.6
+    memory_share: float = 0.75
+    allreduce_s: float = 10e-6
+    """Latency of one all-reduce, whatever its size."""
+
+
+H100 = Gpu("H100 SXM", 989e12, 1979e12, 3.35e12, 450e9)
+H200 = Gpu("H200 SXM", 989e12, 1979e12, 4.8e12, 450e9)
+
+
+class Roofline(StepTimes):
+    """Step times of any Llama shape on any GPU: the slower of computing and reading, plus attention and all-reduce.
+
+    Cruder than :class:`Table` (which knows real kernels), but it needs no measurement and knows no limits.
+
+    Parameters
+    ----------
+    shape : LlamaShape
+    gpu : Gpu
+    dtype, kv_dtype : {"fp16", "fp8", "int8", "int4"}
+        Of weights and KV cache.
+    tensor_parallel : int
+    """
+
+    limits = Limits(np.inf, np.inf, np.inf)
+
+    def __init__(
+        self, shape: LlamaShape, gpu: Gpu, dtype: Dtype = "fp16", kv_dtype: Dtype = "fp16", tensor_parallel: int = 1
+    ):
+        self._shape, self._gpu, self._tensor_parallel = shape, gpu, tensor_parallel
+        self._flops = (gpu.fp8_flops if dtype == "fp8" else gpu.fp16_flops) * gpu.compute_share * tensor_parallel
+        self._attention_flops = gpu.fp16_flops * gpu.compute_share * tensor_parallel
+        self._bytes_per_s = gpu.memory_bytes_per_s * gpu.memory_share * tensor_parallel
+        self._weight_bytes = shape.linear * BYTES_PER_VALUE[dtype] + 2 * shape.embedding
+        self._kv_bytes = shape.kv_bytes_per_token(kv_dtype)
+
+    def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
+        self._check(prompts, prompt_tokens, sequences, context_tokens)
+        shape, tokens = self._shape, prompt_tokens + sequences
+        operations = 2 * (shape.linear * tokens + shape.embedding * (prompts + sequences))
+        matrices = max(operations / self._flops, self._weight_bytes / self._bytes_per_s)
+        # causal: a prompt's token looks at half of the prompt on average; 2 matrices, 2 operations each
+        looked_at = prompt_tokens * prompt_tokens / max(1, prompts) / 2
+        attention = 4 * shape.layers * shape.hidden * looked_at / self._attention_flops
+        attention += context_tokens * self._kv_bytes / self._bytes_per_s
+        return matrices + attention + self._allreduce_s(tokens)
+
+    def _allreduce_s(self, tokens: int) -> float:
+        """Two all-reduces of FP16 activations per layer (ring: each GPU sends 2 (n - 1) / n of them)."""
+        n = self._tensor_parallel
+        if n == 1:
+            return 0.0
+        sent = 2 * (n - 1) / n * tokens * self._shape.hidden * 2
+        return 2 * self._shape.layers * (self._gpu.allreduce_s + sent / self._gpu.link_bytes_per_s)
+
+
+# --- from measured records ----------------------------------------------------------------------------------------
+
+
+class Fitted(StepTimes):
+    """Step times of a measured engine, fitted to its records; to predict loads that were not measured.
+
+    Decode steps are tabulated by batch size: the median time between two tokens of an answer while so many answers
+    were under way on its server and no prompt was read, made non-decreasing, linear between the measured batch sizes.
+    Where prompts were read between two tokens, that took longer by a fixed and a per-token time. A step that only reads
+    prompts has a fixed and a per-token time of its own, fitted to the times to first token (the gateway's share taken
+    off) of single users and of those whom a server served at once when all came together.
+
+    Parameters
+    ----------
+    records : DataFrame
+        Records of one configuration, one user and at least one further load among them.
+    min_gaps : int
+        Batch sizes with fewer inter-token times than this are not used.
+
+    Raises
+    ------
+    ValueError
+        If there are records of several configurations, or none of a single user.
+    """
+
+    def __init__(self, records: pd.DataFrame, min_gaps: int = 20):
+        if records["config"].nunique() != 1:
+            raise ValueError(f"fit one configuration at a time, not {sorted(records['config'].unique())}")
+        done = records[records["status"] == "ok"]
+        if not (done["users"] == 1).any():
+            raise ValueError("calibrating needs records of a single user: without them, time in queues looks like work")
+        servers = [server for _, server in done.groupby(["source", "mix", "users", "repeat", "expert"])]
+        gaps = pd.concat([_gaps(server) for server in servers])
+        undisturbed = gaps[gaps["prompt_tokens"] == 0].groupby("batch")["gap_s"]
+        decode_s = undisturbed.median()[undisturbed.count() >= min_gaps]
+        if decode_s.empty:
+            raise ValueError(f"no batch size has {min_gaps} inter-token times; give more records or lower min_gaps")
+        self.batches: npt.NDArray[np.int64] = decode_s.index.to_numpy()
+        self.decode_table_s: npt.NDArray[np.float64] = np.maximum.accumulate(decode_s.to_numpy())
+        read = pd.concat([_read_before_first_token(server) for server in servers])
+        self.prefill_s_by_tokens = _fixed_and_per_token(read["tokens"], read["first_s"])
+        both = gaps[(gaps["prompt_tokens"] > 0) & (gaps["batch"] <= self.batches[-1])]
+        longer_s = both["gap_s"] - np.interp(both["batch"], self.batches, self.decode_table_s)
+        # without a prompt that met an answer, reading one is taken to cost the same beside decoding as alone
+        self.stall_s_by_tokens = (
+            _fixed_and_per_token(both["prompt_tokens"], longer_s) if len(both) >= min_gaps else self.prefill_s_by_tokens
+        )
+        longest = int((done["input_tokens"] + done["output_tokens"]).max())
+        self.limits = Limits(np.inf, int(self.batches[-1]), longest)
+
+    def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
+        self._check(prompts, prompt_tokens, sequences, context_tokens)
+        decoding_s = float(np.interp(sequences, self.batches, self.decode_table_s)) if sequences else 0.0
+        if not prompts:
+            return decoding_s
+        fixed_s, per_token_s = self.stall_s_by_tokens if sequences else self.prefill_s_by_tokens
+        return decoding_s + fixed_s + per_token_s * prompt_tokens
+
+
+def _fixed_and_per_token(tokens: pd.Series, seconds: pd.Series) -> tuple[float, float]:
+    (fixed_s, per_token_s), _ = nnls(np.column_stack([np.ones(len(tokens)), tokens]), seconds.to_numpy())
+    return float(fixed_s), float(per_token_s)
+
+
+def _gaps(server: pd.DataFrame) -> pd.DataFrame:
+    """Inter-token times of one server's answers, the answers then under way and the prompt tokens read between."""
+    server = server.sort_values("t_first_ns")
+    starts, ends = server["t_first_ns"].to_numpy(), np.sort(server["t_last_ns"].to_numpy())
+    read = np.concatenate([[0], server["input_tokens"].cumsum()])
+    stamps: Sequence[npt.NDArray[np.int64]] = [np.asarray(tokens) for tokens in server["token_ns"]]
+    sooner = np.concatenate([tokens[:-1] for tokens in stamps])
+    later = np.concatenate([tokens[1:] for tokens in stamps])
+    gaps = later - sooner
+    # a step's messages arrive within a fraction of it, so a prompt's first token may come a little after the others'
+    before, after = (np.searchsorted(starts, stamp + gaps // 4, "right") for stamp in (sooner, later))
+    middle = sooner + gaps // 2
+    batch = np.searchsorted(starts, middle, "right") - np.searchsorted(ends, middle, "left")
+    return pd.DataFrame({"batch": batch, "gap_s": gaps * 1e-9, "prompt_tokens": read[after] - read[before]})
+
+
+def _read_before_first_token(server: pd.DataFrame) -> pd.DataFrame:
+    """Prompt tokens that one server had read by each request's first token, and the time that this took.
+
+    Of single users all requests; otherwise the first ones, until an answer ends: later ones may have waited for a slot.
+    """
+    routed_ns = server[_ROUTE_COLUMNS].fillna(0).sum(axis=1)
+    first_s = (server["t_first_ns"] - server["t_send_ns"] - routed_ns) * 1e-9
+    if (server["users"] == 1).all():
+        return pd.DataFrame({"tokens": server["input_tokens"], "first_s": first_s})
+    at_once = server[(server["turn"] == "base") & (server["t_first_ns"] < server["t_last_ns"].min())]
+    ordered = at_once.sort_values("t_first_ns")
+    tokens = ordered.groupby("t_first_ns")["input_tokens"].sum().cumsum().reindex(ordered["t_first_ns"]).to_numpy()
+    return pd.DataFrame({"tokens": tokens, "first_s": first_s[ordered.index]})

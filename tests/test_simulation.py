@@ -1,0 +1,350 @@
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import simulation as benchmark
+from erlib import config, metrics, prompts, records, simulation
+from erlib.prompts import FORCED, Prompt
+from erlib.simulation import HARDWARE, HARNESS, Harness, SimulationError, System
+from tests.test_steptimes import Linear
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def system(**changes):
+    sizes = {"instances": 1, "batch_size": 4, "kv_tokens": 6400}
+    return System(**{"config": "p1.D", "routing": "direct", "steps": Linear(), **sizes, **changes})
+
+
+def users(n, input_tokens=100, output_tokens=20, clusters=8):
+    return [Prompt(i, i % clusters, "", input_tokens, output_tokens, FORCED) for i in range(n)]
+
+
+def by_user(trace):
+    return {(r.user, r.turn): tokens for r, tokens in zip(trace.requests, trace.token_ns(), strict=True)}
+
+
+# --- properties ---------------------------------------------------------------------------------------------------
+
+_lengths = st.tuples(st.integers(1, 400), st.integers(1, 60), st.integers(0, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(_lengths, min_size=1, max_size=25),
+    routing=st.sampled_from(["direct", "round_robin", "expert_router", "replicas"]),
+    batch_size=st.integers(1, 6),
+    kv_tokens=st.integers(640, 3000),
+    max_step_tokens=st.integers(520, 1200),
+    continues=st.booleans(),
+    around=st.sampled_from(
+        [HARDWARE, HARNESS["p1"], Harness("tight", 2, 0.3, 0.2, client_tokens_per_s=300, client_knee=3, client_slope=4)]
+    ),
+)
+def test_whatever_is_asked(lengths, routing, batch_size, kv_tokens, max_step_tokens, continues, around):
+    drawn = [Prompt(n, cluster, "", tokens, answer, FORCED) for n, (tokens, answer, cluster) in enumerate(lengths)]
+    under_test = system(
+        routing=routing,
+        instances=1 if routing == "direct" else 4,
+        batch_size=batch_size,
+        kv_tokens=kv_tokens,
+        max_step_tokens=max_step_tokens,
+    )
+    seen = simulation.trace(under_test, drawn, continues, around, seed=1)
+    stamps = seen.token_ns()
+    # tokens conserved: every request answered, and by the servers' own count
+    assert Counter(r.user for r in seen.requests) == dict.fromkeys(range(len(drawn)), 1 + continues)
+    assert [len(tokens) for tokens in stamps] == [r.prompt.max_tokens for r in seen.requests]
+    assert sum(map(len, stamps)) == sum(sum(server.sequences) for server in seen.servers)
+    for server in seen.servers:
+        assert max(server.kv_blocks, default=0) <= kv_tokens // 64
+        assert max(server.sequences, default=0) <= batch_size
+        assert all(np.diff(server.ends_s) > 0)
+        assert all(np.diff(server.taken_s) > 0)
+        assert all(taken >= end for taken, end in zip(server.taken_s, server.ends_s, strict=True))
+        _check_reservations(server, [r for r in seen.requests if seen.servers[r.server] is server])
+    for request, tokens in zip(seen.requests, stamps, strict=True):
+        assert round(request.sent_s * 1e9) < tokens[0]
+        assert all(np.diff(tokens) > 0)
+    if continues:
+        sent = {(r.user, r.turn): (r.sent_s, r.input_tokens) for r in seen.requests}
+        for (user, turn), tokens in by_user(seen).items():
+            if turn == "base":
+                assert sent[user, "continuation"][0] == pytest.approx(tokens[-1] * 1e-9, abs=1e-9)
+                assert sent[user, "continuation"][1] == drawn[user].input_tokens + drawn[user].max_tokens
+
+
+def _check_reservations(server, requests):
+    """Count again, from the requests alone, what was reserved and decoded in each step."""
+    blocks, sequences = np.zeros(len(server.ends_s), int), np.zeros(len(server.ends_s), int)
+    for r in requests:
+        part = slice(r.first_step, r.first_step + r.output_tokens)
+        blocks[part] += -(-(r.input_tokens + r.output_tokens) // 64)
+        sequences[part] += 1
+    assert blocks.tolist() == server.kv_blocks
+    assert sequences.tolist() == server.sequences
+
+
+def test_one_user_waits_for_the_prefill_only():
+    for name in ("p1.A", "p1.C", "p2.D", "p2.E"):
+        under_test = simulation.paper_system(name)
+        seen = by_user(simulation.trace(under_test, users(1, 335, 50), continues=True))
+        base, continuation = seen[0, "base"], seen[0, "continuation"]
+        assert base[0] * 1e-9 == pytest.approx(under_test.steps.prefill_s(335), abs=1e-9)
+        assert (continuation[0] - base[-1]) * 1e-9 == pytest.approx(under_test.steps.prefill_s(385), abs=2e-9)
+        gaps_s = [under_test.steps.decode_s(1, 335 + n) for n in range(1, 50)]
+        assert np.diff(base) * 1e-9 == pytest.approx(gaps_s, abs=2e-9)
+
+
+@pytest.mark.parametrize("name", ["p1.A", "p1.C", "p2.A", "p2.D"])
+def test_tpot_of_a_full_batch_is_the_tables(name):
+    under_test = simulation.paper_system(name)
+    crowd = users(3 * under_test.batch_size, 100, 200, clusters=1)
+    server = simulation.trace(under_test, crowd, continues=False).servers[0]
+    full = [n for n in range(1, len(server.ends_s)) if server.sequences[n - 1 : n + 1] == [under_test.batch_size] * 2]
+    decoding = [n for n in full if n < 200]  # the first wave, all of whose members have come
+    assert len(decoding) > 50
+    start = full[0] - 1
+    for n in decoding[:: len(decoding) // 5]:
+        gap = server.ends_s[n] - server.ends_s[n - 1]
+        # sequences of one wave differ in context by the few steps in which their prompts were read
+        low, high = (under_test.steps.decode_s(under_test.batch_size, c) for c in (100 + n - start, 100 + n))
+        assert low * (1 - 1e-4) <= gap <= high * (1 + 1e-4)  # measured tables are not quite monotone
+
+
+def test_a_schedule_worked_out_by_hand():
+    """Two slots, three users: 4 ms a step, 1 ms a decoded sequence, 0.1 ms a prompt token."""
+    drawn = [Prompt(n, 0, "", 10 * (n + 1), tokens, FORCED) for n, tokens in enumerate((2, 3, 2))]
+    seen = by_user(simulation.trace(system(batch_size=2), drawn, continues=False))
+    # 0 and 1 are read (4 + 3), decoded (6); 0 is done; 2 is read while 1 is decoded (4 + 1 + 3); 2 is decoded (5)
+    expected = {0: [7, 13], 1: [7, 13, 21], 2: [21, 26]}
+    assert {user: (tokens * 1e-6).round(6).tolist() for (user, _), tokens in seen.items()} == expected
+
+
+def test_first_come_first_served_even_if_a_later_one_would_fit():
+    drawn = [Prompt(0, 0, "", 600, 40, FORCED), Prompt(1, 0, "", 600, 40, FORCED), Prompt(2, 0, "", 10, 5, FORCED)]
+    seen = simulation.trace(system(kv_tokens=1000), drawn, continues=False)
+    first, big, small = seen.requests
+    assert big.first_step == small.first_step == 40
+    assert first.first_step == 0
+
+
+def test_prompts_share_a_step_up_to_its_limit():
+    seen = simulation.trace(system(max_step_tokens=250), users(4, 100, 5), continues=False)
+    # two are read; then two sequences are decoded and 200 + 2 tokens fit again
+    assert [r.first_step for r in seen.requests] == [0, 0, 1, 1]
+    seen = simulation.trace(system(max_step_tokens=201), users(4, 100, 5), continues=False)
+    assert [r.first_step for r in seen.requests] == [0, 0, 1, 2]
+
+
+def test_kv_cache_is_reserved_for_the_longest_answer():
+    def together(**changes):
+        return max(simulation.trace(system(kv_tokens=1280, **changes), users(4, 100, 20), False).servers[0].sequences)
+
+    assert together() == 4
+    assert together(answer_limit=1000) == 1
+
+
+def test_requests_go_where_the_routing_says():
+    def experts(routing, drawn):
+        return [r.server for r in simulation.trace(system(routing=routing, instances=4), drawn, False).requests]
+
+    drawn = [Prompt(n, cluster, "", 10, 2, FORCED) for n, cluster in enumerate([3, 3, 0, 2, 1, 3])]
+    assert experts("expert_router", drawn) == [3, 3, 0, 2, 1, 3]
+    assert experts("round_robin", drawn) == experts("replicas", drawn) == [0, 1, 2, 3, 0, 1]
+    with pytest.raises(SimulationError, match="4 experts, but a prompt belongs to cluster 4"):
+        experts("expert_router", [Prompt(0, 4, "", 10, 2, FORCED)])
+    with pytest.raises(SimulationError, match="cluster -1"):
+        experts("expert_router", [Prompt(0, -1, "", 10, 2, FORCED)])
+
+
+def test_what_can_never_be_served_is_an_error():
+    for changes, drawn, message in [
+        ({"kv_tokens": 64}, users(1), "needs 2 KV blocks"),
+        ({"max_step_tokens": 99}, users(1), "a step takes 99 tokens"),
+        ({}, [], "at least one user"),
+        ({}, users(1, output_tokens=0), "at least one token"),
+        ({}, users(1, input_tokens=0), "at least one token"),
+        ({"batch_size": 0}, users(1), "sizes must be at least 1"),
+    ]:
+        with pytest.raises(SimulationError, match=message):
+            simulation.trace(system(**changes), drawn, continues=False)
+
+
+# --- the harness --------------------------------------------------------------------------------------------------
+
+
+def test_the_gateway_relays_no_more_streams_than_it_can():
+    around = Harness("narrow", gateway_streams=3, routing_mean_s=0.4, routing_sd_s=0.3)
+    routed = system(routing="expert_router", instances=8)
+    seen = simulation.trace(routed, users(30), continues=True, around=around)
+    begins = [r.sent_s + r.queued_s + 1e-9 for r in seen.requests]
+    ends = [seen.servers[r.server].ends_s[r.first_step + r.output_tokens - 1] for r in seen.requests]
+    relayed = [sum(b <= at < e for b, e in zip(begins, ends, strict=True)) for at in begins]
+    assert max(relayed) == 3
+    assert max(r.queued_s for r in seen.requests) > 0
+    direct = simulation.trace(system(), users(30), continues=True, around=around)
+    assert all(r.queued_s == r.routed_s == 0 for r in direct.requests)
+
+
+def test_routing_latency_has_the_papers_mean_and_spread():
+    routed = system(routing="expert_router", instances=8)
+    seen = simulation.trace(routed, users(4000, 10, 1), continues=False, around=HARNESS["p1"])
+    latencies = np.array([r.routed_s for r in seen.requests])
+    assert latencies.mean() == pytest.approx(0.442, rel=0.05)
+    assert latencies.std() == pytest.approx(0.302, rel=0.1)
+    replicas = simulation.trace(replace(routed, routing="replicas"), users(8), False, HARNESS["p1"])
+    assert all(r.routed_s == 0 for r in replicas.requests)  # nothing is classified
+
+
+def test_a_slow_client_takes_tokens_at_its_own_speed_and_in_order():
+    crowd = users(8, 100, 100)
+    slow = Harness("slow", client_tokens_per_s=200, client_knee=100)
+    seen = simulation.trace(system(instances=8, routing="expert_router"), crowd, continues=False, around=slow)
+    assert max(tokens[-1] for tokens in seen.token_ns()) * 1e-9 == pytest.approx(800 / 200, rel=0.05)
+    steps = [pair for server in seen.servers for pair in zip(server.ends_s, server.taken_s, strict=True)]
+    assert all(sooner[1] <= later[1] for sooner, later in pairwise(sorted(steps)))
+    slower = replace(slow, client_knee=0, client_slope=8)  # 8 open streams: half as fast
+    seen = simulation.trace(system(batch_size=8), crowd, continues=False, around=slower)
+    assert max(tokens[-1] for tokens in seen.token_ns()) * 1e-9 == pytest.approx(800 / 100, rel=0.05)
+
+
+def test_presets():
+    assert simulation.harness("hardware", "p1") == simulation.harness("hardware", "p2") == Harness("hardware")
+    assert simulation.harness("harness", "p2").gateway_streams == 48
+    with pytest.raises(config.ConfigError, match="'hardware' or 'harness'"):
+        simulation.harness("fast", "p1")
+
+
+# --- the papers' systems and workloads ----------------------------------------------------------------------------
+
+
+def test_paper_systems_have_the_kv_cache_that_fits():
+    held = {name: simulation.paper_system(name).kv_tokens for name in ("p1.A", "p1.B", "p1.C", "p1.D", "p1.R")}
+    assert held == {"p1.A": 1116943, "p1.B": 72000, "p1.C": 65917, "p1.D": 159000, "p1.R": 65917}
+
+
+def test_calibration_slows_a_system_down():
+    fast = simulation.paper_system("p2.C")
+    slow = simulation.paper_system("p2.C", simulation.Calibration(efficiency=0.5))
+    assert slow.steps.decode_s(50, 500) == pytest.approx(2 * fast.steps.decode_s(50, 500))
+
+
+def test_a_workload_at_paper_scale_keeps_the_routers_decisions():
+    profile = config.load_profile("laptop")
+    columns = {"prompt": [0, 1, 2], "paper": "p1", "cluster": [2, 0, 1], "text": ["a", "b", "c"]}
+    small = {"input_tokens": [14, 15, 13], "paper_input_tokens": [335, 360, 320], "max_tokens": 50, "end_id": -1}
+    frame = pd.DataFrame(columns | small)
+    full = simulation.at_paper_scale(prompts.Workload(frame, 3, 2.0), profile, "p1").frame
+    assert full[["prompt", "cluster", "text"]].equals(frame[["prompt", "cluster", "text"]])
+    assert full["input_tokens"].tolist() == [335, 360, 320]
+    assert full["max_tokens"].tolist() == [1200, 1200, 1200]
+
+
+def test_textless_workloads_have_the_papers_lengths():
+    profile = config.load_profile("dgx-h100")
+    one = simulation.textless_workload(profile, "p1").frame
+    assert (one["input_tokens"].mean(), one["input_tokens"].std()) == pytest.approx((335, 30), rel=0.01)
+    two = simulation.textless_workload(profile, "p2").frame
+    assert two["input_tokens"].max() <= 1021
+    assert two["max_tokens"].max() <= 1000
+    means = two.groupby("cluster")["input_tokens"].mean()
+    assert means.max() / means.min() < 1.02  # every cluster has the same spread of lengths
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def _small(**overrides):
+    configs = {"paper1.configs": ["p1.A", "p1.D"], "paper2.configs": ["p2.C", "p2.E"]}
+    loads = {
+        f"{paper}.{key}": value
+        for paper in ("paper1", "paper2")
+        for key, value in {"users": [1, 9], "repeats": 2}.items()
+    }
+    return config.load_profile("dgx-h100", configs | loads | {"workload.p1_output_tokens": 30} | overrides)
+
+
+def test_both_papers_become_records_that_metrics_read(tmp_path, capsys):
+    profile = _small()
+    files = simulation.run(profile, "harness", tmp_path, workers=1)
+    seen = records.read_files(files)
+    assert len(files) == 2 * 2 * (2 + 1 + 2)  # users, repeats; p2.E has two mixes
+    assert set(seen["source"]) == {"simulated"}
+    assert set(seen["host"]) == {"8 x H100 in virtual time, preset harness"}
+    assert set(seen["status"]) == {"ok"}
+    assert seen["t_send_ns"].notna().all()
+    assert set(seen[seen["paper"] == "p1"]["turn"]) == {"base", "continuation"}
+    assert set(seen[seen["paper"] == "p2"]["turn"]) == {"base"}
+    summary = metrics.summarise(seen)
+    assert (summary["failures"] == 0).all()
+    account = metrics.accounting(seen)
+    assert (account["received_tokens"] == account["counted_tokens"]).all()
+    assert set(metrics.routing_spans(seen)["config"]) == {"p1.D", "p2.E"}
+    before = [(path, path.stat().st_mtime_ns) for path in files]
+    assert simulation.run(profile, "harness", tmp_path, workers=1) == files
+    assert [(path, path.stat().st_mtime_ns) for path in files] == before
+    assert f"{len(files)} of {len(files)} points found" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_records_and_repeats_differ(tmp_path):
+    def run(name, repeats):
+        profile = _small(**{"paper1.configs": ["p1.D"], "paper1.repeats": repeats})
+        files = simulation.run(profile, "harness", tmp_path / name, papers=["p1"], workers=1)
+        return records.read_files(files)
+
+    one, again = run("one", 2), run("again", 2)
+    assert [list(tokens) for tokens in one["token_ns"]] == [list(tokens) for tokens in again["token_ns"]]
+    first, second = (one[(one["repeat"] == repeat) & (one["users"] == 9)] for repeat in (0, 1))
+    assert (first["route_forward_ns"].to_numpy() != second["route_forward_ns"].to_numpy()).all()
+
+
+def test_the_reader_may_move_the_harness(tmp_path):
+    wide = {"p1": replace(HARNESS["p1"], name="320 streams", gateway_streams=320)}
+    profile = _small(**{"paper1.configs": ["p1.D"]})
+    files = simulation.run(profile, wide, tmp_path, papers=["p1"], workers=1)
+    assert {path.parents[1].name for path in files} == {"320 streams"}
+    assert set(records.read_files(files)["host"]) == {"8 x H100 in virtual time, preset 320 streams"}
+
+
+def test_columns_may_be_replaced():
+    rows = simulation.simulate(system(), users(3), paper="p2", columns={"source": "simulated/hardware"})
+    table = pa.Table.from_pylist(rows, schema=records.SCHEMA)
+    assert set(table["source"].to_pylist()) == {"simulated/hardware"}
+
+
+def test_only_full_scale_is_simulated(tmp_path):
+    with pytest.raises(config.ConfigError, match=r"divides users by 31\.25"):
+        simulation.run(config.load_profile("laptop"), "hardware", tmp_path)
+
+
+# --- beside others' numbers ---------------------------------------------------------------------------------------
+
+
+def _reference(name):
+    if not (DATA / name).exists():
+        pytest.skip(f"{name} is not part of this repository")
+    return DATA / name
+
+
+def test_agrees_with_nvidias_simulator():
+    off = (
+        benchmark.against_aisimulate(_reference(benchmark.GOLDEN))[["thr_off", "tpot_off", "p99_off"]].abs().max(axis=1)
+    )
+    assert len(off) == 9
+    for name, worst in off.items():
+        assert worst <= (0.25 if name in benchmark.OTHER_SOURCE else 0.02), name
+
+
+def test_agrees_with_published_throughputs():
+    published = benchmark.against_published(_reference(benchmark.PUBLISHED))
+    assert len(published) == 39
+    assert benchmark.mape(published["ratio"]) <= 0.08
