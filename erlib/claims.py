@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from erlib import config, paths
+from erlib import config, paths, records, sweep
 from erlib.config import ConfigError, Profile
 from erlib.evidence import Evidence, NotTestable
 from erlib.predicates import PREDICATES
@@ -154,6 +155,32 @@ def _conjunction(claim: Claim, evidence: Evidence | None) -> Row:
     return Row(verdict, "; ".join(dict.fromkeys(part.numbers for part in parts)))
 
 
+FULL_SCALE_SOURCES = ("emulated", "simulated-hardware", "simulated-harness")
+
+
+def read(profile: Profile) -> dict[str, pd.DataFrame]:
+    """The records of every source that this profile has run.
+
+    ``measured`` is the sweep's. The others lie below ``data/runs/<profile>/emulated``, ``.../simulated/hardware`` and
+    ``.../simulated/harness``; of a point that was made more than once (its inputs changed) the newest counts.
+
+    Raises
+    ------
+    MissingRecords
+        If points of the sweep have not been measured; the message names the notebook to run.
+    """
+    series = [sweep.load(profile, "p1"), sweep.load(profile, "p2"), sweep.preliminary(profile), sweep.overhead(profile)]
+    found = {"measured": pd.concat([sweep.read(profile, part) for part in series], ignore_index=True)}
+    for source in FULL_SCALE_SOURCES:
+        newest: dict[tuple[Path, str], Path] = {}
+        directory = paths.run_dir(profile.name) / source.replace("-", "/")
+        for path in sorted(directory.rglob("[!.]*.parquet"), key=lambda path: path.stat().st_mtime_ns):
+            newest[path.parent, path.stem.rpartition("-")[0]] = path
+        if newest:
+            found[source] = records.read_files(list(newest.values()))
+    return found
+
+
 COLUMNS = [
     *("id", "paper", "where", "type", "claim", "source", "verdict", "numbers", "criterion", "figure", "conflict"),
 ]
@@ -184,10 +211,10 @@ def evaluate(records_by_source: Mapping[str, pd.DataFrame], profile: Profile) ->
     ValueError
         If a source has no records, or its records are damaged.
     """
-    for source, records in records_by_source.items():
-        if records.empty:
+    for source, frame in records_by_source.items():
+        if frame.empty:
             raise ValueError(f"no records for source {source!r}: leave it out, or run its notebooks first")
-    sources = {name: Evidence(name, records, profile) for name, records in records_by_source.items()}
+    sources = {name: Evidence(name, frame, profile) for name, frame in records_by_source.items()}
     rows = []
     for claim in load():
         where: Mapping[str, Evidence | None] = {ARITHMETIC: None} if claim.by_arithmetic else sources
@@ -215,7 +242,7 @@ def _figure(profile: Profile, source: str, picture: str) -> str:
 
 def counts(scorecard: pd.DataFrame) -> pd.DataFrame:
     """Verdicts (columns) by source (rows)."""
-    table = pd.crosstab(scorecard["source"], scorecard["verdict"])
+    table = scorecard.groupby(["source", "verdict"]).size().unstack(fill_value=0)
     order = [source for source in scorecard["source"].unique() if source != ARITHMETIC] + [ARITHMETIC]
     return table.reindex(index=[name for name in order if name in table.index], columns=VERDICTS, fill_value=0)
 
@@ -234,7 +261,16 @@ def write(scorecard: pd.DataFrame, profile: Profile) -> None:
 
 
 SIGNS: dict[str, str] = {HOLDS: "✓", FAILS: "✗", UNTESTABLE: "–", AMBIGUOUS: "?"}
-_TITLES = {"paper1": "Paper 1", "paper2": "Paper 2", "both": "Across the papers"}
+TITLES = {"paper1": "Paper 1", "paper2": "Paper 2", "both": "Across the papers"}
+TYPES = {
+    "arith": "arithmetic",
+    "setup": "setup",
+    "num": "number",
+    "ord": "ordering",
+    "shape": "shape",
+    "concl": "conclusion",
+}
+"""What a claim's type is called."""
 
 
 def _markdown(scorecard: pd.DataFrame, profile: Profile) -> str:
@@ -243,7 +279,7 @@ def _markdown(scorecard: pd.DataFrame, profile: Profile) -> str:
         "✓ holds, ✗ fails, – not testable here, ? ambiguous in the paper. The thresholds are ours.",
         counts(scorecard).to_markdown(),
     ]
-    for paper, title in _TITLES.items():
+    for paper, title in TITLES.items():
         lines = [f"## {title}\n", "| claim | | source | verdict | numbers |", "|---|---|---|---|---|"]
         for row in scorecard[scorecard["paper"] == paper].itertuples():
             numbers = f"{row.numbers} ([figure]({row.figure}))" if row.figure else row.numbers

@@ -120,7 +120,7 @@ def below(
     worst = min(ratios, key=lambda pair: pair.ratio)
     held = sum(pair.ratio >= factor for pair in ratios)
     spread = math.hypot(worst.left.sd * factor, worst.right.sd)
-    close = abs(worst.right.mean - worst.left.mean * factor) < spread
+    close = bool(abs(worst.right.mean - worst.left.mean * factor) < spread)
     return Finding(
         held == len(ratios),
         f"{held} of {len(ratios)} comparisons; tightest: {worst.text}"
