@@ -31,6 +31,8 @@ DRAWN = [
     ("measured", "paper2", "fig04_ttft"),
     ("measured", "workbench", "clusterer_map"),
     ("emulated", "paper1", "fig07_p99_response_time"),
+    ("simulated-hardware", "paper1", "fig07_p99_response_time"),
+    ("simulated-harness", "paper1", "fig07_p99_response_time"),
 ]
 
 
@@ -48,7 +50,7 @@ def scorecard(profile: config.Profile) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, profile: config.Profile) -> Iterator[Path]:
-    """Figures of two sources; the second has drawn one of them only."""
+    """Figures of four sources; all but the first have drawn one of them only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "FIGURES", tmp_path_factory.mktemp("figures"))
         for i, (source, paper, slug) in enumerate(DRAWN):
@@ -147,7 +149,7 @@ def test_every_figure_is_shown_with_its_caption_and_reference(browser):
 def test_switching_the_source(browser):
     both = browser.find_element(By.ID, "paper1-fig07_p99_response_time")
     lonely = browser.find_element(By.ID, "paper1-fig02_ttft_base")
-    assert len([f for f in both.find_elements(By.TAG_NAME, "figure") if f.is_displayed()]) == 2
+    assert len([f for f in both.find_elements(By.TAG_NAME, "figure") if f.is_displayed()]) == 4
     choose(browser, "emulated")
     (only,) = [f for f in both.find_elements(By.TAG_NAME, "figure") if f.is_displayed()]
     assert "Picture 4 <of> emulated" in only.text
