@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from erlib import claims, config, evidence, paths
+from erlib import claims, config, evidence, paths, records, sweep
 from erlib.claims import AMBIGUOUS, FAILS, HOLDS, UNTESTABLE
 from tests import synthetic
 
@@ -200,6 +201,26 @@ def test_sources_without_records_and_damaged_claims_are_refused(runs, profile, t
         with pytest.raises(config.ConfigError, match=message):
             claims.load()
     claims.load.cache_clear()
+
+
+def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(runs, profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    for name in ("load", "preliminary", "overhead"):
+        monkeypatch.setattr(sweep, name, lambda *_: [])
+    monkeypatch.setattr(sweep, "read", lambda *_: runs[:3])
+    assert list(claims.read(profile)) == ["measured"]
+    for i, name in enumerate(
+        ["simulated/harness/p1.A/u1-r0-old", "simulated/harness/p1.A/u1-r0-new", "emulated/u1-r0-x"]
+    ):
+        rows = synthetic.point("p1", "load", "p1.A", i + 1, 0)
+        records.write(rows, tmp_path / profile.name / f"{name}.parquet")
+        os.utime(tmp_path / profile.name / f"{name}.parquet", (i, i))
+    found = claims.read(profile)
+    assert {name: len(frame) for name, frame in found.items()} == {
+        "measured": 12,
+        "emulated": 3,
+        "simulated-harness": 2,
+    }
 
 
 # --- measures -------------------------------------------------------------------------------------------------------
