@@ -118,7 +118,9 @@ class Step:
         self._inputs = {
             "the notebook": config.digest(notebook),
             "the profile": profile.digest,
-            "erlib": config.digest(*sorted(paths.STYLE.parent.glob("*.py")), paths.STYLE),
+            "erlib": config.digest(
+                *sorted(paths.STYLE.parent.glob("*.py")), *sorted(paths.STYLE.parent.glob("*.j2")), paths.STYLE
+            ),
             "engines": config.digest(
                 *sorted(paths.ENGINE_SPECS.glob("*.yaml")), *sorted(paths.ENGINE_SPECS.rglob("model.py"))
             ),

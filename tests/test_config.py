@@ -122,7 +122,8 @@ def test_run_all_refuses_what_it_does_not_know():
 def test_dry_run_says_what_would_run_and_why():
     reply = _run_all("--profile", "smoke", "--dry-run", "--from", "08")
     assert reply.returncode == 0
-    assert [line.split(":")[0] for line in reply.stdout.splitlines()] == ["08_figures_paper1", "09_figures_paper2"]
+    named = [line.split(":")[0] for line in reply.stdout.splitlines()]
+    assert named == ["08_figures_paper1", "09_figures_paper2", "10_scorecard"]
 
 
 def test_help_lists_every_key():
