@@ -118,6 +118,14 @@ class OverheadSettings(_Strict):
     output_tokens: PositiveInt = 8
 
 
+class PaperScaleSettings(_Strict):
+    """The simulation at the papers' own scale: 8 x H100, up to 1,000 users, 1,200 tokens."""
+
+    users: list[PositiveInt] = [1, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]
+    repeats: PositiveInt = 2
+    prompts: PositiveInt = Field(4096, description="prompts per paper, routed by the profile's own clusterer")
+
+
 class ServingSettings(_Strict):
     backend: Literal["openvino", "tensorrt_llm"] = "openvino"
     gateways: PositiveInt = 16
@@ -157,6 +165,7 @@ class Profile(_Strict):
     paper2: SweepSettings
     preliminary: PreliminarySettings
     overhead: OverheadSettings
+    paper_scale: PaperScaleSettings = PaperScaleSettings()
 
     @model_validator(mode="after")
     def _known_configs(self) -> Profile:
@@ -247,6 +256,14 @@ def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
         else:
             keys[prefix + name] = field.description or ""
     return keys
+
+
+def at_paper_scale(profile: Profile) -> Profile:
+    """The papers' own scale (``dgx-h100``), with the seed, user levels and repeats that `profile` has for it."""
+    levels = {"users": profile.paper_scale.users, "repeats": profile.paper_scale.repeats}
+    full = load_profile("dgx-h100")
+    changed = {paper: getattr(full, paper).model_copy(update=levels) for paper in ("paper1", "paper2")}
+    return full.model_copy(update={"name": profile.name, "seed": profile.seed, **changed})
 
 
 def describe_keys() -> list[tuple[str, str]]:

@@ -96,6 +96,9 @@ def _finish(
         f"Paper {paper[-1]}, {number[1].capitalize()}{'.' * (number[1] == 'fig')} {number[2]}" if number else "-"
     )
     notebook = {"paper1": "08_figures_paper1", "paper2": "09_figures_paper2", "workbench": "06_routing_overhead"}[paper]
+    again = command(profile, notebook)
+    if used["source"].iloc[0] != "measured":
+        again = f"./run_all.sh --profile {profile.name} --only 07_paper_scale"
     save(
         fig,
         profile.name,
@@ -106,7 +109,7 @@ def _finish(
         caption,
         reference if paper != "workbench" else "Papers 1 and 2, section VI (stated in the text, no figure)",
         records=used["point_hash"].unique().tolist(),
-        command=command(profile, notebook),
+        command=again,
         host=" and ".join(sorted(used["host"].unique())),
         note=canvas.precision_note(profile),
         extra={
@@ -656,6 +659,17 @@ def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> 
         f"mean.{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper2.configs)}"
     )
     return _finish(fig, data, used, profile, "paper2", "fig07_system_throughput", caption=caption)
+
+
+def load_figures(records: pd.DataFrame, profile: config.Profile) -> list[Figure]:
+    """All figures of the papers' main experiments, whatever source the records have."""
+    mine = {paper: records[records["paper"] == paper] for paper in ("p1", "p2")}
+    turns: list[Turn] = ["base", "continuation"]
+    drawn = [draw(mine["p1"], profile, turn) for draw in (paper1_ttft, paper1_tpot) for turn in turns]
+    rest1 = (paper1_user_throughput, paper1_p99_response_time, paper1_session_throughput, paper1_bucket_throughput)
+    rest2 = (paper2_ttft, paper2_tpot, paper2_user_throughput_p99, paper2_system_throughput)
+    drawn += [draw(mine["p1"], profile) for draw in rest1]
+    return drawn + [draw(mine["p2"], profile) for draw in rest2]
 
 
 # --- the workbench's own ----------------------------------------------------------------------------------------
