@@ -9,13 +9,14 @@ no record of is not testable there, never guessed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from tqdm import tqdm
 
 from erlib import config, paths, records, sweep
 from erlib.config import ConfigError, Profile
@@ -158,8 +159,8 @@ def _conjunction(claim: Claim, evidence: Evidence | None) -> Row:
 FULL_SCALE_SOURCES = ("emulated", "simulated-hardware", "simulated-harness")
 
 
-def read(profile: Profile) -> dict[str, pd.DataFrame]:
-    """The records of every source that this profile has run.
+def read(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
+    """The records of every source that this profile has run, in parts.
 
     ``measured`` is the sweep's. The others lie below ``data/runs/<profile>/emulated``, ``.../simulated/hardware`` and
     ``.../simulated/harness``; of a point that was made more than once (its inputs changed) the newest counts.
@@ -170,15 +171,24 @@ def read(profile: Profile) -> dict[str, pd.DataFrame]:
         If points of the sweep have not been measured; the message names the notebook to run.
     """
     series = [sweep.load(profile, "p1"), sweep.load(profile, "p2"), sweep.preliminary(profile), sweep.overhead(profile)]
-    found = {"measured": pd.concat([sweep.read(profile, part) for part in series], ignore_index=True)}
+    found: dict[str, Iterable[pd.DataFrame]] = {"measured": [sweep.read(profile, part) for part in series]}
     for source in FULL_SCALE_SOURCES:
         newest: dict[tuple[Path, str], Path] = {}
         directory = paths.run_dir(profile.name) / source.replace("-", "/")
         for path in sorted(directory.rglob("[!.]*.parquet"), key=lambda path: path.stat().st_mtime_ns):
             newest[path.parent, path.stem.rpartition("-")[0]] = path
         if newest:
-            found[source] = records.read_files(list(newest.values()))
+            found[source] = in_parts(sorted(newest.values()), source)
     return found
+
+
+def in_parts(files: Sequence[Path], source: str = "") -> Iterator[pd.DataFrame]:
+    """Records of complete points, a few points at a time, so that memory never holds them all."""
+    few = 8
+    with tqdm(total=len(files), unit="point", desc=f"claims {source}") as progress:
+        for start in range(0, len(files), few):
+            yield records.read_files(files[start : start + few])
+            progress.update(len(files[start : start + few]))
 
 
 COLUMNS = [
@@ -187,15 +197,15 @@ COLUMNS = [
 """Columns of :func:`evaluate`'s frame."""
 
 
-def evaluate(records_by_source: Mapping[str, pd.DataFrame], profile: Profile) -> pd.DataFrame:
+def evaluate(records_by_source: Mapping[str, pd.DataFrame | Iterable[pd.DataFrame]], profile: Profile) -> pd.DataFrame:
     """Every claim against every source.
 
     Parameters
     ----------
     records_by_source : mapping
         Source (``measured``, ``emulated``, ``simulated-hardware``, ``simulated-harness``; those that exist) to its
-        records, as :func:`erlib.records.read` returns them. ``measured`` is on the scale of `profile`, all others on
-        the papers'.
+        records, as :func:`erlib.records.read` returns them, whole or in parts (:func:`in_parts`). ``measured`` is on
+        the scale of `profile`, all others on the papers'.
     profile : Profile
 
     Returns
@@ -211,9 +221,6 @@ def evaluate(records_by_source: Mapping[str, pd.DataFrame], profile: Profile) ->
     ValueError
         If a source has no records, or its records are damaged.
     """
-    for source, frame in records_by_source.items():
-        if frame.empty:
-            raise ValueError(f"no records for source {source!r}: leave it out, or run its notebooks first")
     sources = {name: Evidence(name, frame, profile) for name, frame in records_by_source.items()}
     rows = []
     for claim in load():

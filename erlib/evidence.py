@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -32,64 +30,73 @@ class Value(NamedTuple):
 FULL_SCALE = config.Scale(users=1, tokens=1)
 
 
-@dataclass
 class Evidence:
     """One source's records, summarised so that predicates can ask by the papers' numbers of users.
+
+    At the papers' scale a source holds gigabytes of timestamps, so records may come in parts, each with whole points;
+    only summaries, and the requests without their timestamps, are kept.
 
     Parameters
     ----------
     source : str
         ``measured``, ``emulated``, ``simulated-...``. All but ``measured`` are on the papers' own scale.
-    records : DataFrame
+    records : DataFrame or iterable of DataFrame
         As :func:`erlib.records.read` returns them.
     profile : Profile
         Its scale says what the measured users, tokens and seconds stand for.
+
+    Raises
+    ------
+    ValueError
+        If there are no records, or they are damaged.
     """
 
-    source: str
-    records: pd.DataFrame
-    profile: Profile
-
-    @property
-    def scale(self) -> config.Scale:
-        return self.profile.scale if self.source == "measured" else FULL_SCALE
+    def __init__(self, source: str, records: pd.DataFrame | Iterable[pd.DataFrame], profile: Profile) -> None:
+        self.source = source
+        self.profile = profile
+        self.scale = profile.scale if source == "measured" else FULL_SCALE
+        parts = [records] if isinstance(records, pd.DataFrame) else records
+        seen = [self._summary(part) for part in parts if not part.empty]
+        if not seen:
+            raise ValueError(f"no records for source {source!r}: leave it out, or run its notebooks first")
+        done, curves, tables = (pd.concat(kind, ignore_index=True) for kind in zip(*seen, strict=True))
+        self.done: pd.DataFrame = done
+        """The answered requests with their latencies, without timestamps."""
+        self.curves: pd.DataFrame = curves
+        """Tokens over time of the load experiment, by turn: 60 s buckets in paper 1, 2 s in paper 2, scaled."""
+        keys = ["experiment", "config", "mix", "users", "turn", "metric"]
+        over = tables.groupby(keys)["value"].agg(["mean", "std"])
+        self.values = {key: Value(*row) for key, row in zip(over.index, over.to_numpy(), strict=True)}
+        """(experiment, config, mix, users, turn, metric) -> mean and sd over repeats."""
 
     @property
     def has_gpus(self) -> bool:
         """Whether absolute seconds are an H100's."""
         return self.source != "measured" or self.profile.serving.backend == "tensorrt_llm"
 
-    @functools.cached_property
-    def done(self) -> pd.DataFrame:
-        return metrics.answers(self.records)
-
-    @functools.cached_property
-    def values(self) -> dict[tuple[str, str, str, int, str, str], Value]:
-        """(experiment, config, mix, users, turn, metric) -> mean and sd over repeats."""
+    def _summary(self, part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+        """Requests, curves, and one row per point, turn and metric."""
         keys = [*metrics.POINT, "turn"]
-        general = metrics.summarise(self.records).melt(keys, metrics.METRICS, "metric")
+        general = metrics.summarise(part).melt(keys, metrics.METRICS, "metric")
+        done = metrics.answers(part)
         own = [
             dict(zip(keys, key, strict=True)) | {"metric": name, "value": value}
-            for key, group in self.done.groupby(keys)
+            for key, group in done.groupby(keys)
             for name, value in {**_of_answers(group), **_of_routing(group)}.items()
         ]
+        load = part[part["experiment"] == "load"]
+        width_s = {"p1": 60 / self.scale.seconds, "p2": 2 / self.scale.seconds}
+        curves = pd.concat(
+            metrics.bucket_throughput(group, width_s[paper]).assign(turn=turn)
+            for (paper, turn), group in [*load.groupby(["paper", "turn"]), (("p1", ""), load[:0])]
+        )
         over = [
-            {**dict(zip(metrics.POINT, key, strict=True)), "turn": turn, "metric": name, "value": value}
-            for turn in self.records["turn"].unique()
-            for key, group in self.buckets(turn).groupby(metrics.POINT)
+            dict(zip(keys, key, strict=True)) | {"metric": name, "value": value}
+            for key, group in curves.groupby(keys)
             for name, value in _of_buckets(group["tokens_per_s"].to_numpy()).items()
         ]
         table = pd.concat([general, pd.DataFrame(own), pd.DataFrame(over)]).dropna(subset="value")
-        grouped = table.groupby(["experiment", "config", "mix", "users", "turn", "metric"])["value"]
-        return {key: Value(*row) for key, row in zip(grouped.groups, grouped.agg(["mean", "std"]).values, strict=True)}
-
-    def buckets(self, turn: str) -> pd.DataFrame:
-        """Tokens over time of the load experiment, 60 s wide in paper 1 and 2 s in paper 2, scaled."""
-        load = self.records[(self.records["experiment"] == "load") & (self.records["turn"] == turn)]
-        width_s = {"p1": 60 / self.scale.seconds, "p2": 2 / self.scale.seconds}
-        return pd.concat(
-            metrics.bucket_throughput(load[load["paper"] == paper], width) for paper, width in width_s.items()
-        )
+        return done.drop(columns="token_ns"), curves, table
 
     def paper_users(self, users: int) -> float:
         """The papers' users that `users` stand for; one user is one user at any scale."""
@@ -106,7 +113,7 @@ class Evidence:
             if key[0] == "preliminary" and key[1].startswith(stem) and key[5] == "response_mean_s"
         }
         if not tried:
-            raise NotTestable(f"no preliminary records of {stem.rstrip('-bs')}")
+            raise NotTestable(f"no preliminary records of {stem.removesuffix('-')}")
         most = max(users for users, _, _ in tried)
         return min((seconds, config_id) for users, seconds, config_id in tried if users == most)[1]
 

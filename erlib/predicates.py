@@ -315,8 +315,8 @@ def trajectory(e: Evidence, *, left: str, right: str, users: int, within: float,
     if ours.keys() != theirs.keys():
         raise NotTestable(f"{left} and {right} were run at different levels")
     (level,) = ours
-    curves = metrics.average_buckets(e.buckets("base"))
-    curves = curves[(curves["users"] == level) & curves["config"].isin([left, right])]
+    curves = e.curves[(e.curves["turn"] == "base") & (e.curves["users"] == level)]
+    curves = metrics.average_buckets(curves[curves["config"].isin([left, right])])
     mix = "normal" if (curves["mix"] == "normal").any() else "uniform"
     course = curves[curves["mix"] == mix].pivot_table(index="bucket", columns="config", values="tokens_per_s").fillna(0)
     similar = float(course[left].corr(course[right]))

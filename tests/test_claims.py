@@ -216,11 +216,17 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(runs,
         records.write(rows, tmp_path / profile.name / f"{name}.parquet")
         os.utime(tmp_path / profile.name / f"{name}.parquet", (i, i))
     found = claims.read(profile)
-    assert {name: len(frame) for name, frame in found.items()} == {
+    assert {name: sum(map(len, parts)) for name, parts in found.items()} == {
         "measured": 12,
         "emulated": 3,
         "simulated-harness": 2,
     }
+
+
+def test_records_in_parts_judge_as_whole_ones(runs, profile):
+    parts = [part for _, part in runs.groupby(["paper", "config", "users"])]
+    whole, split = (claims.evaluate({"measured": given}, profile) for given in (runs, iter(parts)))
+    pd.testing.assert_frame_equal(split, whole)
 
 
 # --- measures -------------------------------------------------------------------------------------------------------
