@@ -110,6 +110,11 @@ def test_smoke_run_survives_a_kill_and_draws_every_figure(home: Path) -> None:
         assert {path.name for path in folder.iterdir()} == {
             f"{slug}.{kind}" for slug in slugs.split() for kind in ("png", "svg", "csv", "json")
         }
+    for source in ("simulated-hardware", "simulated-harness"):
+        assert (home / "figures/smoke" / source / "paper1/fig08_session_throughput.png").exists()
+    assert {"index.html", "scorecard.html", "scorecard.csv", "scorecard.md"} <= {
+        path.name for path in (home / "figures/smoke").iterdir()
+    }
 
     started = time.monotonic()
     output = _run(home)
