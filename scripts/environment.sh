@@ -45,11 +45,14 @@ else
   PYTHON=$PWD/.venv/bin/python
 fi
 
+mkdir -p data/runs
+exec 9>data/runs/install.lock
+flock 9 # two scripts started together must not install into each other
+
 stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/expert-router-installed
 wanted=$(cat requirements.txt requirements-no-deps.txt constraints.txt pyproject.toml | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted $PWD" ]; then
   log=$PWD/data/runs/install.log
-  mkdir -p "$(dirname "$log")"
   echo "installing the pinned packages into ${PYTHON%/bin/python} (about two minutes; log: ${log#"$PWD"/})" >&2
   pip() { "$PYTHON" -m pip --disable-pip-version-check install -q "$@" >>"$log" 2>&1 || fail "pip install failed; see $log"; }
   : >"$log"
@@ -60,6 +63,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted $PWD" ]; then
   pip --no-deps --no-build-isolation -e .
   echo "$wanted $PWD" >"$stamp"
 fi
+
+exec 9>&- # everything is installed
 
 # The stub that Triton embeds links to libpython, which Debian's python3.11 does not bring along.
 if ! "$PYTHON" -c 'from erlib import triton; triton.preflight()' 2>/dev/null; then
