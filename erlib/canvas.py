@@ -268,6 +268,7 @@ def panel_row(
         if not sharey or ax is axes[0, 0]:
             ax.set_ylabel(ylabel)
         user_axis(ax, sorted(table["users"].unique()), profile)
+    for ax in axes[0]:  # only now, because a limit set on one shared axis would cut off what the next panel draws
         if log:
             log_axis(ax)
         else:

@@ -503,8 +503,8 @@ def paper2_preliminary(records: pd.DataFrame, profile: config.Profile) -> Figure
             canvas.line(ax, rows, canvas.DTYPE_LOOKS[dtype], label, **({} if best else canvas.FAINT))
         ax.set_title(f"TP={parallel}" + (" (one instance)" if parallel == 4 else ""))
         canvas.user_axis(ax, sorted(table["users"].unique()), profile)
-        ax.set_ylim(bottom=0)
         ax.legend(loc="upper left", title="best batch size", alignment="left")
+    axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("mean response time [s]")
     caption = (
         "Preliminary experiment: mean response time by data type and batch size. Bold: each data type's best batch "
