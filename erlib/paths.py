@@ -39,8 +39,13 @@ def building(target: Path) -> Iterator[Path]:
         partial = Path(scratch) / target.name
         partial.mkdir()
         yield partial
-        try:
-            partial.rename(target)
-        except OSError:
-            if not target.exists():  # where it does, another process was faster with the same content
-                raise
+        put(partial, target)
+
+
+def put(partial: Path, target: Path) -> None:
+    """Give a complete directory its final name."""
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.exists():  # where it does, another process was faster with the same content
+            raise
