@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from erlib import engines, simulation, steptimes
+from erlib import batching, engines, simulation, steptimes
 from erlib.prompts import FORCED, Prompt
 
 GOLDEN, PUBLISHED = "aisimulate_golden_200_users.json", "trtllm_0_17_h100_fp8_offline_throughput.csv"
@@ -35,7 +35,7 @@ LONGEST_PROMPT = 8192
 GPU_BYTES, WORKSPACE_BYTES, KV_SHARE, MAX_BATCH = 84.9e9, 4e9, 0.95, 4096
 
 
-def all_at_once(system: simulation.System, requests: int, input_tokens: int, output_tokens: int) -> dict[str, float]:
+def all_at_once(system: batching.System, requests: int, input_tokens: int, output_tokens: int) -> dict[str, float]:
     """Requests of equal lengths, evenly spread over the instances, all submitted at once.
 
     Returns
@@ -59,7 +59,7 @@ def against_aisimulate(golden: Path) -> pd.DataFrame:
     rows = []
     for key, reference in json.loads(golden.read_text()).items():
         name = f"{key[:2].lower()}.{key[2]}"
-        ours = all_at_once(simulation.paper_system(name), int(key.split("-")[1]), *LENGTHS[name[:2]])
+        ours = all_at_once(batching.paper_system(name), int(key.split("-")[1]), *LENGTHS[name[:2]])
         off = {f"{metric}_off": ours[metric] / reference[metric] - 1 for metric in reference}
         rows.append({"config": name, **ours, **off})
     return pd.DataFrame(rows).set_index("config")
@@ -76,7 +76,7 @@ def against_published(published: Path) -> pd.DataFrame:
         shape = engines.shape(model)
         weight_bytes = shape.parameters * engines.BYTES_PER_VALUE["fp8"]
         free = (GPU_BYTES - WORKSPACE_BYTES) * tensor_parallel - weight_bytes
-        system = simulation.System(
+        system = batching.System(
             config=f"{point.model} TP{tensor_parallel}",
             routing="direct",
             steps=steptimes.Table(model, "fp8", "fp8", tensor_parallel),

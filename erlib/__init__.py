@@ -7,7 +7,7 @@ Modules are listed in the order in which data flows through them; each imports o
     engines, openvino, quality                arithmetic of a configuration; its engine, built; what its format costs
     wire, triton, gateway, nginx, stack       messages; one server; the routing gateway; the balancer; all of it
     users, records, sweep                     the user simulator; the record of each request; resumable sweeps
-    steptimes, simulation                     H100 step times; the same experiments in virtual time
+    steptimes, batching, simulation           H100 step times; in-flight batching; experiments in virtual time
     metrics, canvas, figures                  TTFT, TPOT, throughput; looks and provenance; every figure and table
     evidence, predicates, claims, gallery     what the papers claim, checked; all of it on one page
 """

@@ -1,9 +1,8 @@
 """The papers' experiments in virtual time: discrete-event simulation of engines, gateway and client at full scale.
 
 One event per engine step (:mod:`erlib.steptimes` says how long it lasts), not per token: all sequences of a step get
-their tokens together, so an answer's timestamps are a slice of its server's steps. What is simulated is TensorRT-LLM's
-in-flight batching with ``guaranteed_no_evict``: first come, first served; a request enters when a batch slot is free,
-KV blocks for its prompt and its longest answer can be reserved, and its prompt fits into the step.
+their tokens together, so an answer's timestamps are a slice of its server's steps. Which requests share a step,
+:mod:`erlib.batching` decides.
 
 Two presets: ``hardware`` is nothing but the GPUs; ``harness`` puts a gateway that relays few streams at a time and a
 client of limited speed around them. The harness' numbers are a hypothesis fitted to the papers' statements, never a
@@ -17,7 +16,6 @@ import importlib.metadata
 import itertools
 import json
 import math
-from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -31,46 +29,19 @@ import pandas as pd
 import simpy
 from tqdm import tqdm
 
-from erlib import config, engines, prompts, records, steptimes, sweep
-from erlib.config import ConfigError, Mix, Profile, Routing
+from erlib import batching, config, engines, prompts, records, steptimes, sweep
+from erlib.batching import CannotServe, Engine, System
+from erlib.config import ConfigError, Mix, Profile
 from erlib.prompts import Prompt, Workload
-from erlib.steptimes import Calibration, StepTimes
 
 Paper = Literal["p1", "p2"]
 Preset = Literal["hardware", "harness"]
 
-_STATED_KV_TOLERANCE = 0.03
 _CLUSTERS = 8
 _Process = Generator[simpy.Event, Any, None]
 
 
-class SimulationError(ValueError):
-    """A system cannot serve what it is asked for; the message says why."""
-
-
-# --- what is simulated --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class System:
-    """Engines and how requests reach them; sizes are per instance."""
-
-    config: str
-    routing: Routing
-    steps: StepTimes
-    instances: int
-    batch_size: int
-    kv_tokens: int
-    answer_limit: int | None = None
-    """Tokens of the longest answer, for which KV cache is reserved; None: each request's own length."""
-    kv_block_tokens: int = 64
-    max_step_tokens: int = 8192
-    """Prompt and decoded tokens of one step; a prompt is never cut in two (chunked context off)."""
-
-    def __post_init__(self) -> None:
-        sizes = (self.instances, self.batch_size, self.kv_tokens, self.kv_block_tokens, self.max_step_tokens)
-        if min(sizes) < 1:
-            raise SimulationError(f"{self.config}: all sizes must be at least 1, not {sizes}")
+# --- what is around the engines ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -108,36 +79,6 @@ def harness(preset: Preset, paper: Paper) -> Harness:
     if preset not in ("hardware", "harness"):
         raise ConfigError(f"preset must be 'hardware' or 'harness', not {preset!r}")
     return HARDWARE if preset == "hardware" else HARNESS[paper]
-
-
-def paper_system(name: str, calibration: Calibration | None = None, answer_limit: int | None = None) -> System:
-    """A configuration of a paper (or a baseline beside one) on 8 H100s.
-
-    KV tokens are those that the text states where they agree with the printed KV cache, and otherwise those that the
-    printed cache holds (p1.C states more than twice as many).
-
-    Parameters
-    ----------
-    name : str
-        ``p1.A`` ... ``p2.R``.
-    calibration : Calibration, optional
-    answer_limit : int, optional
-        See :class:`System`.
-    """
-    configuration = config.load_configuration(name)
-    printed = configuration.system
-    held = engines.kv_tokens(printed)
-    agree = printed.kv_tokens and abs(printed.kv_tokens / held - 1) <= _STATED_KV_TOLERANCE
-    steps: StepTimes = steptimes.for_configuration(configuration)
-    return System(
-        config=name,
-        routing=configuration.routing,
-        steps=steps.calibrated(calibration) if calibration else steps,
-        instances=printed.instances,
-        batch_size=printed.batch_size,
-        kv_tokens=printed.kv_tokens if printed.kv_tokens and agree else held,
-        answer_limit=answer_limit,
-    )
 
 
 # --- the workload at full scale -----------------------------------------------------------------------------------
@@ -216,7 +157,7 @@ class _Client:
 class Server:
     """One engine instance; what it did stays readable afterwards."""
 
-    system: System
+    engine: Engine[Request]
     taken_s: list[float] = field(default_factory=list)
     """When the client had each step's tokens."""
     ends_s: list[float] = field(default_factory=list)
@@ -224,79 +165,36 @@ class Server:
     """Sequences that got a token in each step."""
     kv_blocks: list[int] = field(default_factory=list)
     """KV blocks reserved in each step."""
-    _waiting: deque[Request] = field(default_factory=deque)
     _idle: simpy.Event | None = None
-
-    @property
-    def kv_blocks_total(self) -> int:
-        return self.system.kv_tokens // self.system.kv_block_tokens
-
-    def blocks(self, request: Request) -> int:
-        """KV blocks to reserve, so that the request never has to be evicted."""
-        answer = max(request.output_tokens, self.system.answer_limit or 0)
-        return math.ceil((request.input_tokens + answer) / self.system.kv_block_tokens)
 
     def submit(self, request: Request) -> None:
         """Queue a request.
 
         Raises
         ------
-        SimulationError
+        CannotServe
             If it would wait for ever.
         """
-        needed, most = self.blocks(request), self.system.max_step_tokens
-        if needed > self.kv_blocks_total or request.input_tokens > most:
-            raise SimulationError(
-                f"{self.system.config}: a request with {request.input_tokens} prompt tokens needs {needed} KV blocks; "
-                f"an instance has {self.kv_blocks_total}, and a step takes {most} tokens"
-            )
-        self._waiting.append(request)
+        self.engine.submit(request)
         if self._idle and not self._idle.triggered:
             self._idle.succeed()
 
     def run(self, env: simpy.Environment, client: _Client) -> _Process:
         """The engine's loop."""
-        step_s = self.system.steps.step_s
-        running = context_tokens = reserved = 0
-        ending: dict[int, list[Request]] = {}
-        for step in itertools.count():
-            if not running and not self._waiting:
+        engine = self.engine
+        while True:
+            if engine.is_idle:
                 self._idle = env.event()
                 yield self._idle
-            admitted, prompt_tokens = self._admit(running, reserved) if self._waiting else ([], 0)
-            yield env.timeout(step_s(len(admitted), prompt_tokens, running, context_tokens))
-            context_tokens += running + prompt_tokens + len(admitted)
-            running += len(admitted)
-            for request in admitted:
-                reserved += self.blocks(request)
-                request.first_step = step
-                ending.setdefault(step + request.output_tokens - 1, []).append(request)
-            now = env.now
-            taken_s = client.take(now, running)
+            yield env.timeout(engine.begin_step())
+            step = engine.end_step()
+            taken_s = client.take(env.now, step.sequences)
             self.taken_s.append(taken_s)
-            self.ends_s.append(now)
-            self.sequences.append(running)
-            self.kv_blocks.append(reserved)
-            if step not in ending:
-                continue
-            for request in ending.pop(step):
-                running -= 1
-                context_tokens -= request.input_tokens + request.output_tokens
-                reserved -= self.blocks(request)
+            self.ends_s.append(env.now)
+            self.sequences.append(step.sequences)
+            self.kv_blocks.append(step.kv_blocks)
+            for request in step.finished:
                 request.done.succeed(taken_s)
-
-    def _admit(self, running: int, reserved: int) -> tuple[list[Request], int]:
-        admitted: list[Request] = []
-        prompt_tokens = 0
-        while self._waiting and running + len(admitted) < self.system.batch_size:
-            request = self._waiting[0]
-            fits = running + prompt_tokens + request.input_tokens <= self.system.max_step_tokens
-            reserved += self.blocks(request)
-            if not fits or reserved > self.kv_blocks_total:
-                break
-            admitted.append(self._waiting.popleft())
-            prompt_tokens += request.input_tokens
-        return admitted, prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -330,23 +228,23 @@ def trace(system: System, drawn: Sequence[Prompt], continues: bool, around: Harn
 
     Raises
     ------
-    SimulationError
+    CannotServe
         If a cluster has no server, or a request can never be served.
     OutOfRange
         If a step is larger than the step times know.
     """
     if not drawn:
-        raise SimulationError("a point needs at least one user")
+        raise CannotServe("a point needs at least one user")
     if min(min(prompt.input_tokens, prompt.max_tokens) for prompt in drawn) < 1:
-        raise SimulationError("every prompt and every answer has at least one token")
+        raise CannotServe("every prompt and every answer has at least one token")
     classifies = system.routing == "expert_router"
     strays = {prompt.cluster for prompt in drawn} - set(range(system.instances))
     if classifies and strays:
-        raise SimulationError(
+        raise CannotServe(
             f"{system.config} has {system.instances} experts, but a prompt belongs to cluster {max(strays)}"
         )
     env, client = simpy.Environment(), _Client(around)
-    servers = [Server(system) for _ in range(system.instances)]
+    servers = [Server(Engine(system)) for _ in range(system.instances)]
     gateway = None
     if system.routing in ("expert_router", "replicas"):
         gateway = simpy.Resource(env, capacity=around.gateway_streams or len(drawn))
@@ -498,7 +396,11 @@ def points(
     papers: Iterable[Paper],
 ) -> list[Point]:
     """All points of the papers' load experiments; names carry a hash of what they are computed from."""
-    code = [*(Path(str(module.__file__)) for module in (prompts, engines, steptimes)), Path(__file__), steptimes.TABLE]
+    code = [
+        *(Path(str(module.__file__)) for module in (prompts, engines, steptimes, batching)),
+        Path(__file__),
+        steptimes.TABLE,
+    ]
     result = []
     for paper in papers:
         settings = profile.paper1 if paper == "p1" else profile.paper2
@@ -579,7 +481,7 @@ def run(
 
 def _write(profile: Profile, workload: Workload, point: Point, columns: Mapping[str, Any] | None) -> None:
     limit = profile.workload.p2_max_output_tokens if point.paper == "p2" else None
-    system = paper_system(point.config, answer_limit=limit)
+    system = batching.paper_system(point.config, answer_limit=limit)
     drawn = prompts.draw(workload, point.users, point.mix, profile.seed, point.repeat)
     provenance = {"profile": profile.name, "profile_hash": profile.digest, "point_hash": point.path.stem[-16:]}
     rows = simulate(

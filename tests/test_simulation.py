@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import simulation as benchmark
-from erlib import config, metrics, prompts, records, simulation
+from erlib import batching, config, metrics, prompts, records, simulation, steptimes
+from erlib.batching import CannotServe, System
 from erlib.prompts import FORCED, Prompt
-from erlib.simulation import HARDWARE, HARNESS, Harness, SimulationError, System
+from erlib.simulation import HARDWARE, HARNESS, Harness
 from tests.test_steptimes import Linear
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -95,7 +96,7 @@ def _check_reservations(server, requests):
 
 def test_one_user_waits_for_the_prefill_only():
     for name in ("p1.A", "p1.C", "p2.D", "p2.E"):
-        under_test = simulation.paper_system(name)
+        under_test = batching.paper_system(name)
         seen = by_user(simulation.trace(under_test, users(1, 335, 50), continues=True))
         base, continuation = seen[0, "base"], seen[0, "continuation"]
         assert base[0] * 1e-9 == pytest.approx(under_test.steps.prefill_s(335), abs=1e-9)
@@ -106,7 +107,7 @@ def test_one_user_waits_for_the_prefill_only():
 
 @pytest.mark.parametrize("name", ["p1.A", "p1.C", "p2.A", "p2.D"])
 def test_tpot_of_a_full_batch_is_the_tables(name):
-    under_test = simulation.paper_system(name)
+    under_test = batching.paper_system(name)
     crowd = users(3 * under_test.batch_size, 100, 200, clusters=1)
     server = simulation.trace(under_test, crowd, continues=False).servers[0]
     full = [n for n in range(1, len(server.ends_s)) if server.sequences[n - 1 : n + 1] == [under_test.batch_size] * 2]
@@ -160,9 +161,9 @@ def test_requests_go_where_the_routing_says():
     drawn = [Prompt(n, cluster, "", 10, 2, FORCED) for n, cluster in enumerate([3, 3, 0, 2, 1, 3])]
     assert experts("expert_router", drawn) == [3, 3, 0, 2, 1, 3]
     assert experts("round_robin", drawn) == experts("replicas", drawn) == [0, 1, 2, 3, 0, 1]
-    with pytest.raises(SimulationError, match="4 experts, but a prompt belongs to cluster 4"):
+    with pytest.raises(CannotServe, match="4 experts, but a prompt belongs to cluster 4"):
         experts("expert_router", [Prompt(0, 4, "", 10, 2, FORCED)])
-    with pytest.raises(SimulationError, match="cluster -1"):
+    with pytest.raises(CannotServe, match="cluster -1"):
         experts("expert_router", [Prompt(0, -1, "", 10, 2, FORCED)])
 
 
@@ -175,7 +176,7 @@ def test_what_can_never_be_served_is_an_error():
         ({}, users(1, input_tokens=0), "at least one token"),
         ({"batch_size": 0}, users(1), "sizes must be at least 1"),
     ]:
-        with pytest.raises(SimulationError, match=message):
+        with pytest.raises(CannotServe, match=message):
             simulation.trace(system(**changes), drawn, continues=False)
 
 
@@ -228,13 +229,13 @@ def test_presets():
 
 
 def test_paper_systems_have_the_kv_cache_that_fits():
-    held = {name: simulation.paper_system(name).kv_tokens for name in ("p1.A", "p1.B", "p1.C", "p1.D", "p1.R")}
+    held = {name: batching.paper_system(name).kv_tokens for name in ("p1.A", "p1.B", "p1.C", "p1.D", "p1.R")}
     assert held == {"p1.A": 1116943, "p1.B": 72000, "p1.C": 65917, "p1.D": 159000, "p1.R": 65917}
 
 
 def test_calibration_slows_a_system_down():
-    fast = simulation.paper_system("p2.C")
-    slow = simulation.paper_system("p2.C", simulation.Calibration(efficiency=0.5))
+    fast = batching.paper_system("p2.C")
+    slow = batching.paper_system("p2.C", steptimes.Calibration(efficiency=0.5))
     assert slow.steps.decode_s(50, 500) == pytest.approx(2 * fast.steps.decode_s(50, 500))
 
 

@@ -3,7 +3,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from erlib import config, engines, records, simulation, steptimes
+from erlib import batching, config, engines, records, simulation, steptimes
 from erlib.prompts import FORCED, Prompt
 from erlib.steptimes import Calibration, Fitted, OutOfRange, Roofline, Table
 
@@ -112,7 +112,7 @@ def test_roofline_and_table_tell_of_the_same_hardware(name):
 
 
 def _measure(steps, users, batch_size=16):
-    system = simulation.System("p2.E", "direct", steps, 1, batch_size, 100_000)
+    system = batching.System("p2.E", "direct", steps, 1, batch_size, 100_000)
     drawn = [Prompt(n, 0, "", 40 + 7 * (n % 5), 60 + 11 * (n % 7), FORCED) for n in range(users)]
     return simulation.simulate(system, drawn, paper="p1")
 

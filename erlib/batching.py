@@ -1,0 +1,199 @@
+"""In-flight batching as TensorRT-LLM does it under ``guaranteed_no_evict``: which requests share an engine's steps.
+
+First come, first served; a request enters when a batch slot is free, KV blocks for its prompt and its longest answer
+can be reserved, and its prompt fits into the step. How long a step lasts, :mod:`erlib.steptimes` says. What passes the
+time is somebody else's business: the simulation's virtual clock, or the wall clock of an emulated engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from erlib import config, engines, steptimes
+from erlib.config import Routing
+from erlib.steptimes import Calibration, StepTimes
+
+_STATED_KV_TOLERANCE = 0.03
+
+
+class CannotServe(ValueError):
+    """A system, or a request that it can never serve; the message says why."""
+
+
+@dataclass(frozen=True)
+class System:
+    """Engines and how requests reach them; sizes are per instance."""
+
+    config: str
+    routing: Routing
+    steps: StepTimes
+    instances: int
+    batch_size: int
+    kv_tokens: int
+    answer_limit: int | None = None
+    """Tokens of the longest answer, for which KV cache is reserved; None: each request's own length."""
+    kv_block_tokens: int = 64
+    max_step_tokens: int = 8192
+    """Prompt and decoded tokens of one step; a prompt is never cut in two (chunked context off)."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.instances, self.batch_size, self.kv_tokens, self.kv_block_tokens, self.max_step_tokens)
+        if min(sizes) < 1:
+            raise CannotServe(f"{self.config}: all sizes must be at least 1, not {sizes}")
+
+
+def paper_system(name: str, calibration: Calibration | None = None, answer_limit: int | None = None) -> System:
+    """A configuration of a paper (or a baseline beside one) on 8 H100s.
+
+    KV tokens are those that the text states where they agree with the printed KV cache, and otherwise those that the
+    printed cache holds (p1.C states more than twice as many).
+
+    Parameters
+    ----------
+    name : str
+        ``p1.A`` ... ``p2.R``.
+    calibration : Calibration, optional
+    answer_limit : int, optional
+        See :class:`System`.
+    """
+    configuration = config.load_configuration(name)
+    printed = configuration.system
+    held = engines.kv_tokens(printed)
+    agree = printed.kv_tokens and abs(printed.kv_tokens / held - 1) <= _STATED_KV_TOLERANCE
+    steps: StepTimes = steptimes.for_configuration(configuration)
+    return System(
+        config=name,
+        routing=configuration.routing,
+        steps=steps.calibrated(calibration) if calibration else steps,
+        instances=printed.instances,
+        batch_size=printed.batch_size,
+        kv_tokens=printed.kv_tokens if printed.kv_tokens and agree else held,
+        answer_limit=answer_limit,
+    )
+
+
+class Request(Protocol):
+    """What an engine has to know of a request."""
+
+    input_tokens: int
+    first_step: int
+    """Set by the engine: the step that reads the prompt and gives the first token."""
+
+    @property
+    def output_tokens(self) -> int:
+        """Length of the answer."""
+        ...
+
+
+R = TypeVar("R", bound=Request)
+
+
+class Step(NamedTuple, Generic[R]):
+    """What one step did."""
+
+    joined: list[R]
+    """Requests whose prompts it read."""
+    sequences: int
+    """Requests that got a token, those that joined among them."""
+    kv_blocks: int
+    """KV blocks reserved while it ran."""
+    finished: list[R]
+    """Requests that got their last token."""
+
+
+class Engine(Generic[R]):
+    """One engine instance: call :meth:`begin_step`, let so many seconds pass, call :meth:`end_step`."""
+
+    def __init__(self, system: System):
+        self.system = system
+        self.kv_blocks_total = system.kv_tokens // system.kv_block_tokens
+        self.waiting: deque[R] = deque()
+        self.steps = 0
+        """Steps done."""
+        self.sequences = 0
+        """Requests under way."""
+        self._context_tokens = 0
+        self._reserved = 0
+        self._joining: list[R] = []
+        self._joining_tokens = 0
+        self._ending: dict[int, list[R]] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.sequences and not self.waiting
+
+    def blocks(self, request: R) -> int:
+        """KV blocks to reserve, so that the request never has to be evicted."""
+        answer = max(request.output_tokens, self.system.answer_limit or 0)
+        return math.ceil((request.input_tokens + answer) / self.system.kv_block_tokens)
+
+    def check(self, request: R) -> None:
+        """Refuse a request that would wait for ever.
+
+        Raises
+        ------
+        CannotServe
+        """
+        needed, most = self.blocks(request), self.system.max_step_tokens
+        if needed > self.kv_blocks_total or request.input_tokens > most:
+            raise CannotServe(
+                f"{self.system.config}: a request with {request.input_tokens} prompt tokens needs {needed} KV blocks; "
+                f"an instance has {self.kv_blocks_total}, and a step takes {most} tokens"
+            )
+
+    def submit(self, request: R) -> None:
+        """Queue a request.
+
+        Raises
+        ------
+        CannotServe
+            If it would wait for ever.
+        """
+        self.check(request)
+        self.waiting.append(request)
+
+    def begin_step(self) -> float:
+        """Admit who may enter; returns how long the step takes, in seconds."""
+        self._joining, self._joining_tokens = self._admit() if self.waiting else ([], 0)
+        return self.system.steps.step_s(len(self._joining), self._joining_tokens, self.sequences, self._context_tokens)
+
+    def end_step(self) -> Step[R]:
+        """Everybody under way has one more token."""
+        joined = self._joining
+        self._context_tokens += self.sequences + self._joining_tokens + len(joined)
+        self.sequences += len(joined)
+        for request in joined:
+            self._reserved += self.blocks(request)
+            request.first_step = self.steps
+            self._ending.setdefault(self.steps + request.output_tokens - 1, []).append(request)
+        done = Step(joined, self.sequences, self._reserved, self._ending.pop(self.steps, []))
+        self.steps += 1
+        for request in done.finished:
+            self._leave(request, request.output_tokens)
+        return done
+
+    def cancel(self, request: R) -> None:
+        """Let go of a request under way, between two steps."""
+        self._ending[request.first_step + request.output_tokens - 1].remove(request)
+        self._leave(request, self.steps - request.first_step)
+
+    def _leave(self, request: R, answered: int) -> None:
+        self.sequences -= 1
+        self._context_tokens -= request.input_tokens + answered
+        self._reserved -= self.blocks(request)
+
+    def _admit(self) -> tuple[list[R], int]:
+        admitted: list[R] = []
+        prompt_tokens, reserved = 0, self._reserved
+        while self.waiting and self.sequences + len(admitted) < self.system.batch_size:
+            request = self.waiting[0]
+            fits = self.sequences + prompt_tokens + request.input_tokens <= self.system.max_step_tokens
+            reserved += self.blocks(request)
+            if not fits or reserved > self.kv_blocks_total:
+                break
+            admitted.append(self.waiting.popleft())
+            prompt_tokens += request.input_tokens
+        return admitted, prompt_tokens
