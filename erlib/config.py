@@ -126,6 +126,29 @@ class PaperScaleSettings(_Strict):
     prompts: PositiveInt = Field(4096, description="prompts per paper, routed by the profile's own clusterer")
 
 
+class EmulationSettings(_Strict):
+    """Engines that only keep time, as long as those of eight H100s would, behind the real gateways and clients."""
+
+    configs: list[str] = ["p2.D"]
+    users: list[PositiveInt] = [1, 50, 200]
+    repeats: PositiveInt = 1
+    slow_motion: PositiveFloat = Field(
+        4.0, description="wall seconds for one second of an H100; raise it where a point cannot keep pace"
+    )
+    prompts: PositiveInt = Field(512, description="prompts per paper, cut to the papers' own lengths")
+
+
+class AblationSettings(_Strict):
+    """What did the papers measure? Clients x routers around one emulated system, in real time."""
+
+    config: str = "p1.B"
+    users: list[PositiveInt] = [1, 25, 50, 100]
+    repeats: int = Field(3, ge=2, description="confidence intervals need two")
+    output_tokens: PositiveInt = Field(64, description="per answer; base prompts only")
+    terms: PositiveInt = Field(500_000, description="vocabulary, filled up to the size that c-BTM's C4 shard has")
+    gateways: PositiveInt = Field(4, description="each holds the unpickled model, most of a gigabyte while it works")
+
+
 class ServingSettings(_Strict):
     backend: Literal["openvino", "tensorrt_llm"] = "openvino"
     gateways: PositiveInt = 16
@@ -166,17 +189,22 @@ class Profile(_Strict):
     preliminary: PreliminarySettings
     overhead: OverheadSettings
     paper_scale: PaperScaleSettings = PaperScaleSettings()
+    emulation: EmulationSettings = EmulationSettings()
+    ablation: AblationSettings = AblationSettings()
 
     @model_validator(mode="after")
     def _known_configs(self) -> Profile:
         known = config_ids()
-        for name in [*self.paper1.configs, *self.paper2.configs, self.overhead.config]:
+        named = [self.overhead.config, self.ablation.config, *self.emulation.configs]
+        for name in [*self.paper1.configs, *self.paper2.configs, *named]:
             if name not in known:
                 raise ValueError(f"unknown configuration {name!r}{nearest(name, known)}; see engines/*.yaml")
         if load_configuration(self.overhead.config).routing not in ("expert_router", "replicas"):
             raise ValueError(
                 f"overhead.config: {self.overhead.config} has no gateways whose overhead could be measured"
             )
+        if load_configuration(self.ablation.config).routing != "expert_router":
+            raise ValueError(f"ablation.config: {self.ablation.config} does not classify prompts")
         return self
 
     @property

@@ -22,7 +22,7 @@ SCHEMA = pa.schema(
         # which point
         ("source", pa.string()),  # measured | emulated | simulated
         ("paper", pa.string()),  # p1 | p2
-        ("experiment", pa.string()),  # load | preliminary | overhead
+        ("experiment", pa.string()),  # load | preliminary | overhead | ablation
         ("config", pa.string()),  # p1.A ... p2.R; preliminary: p2.fp8-tp4-bs100
         ("mix", pa.string()),  # uniform | normal
         ("users", pa.int32()),
@@ -43,6 +43,14 @@ SCHEMA = pa.schema(
         ("status", pa.string()),  # ok, or what went wrong
         # what the gateway did with it (null where there is none)
         *((f"route_{span}_ns", pa.int64()) for span in _ROUTE_SPANS),
+        # who asks, and who classifies (null where there is no gateway)
+        ("client", pa.string()),  # asyncio | threads
+        ("classifier", pa.string()),  # ours | stock
+        # emulated engines: wall seconds for one second of theirs; steps, those over 5 % late, and the time so lost
+        ("slow_motion", pa.float64()),
+        ("steps", pa.int64()),
+        ("late_steps", pa.int64()),
+        ("lost_time", pa.float64()),  # share of what all steps should have taken
         # the run: did the harness itself keep up?
         ("client_lag_p99_ms", pa.float64()),
         ("client_lag_max_ms", pa.float64()),

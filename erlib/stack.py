@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import grpc
 import grpc.aio
@@ -23,6 +23,10 @@ from erlib.processes import StartError
 _CANARY = "How long does a letter take from one end of the country to the other?"
 
 
+Classifier = Literal["ours", "stock"]
+"""How gateways evaluate the router's model: as :mod:`erlib.clusterer` does, or as scikit-learn does when unpickled."""
+
+
 @dataclass(frozen=True)
 class ServerPlan:
     """How one engine instance is served."""
@@ -30,6 +34,8 @@ class ServerPlan:
     backend: str
     parameters: dict[str, str]
     max_batch_size: int
+    niceness: int = 0
+    """How far its process stands back where cores are short."""
 
 
 class Stack:
@@ -49,6 +55,8 @@ class Stack:
         Directory of the router's model (only for the two routings with gateways).
     log_dir : Path
         Logs are kept here; everything else that a run leaves is removed.
+    classifier : {"ours", "stock"}
+        How the gateways of ``expert_router`` classify.
 
     Raises
     ------
@@ -68,6 +76,7 @@ class Stack:
         settings: ServingSettings,
         clusterer: Path | None,
         log_dir: Path,
+        classifier: Classifier = "ours",
     ):
         self.label = label
         self._settings = settings
@@ -78,12 +87,13 @@ class Stack:
         self.servers = [
             triton.TritonServer(
                 f"{label}-{i}", plan.backend, plan.parameters, plan.max_batch_size,
-                first + i * triton.TritonServer.PORTS, log_dir, settings.host,
+                first + i * triton.TritonServer.PORTS, log_dir, settings.host, plan.niceness,
             )
             for i, plan in enumerate(servers)
         ]  # fmt: skip
         self._warm_up_streams = [plan.max_batch_size for plan in servers]
-        self._policy = "classify" if routing == "expert_router" else "replicas"
+        classify = {"ours": "classify", "stock": "stock"}[classifier]
+        self._policy = classify if routing == "expert_router" else "replicas"
         self._clusterer = clusterer
         gateways = [f"{settings.host}:{port}" for port in self._gateway_ports]
         self._nginx = Nginx(settings.base_port, gateways, log_dir, settings.host) if has_gateways else None
@@ -94,9 +104,10 @@ class Stack:
         """Addresses that users connect to: NGINX, or the servers themselves where the baseline bypasses it."""
         return [self._nginx.url] if self._nginx else [server.url for server in self.servers]
 
-    def generated_tokens(self) -> int:
-        """Tokens that all servers have generated since they started."""
-        return sum(server.generated_tokens() for server in self.servers)
+    def counters(self) -> dict[str, float]:
+        """What all servers together have counted since they started; see :meth:`erlib.triton.TritonServer.counters`."""
+        counted = [server.counters() for server in self.servers]
+        return {name: sum(one[name] for one in counted) for name in counted[0]}
 
     def require_alive(self) -> None:
         """Check that no process of the stack has died.

@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ import psutil
 from tqdm import tqdm
 
 from erlib import (
+    batching,
     clusterer,
     config,
     engines,
@@ -38,6 +39,7 @@ from erlib import (
     prompts,
     records,
     stack,
+    steptimes,
     triton,
     users,
     wire,
@@ -45,7 +47,7 @@ from erlib import (
 from erlib.config import Mix, Profile, Routing
 from erlib.prompts import Workload
 
-Experiment = Literal["load", "preliminary", "overhead"]
+Experiment = Literal["load", "preliminary", "overhead", "ablation"]
 
 _MAX_BATCHED_TOKENS = 1024
 _PACKAGES = ("numpy", "openvino", "openvino-genai", "nvidia-pytriton", "grpcio", "tokenizers")
@@ -63,14 +65,37 @@ class System:
     routing: Routing
     servers: list[stack.ServerPlan]
     tokenizer: Path
+    router: Path
+    """Directory of the clusterer."""
+    classifier: stack.Classifier = "ours"
+
+    @property
+    def backend(self) -> str:
+        return self.servers[0].backend
+
+    @property
+    def source(self) -> Literal["measured", "emulated"]:
+        """What its records are."""
+        return "emulated" if self.backend == "emulated" else "measured"
+
+    @property
+    def slow_motion(self) -> float:
+        """Wall seconds that stand for one second of its engines."""
+        return float(self.servers[0].parameters.get("slow_motion", 1))
 
     @property
     def description(self) -> dict[str, Any]:
-        """What a point's hash knows of the system: the engine by its content hash, not by where it lies."""
+        """What a point's hash knows of the system: engine and router by their content hashes, not by where they lie."""
         servers = [asdict(server) for server in self.servers]
         for server in servers:
             server["parameters"]["engine"] = Path(server["parameters"]["engine"]).name
-        return {"config": self.config, "routing": self.routing, "servers": servers}
+        return {
+            "config": self.config,
+            "routing": self.routing,
+            "servers": servers,
+            "router": self.router.name,
+            "classifier": self.classifier,
+        }
 
 
 @dataclass(frozen=True)
@@ -98,6 +123,7 @@ class Series:
     users: list[int]
     repeats: int
     mixes: list[Mix]
+    client: Literal["asyncio", "threads"] = "asyncio"
 
     @property
     def continues(self) -> bool:
@@ -132,6 +158,7 @@ def preliminary(profile: Profile) -> list[Series]:
     workload = _workload(profile, "preliminary")
     cores = len(os.sched_getaffinity(0))
     sequence_tokens = engines.longest_sequence_tokens(profile, "preliminary")
+    router, tokenizer = clusterer.build(profile), tokenizer_file(profile)
     built = openvino.build_all(profile, [("large", dtype) for dtype in settings.dtypes])
     series = []
     for dtype, engine in zip(settings.dtypes, built, strict=True):
@@ -146,7 +173,7 @@ def preliminary(profile: Profile) -> list[Series]:
                     threads=max(1, cores * tensor_parallel // 8),
                 )
                 label = f"p2.{dtype}-tp{tensor_parallel}-bs{batch_size}"
-                target = System(label, "direct", [server], _tokenizer(profile))
+                target = System(label, "direct", [server], tokenizer, router)
                 series.append(
                     Series("p2", "preliminary", target, workload, settings.users, settings.repeats, ["uniform"])
                 )
@@ -175,13 +202,14 @@ def systems(profile: Profile, names: list[str]) -> list[System]:
     configurations = [config.load_configuration(name) for name in names]
     plans = [engines.laptop_system(profile, configuration) for configuration in configurations]
     built = openvino.build_all(profile, [(plan.size, plan.dtype) for plan in plans])
-    tokenizer = _tokenizer(profile)
+    router, tokenizer = clusterer.build(profile), tokenizer_file(profile)
     return [
         System(
             configuration.id,
             configuration.routing,
             [server_plan(engine.path, plan.batch_size, plan.kv_blocks, plan.kv_cache, plan.threads)] * plan.instances,
             tokenizer,
+            router,
         )
         for configuration, plan, engine in zip(configurations, plans, built, strict=True)
     ]
@@ -203,28 +231,34 @@ def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, th
         "threads": str(threads),
         "compute": json.dumps(openvino.COMPUTE),
     }
-    return stack.ServerPlan("openvino", parameters, batch_size)
+    # Engines take all the CPU that there is. Users, NGINX and gateways share it with them here, as they do not in the
+    # papers, and must not wait for it: they would measure the scheduler.
+    return stack.ServerPlan("openvino", parameters, batch_size, niceness=10)
 
 
-def _tokenizer(profile: Profile) -> Path:
+def tokenizer_file(profile: Profile) -> Path:
+    """``tokenizer.json`` of the model under test."""
     return openvino.checkpoint(profile.engines) / "tokenizer.json"
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def points(profile: Profile, series: Series, router: Path) -> list[Point]:
-    """All points of a series, in the order in which they are measured; `router` is the clusterer's directory."""
+def points(profile: Profile, series: Series) -> list[Point]:
+    """All points of a series, in the order in which they are measured."""
     base = [
         series.system.description,
-        router.name,
-        _code_digest(),
+        series.client,
+        _code_digest(series.system.backend),
         profile.seed,
         [profile.serving.gateways, profile.serving.user_processes],
         provenance()["host"],
         provenance()["versions"],
     ]
-    folder = paths.run_dir(profile.name) / "records" / series.experiment / series.system.config
+    folder = paths.run_dir(profile.name) / {"measured": "records", "emulated": "emulated"}[series.system.source]
+    folder = folder / series.experiment / series.system.config
+    if series.experiment == "ablation":
+        folder = folder / f"{series.client}-{series.system.classifier}"
     result = []
     for repeat in range(series.repeats):
         for mix in series.mixes:
@@ -246,8 +280,7 @@ def run(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
     StartError
         If a process does not start or dies.
     """
-    router = clusterer.build(profile)
-    wanted = [points(profile, series, router) for series in sweep]
+    wanted = [points(profile, series) for series in sweep]
     todo = [[point for point in group if not point.path.exists()] for group in wanted]
     total, missing = sum(map(len, wanted)), sum(map(len, todo))
     print(f"sweep: {total - missing} of {total} points found by content hash, {missing} to measure")
@@ -255,7 +288,7 @@ def run(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
         with tqdm(total=sum(point.users for group in todo for point in group), unit="user") as progress:
             for series, group in zip(sweep, todo, strict=True):
                 if group:
-                    _measure(profile, series, group, router, progress)
+                    _measure(profile, series, group, progress)
     return read(profile, sweep)
 
 
@@ -267,38 +300,41 @@ def read(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
     MissingRecords
         If points are missing.
     """
-    router = clusterer.build(profile)
-    wanted = [point.path for series in sweep for point in points(profile, series, router)]
+    wanted = [point.path for series in sweep for point in points(profile, series)]
     missing = [path for path in wanted if not path.exists()]
     if missing:
-        notebook = {"load": "05_load_sweep", "preliminary": "04_preliminary_sweep", "overhead": "06_routing_overhead"}
+        notebooks = {"preliminary": "04_preliminary_sweep", "overhead": "06_routing_overhead"}
+        in_order = sweep[0].system.source == "measured"
+        notebook = notebooks.get(sweep[0].experiment, "05_load_sweep") if in_order else "07_paper_scale"
         raise MissingRecords(
             f"{len(missing)} of {len(wanted)} points have not been measured with this profile; "
-            f"run ./run_all.sh --profile {profile.name} --only {notebook[sweep[0].experiment]}"
+            f"run ./run_all.sh --profile {profile.name} --only {notebook}"
         )
     return records.read_files(wanted)
 
 
-def _measure(profile: Profile, series: Series, todo: list[Point], router: Path, progress: tqdm) -> None:
-    serving = profile.serving
-    label = series.system.config
+def _measure(profile: Profile, series: Series, todo: list[Point], progress: tqdm) -> None:
+    serving, system = profile.serving, series.system
+    label = system.config
     log_dir = paths.run_dir(profile.name) / "logs" / label
     progress.set_description(f"{label}: starting")
     user_log = log_dir / "users.log"
     with (
-        stack.Stack(label, series.system.servers, series.system.routing, serving, router, log_dir) as serving_stack,
-        users.UserSimulator(series.system.tokenizer, serving.user_processes, user_log) as simulator,
+        stack.Stack(
+            label, system.servers, system.routing, serving, system.router, log_dir, system.classifier
+        ) as serving_stack,
+        users.UserSimulator(system.tokenizer, serving.user_processes, user_log) as simulator,
     ):
         for point in todo:
             progress.set_description(f"{label} {point.mix} {point.users} users, repeat {point.repeat}")
             serving_stack.require_alive()
             started = datetime.now(UTC).isoformat(timespec="seconds")
             scripts = _scripts(profile, series, point, len(serving_stack.targets))
-            counted = serving_stack.generated_tokens()
+            before = serving_stack.counters()
             seen = simulator.run(scripts, serving_stack.targets, serving.request_timeout_s)
             serving_stack.require_alive()
-            counted = serving_stack.generated_tokens() - counted
-            _verify(point, series, seen.answers, counted)
+            counted = {name: value - before[name] for name, value in serving_stack.counters().items()}
+            _verify(point, series, seen.answers, round(counted["expert_generated_tokens"]))
             records.write(_rows(profile, series, point, seen, counted, started), point.path)
             progress.update(point.users)
 
@@ -338,20 +374,28 @@ def _verify(point: Point, series: Series, answers: list[users.Answer], counted: 
 
 
 def _rows(
-    profile: Profile, series: Series, point: Point, seen: users.Observation, counted: int, started: str
+    profile: Profile,
+    series: Series,
+    point: Point,
+    seen: users.Observation,
+    counted: Mapping[str, float],
+    started: str,
 ) -> Iterator[dict[str, Any]]:
+    system = series.system
     shared = {
-        "source": "measured",
+        "source": system.source,
         "paper": series.paper,
         "experiment": series.experiment,
         "config": point.system.config,
         "mix": point.mix,
         "users": point.users,
         "repeat": point.repeat,
+        "client": series.client,
+        "classifier": system.classifier if system.routing == "expert_router" else None,
         "client_lag_p99_ms": seen.lag_p99_ms,
         "client_lag_max_ms": seen.lag_max_ms,
         "client_cpu_cores": seen.cpu_cores,
-        "server_tokens": counted,
+        "server_tokens": round(counted["expert_generated_tokens"]),
         "point_hash": point.hash,
         "profile": profile.name,
         "profile_hash": profile.digest,
@@ -359,11 +403,25 @@ def _rows(
         "started": started,
         **provenance(),
     }
+    if system.source == "emulated":
+        shared |= {
+            "slow_motion": system.slow_motion,
+            "steps": round(counted["expert_steps"]),
+            "late_steps": round(counted["expert_late_steps"]),
+            "lost_time": counted["expert_lost_seconds"] / counted["expert_step_seconds"],
+        }
+
+    def engine_ns(ns: int) -> int:
+        """By the engines' clock, which is slower than ours in slow motion."""
+        return round(ns / system.slow_motion)
+
     for answer in seen.answers:
         fields = asdict(answer)
-        routing = {f"route_{span}_ns": ns for span, ns in fields.pop("routing").items()}
+        routing = {f"route_{span}_ns": engine_ns(ns) for span, ns in fields.pop("routing").items()}
+        times: dict[str, Any] = {name: engine_ns(fields[name]) for name in ("t_send_ns", "t_first_ns", "t_last_ns")}
+        times["token_ns"] = [engine_ns(ns) for ns in answer.token_ns]
         del fields["target"]
-        yield {**shared, **fields, **routing, "output_tokens": len(answer.token_ns)}
+        yield {**shared, **fields, **times, **routing, "output_tokens": len(answer.token_ns)}
 
 
 # --- provenance ---------------------------------------------------------------------------------------------------
@@ -405,11 +463,13 @@ def machine() -> str:
 
 
 @functools.cache
-def _code_digest() -> str:
+def _code_digest(backend: str) -> str:
     """Hash of the code on the measured path, blind to comments, docstrings and layout."""
     modules = [wire, processes, triton, gateway, nginx, stack, users]
+    if backend == "emulated":
+        modules += [engines, steptimes, batching]
     files = [Path(inspect.getfile(module)) for module in modules]
-    files += sorted(triton.MODEL_CODE.rglob("model.py"))
+    files += triton.model_code(backend)
     parts: list[Any] = [_skeleton(file) for file in files]
     parts += [inspect.getsource(part) for part in _MEASURED]
     return config.digest(*parts)

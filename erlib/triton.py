@@ -49,6 +49,11 @@ instance_group [ {{ count: 1 kind: KIND_CPU }} ]
 """
 
 
+def model_code(backend: str) -> list[Path]:
+    """The Python files of which a backend's model consists."""
+    return [MODEL_CODE / backend / "model.py", MODEL_CODE / "inflight.py"]
+
+
 def preflight() -> None:
     """Check everything that would make ``tritonserver`` hang or corrupt data instead of failing.
 
@@ -81,7 +86,7 @@ class TritonServer:
     ----------
     label : str
         Name in messages and logs, e.g. ``"p1.D-3"``.
-    backend : {"openvino"}
+    backend : {"openvino", "emulated"}
         Directory below ``engines/triton`` that holds ``model.py``.
     parameters : mapping of str to str
         Passed to the model through ``config.pbtxt``.
@@ -91,19 +96,22 @@ class TritonServer:
         HTTP port; gRPC is the next, metrics the one after.
     work_dir : Path
         Where the model repository and the log go.
+    niceness : int
+        How far the engine stands back where cores are short.
     """
 
     PORTS = 3
 
     def __init__(
         self, label: str, backend: str, parameters: Mapping[str, str], max_batch_size: int, port: int, work_dir: Path,
-        host: str = "127.0.0.1",
+        host: str = "127.0.0.1", niceness: int = 0,
     ):  # fmt: skip
         self.label = label
         self.host, self.http_port, self.grpc_port, self.metrics_port = host, port, port + 1, port + 2
         self.log = work_dir / f"triton-{label}.log"
         self._repository = work_dir / f"models-{label}"
         self._backend = backend
+        self._niceness = niceness
         self._config = _CONFIG.format(
             name=MODEL_NAME,
             max_batch_size=max_batch_size,
@@ -130,7 +138,8 @@ class TritonServer:
         shutil.rmtree(self._repository, ignore_errors=True)
         version.mkdir(parents=True)
         (version.parent / "config.pbtxt").write_text(self._config)
-        (version / "model.py").symlink_to(MODEL_CODE / self._backend / "model.py")
+        for source in model_code(self._backend):
+            (version / source.name).symlink_to(source)
         self._sweep_shared_memory()  # a predecessor that was killed leaves its regions behind
         root = _wheel()
         self.log.unlink(missing_ok=True)
@@ -150,9 +159,7 @@ class TritonServer:
             ],
             self.log,
             env=_environment(),
-            # Engines take all the CPU that there is. Users, NGINX and gateways share it with them here, as they do not
-            # in the papers, and must not wait for it: they would measure the scheduler.
-            niceness=10,
+            niceness=self._niceness,
         )  # fmt: skip
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -174,8 +181,10 @@ class TritonServer:
         except OSError:
             return False
 
-    def generated_tokens(self) -> int:
-        """Tokens that the engine has generated since start, from the server's metrics endpoint.
+    def counters(self) -> dict[str, float]:
+        """What the engine has counted since start, from the server's metrics endpoint.
+
+        ``expert_generated_tokens``, and what else the backend counts under a name that begins with ``expert_``.
 
         Raises
         ------
@@ -187,7 +196,8 @@ class TritonServer:
                 lines = reply.read().decode().splitlines()
         except OSError as error:
             raise StartError(f"Triton server {self.label} does not answer ({error}); see {self.log}") from None
-        return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines if line.startswith("expert_generated_tokens"))
+        values = (line.rsplit(" ", 1) for line in lines if line.startswith("expert_"))
+        return {name.partition("{")[0]: float(value) for name, value in values}
 
     def has_backend(self) -> bool:
         """Whether the process that runs the engine lives: Triton itself goes on saying "ready" when it does not."""

@@ -122,9 +122,9 @@ class Step:
                 *sorted(paths.STYLE.parent.glob("*.py")), *sorted(paths.STYLE.parent.glob("*.j2")), paths.STYLE
             ),
             "engines": config.digest(
-                *sorted(paths.ENGINE_SPECS.glob("*.yaml")), *sorted(paths.ENGINE_SPECS.rglob("model.py"))
+                *sorted(paths.ENGINE_SPECS.glob("*.yaml")), *sorted((paths.ENGINE_SPECS / "triton").rglob("*.py"))
             ),
-            "data": config.digest(*sorted(paths.FACTS.glob("*.yaml"))),
+            "data": config.digest(*sorted(path for path in paths.FACTS.iterdir() if path.is_file())),
             "the pinned packages": config.digest(paths.ROOT / "constraints.txt"),
             "the corpus": config.digest(*(path for path in corpus_file if path.exists())),
         }

@@ -1,0 +1,216 @@
+"""What all engines inside Triton share: requests in, one response per token out (linked beside each ``model.py``).
+
+``execute`` validates and enqueues; one loop lets the engine step; sender threads stream one response per token. The
+process is Triton's own per-model stub, which suits the engine: a step may hold the interpreter lock.
+"""
+
+import contextlib
+import json
+import queue
+import threading
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from tokenizers import Tokenizer
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+SENDERS = 2
+CANCEL_CHECK_EVERY_TOKENS = 8  # is_cancelled() is a round trip to the server
+
+
+class BadRequest(ValueError):
+    """The request cannot be served; the message goes to the client."""
+
+
+class Sequence:
+    """A request on its way through the engine."""
+
+    def __init__(self, request, tokenizer, eos_token_id):
+        self.sender = request.get_response_sender()
+        text = _input(request, "text_input")
+        try:
+            prompt = text.decode("utf-8")
+        except UnicodeDecodeError:
+            raise BadRequest("text_input is not valid UTF-8") from None
+        if not prompt.strip():
+            raise BadRequest("text_input is empty")
+        self.max_tokens = int(_input(request, "max_tokens"))
+        if self.max_tokens < 1:
+            raise BadRequest(f"max_tokens must be at least 1, not {self.max_tokens}")
+        self.stream = bool(_input(request, "stream", False))
+        self.end_id = int(_input(request, "end_id", eos_token_id))
+        self.token_ids = tokenizer.encode(prompt).ids
+        self.sent = 0
+        self.answer = []
+        self.cancelled = False  # by the client; the engine drops it after the step
+
+
+class Model:
+    """A ``TritonPythonModel`` but for its engine, which :meth:`load` makes.
+
+    An engine has ``check(sequence)`` (raises BadRequest), ``submit(sequence)``, ``is_idle``, ``unfinished()`` and
+    ``step()``, which returns (sequence, new token ids, whether it is done) of all sequences that it moved on.
+    """
+
+    def load(self, parameters):
+        raise NotImplementedError
+
+    def initialize(self, args):
+        parameters = json.loads(args["model_config"])["parameters"]
+        parameters = {key: value["string_value"] for key, value in parameters.items()}
+        directory = Path(parameters["engine"])
+        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self.token_bytes = _token_bytes(self.tokenizer)
+        self.eos_token_id = json.loads((directory / "config.json").read_text())["eos_token_id"]
+        self.engine = self.load(parameters)
+        self.count_tokens = counter("expert_generated_tokens", "tokens handed to senders")
+
+        self.inbox = queue.SimpleQueue()
+        self.outboxes = [queue.SimpleQueue() for _ in range(SENDERS)]
+        self.received = 0
+        self.unsent = 0
+        self.all_sent = threading.Condition()
+        self.stopping = False
+        self.threads = [threading.Thread(target=self._engine_loop, daemon=True)]
+        self.threads += [threading.Thread(target=self._sender_loop, args=(box,), daemon=True) for box in self.outboxes]
+        for thread in self.threads:
+            thread.start()
+
+    def execute(self, requests):
+        for request in requests:
+            try:
+                sequence = Sequence(request, self.tokenizer, self.eos_token_id)
+                self.engine.check(sequence)
+                self.inbox.put(sequence)
+            except BadRequest as error:
+                _fail(request.get_response_sender(), str(error))
+            except Exception as error:  # a broken request must not stop the others
+                _fail(request.get_response_sender(), f"{type(error).__name__}: {error}")
+
+    def finalize(self):
+        self.stopping = True
+        for box in self.outboxes:
+            box.put(None)
+        for thread in self.threads:
+            thread.join(timeout=2)
+
+    def _engine_loop(self):
+        try:
+            while not self.stopping:
+                self._receive(block=self.engine.is_idle)
+                if not self.engine.is_idle:
+                    self._deliver(self.engine.step())
+        except Exception as error:  # the engine is lost: say so to everybody, now and later, instead of hanging
+            failure = f"the engine failed: {type(error).__name__}: {error}"
+            pb_utils.Logger.log_error(failure)
+            for sequence in self.engine.unfinished():
+                _fail(sequence.sender, failure)
+            while not self.stopping:
+                with contextlib.suppress(queue.Empty):
+                    _fail(self.inbox.get(timeout=0.1).sender, failure)
+
+    def _receive(self, block):
+        try:
+            if block:
+                self._submit(self.inbox.get(timeout=0.1))
+            while True:
+                self._submit(self.inbox.get_nowait())
+        except queue.Empty:
+            pass
+
+    def _submit(self, sequence):
+        sequence.outbox = self.outboxes[self.received % SENDERS]  # one sender per sequence keeps its tokens in order
+        self.received += 1
+        self.engine.submit(sequence)
+
+    def _deliver(self, ready):
+        """Hand the step's tokens to the senders and wait until they are out: no token is buffered behind a step."""
+        if generated := sum(len(tokens) for _, tokens, _ in ready):
+            self.count_tokens(generated)  # before anybody can have received them
+        with self.all_sent:
+            self.unsent += len(ready)
+        for step in ready:
+            step[0].outbox.put(step)
+        with self.all_sent:
+            self.all_sent.wait_for(lambda: self.unsent == 0, timeout=1)
+
+    def _sender_loop(self, outbox):
+        while (item := outbox.get()) is not None:
+            try:
+                self._send(*item)
+            except Exception as error:
+                pb_utils.Logger.log_error(f"sender: {type(error).__name__}: {error}")
+                item[0].cancelled = True
+            with self.all_sent:
+                self.unsent -= 1
+                self.all_sent.notify()
+
+    def _send(self, sequence, tokens, done):
+        if sequence.cancelled:
+            return
+        if not tokens and not (done and sequence.answer):
+            _fail(sequence.sender, "the engine ended the sequence without a token")
+            return
+        if not sequence.stream:
+            sequence.answer += tokens
+            if done:
+                sequence.sender.send(self._response(sequence.answer), flags=FINAL)
+            return
+        for index, token in enumerate(tokens):
+            last = done and index == len(tokens) - 1
+            if sequence.sent % CANCEL_CHECK_EVERY_TOKENS == 0 and sequence.sender.is_cancelled():
+                sequence.cancelled = True
+                sequence.sender.send(flags=FINAL)
+                return
+            sequence.sender.send(self._response([token]), flags=FINAL if last else 0)
+            sequence.sent += 1
+
+    def _response(self, tokens):
+        text = b"".join(self.token_bytes[token] for token in tokens)
+        return pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor("text_output", np.array([[text]], dtype=np.object_)),
+                pb_utils.Tensor("output_ids", np.array([tokens], dtype=np.int32)),
+            ]
+        )
+
+
+def counter(name, description):
+    """Make a counter of the server's metrics endpoint; returns what increments it."""
+    family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
+    metric = family.Metric(labels={"model": "ensemble"})
+
+    def increment(by, _family=family):  # a metric does not outlive its family
+        metric.increment(by)
+
+    return increment
+
+
+def _input(request, name, default=None):
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return default
+    values = tensor.as_numpy().reshape(-1)
+    if len(values) != 1:
+        raise BadRequest(f"{name} must hold exactly one value, not {len(values)}")
+    return values[0]
+
+
+def _fail(sender, message):
+    sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message)), flags=FINAL)
+
+
+def _token_bytes(tokenizer):
+    """Bytes of every token of a byte-level BPE, so that an answer cut anywhere is still exact."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(byte): byte for byte in printable}
+    for offset, byte in enumerate(byte for byte in range(256) if byte not in printable):
+        byte_of[chr(256 + offset)] = byte
+    special = {added.content for added in tokenizer.get_added_tokens_decoder().values()}
+    table = []
+    for token in range(tokenizer.get_vocab_size()):
+        piece = tokenizer.id_to_token(token) or ""
+        plain = piece in special or any(char not in byte_of for char in piece)
+        table.append(piece.encode() if plain else bytes(byte_of[char] for char in piece))
+    return table

@@ -1,0 +1,154 @@
+"""What did the papers measure? Their harness, part by part, around emulated engines whose speed is known.
+
+Two parts of the papers' harness are replaced, each by what they describe or by what this workbench uses: the client
+(one process with a thread and a ``tritonclient`` stream per user, or a few asyncio processes) and the way in which the
+gateway evaluates the router's model (scikit-learn's, unpickled, at a realistic vocabulary; or :mod:`erlib.clusterer`).
+Engines, prompts, decisions of the router and everything else stay the same, in real time. What differs between the
+arms is the replaced part's doing; that the papers' own numbers come from the same parts remains an inference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import product
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from erlib import emulation, metrics, stock, sweep, users, wire
+from erlib.config import Profile
+from erlib.stack import Classifier
+from erlib.sweep import Series
+
+PAPERS: tuple[users.Client, Classifier] = ("threads", "stock")
+OURS: tuple[users.Client, Classifier] = ("asyncio", "ours")
+ARMS: list[tuple[users.Client, Classifier]] = list(product(get_args(users.Client), get_args(Classifier)))
+"""(client, classifier), all four."""
+
+METRICS = {
+    "ttft_mean_s": "TTFT [s]",
+    "tpot_mean_s": "TPOT [s]",
+    "session_tokens_per_s": "session throughput [tokens/s]",
+    "gateway_mean_s": "gateway latency [s]",
+    "client_cpu_us_per_token": "client CPU per token [µs]",
+}
+"""Columns of :func:`by_point`, and what they are called."""
+
+
+def plan(profile: Profile) -> list[Series]:
+    """Four arms around the same engines: base prompts at their own length, short answers of forced length."""
+    settings = profile.ablation
+    paper: Literal["p1", "p2"] = "p1" if settings.config.startswith("p1") else "p2"
+    pool = emulation.workload(profile, paper)
+    frame = pool.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP)
+    pool = dataclasses.replace(pool, frame=frame)
+    router = stock.build(profile, settings.terms)
+    series = []
+    for client, classifier in ARMS:
+        system = emulation.system(profile, settings.config, classifier=classifier)
+        system = dataclasses.replace(system, router=router)
+        series.append(
+            Series(paper, "ablation", system, pool, settings.users, settings.repeats, ["uniform"], client=client)
+        )
+    return series
+
+
+def serving(profile: Profile) -> Profile:
+    """The profile with as many gateways as can hold the unpickled model, and as the papers, one client process."""
+    changes = {"gateways": profile.ablation.gateways}
+    return profile.model_copy(update={"serving": profile.serving.model_copy(update=changes)})
+
+
+def run(profile: Profile) -> pd.DataFrame:
+    """Records of all arms; what is missing is run (see :func:`erlib.sweep.run`)."""
+    return sweep.run(serving(profile), plan(profile))
+
+
+def by_point(records: pd.DataFrame) -> pd.DataFrame:
+    """One row per arm, users and repeat: :data:`METRICS`, ``gateway_sd_s`` (over requests) and ``kept_pace``."""
+    rows = []
+    for (client, classifier, level, repeat), point in records.groupby(["client", "classifier", "users", "repeat"]):
+        (row,) = metrics.summarise(point).to_dict("records")
+        gateway_s = metrics.routing_spans(point)["gateway"] * 1e-3  # the threaded client cannot see the spans
+        elapsed_s = (point["t_last_ns"].max() - point["t_send_ns"].min()) * 1e-9
+        rows.append(
+            {
+                "client": client,
+                "classifier": classifier,
+                "users": level,
+                "repeat": repeat,
+                **{name: row.get(name) for name in ("ttft_mean_s", "tpot_mean_s", "session_tokens_per_s")},
+                "gateway_mean_s": gateway_s.mean(),
+                "gateway_sd_s": gateway_s.std(),
+                "client_cpu_us_per_token": point["client_cpu_cores"].iloc[0]
+                * elapsed_s
+                / point["output_tokens"].sum()
+                * 1e6,
+            }
+        )
+    kept = emulation.pace(records)[["client", "classifier", "users", "repeat", "kept_pace"]]
+    return pd.DataFrame(rows).merge(kept)
+
+
+def _interval(values: pd.Series) -> dict[str, float]:
+    """Mean and half width of Student's 95 % interval over repeats."""
+    n = values.count()
+    half = stats.t.ppf(0.975, n - 1) * values.std() / np.sqrt(n) if n > 1 else np.nan
+    return {"mean": values.mean(), "ci95": half}
+
+
+def table(points: pd.DataFrame) -> pd.DataFrame:
+    """One row per arm, users and metric: ``mean`` and ``ci95`` over repeats, ``kept_pace`` (all repeats did)."""
+    rows = []
+    for (client, classifier, level), group in points.groupby(["client", "classifier", "users"]):
+        shared = {"client": client, "classifier": classifier, "users": level, "kept_pace": group["kept_pace"].all()}
+        for metric in METRICS:
+            rows.append({**shared, "metric": metric, **_interval(group[metric])})
+    return pd.DataFrame(rows).dropna(subset="mean").reset_index(drop=True)
+
+
+def effects(points: pd.DataFrame) -> pd.DataFrame:
+    """What each replaced part does to each metric, by users.
+
+    Differences between the papers' part and ours, the other part held fixed, paired by repeat (the same prompts), and
+    averaged over the two states of the other part where both were seen.
+
+    Returns
+    -------
+    DataFrame
+        One row per ``part`` (client, classifier), ``users`` and ``metric``: ``difference`` (papers' minus ours), its
+        ``ci95``, ``ours`` (mean with our part) and ``finding``: *established* where the interval excludes zero and all
+        points kept pace, *no difference seen* where it includes zero, *engines were late* where a point did not keep
+        pace, so that the part and the lack of cores cannot be told apart.
+    """
+    rows = []
+    for part, other in (("client", "classifier"), ("classifier", "client")):
+        theirs, ours = (dict(zip(("client", "classifier"), arm, strict=True))[part] for arm in (PAPERS, OURS))
+        for metric in METRICS:
+            wide = points.pivot_table(index=["users", "repeat", other], columns=part, values=metric)
+            if not {theirs, ours} <= set(wide.columns):
+                continue
+            pairs = wide.dropna()
+            difference = (pairs[theirs] - pairs[ours]).groupby(["users", "repeat"]).mean()
+            for level, values in difference.groupby("users"):
+                interval = _interval(values)
+                kept = points.loc[points["users"] == level, "kept_pace"].all()
+                differs = abs(interval["mean"]) > interval["ci95"]
+                rows.append(
+                    {
+                        "part": part,
+                        "users": level,
+                        "metric": metric,
+                        "ours": pairs[ours].xs(level, level="users").mean(),
+                        "difference": interval["mean"],
+                        "ci95": interval["ci95"],
+                        "finding": "no difference seen"
+                        if not differs
+                        else "established"
+                        if kept
+                        else "engines were late",
+                    }
+                )
+    return pd.DataFrame(rows)

@@ -1,0 +1,155 @@
+"""The papers' systems in wall-clock time on any machine: engines that only keep time, everything around them real.
+
+An emulated engine is a Triton model whose steps last as long as :mod:`erlib.steptimes` says (``engines/triton/
+emulated``); clients, NGINX, gateways and servers are those of the measured sweeps, which :mod:`erlib.sweep` runs and
+records. A machine with few cores cannot carry the tokens of eight H100s in real time; in *slow motion* it can: every
+step takes so many times longer, and the records' times are divided by as much. What the harness costs shrinks by the
+same factor, as if its cores were faster. Where even that is too much, steps end late, and the point is marked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Literal
+
+import pandas as pd
+import pyarrow as pa
+
+from erlib import batching, clusterer, config, metrics, openvino, prompts, records, simulation, steptimes, sweep
+from erlib.config import Profile
+from erlib.prompts import Workload
+from erlib.stack import Classifier, ServerPlan
+from erlib.steptimes import Calibration
+from erlib.sweep import Series, System
+
+KEPT_PACE = 0.05
+"""Largest share of the engines' time that a point may lose to late steps and still count as their doing."""
+
+
+def system(
+    profile: Profile,
+    name: str,
+    slow_motion: float = 1.0,
+    calibration: Calibration | None = None,
+    classifier: Classifier = "ours",
+) -> System:
+    """A configuration of a paper on 8 emulated H100s (see :func:`erlib.batching.paper_system`).
+
+    Parameters
+    ----------
+    profile : Profile
+        For the tokenizer and the router.
+    name : str
+        ``p1.A`` ... ``p2.R``.
+    slow_motion : float
+        Wall seconds for one second of the engines.
+    calibration : Calibration, optional
+    classifier : {"ours", "stock"}
+    """
+    answer_limit = profile.workload.p2_max_output_tokens if name.startswith("p2") else None
+    calibration = calibration or Calibration()
+    target = batching.paper_system(name, calibration, answer_limit)
+    parameters = {
+        "engine": str(openvino.checkpoint(profile.engines)),
+        "config": name,
+        "calibration": json.dumps(dataclasses.asdict(calibration)),
+        "answer_limit": json.dumps(answer_limit),
+        "slow_motion": str(slow_motion),
+        # for the points' hash: what the name stands for
+        "stands_for": config.digest(config.load_configuration(name).system.model_dump(), steptimes.TABLE),
+    }
+    # Triton's own limit is not the engine's: what waits, waits in the engine
+    server = ServerPlan("emulated", parameters, max_batch_size=target.batch_size)
+    return System(
+        config=name,
+        routing=target.routing,
+        servers=[server] * target.instances,
+        tokenizer=sweep.tokenizer_file(profile),
+        router=clusterer.build(profile),
+        classifier=classifier,
+    )
+
+
+def workload(profile: Profile, paper: Literal["p1", "p2"]) -> Workload:
+    """Prompts of the papers' own lengths, cut from the profile's corpus by the profile's router.
+
+    Paper 2's answers get MLPerf's lengths: an engine that only keeps time never ends an answer itself.
+    """
+    changes = {"scale": config.Scale(users=1, tokens=1)}
+    forced = profile.workload.model_copy(update={"p2_answers": "mlperf"})
+    full_length = profile.model_copy(update={**changes, "workload": forced})
+    router = clusterer.Clusterer.load(clusterer.build(profile))
+    return prompts.build(full_length, paper, openvino.tokenizer(profile), router, n=profile.emulation.prompts)
+
+
+def load(profile: Profile) -> list[Series]:
+    """The papers' main experiment on emulated engines: few systems, few loads."""
+    settings = profile.emulation
+    series = []
+    for name in settings.configs:
+        paper: Literal["p1", "p2"] = "p1" if name.startswith("p1") else "p2"
+        target = system(profile, name, settings.slow_motion)
+        series.append(
+            Series(paper, "load", target, workload(profile, paper), settings.users, settings.repeats, ["uniform"])
+        )
+    return series
+
+
+def simulated(profile: Profile, sweep_: list[Series]) -> pd.DataFrame:
+    """Records of the same points (systems, prompts, users, repeats) in virtual time, preset ``hardware``."""
+    rows = []
+    for series in sweep_:
+        for point in sweep.points(profile, series):
+            parameters = series.system.servers[0].parameters
+            target = batching.paper_system(
+                point.system.config,
+                Calibration(**json.loads(parameters["calibration"])),
+                json.loads(parameters["answer_limit"]),
+            )
+            drawn = prompts.draw(series.workload, point.users, point.mix, profile.seed, point.repeat)
+            rows += simulation.simulate(
+                target,
+                drawn,
+                paper=series.paper,
+                mix=point.mix,
+                repeat=point.repeat,
+                columns={"source": "simulated-hardware", "profile": profile.name},
+            )
+    return pa.Table.from_pylist(rows, schema=records.SCHEMA).to_pandas()
+
+
+def pace(emulated: pd.DataFrame) -> pd.DataFrame:
+    """How well the machine kept the engines' pace.
+
+    Returns
+    -------
+    DataFrame
+        One row per point: its key, ``late`` (share of steps more than 5 % late), ``lost_time`` (share of the engines'
+        time) and ``kept_pace``.
+    """
+    key = ["config", "client", "classifier", "slow_motion", "mix", "users", "repeat"]
+    points = emulated.groupby(key, dropna=False, as_index=False)[["steps", "late_steps", "lost_time"]].first()
+    points["late"] = points.pop("late_steps") / points.pop("steps")
+    return points.assign(kept_pace=points["lost_time"] <= KEPT_PACE)
+
+
+def beside_simulation(emulated: pd.DataFrame, virtual: pd.DataFrame) -> pd.DataFrame:
+    """TTFT, TPOT and session throughput of the same points in both, and how far the emulation is off.
+
+    Returns
+    -------
+    DataFrame
+        One row per configuration, users, turn and metric, means over repeats: ``emulated``, ``simulated``,
+        ``difference`` (relative to the simulation), ``kept_pace``.
+    """
+    names = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s"]
+    keys = ["config", "users", "turn", "metric"]
+
+    def means(frame: pd.DataFrame) -> pd.Series:
+        table = metrics.aggregate(metrics.summarise(frame))
+        return table[table["metric"].isin(names)].set_index(keys)["mean"]
+
+    both = pd.DataFrame({"emulated": means(emulated), "simulated": means(virtual)}).dropna().reset_index()
+    kept = pace(emulated).groupby(["config", "users"])["kept_pace"].all().reset_index()
+    return both.assign(difference=both["emulated"] / both["simulated"] - 1).merge(kept)

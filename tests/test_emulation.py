@@ -1,0 +1,167 @@
+"""Engines that only keep time, in a real Triton; and what is said of those that could not."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from erlib import batching, config, emulation, paths, prompts, records, stack, sweep, users, wire
+from erlib.batching import CannotServe
+from erlib.steptimes import Calibration
+from tests.test_stack import answer, generated_tokens
+
+PROMPT = "The goalie stopped thirty shots and the team went home with two points"
+
+
+@pytest.fixture(scope="module")
+def own_ports(profile):
+    serving = profile.serving.model_copy(update={"base_port": profile.serving.base_port + 200})
+    return profile.model_copy(update={"serving": serving})
+
+
+@pytest.fixture(scope="module")
+def emulated(own_ports, tmp_path_factory):
+    """One server of p2.A: 70B FP16 on eight H100s, asked without a gateway."""
+    system = emulation.system(own_ports, "p2.A")
+    logs = tmp_path_factory.mktemp("logs")
+    with stack.Stack("emulated", system.servers, "direct", own_ports.serving, None, logs) as running:
+        yield running
+
+
+def test_it_answers_as_every_expert_does(emulated):
+    before = generated_tokens(emulated)
+    responses = answer(emulated.targets[0], PROMPT, 25)
+    assert [len(response.token_ids) for response in responses] == [1] * 25
+    assert b"".join(response.text for response in responses) == b" the" * 25
+    assert generated_tokens(emulated) == before + 25
+
+
+def test_its_steps_take_as_long_as_the_table_says(emulated, tokenizer, tmp_path):
+    """Never less; how much more depends on the machine, which is what the counters are for."""
+    script = users.Script(0, 0, 0, PROMPT, 40, wire.NEVER_STOP, 0, True)
+    steps = batching.paper_system("p2.A").steps
+    with users.UserSimulator(tokenizer, 1, tmp_path / "users.log") as simulator:
+        before = emulated.counters()
+        base, continuation = simulator.run([script], emulated.targets, 60).answers
+    counted = {name: value - before[name] for name, value in emulated.counters().items()}
+    prompt_tokens = base.input_tokens
+    assert continuation.input_tokens == prompt_tokens + 40  # the answer is words of one token each
+    planned_s = 0.0
+    for one in (base, continuation):
+        contexts = range(one.input_tokens + 1, one.input_tokens + 40)
+        should_s = steps.prefill_s(one.input_tokens), sum(steps.decode_s(1, context) for context in contexts)
+        assert one.t_first_ns - one.t_send_ns >= should_s[0] * 1e9
+        assert one.t_last_ns - one.t_first_ns >= should_s[1] * 0.95e9  # the first token itself may have been late
+        planned_s += sum(should_s)
+    assert counted["expert_steps"] == 80
+    assert counted["expert_step_seconds"] == pytest.approx(planned_s, rel=1e-6)
+    assert 0 <= counted["expert_late_steps"] <= 80
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "reason"), [("word " * 9000, 1, "a step takes 8192 tokens"), (PROMPT, 2**31 - 1, "KV blocks")]
+)
+def test_what_it_could_never_serve_is_refused_at_once(emulated, prompt, tokens, reason):
+    (response,) = answer(emulated.targets[0], prompt, tokens)
+    assert reason in response.error
+    assert len(answer(emulated.targets[0], PROMPT, 2)) == 2
+
+
+def test_a_machine_that_is_too_slow_is_told(own_ports, tokenizer, tmp_path):
+    """Ten thousand times faster than an H100: nobody keeps that pace."""
+    serving = own_ports.serving.model_copy(update={"base_port": own_ports.serving.base_port + 20})
+    apart = own_ports.model_copy(update={"name": f"smoke-{tmp_path.name}", "serving": serving})
+    system = emulation.system(own_ports, "p2.A", slow_motion=1e-4)
+    pool = prompts.Workload(_pool(4), 8, 2.0)
+    series = sweep.Series("p2", "load", system, pool, [4], 1, ["uniform"])
+    frame = sweep.run(apart, [series])
+    try:
+        (row,) = emulation.pace(frame).to_dict("records")
+        assert not row["kept_pace"]
+        assert row["late"] > 0.5
+        assert set(frame["source"]) == {"emulated"}
+        assert len(frame) == 4
+        assert (frame["output_tokens"] == 12).all()
+        assert frame["server_tokens"].iloc[0] == 48
+    finally:
+        shutil.rmtree(paths.run_dir(apart.name))
+
+
+def _pool(n):
+    columns = {"prompt": range(n), "paper": "p2", "cluster": np.arange(n) % 8, "text": PROMPT, "input_tokens": 14}
+    return pd.DataFrame({**columns, "paper_input_tokens": 14, "max_tokens": 12, "end_id": prompts.FORCED})
+
+
+# --- arithmetic of the comparison ---------------------------------------------------------------------------------
+
+
+def _row(**changes):
+    token_ns = np.arange(1, 5) * 10**8 + 10**12
+    shared = {"config": "p2.D", "mix": "uniform", "users": 1, "repeat": 0, "turn": "base", "user": 0, "status": "ok"}
+    times = {"t_send_ns": 10**12, "t_first_ns": token_ns[0], "t_last_ns": token_ns[-1], "token_ns": token_ns}
+    run = {"source": "emulated", "paper": "p2", "experiment": "load", "client": "asyncio", "classifier": "ours"}
+    pace = {"slow_motion": 4.0, "steps": 100, "late_steps": 3, "lost_time": 0.01}
+    return shared | times | run | pace | {"output_tokens": 4, "input_tokens": 9, "point_hash": "h"} | changes
+
+
+def test_pace_and_difference():
+    late = {"users": 2, "late_steps": 60, "lost_time": 0.3}
+    emulated = pd.DataFrame([_row(), _row(**late), _row(**late, user=1)])
+    slower = _row(source="simulated-hardware")
+    slower |= {name: np.asarray(slower[name]) - 5 * 10**7 for name in ("t_first_ns", "t_last_ns", "token_ns")}
+    kept = emulation.pace(emulated).set_index("users")
+    assert kept["kept_pace"].to_dict() == {1: True, 2: False}
+    assert kept["late"].to_dict() == {1: 0.03, 2: 0.6}
+    table = emulation.beside_simulation(emulated, pd.DataFrame([slower]).reindex(columns=records.SCHEMA.names))
+    by_metric = table.set_index("metric")["difference"]
+    assert by_metric["ttft_mean_s"] == pytest.approx(1.0)
+    assert by_metric["tpot_mean_s"] == pytest.approx(0.0)
+    assert set(table["users"]) == {1}
+
+
+def test_an_unknown_table_is_an_error_before_anything_starts(own_ports):
+    with pytest.raises(config.ConfigError, match="no configuration"):
+        emulation.system(own_ports, "p2.Z")
+
+
+def test_slow_motion_is_part_of_a_points_name(own_ports):
+    pool = prompts.Workload(_pool(8), 8, 2.0)
+
+    def name(**changes):
+        system = emulation.system(own_ports, "p2.A", **changes)
+        (point,) = sweep.points(own_ports, sweep.Series("p2", "load", system, pool, [4], 1, ["uniform"]))
+        assert "emulated" in point.path.parts
+        return point.hash
+
+    names = [name(), name(slow_motion=2.0), name(calibration=Calibration(efficiency=0.5))]
+    assert len(set(names)) == 3
+
+
+def test_a_cancelled_request_frees_what_it_held():
+    @dataclasses.dataclass
+    class Request:
+        input_tokens: int
+        output_tokens: int
+        first_step: int = -1
+
+    steps = batching.paper_system("p2.A").steps
+    engine = batching.Engine(batching.System("p2.A", "direct", steps, 1, 2, 640))
+    first, second, third = Request(300, 20), Request(200, 50), Request(100, 5)
+    for request in (first, second, third):
+        engine.submit(request)
+    engine.begin_step()
+    assert engine.end_step().joined == [first, second]
+    engine.cancel(first)
+    engine.begin_step()
+    assert engine.end_step().joined == [third]
+    alone = 0
+    while not engine.is_idle:
+        engine.begin_step()
+        alone = engine.end_step().kv_blocks
+    assert alone == engine.blocks(second)
+    with pytest.raises(CannotServe):
+        engine.submit(Request(640, 1))
