@@ -25,6 +25,8 @@ from erlib.sweep import Series, System
 
 KEPT_PACE = 0.05
 """Largest share of the engines' time that a point may lose to late steps and still count as their doing."""
+COMPARED = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s"]
+"""Metrics in which emulation and simulation should agree."""
 
 
 def system(
@@ -96,9 +98,24 @@ def load(profile: Profile) -> list[Series]:
     return series
 
 
-def simulated(profile: Profile, sweep_: list[Series]) -> pd.DataFrame:
-    """Records of the same points (systems, prompts, users, repeats) in virtual time, preset ``hardware``."""
+def simulated(profile: Profile, sweep_: list[Series], emulated: pd.DataFrame) -> pd.DataFrame:
+    """The same points (systems, prompts, users, repeats) in virtual time, each simulated twice.
+
+    Parameters
+    ----------
+    profile : Profile
+    sweep_ : list of Series
+    emulated : DataFrame
+        Their records.
+
+    Returns
+    -------
+    DataFrame
+        Records: ``source`` "simulated-hardware" reaches the engines at once; in "simulated-replay" each request reaches
+        its engine as late as it did in the emulation, by the gateway's own spans.
+    """
     rows = []
+    delays_s = _routing_s(emulated)
     for series in sweep_:
         for point in sweep.points(profile, series):
             parameters = series.system.servers[0].parameters
@@ -108,15 +125,29 @@ def simulated(profile: Profile, sweep_: list[Series]) -> pd.DataFrame:
                 json.loads(parameters["answer_limit"]),
             )
             drawn = prompts.draw(series.workload, point.users, point.mix, profile.seed, point.repeat)
-            rows += simulation.simulate(
-                target,
-                drawn,
-                paper=series.paper,
-                mix=point.mix,
-                repeat=point.repeat,
-                columns={"source": "simulated-hardware", "profile": profile.name},
-            )
+            seen_s = [
+                delays_s.get((point.hash, user, turn), 0.0)
+                for user in range(point.users)
+                for turn in ("base", "continuation")
+            ]
+            for source, routing_s in (("simulated-hardware", None), ("simulated-replay", seen_s)):
+                rows += simulation.simulate(
+                    target,
+                    drawn,
+                    paper=series.paper,
+                    mix=point.mix,
+                    repeat=point.repeat,
+                    routing_s=routing_s,
+                    columns={"source": source, "profile": profile.name},
+                )
     return pa.Table.from_pylist(rows, schema=records.SCHEMA).to_pandas()
+
+
+def _routing_s(emulated: pd.DataFrame) -> dict[tuple[str, int, str], float]:
+    """(point's hash, user, turn) -> seconds between the client's send and the prompt's leaving the gateway."""
+    spans_ns = emulated[[f"route_{span}_ns" for span in metrics.GATEWAY_SPANS]].sum(axis=1)
+    keys = zip(emulated["point_hash"], emulated["user"], emulated["turn"], strict=True)
+    return dict(zip(keys, spans_ns * 1e-9, strict=True))
 
 
 def pace(emulated: pd.DataFrame) -> pd.DataFrame:
@@ -137,19 +168,32 @@ def pace(emulated: pd.DataFrame) -> pd.DataFrame:
 def beside_simulation(emulated: pd.DataFrame, virtual: pd.DataFrame) -> pd.DataFrame:
     """TTFT, TPOT and session throughput of the same points in both, and how far the emulation is off.
 
+    Parameters
+    ----------
+    emulated, virtual : DataFrame
+        Records of :func:`erlib.sweep.run` and of :func:`simulated`.
+
     Returns
     -------
     DataFrame
-        One row per configuration, users, turn and metric, means over repeats: ``emulated``, ``simulated``,
-        ``difference`` (relative to the simulation), ``kept_pace``.
+        One row per configuration, users, turn and metric, means over repeats: ``emulated``, ``simulated`` and
+        ``replayed`` (as late as the emulation's gateways were), the emulation's difference relative to each, and
+        ``kept_pace``.
     """
-    names = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s"]
     keys = ["config", "users", "turn", "metric"]
 
     def means(frame: pd.DataFrame) -> pd.Series:
         table = metrics.aggregate(metrics.summarise(frame))
-        return table[table["metric"].isin(names)].set_index(keys)["mean"]
+        return table[table["metric"].isin(COMPARED)].set_index(keys)["mean"]
 
-    both = pd.DataFrame({"emulated": means(emulated), "simulated": means(virtual)}).dropna().reset_index()
+    both = pd.DataFrame(
+        {
+            "emulated": means(emulated),
+            "simulated": means(virtual[virtual["source"] == "simulated-hardware"]),
+            "replayed": means(virtual[virtual["source"] == "simulated-replay"]),
+        }
+    ).dropna()
+    for other in ("simulated", "replayed"):
+        both[f"off_{other}"] = both["emulated"] / both[other] - 1
     kept = pace(emulated).groupby(["config", "users"])["kept_pace"].all().reset_index()
-    return both.assign(difference=both["emulated"] / both["simulated"] - 1).merge(kept)
+    return both.reset_index().merge(kept)

@@ -210,7 +210,14 @@ class Trace:
         return [steps_ns[r.server][r.first_step : r.first_step + r.output_tokens] for r in self.requests]
 
 
-def trace(system: System, drawn: Sequence[Prompt], continues: bool, around: Harness = HARDWARE, seed: int = 0) -> Trace:
+def trace(
+    system: System,
+    drawn: Sequence[Prompt],
+    continues: bool,
+    around: Harness = HARDWARE,
+    seed: int = 0,
+    routing_s: Sequence[float] | None = None,
+) -> Trace:
     """Let all users of one point do their requests; they start together, each waits for an answer before the next.
 
     Parameters
@@ -225,6 +232,9 @@ def trace(system: System, drawn: Sequence[Prompt], continues: bool, around: Harn
     around : Harness
     seed : int
         Of the routing latencies.
+    routing_s : sequence of float, optional
+        Routing latencies seen elsewhere, in seconds, in place of the harness' own: two per user, of the base and of
+        the continuation prompt.
 
     Raises
     ------
@@ -248,7 +258,7 @@ def trace(system: System, drawn: Sequence[Prompt], continues: bool, around: Harn
     gateway = None
     if system.routing in ("expert_router", "replicas"):
         gateway = simpy.Resource(env, capacity=around.gateway_streams or len(drawn))
-    latencies_s = _routing_latencies(around if classifies else HARDWARE, 2 * len(drawn), seed)
+    latencies_s = routing_s or _routing_latencies(around if classifies else HARDWARE, 2 * len(drawn), seed)
     requests: list[Request] = []
 
     def user(number: int, prompt: Prompt) -> _Process:
@@ -304,13 +314,14 @@ def simulate(
     repeat: int = 0,
     around: Harness = HARDWARE,
     seed: int = 0,
+    routing_s: Sequence[float] | None = None,
     columns: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Records of one point (:data:`erlib.records.SCHEMA`), one row per request, ``source`` "simulated".
 
     Parameters
     ----------
-    system, drawn, around, seed
+    system, drawn, around, seed, routing_s
         See :func:`trace`.
     paper : {"p1", "p2"}
         Paper 1's users send a continuation prompt.
@@ -325,7 +336,7 @@ def simulate(
         ``host`` names the preset. Of the gateway's spans only ``queue`` (wait for a stream) and ``forward`` (the
         routing latency as a whole) are modelled. Columns about the client's own lag are missing.
     """
-    happened = trace(system, drawn, continues=paper == "p1", around=around, seed=seed)
+    happened = trace(system, drawn, continues=paper == "p1", around=around, seed=seed, routing_s=routing_s)
     stamps = happened.token_ns()
     shared = {
         "source": "simulated",

@@ -99,6 +99,9 @@ def _pool(n):
 # --- arithmetic of the comparison ---------------------------------------------------------------------------------
 
 
+TIMES = ("t_first_ns", "t_last_ns", "token_ns")
+
+
 def _row(**changes):
     token_ns = np.arange(1, 5) * 10**8 + 10**12
     shared = {"config": "p2.D", "mix": "uniform", "users": 1, "repeat": 0, "turn": "base", "user": 0, "status": "ok"}
@@ -112,14 +115,17 @@ def test_pace_and_difference():
     late = {"users": 2, "late_steps": 60, "lost_time": 0.3}
     emulated = pd.DataFrame([_row(), _row(**late), _row(**late, user=1)])
     slower = _row(source="simulated-hardware")
-    slower |= {name: np.asarray(slower[name]) - 5 * 10**7 for name in ("t_first_ns", "t_last_ns", "token_ns")}
+    slower |= {name: np.asarray(slower[name]) - 5 * 10**7 for name in TIMES}
     kept = emulation.pace(emulated).set_index("users")
     assert kept["kept_pace"].to_dict() == {1: True, 2: False}
     assert kept["late"].to_dict() == {1: 0.03, 2: 0.6}
-    table = emulation.beside_simulation(emulated, pd.DataFrame([slower]).reindex(columns=records.SCHEMA.names))
-    by_metric = table.set_index("metric")["difference"]
-    assert by_metric["ttft_mean_s"] == pytest.approx(1.0)
-    assert by_metric["tpot_mean_s"] == pytest.approx(0.0)
+    replayed = (
+        slower | {"source": "simulated-replay"} | {n: np.asarray(slower[n]) + 10**7 for n in slower if n in TIMES}
+    )
+    virtual = pd.DataFrame([slower, replayed]).reindex(columns=records.SCHEMA.names)
+    table = emulation.beside_simulation(emulated, virtual).set_index("metric")
+    assert table.loc["ttft_mean_s", ["off_simulated", "off_replayed"]].tolist() == pytest.approx([1.0, 2 / 3])
+    assert table.loc["tpot_mean_s", "off_simulated"] == pytest.approx(0.0)
     assert set(table["users"]) == {1}
 
 
