@@ -10,6 +10,7 @@ same factor, as if its cores were faster. Where even that is too much, steps end
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from typing import Literal
 
@@ -98,24 +99,24 @@ def load(profile: Profile) -> list[Series]:
     return series
 
 
-def simulated(profile: Profile, sweep_: list[Series], emulated: pd.DataFrame) -> pd.DataFrame:
-    """The same points (systems, prompts, users, repeats) in virtual time, each simulated twice.
+def simulated(profile: Profile, sweep_: list[Series], emulated: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The same points (systems, prompts, users, repeats) in virtual time.
 
     Parameters
     ----------
     profile : Profile
     sweep_ : list of Series
-    emulated : DataFrame
+    emulated : DataFrame, optional
         Their records.
 
     Returns
     -------
     DataFrame
-        Records: ``source`` "simulated-hardware" reaches the engines at once; in "simulated-replay" each request reaches
-        its engine as late as it did in the emulation, by the gateway's own spans.
+        Records with ``source`` "simulated-hardware", where requests reach the engines at once, and, if there are
+        emulated ones, "simulated-replay", where each is as late as it was there, by the gateway's own spans.
     """
     rows = []
-    delays_s = _routing_s(emulated)
+    delays_s = {} if emulated is None else _routing_s(emulated)
     for series in sweep_:
         for point in sweep.points(profile, series):
             parameters = series.system.servers[0].parameters
@@ -125,12 +126,11 @@ def simulated(profile: Profile, sweep_: list[Series], emulated: pd.DataFrame) ->
                 json.loads(parameters["answer_limit"]),
             )
             drawn = prompts.draw(series.workload, point.users, point.mix, profile.seed, point.repeat)
-            seen_s = [
-                delays_s.get((point.hash, user, turn), 0.0)
-                for user in range(point.users)
-                for turn in ("base", "continuation")
-            ]
-            for source, routing_s in (("simulated-hardware", None), ("simulated-replay", seen_s)):
+            ways: dict[str, list[float] | None] = {"simulated-hardware": None}
+            if emulated is not None:
+                turns = itertools.product(range(point.users), ("base", "continuation"))
+                ways["simulated-replay"] = [delays_s.get((point.hash, *turn), 0.0) for turn in turns]
+            for source, routing_s in ways.items():
                 rows += simulation.simulate(
                     target,
                     drawn,

@@ -22,15 +22,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from erlib import canvas, config, metrics, paths
-from erlib.canvas import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, command, look, save, style
+from erlib.canvas import BLUE, GREY, SKY, VERMILION, command, look, save, style
 from erlib.sweep import MissingRecords
 
 __all__ = ["command", "save", "style"]  # what notebooks want from the canvas
 
 Turn = Literal["base", "continuation"]
-
-PAPER_ROUTING_MS = (442.0, 302.0)
-"""Mean and sd of the routing latency that both papers state in section VI."""
 
 
 # --- which records ----------------------------------------------------------------------------------------------
@@ -85,16 +82,23 @@ def _metric(used: pd.DataFrame, *names: str) -> pd.DataFrame:
 
 
 def _finish(
-    fig: Figure, data: pd.DataFrame, used: pd.DataFrame, profile: config.Profile, paper: str, slug: str, *, caption: str
+    fig: Figure,
+    data: pd.DataFrame,
+    used: pd.DataFrame,
+    profile: config.Profile,
+    paper: str,
+    slug: str,
+    *,
+    caption: str,
+    reference: str = "",
 ) -> Figure:
     """Save a figure drawn from the records `used`, and close it so that a notebook shows it once."""
     failed = int((used["status"] != "ok").sum())
     if failed:
         caption += f" {failed} of {len(used)} requests failed and are left out."
     number = re.match(r"(fig|table)0?(\d+)", slug)
-    reference = (
-        f"Paper {paper[-1]}, {number[1].capitalize()}{'.' * (number[1] == 'fig')} {number[2]}" if number else "-"
-    )
+    if number:
+        reference = f"Paper {paper[-1]}, {number[1].capitalize()}{'.' * (number[1] == 'fig')} {number[2]}"
     notebook = {"paper1": "08_figures_paper1", "paper2": "09_figures_paper2", "workbench": "06_routing_overhead"}[paper]
     again = command(profile, notebook)
     if used["source"].iloc[0] != "measured":
@@ -107,11 +111,11 @@ def _finish(
         slug,
         data,
         caption,
-        reference if paper != "workbench" else "Papers 1 and 2, section VI (stated in the text, no figure)",
+        reference,
         records=used["point_hash"].unique().tolist(),
         command=again,
         host=" and ".join(sorted(used["host"].unique())),
-        note=canvas.precision_note(profile),
+        note=canvas.precision_note(profile) if used["source"].iloc[0] == "measured" else None,
         extra={
             "requests": {"answered": len(used) - failed, "failed": failed},
             "measured_with": {
@@ -670,60 +674,3 @@ def load_figures(records: pd.DataFrame, profile: config.Profile) -> list[Figure]
     rest2 = (paper2_ttft, paper2_tpot, paper2_user_throughput_p99, paper2_system_throughput)
     drawn += [draw(mine["p1"], profile) for draw in rest1]
     return drawn + [draw(mine["p2"], profile) for draw in rest2]
-
-
-# --- the workbench's own ----------------------------------------------------------------------------------------
-
-SPAN_NAMES = {
-    "queue": "client to gateway",
-    "vectorise": "vectorise (TF-IDF)",
-    "svd": "SVD",
-    "kmeans": "normalise, k-means",
-    "forward": "forward to the expert",
-}
-
-
-def routing_overhead(records: pd.DataFrame, profile: config.Profile) -> Figure:
-    """What the gateway adds to a request, by number of users and span, beside the papers' 442 +- 302 ms."""
-    sweep = profile.overhead
-    wanted = product([sweep.config], ["uniform"], sweep.users)
-    paper = sweep.config.split(".")[0]
-    used = _select(records, wanted, paper=paper, experiment="overhead", notebook="06_routing_overhead")
-    table = metrics.routing_overhead(used)
-    if table.empty:
-        raise MissingRecords(
-            f"no answered request of {sweep.config} went through a gateway: run 06_routing_overhead again"
-        )
-    total = table[table["span"] == "gateway"].set_index("users")
-
-    fig, (left, right) = plt.subplots(1, 2)
-    mean, sd = PAPER_ROUTING_MS
-    left.axhspan(mean - sd, mean + sd, color=ORANGE, alpha=0.18, linewidth=0)
-    left.axhline(mean, color=ORANGE, linewidth=1.2, label=f"papers: {mean:.0f} ± {sd:.0f} ms")
-    left.fill_between(total.index, total["median_ms"], total["p99_ms"], color=BLUE, alpha=0.15, linewidth=0)
-    left.plot(total.index, total["mean_ms"], "o-", color=BLUE, label="here: mean")
-    left.plot(total.index, total["median_ms"], "--", color=BLUE, linewidth=0.9, label="here: median")
-    left.plot(total.index, total["p99_ms"], ":", color=BLUE, linewidth=0.9, label="here: p99")
-    left.set(title="Per request", ylabel="routing overhead [ms]")
-    canvas.user_axis(left, sorted(total.index), profile)
-    canvas.log_axis(left)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
-
-    place = np.arange(len(total))
-    bottom = np.zeros(len(total))
-    for (span, label), colour in zip(SPAN_NAMES.items(), (GREY, BLUE, SKY, GREEN, ORANGE), strict=True):
-        height = table[table["span"] == span].set_index("users")["mean_ms"].reindex(total.index).to_numpy()
-        right.bar(place, height, bottom=bottom, width=0.62, color=colour, label=label)
-        bottom += height
-    right.set(title="Mean, by span", ylabel="routing overhead [ms]", xlabel="concurrent users")
-    right.set_xticks(place, [str(users) for users in total.index])
-    right.grid(axis="x", visible=False)
-    fig.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    caption = (
-        f"Routing overhead of {sweep.config}: what a request spends between the client's send and the prompt leaving "
-        "the gateway for its expert, by number of users (left; the band reaches from median to p99) and split into "
-        "spans (right). Waiting for the expert's first token is not part of it. Both papers state 442 ms with a "
-        "standard deviation of 302 ms; paper 2 adds that it does not depend on the number of users. Requests: "
-        f"{int(total['requests'].sum())}."
-    )
-    return _finish(fig, table, used, profile, "workbench", "routing_overhead", caption=caption)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from erlib import canvas, config, engines, figures, metrics, paths
+from erlib import canvas, config, engines, figures, metrics, paths, workbench
 from tests import synthetic
 
 matplotlib.use("agg")
@@ -40,7 +40,7 @@ ITEMS: dict[tuple[str, str], Callable[[pd.DataFrame, config.Profile], object]] =
     ("paper2", "fig05_tpot"): figures.paper2_tpot,
     ("paper2", "fig06_user_throughput_p99"): figures.paper2_user_throughput_p99,
     ("paper2", "fig07_system_throughput"): figures.paper2_system_throughput,
-    ("workbench", "routing_overhead"): figures.routing_overhead,
+    ("workbench", "routing_overhead"): workbench.routing_overhead,
 }
 TIMED = [item for item in ITEMS if item[1].split("_")[0] not in ("fig01", "table1") and item[1] != "fig02_input_tokens"]
 
@@ -165,7 +165,7 @@ def test_missing_records_name_the_notebook(records: pd.DataFrame, profile: confi
     with pytest.raises(figures.MissingRecords, match="04_preliminary_sweep"):
         figures.paper2_preliminary(nothing, profile)
     with pytest.raises(figures.MissingRecords, match="06_routing_overhead"):
-        figures.routing_overhead(nothing, profile)
+        workbench.routing_overhead(nothing, profile)
     with pytest.raises(figures.MissingRecords, match="01_clusterer"):
         figures.read_cluster_map(profile)
 

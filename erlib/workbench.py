@@ -1,0 +1,161 @@
+"""The workbench's own experiments, drawn: what routing costs, what the papers' harness does, what to trust.
+
+As in :mod:`erlib.figures`, a function draws one item from records, saves it and returns it.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from erlib import ablation, canvas, config, figures, metrics
+from erlib.canvas import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION
+from erlib.sweep import MissingRecords
+
+PAPER_ROUTING_MS = (442.0, 302.0)
+"""Mean and sd of the routing latency that both papers state in section VI."""
+SECTION_VI = "Papers 1 and 2, section VI (stated in the text, no figure)"
+
+SPAN_NAMES = {
+    "queue": "client to gateway",
+    "vectorise": "vectorise (TF-IDF)",
+    "svd": "SVD",
+    "kmeans": "normalise, k-means",
+    "forward": "forward to the expert",
+}
+
+
+def routing_overhead(records: pd.DataFrame, profile: config.Profile) -> Figure:
+    """What the gateway adds to a request, by number of users and span, beside the papers' 442 +- 302 ms."""
+    sweep = profile.overhead
+    wanted = product([sweep.config], ["uniform"], sweep.users)
+    paper = sweep.config.split(".")[0]
+    used = figures._select(records, wanted, paper=paper, experiment="overhead", notebook="06_routing_overhead")
+    table = metrics.routing_overhead(used)
+    if table.empty:
+        raise MissingRecords(
+            f"no answered request of {sweep.config} went through a gateway: run 06_routing_overhead again"
+        )
+    total = table[table["span"] == "gateway"].set_index("users")
+
+    fig, (left, right) = plt.subplots(1, 2)
+    mean, sd = PAPER_ROUTING_MS
+    left.axhspan(mean - sd, mean + sd, color=ORANGE, alpha=0.18, linewidth=0)
+    left.axhline(mean, color=ORANGE, linewidth=1.2, label=f"papers: {mean:.0f} ± {sd:.0f} ms")
+    left.fill_between(total.index, total["median_ms"], total["p99_ms"], color=BLUE, alpha=0.15, linewidth=0)
+    left.plot(total.index, total["mean_ms"], "o-", color=BLUE, label="here: mean")
+    left.plot(total.index, total["median_ms"], "--", color=BLUE, linewidth=0.9, label="here: median")
+    left.plot(total.index, total["p99_ms"], ":", color=BLUE, linewidth=0.9, label="here: p99")
+    left.set(title="Per request", ylabel="routing overhead [ms]")
+    canvas.user_axis(left, sorted(total.index), profile)
+    canvas.log_axis(left)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+
+    place = np.arange(len(total))
+    bottom = np.zeros(len(total))
+    for (span, label), colour in zip(SPAN_NAMES.items(), (GREY, BLUE, SKY, GREEN, ORANGE), strict=True):
+        height = table[table["span"] == span].set_index("users")["mean_ms"].reindex(total.index).to_numpy()
+        right.bar(place, height, bottom=bottom, width=0.62, color=colour, label=label)
+        bottom += height
+    right.set(title="Mean, by span", ylabel="routing overhead [ms]", xlabel="concurrent users")
+    right.set_xticks(place, [str(users) for users in total.index])
+    right.grid(axis="x", visible=False)
+    fig.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    caption = (
+        f"Routing overhead of {sweep.config}: what a request spends between the client's send and the prompt leaving "
+        "the gateway for its expert, by number of users (left; the band reaches from median to p99) and split into "
+        "spans (right). Waiting for the expert's first token is not part of it. Both papers state 442 ms with a "
+        "standard deviation of 302 ms; paper 2 adds that it does not depend on the number of users. Requests: "
+        f"{int(total['requests'].sum())}."
+    )
+    return figures._finish(
+        fig, table, used, profile, "workbench", "routing_overhead", caption=caption, reference=SECTION_VI
+    )
+
+
+# --- what did the papers measure? -------------------------------------------------------------------------------
+
+ARM_LOOKS = {
+    ("threads", "stock"): (VERMILION, "s", "-"),
+    ("threads", "ours"): (VERMILION, "o", "--"),
+    ("asyncio", "stock"): (BLUE, "s", "-"),
+    ("asyncio", "ours"): (BLUE, "o", "--"),
+}
+"""Colour: the client. Marker and line: the router."""
+CLIENTS = {"threads": "a thread per user", "asyncio": "asyncio"}
+CLASSIFIERS = {"stock": "scikit-learn router", "ours": "this router"}
+
+
+def harness_ablation(emulated: pd.DataFrame, engines_alone: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Gateway latency, TPOT and session throughput of four harnesses around the same engines, over users.
+
+    Parameters
+    ----------
+    emulated : DataFrame
+        Records of :func:`erlib.ablation.run`.
+    engines_alone : DataFrame
+        Records of the same points without a harness, in virtual time (:func:`erlib.emulation.simulated`).
+    profile : Profile
+    """
+    table = ablation.table(ablation.by_point(emulated))
+    alone = metrics.aggregate(metrics.summarise(engines_alone)).assign(client="none", classifier="none", kept_pace=True)
+    table = pd.concat([table, alone[alone["metric"].isin(ablation.METRICS)][table.columns]], ignore_index=True)
+    panels = {
+        "gateway_mean_s": ("Gateway latency", "mean [ms]", 1e3),
+        "tpot_mean_s": ("TPOT", "mean [ms]", 1e3),
+        "session_tokens_per_s": ("Session throughput", "tokens/s", 1.0),
+    }
+    fig, axes = plt.subplots(1, 3, figsize=(7.2, 3.0))
+    for ax, (metric, (title, ylabel, factor)) in zip(axes, panels.items(), strict=True):
+        rows = table[table["metric"] == metric]
+        for arm, look in ARM_LOOKS.items():
+            _arm(ax, rows[(rows["client"] == arm[0]) & (rows["classifier"] == arm[1])], look, factor, _label(arm))
+        ideal = rows[rows["client"] == "none"].sort_values("users")
+        ax.plot(ideal["users"], ideal["mean"] * factor, ":", color=GREY, label="the engines alone (simulated)")
+        ax.set(title=title, ylabel=ylabel)
+        canvas.user_axis(ax, sorted(table["users"].unique()), config.at_paper_scale(profile))
+    mean, sd = PAPER_ROUTING_MS
+    axes[0].axhspan(mean - sd, mean + sd, color=ORANGE, alpha=0.18, linewidth=0, label="papers: 442 ± 302 ms")
+    canvas.log_axis(axes[0])
+    for ax in axes[1:]:
+        ax.set_ylim(bottom=0)
+    handles = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
+    handles |= dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    fig.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=3)
+    settings = profile.ablation
+    system = config.load_configuration(settings.config)
+    caption = (
+        f"What the harness does to {system.id} ({system.title}) on emulated H100s, in real time: one process with a "
+        "thread and a tritonclient stream per user, as the papers describe, or asyncio processes; scikit-learn's "
+        f"unpickled pipeline with {settings.terms:,} terms, or this workbench's router. Base prompts, answers of "
+        f"{settings.output_tokens} tokens, {settings.gateways} gateways, {settings.repeats} repeats; bars: 95 % "
+        "interval of the mean. Hollow: the machine did not keep the engines' pace, so that the lack of cores is part "
+        "of what is seen. The gateway's spans are carried in metadata that tritonclient does not show."
+    )
+    return figures._finish(
+        fig, table, emulated, profile, "workbench", "harness_ablation", caption=caption, reference=SECTION_VI
+    )
+
+
+def _label(arm: tuple[str, str]) -> str:
+    return f"{CLIENTS[arm[0]]}, {CLASSIFIERS[arm[1]]}"
+
+
+def _arm(ax: Axes, rows: pd.DataFrame, look: tuple[str, str, str], factor: float, label: str) -> None:
+    if rows.empty:
+        return
+    rows = rows.sort_values("users")
+    colour, marker, style = look
+    ax.errorbar(
+        rows["users"], rows["mean"] * factor, rows["ci95"].fillna(0) * factor, c=colour, ls=style, elinewidth=0.7,
+        marker="", label="_",
+    )  # fmt: skip
+    for kept, part in rows.groupby("kept_pace"):
+        face = colour if kept else "white"
+        ax.plot(part["users"], part["mean"] * factor, marker, mfc=face, mec=colour, label="_", ls="")
+    ax.plot([], [], color=colour, marker=marker, ls=style, label=label)
