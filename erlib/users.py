@@ -1,7 +1,8 @@
 """The user simulator (papers, section IV): N concurrent closed-loop users who stream tokens and note when each arrives.
 
-The papers run one thread per user in one process. Here a few processes run asyncio loops over raw gRPC, because a
-client that falls behind measures itself; how late their loops ran and how much CPU they took is part of the result.
+The papers run one thread per user in one process (:mod:`erlib.threaded_users`). Here a few processes run asyncio loops
+over raw gRPC, because a client that falls behind measures itself; how late their loops ran and how much CPU they took
+is part of the result.
 
 A user sends a base prompt and, in paper 1, then a continuation prompt that carries prompt and answer. All users of a
 point start together. Times are ``CLOCK_MONOTONIC`` ns, one clock for all processes of a host.
@@ -15,11 +16,11 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import grpc
 import grpc.aio
@@ -29,10 +30,15 @@ from tokenizers import Tokenizer
 from erlib import processes, wire
 from erlib.prompts import continuation
 
-_LAG_PROBE_S = 0.01
+LAG_PROBE_S = 0.01
+CONNECT_TIMEOUT_S = 20
 _START_DELAY_S = 0.25
 _CHANNELS_PER_TARGET = 2
-_CONNECT_TIMEOUT_S = 20
+
+Client = Literal["asyncio", "threads"]
+"""asyncio: a few processes with an event loop each. threads: one process with a thread and a stream per user."""
+
+_MODULES: dict[Client, str] = {"asyncio": "erlib.users", "threads": "erlib.threaded_users"}
 
 
 class PointFailed(RuntimeError):
@@ -93,10 +99,19 @@ class UserSimulator:
         How many processes share the users.
     log : Path
         Where their errors go.
+    client : {"asyncio", "threads"}
+        What the processes run.
+
+    Raises
+    ------
+    ValueError
+        If ``threads``, which the papers run in one process, are to share several.
     """
 
-    def __init__(self, tokenizer: Path, n_processes: int, log: Path):
-        self._command = processes.python("-m", "erlib.users", tokenizer)
+    def __init__(self, tokenizer: Path, n_processes: int, log: Path, client: Client = "asyncio"):
+        if client == "threads" and n_processes != 1:
+            raise ValueError(f"the threaded client is one process, as in the papers, not {n_processes}")
+        self._command = processes.python("-m", _MODULES[client], tokenizer)
         self._n_processes = n_processes
         self._log = log
         self._workers: list[subprocess.Popen[bytes]] = []
@@ -217,8 +232,18 @@ async def _request(
         return answer, b""
     finally:
         call.cancel()
-    responses = [wire.decode_response(message) for message in messages]
-    reply = b"".join(response.text for response in responses)
+    reply = note(answer, script, times, [wire.decode_response(message) for message in messages])
+    answer.expert = int(metadata.get("er-expert", script.target))
+    answer.routing = {
+        span: int(metadata[f"er-{span.replace('_', '-')}-ns"])
+        for span in ("queue", "vectorise", "svd", "kmeans", "forward", "first_byte")
+        if f"er-{span.replace('_', '-')}-ns" in metadata
+    }
+    return answer, reply
+
+
+def note(answer: Answer, script: Script, times: list[int], responses: Sequence[wire.Response]) -> bytes:
+    """Write down what arrived when (ns), or what is wrong with it, in `answer`; returns the reply's text."""
     refusal = next((response.error for response in responses if response.error), "")
     counts = [len(response.token_ids) for response in responses]
     if refusal:
@@ -229,20 +254,14 @@ async def _request(
         answer.status = f"expected exactly {script.max_tokens} tokens, got {len(times)}"
     if times:
         answer.t_first_ns, answer.t_last_ns, answer.token_ns = times[0], times[-1], times
-    answer.expert = int(metadata.get("er-expert", script.target))
-    answer.routing = {
-        span: int(metadata[f"er-{span.replace('_', '-')}-ns"])
-        for span in ("queue", "vectorise", "svd", "kmeans", "forward", "first_byte")
-        if f"er-{span.replace('_', '-')}-ns" in metadata
-    }
-    return answer, reply
+    return b"".join(response.text for response in responses)
 
 
 async def _watch_lag(lags_ms: list[float]) -> None:
-    """How late the event loop wakes up a task that asked for ``_LAG_PROBE_S``."""
+    """How late the event loop wakes up a task that asked for ``LAG_PROBE_S``."""
     while True:
-        due = time.monotonic() + _LAG_PROBE_S
-        await asyncio.sleep(_LAG_PROBE_S)
+        due = time.monotonic() + LAG_PROBE_S
+        await asyncio.sleep(LAG_PROBE_S)
         lags_ms.append((time.monotonic() - due) * 1e3)
 
 
@@ -255,7 +274,7 @@ async def _run(job: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     used = {script.target for script in scripts}
     connecting = asyncio.gather(*(channel.channel_ready() for target in used for channel in channels[target]))
     try:
-        await asyncio.wait_for(connecting, _CONNECT_TIMEOUT_S)
+        await asyncio.wait_for(connecting, CONNECT_TIMEOUT_S)
     except TimeoutError:
         raise SystemExit(f"nobody answers at {', '.join(job['targets'][target] for target in used)}") from None
     lags_ms: list[float] = []
@@ -272,27 +291,34 @@ async def _run(job: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     lag_watch.cancel()
     for channel in (channel for group in channels for channel in group):
         await channel.close()
+    return report(per_user, lags_ms, cpu_cores if scripts else 0.0, tokenizer)
+
+
+def report(
+    per_user: Iterable[list[tuple[Answer, str]]], lags_ms: list[float], cpu_cores: float, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Result of a job, from each user's answers and the prompts that they answer."""
     answers = [pair for user in per_user for pair in user]
     for answer, text in answers:  # only now, when nobody waits for it
         answer.input_tokens = len(tokenizer.encode(text).ids)
     return {
         "answers": [asdict(answer) for answer, _ in answers],
         "lags_ms": lags_ms or [0.0],
-        "cpu_cores": cpu_cores if scripts else 0.0,
+        "cpu_cores": cpu_cores,
     }
 
 
-def main() -> None:
-    """Entry point of one user process: a JSON job per line in, a JSON result per line out."""
+def serve(run: Callable[[dict[str, Any], Tokenizer], dict[str, Any]]) -> None:
+    """Be a user process: a JSON job per line in, what `run` makes of it as JSON per line out."""
     tokenizer = Tokenizer.from_file(sys.argv[1])
     for line in sys.stdin:
         job = json.loads(line)
         gc.collect()
         gc.disable()  # a collection during a run would look like lag of the servers
-        result = asyncio.run(_run(job, tokenizer)) if job["command"] == "run" else {}
+        result = run(job, tokenizer) if job["command"] == "run" else {}
         gc.enable()
         print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve(lambda job, tokenizer: asyncio.run(_run(job, tokenizer)))

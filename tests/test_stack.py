@@ -147,9 +147,13 @@ def _scripts(n: int, max_tokens: int, targets: int = 1) -> list[users.Script]:
     ]
 
 
-def test_users_get_exactly_what_they_ask_for(expert_router, tokenizer, tmp_path):
+CLIENTS = pytest.mark.parametrize(("client", "n_processes"), [("asyncio", 2), ("threads", 1)])
+
+
+@CLIENTS
+def test_users_get_exactly_what_they_ask_for(expert_router, tokenizer, tmp_path, client, n_processes):
     """Forced length: as many timestamps as tokens, strictly ordered, and the servers counted the same sum."""
-    with users.UserSimulator(tokenizer, 2, tmp_path / "users.log") as simulator:
+    with users.UserSimulator(tokenizer, n_processes, tmp_path / "users.log", client) as simulator:
         before = generated_tokens(expert_router)
         seen = simulator.run(_scripts(10, 15), expert_router.targets, 60)
     assert len(seen.answers) == 20
@@ -159,14 +163,83 @@ def test_users_get_exactly_what_they_ask_for(expert_router, tokenizer, tmp_path)
         assert one.t_send_ns < one.token_ns[0] == one.t_first_ns
         assert one.token_ns[-1] == one.t_last_ns
         assert all(np.diff(one.token_ns) > 0)
-        assert set(one.routing) == {"queue", "vectorise", "svd", "kmeans", "forward", "first_byte"}
-        assert 0 < sum(one.routing.values()) <= one.t_first_ns - one.t_send_ns
+        if client == "asyncio":
+            assert set(one.routing) == {"queue", "vectorise", "svd", "kmeans", "forward", "first_byte"}
+            assert 0 < sum(one.routing.values()) <= one.t_first_ns - one.t_send_ns
+        else:  # tritonclient shows no metadata
+            assert (one.expert, one.routing) == (-1, {})
     assert sum(len(one.token_ns) for one in seen.answers) == generated_tokens(expert_router) - before
+    sent = [one.t_send_ns for one in seen.answers if one.turn == "base"]
+    assert max(sent) - min(sent) < 0.1e9
+    assert seen.cpu_cores > 0
+    assert 0 < seen.lag_p99_ms <= seen.lag_max_ms
     by_user = {(one.user, one.turn): one for one in seen.answers}
     for user in range(10):
         base, continuation = by_user[user, "base"], by_user[user, "continuation"]
         assert continuation.t_send_ns > base.t_last_ns
         assert continuation.input_tokens > base.input_tokens
+
+
+def test_both_clients_get_the_same_answers(expert_router, tokenizer, tmp_path):
+    """A continuation prompt holds the answer to the base prompt: where its length agrees, so does the answer's text."""
+    lengths = []
+    for client in ("asyncio", "threads"):
+        with users.UserSimulator(tokenizer, 1, tmp_path / "users.log", client) as simulator:
+            seen = simulator.run(_scripts(8, 12), expert_router.targets, 60)
+        lengths.append({(one.user, one.turn): one.input_tokens for one in seen.answers})
+    assert lengths[0] == lengths[1]
+    assert len(lengths[0]) == 16
+
+
+@CLIENTS
+def test_failures_are_told_and_the_users_go_on(expert_router, tokenizer, tmp_path, client, n_processes):
+    """A refusal, a time limit, an answer that ends early; then a point as if nothing had been."""
+    log, urls = tmp_path / "users.log", expert_router.targets
+    (stop_at, *_) = [response.token_ids[0] for response in answer(urls[0], PROMPT, 12)][4:]
+    with users.UserSimulator(tokenizer, n_processes, log, client) as simulator:
+        refused = simulator.run(_scripts(3, 5000), urls, 60).answers
+        assert [one.turn for one in refused] == ["base"] * 3
+        assert all("exceed the 512" in one.status for one in refused)
+        late = simulator.run(_scripts(3, 450), urls, 0.15).answers
+        assert [one.turn for one in late] == ["base"] * 3
+        assert all(one.status.startswith("DEADLINE_EXCEEDED") for one in late)
+        (early,) = simulator.run([users.Script(0, 0, 0, PROMPT, 12, stop_at, 0, False)], urls, 60).answers
+        assert early.status == "ok"
+        assert len(early.token_ns) <= 5
+        assert all(one.status == "ok" for one in simulator.run(_scripts(3, 5), urls, 60).answers)
+
+
+def test_nobody_answering_is_an_error(tokenizer, profile, tmp_path):
+    nobody = [f"127.0.0.1:{profile.serving.base_port + 99}"]
+    with (
+        users.UserSimulator(tokenizer, 1, tmp_path / "users.log", "threads") as simulator,
+        pytest.raises(processes.StartError, match="nobody answers at"),
+    ):
+        simulator.run(_scripts(4, 5), nobody, 10)
+
+
+def test_threaded_users_share_one_process(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="one process"):
+        users.UserSimulator(tokenizer, 2, tmp_path / "users.log", client="threads")
+
+
+def test_the_threaded_client_ends_by_itself(expert_router, tokenizer):
+    """No stream is left open, not even that of a user who gave up: Python would wait for it for ever."""
+    jobs = [
+        {
+            "command": "run",
+            "scripts": [asdict(script) for script in _scripts(4, tokens)],
+            "targets": expert_router.targets,
+            "timeout_s": timeout_s,
+            "start_ns": 0,
+        }
+        for tokens, timeout_s in ((5, 60), (450, 0.15))
+    ]
+    command = [sys.executable, "-m", "erlib.threaded_users", str(tokenizer)]
+    lines = "".join(json.dumps(job) + "\n" for job in jobs)
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=60, check=True)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [{one["status"][:17] for one in result["answers"]} for result in results] == [{"ok"}, {"DEADLINE_EXCEEDED"}]
 
 
 def test_nginx_spreads_evenly_and_gateways_agree(expert_router, router, profile):
