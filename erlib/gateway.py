@@ -3,7 +3,7 @@
 It speaks the same gRPC service as the experts, reads nothing of a request but its prompt and nothing of a response:
 tokens pass through as raw bytes. One process is one instance; the papers run sixteen behind NGINX.
 
-Run as ``python -m erlib.gateway --port PORT --experts HOST:PORT,... --clusterer DIR [--policy replicas --index I]``.
+Run as ``python -m erlib.gateway --port PORT --experts HOST:PORT,... --clusterer DIR [--policy POLICY --index I]``.
 
 Metadata, all times in ns: a client may send ``er-sent-ns`` (its CLOCK_MONOTONIC, meaningful on one host). When it has
 forwarded the prompt, the gateway answers with ``er-gateway`` (which instance), ``er-expert`` and the spans
@@ -21,13 +21,16 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
 from erlib import wire
 from erlib.clusterer import Clusterer
+
+if TYPE_CHECKING:
+    from erlib import stock
 
 Route = Callable[[str], tuple[int, Sequence[int]]]
 """Prompt -> expert and (vectorise, svd, k-means) ns."""
@@ -119,9 +122,9 @@ class Gateway(grpc.GenericRpcHandler):
             await context.write(message)
 
 
-def classify_with(clusterer: Clusterer) -> Route:
+def classify_with(model: Clusterer | stock.Router) -> Route:
     """The papers' policy: the expert of the prompt's cluster."""
-    return clusterer.route
+    return model.route
 
 
 def replicas(n_experts: int, index: int) -> Route:
@@ -154,19 +157,30 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--experts", required=True, help="comma-separated gRPC addresses, one per cluster, in order")
-    parser.add_argument("--clusterer", type=Path, required=True, help="directory that Clusterer.save wrote")
-    parser.add_argument("--policy", choices=["classify", "replicas"], default="classify")
+    parser.add_argument("--clusterer", type=Path, required=True, help="directory of clusterer.build or stock.build")
+    parser.add_argument(
+        "--policy",
+        choices=["classify", "stock", "replicas"],
+        default="classify",
+        help="stock: classify with the unpickled scikit-learn pipeline that stock.build left in --clusterer",
+    )
     parser.add_argument("--index", type=int, default=0, help="which of the instances this is")
     args = parser.parse_args()
     experts = args.experts.split(",")
     if args.policy == "replicas":
         route = replicas(len(experts), args.index)
     else:
-        clusterer = Clusterer.load(args.clusterer)
-        if clusterer.n_clusters != len(experts):
-            raise SystemExit(f"{clusterer.n_clusters} clusters need as many experts; --experts names {len(experts)}")
-        route = classify_with(clusterer)
+        model = _stock(args.clusterer) if args.policy == "stock" else Clusterer.load(args.clusterer)
+        if model.n_clusters != len(experts):
+            raise SystemExit(f"{model.n_clusters} clusters need as many experts; --experts names {len(experts)}")
+        route = classify_with(model)
     asyncio.run(serve(route, experts, args.port, args.host, args.index))
+
+
+def _stock(directory: Path) -> stock.Router:
+    from erlib import stock  # brings scikit-learn along, which the others do without
+
+    return stock.load(directory)
 
 
 if __name__ == "__main__":
