@@ -1,8 +1,7 @@
 """How long does it take to classify one prompt? The workbench's router beside the scikit-learn pipeline c-BTM pickled.
 
-The model has the vocabulary of one C4 shard in size (400,000 terms, 100 components, 8 clusters), with the words of real
-text first and made-up terms after them; its numbers are random, since only time is measured. The prompts are real text
-of 335 words. Both paths must name the same cluster.
+The model is the laptop profile's (100 components, 8 clusters), its vocabulary filled up with made-up terms to about the
+size of one C4 shard's (400,000). The prompts are held-out text of 335 words. Both paths must name the same cluster.
 
     python -m benchmarks.router [--terms 400000] [--prompts 50] [--json FILE]
 """
@@ -11,62 +10,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
-import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfTransformer, TfidfVectorizer
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import Normalizer
 
-from erlib import config, corpus
+from erlib import config, corpus, stock
 from erlib.clusterer import Clusterer
+from erlib.gateway import Route
 
-COMPONENTS, CLUSTERS, WORDS = 100, 8, 335
-
-
-class NumberNormalizingVectorizer(TfidfVectorizer):
-    """c-BTM's vectoriser."""
-
-    def build_tokenizer(self) -> Callable[[str], list[str]]:
-        tokenize = super().build_tokenizer()
-        return lambda text: ["#NUMBER" if token[0].isdigit() else token for token in tokenize(text)]
+WORDS = 335
 
 
-def models(texts: list[str], n_terms: int) -> tuple[Clusterer, Pipeline]:
-    """The same model in both forms; the pipeline has been through pickle, as the published one has."""
-    rng = np.random.default_rng(0)
-    warnings.filterwarnings("ignore", message="Your stop_words may be inconsistent")
-    vectorizer = NumberNormalizingVectorizer(stop_words=[*ENGLISH_STOP_WORDS, "#NUMBER"]).fit(texts)
-    real = vectorizer.get_feature_names_out().tolist()[:n_terms]
-    terms = real + [f"madeup{i}" for i in range(n_terms - len(real))]
-    idf = rng.uniform(1, 10, n_terms)
-    components = rng.standard_normal((COMPONENTS, n_terms)) / np.sqrt(n_terms)
-    centres = rng.standard_normal((CLUSTERS, COMPONENTS)).astype(np.float32)
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-
-    vectorizer.vocabulary_ = {term: i for i, term in enumerate(terms)}
-    vectorizer._tfidf = TfidfTransformer()
-    vectorizer._tfidf.idf_ = idf
-    svd = TruncatedSVD(COMPONENTS)
-    svd.components_ = components
-    stock = Pipeline([("tfidf", vectorizer), ("svd", svd), ("normalizer", Normalizer(copy=False))])
-    ours = Clusterer(terms, idf, np.ascontiguousarray(components.T, dtype=np.float32), centres)
-    return ours, pickle.loads(pickle.dumps(stock))
-
-
-def times_ms(classify: Callable[[str], int], prompts: list[str]) -> tuple[list[float], list[int]]:
+def times_ms(route: Route, prompts: list[str]) -> tuple[list[float], list[int]]:
     """Milliseconds and cluster of each prompt, after one that is not counted."""
-    classify(prompts[0])
+    route(prompts[0])
     elapsed, clusters = [], []
     for prompt in prompts:
         start = time.perf_counter_ns()
-        clusters.append(classify(prompt))
+        clusters.append(route(prompt)[0])
         elapsed.append((time.perf_counter_ns() - start) / 1e6)
     return elapsed, clusters
 
@@ -79,20 +42,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
-    documents = corpus.load(config.CorpusSettings(), 0, "holdout").texts
+    profile = config.load_profile("laptop")
+    documents = corpus.load(profile.corpus, profile.seed, "holdout").texts
     long_enough = [words for text in documents if len(words := text.split()) >= WORDS]
     prompts = [" ".join(words[:WORDS]) for words in long_enough[: options.prompts]]
-    ours, stock = models(documents, options.terms)
-
-    def classify_stock(prompt: str) -> int:
-        vector = stock.transform([prompt]).astype(np.float32)
-        return int(((ours.centres - vector) ** 2).sum(axis=1).argmin())
-
-    with tempfile.TemporaryDirectory() as directory:
-        ours.save(directory)
-        loaded = Clusterer.load(directory)
-        ours_ms, ours_clusters = times_ms(lambda prompt: loaded.route(prompt)[0], prompts)
-        stock_ms, stock_clusters = times_ms(classify_stock, prompts)
+    router = stock.build(profile, options.terms)
+    warnings.filterwarnings("ignore", message="Your stop_words may be inconsistent")
+    ours_ms, ours_clusters = times_ms(Clusterer.load(router).route, prompts)
+    stock_ms, stock_clusters = times_ms(stock.load(router).route, prompts)
     if ours_clusters != stock_clusters:
         raise SystemExit("the two paths name different clusters")
     result = {
