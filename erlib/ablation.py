@@ -49,14 +49,14 @@ def plan(profile: Profile) -> list[Series]:
     for client, classifier in ARMS:
         system = emulation.system(profile, settings.config, classifier=classifier)
         system = dataclasses.replace(system, router=router)
-        series.append(
-            Series(paper, "ablation", system, pool, settings.users, settings.repeats, ["uniform"], client=client)
-        )
+        most = max(settings.users) if classifier == "ours" else settings.stock_users
+        levels = [level for level in settings.users if level <= most]
+        series.append(Series(paper, "ablation", system, pool, levels, settings.repeats, ["uniform"], client))
     return series
 
 
 def serving(profile: Profile) -> Profile:
-    """The profile with as many gateways as can hold the unpickled model, and as the papers, one client process."""
+    """The profile with no more gateways than can hold the unpickled model."""
     changes = {"gateways": profile.ablation.gateways}
     return profile.model_copy(update={"serving": profile.serving.model_copy(update=changes)})
 

@@ -142,8 +142,9 @@ class AblationSettings(_Strict):
     """What did the papers measure? Clients x routers around one emulated system, in real time."""
 
     config: str = "p1.B"
-    users: list[PositiveInt] = [1, 25, 50, 100]
-    repeats: int = Field(3, ge=2, description="confidence intervals need two")
+    users: list[PositiveInt] = [1, 25, 100, 200]
+    stock_users: PositiveInt = Field(25, description="most users of the stock router, which takes minutes for more")
+    repeats: int = Field(4, ge=2, description="confidence intervals need two")
     output_tokens: PositiveInt = Field(64, description="per answer; base prompts only")
     terms: PositiveInt = Field(500_000, description="vocabulary, filled up to the size that c-BTM's C4 shard has")
     gateways: PositiveInt = Field(4, description="each holds the unpickled model, most of a gigabyte while it works")

@@ -62,8 +62,8 @@ def system(
         # for the points' hash: what the name stands for
         "stands_for": config.digest(config.load_configuration(name).system.model_dump(), steptimes.TABLE),
     }
-    # Triton's own limit is not the engine's: what waits, waits in the engine
-    server = ServerPlan("emulated", parameters, max_batch_size=target.batch_size)
+    # It stands for hardware of its own, which nothing here could delay: where cores are short, the engine goes first.
+    server = ServerPlan("emulated", parameters, target.batch_size, niceness=-10)
     return System(
         config=name,
         routing=target.routing,

@@ -35,7 +35,7 @@ class ServerPlan:
     parameters: dict[str, str]
     max_batch_size: int
     niceness: int = 0
-    """How far its process stands back where cores are short."""
+    """How far its process stands back behind gateways, NGINX and users where cores are short; negative: they behind it."""
 
 
 class Stack:
@@ -87,10 +87,12 @@ class Stack:
         self.servers = [
             triton.TritonServer(
                 f"{label}-{i}", plan.backend, plan.parameters, plan.max_batch_size,
-                first + i * triton.TritonServer.PORTS, log_dir, settings.host, plan.niceness,
+                first + i * triton.TritonServer.PORTS, log_dir, settings.host, max(0, plan.niceness),
             )
             for i, plan in enumerate(servers)
         ]  # fmt: skip
+        self.harness_niceness = max(0, -min(plan.niceness for plan in servers))
+        """How far what is around the engines stands back."""
         self._warm_up_streams = [plan.max_batch_size for plan in servers]
         classify = {"ours": "classify", "stock": "stock"}[classifier]
         self._policy = classify if routing == "expert_router" else "replicas"
@@ -156,6 +158,7 @@ class Stack:
                     "--clusterer", self._clusterer or "", "--policy", self._policy, "--index", str(index),
                 ),
                 self._gateway_log(index),
+                niceness=self.harness_niceness,
             )
             for index, port in enumerate(self._gateway_ports)
         ]  # fmt: skip

@@ -40,12 +40,15 @@ from erlib import (
     records,
     stack,
     steptimes,
+    stock,
+    threaded_users,
     triton,
     users,
     wire,
 )
 from erlib.config import Mix, Profile, Routing
 from erlib.prompts import Workload
+from erlib.users import Client
 
 Experiment = Literal["load", "preliminary", "overhead", "ablation"]
 
@@ -123,7 +126,7 @@ class Series:
     users: list[int]
     repeats: int
     mixes: list[Mix]
-    client: Literal["asyncio", "threads"] = "asyncio"
+    client: Client = "asyncio"
 
     @property
     def continues(self) -> bool:
@@ -319,11 +322,14 @@ def _measure(profile: Profile, series: Series, todo: list[Point], progress: tqdm
     log_dir = paths.run_dir(profile.name) / "logs" / label
     progress.set_description(f"{label}: starting")
     user_log = log_dir / "users.log"
+    user_processes = serving.user_processes if series.client == "asyncio" else 1
     with (
         stack.Stack(
             label, system.servers, system.routing, serving, system.router, log_dir, system.classifier
         ) as serving_stack,
-        users.UserSimulator(system.tokenizer, serving.user_processes, user_log) as simulator,
+        users.UserSimulator(
+            system.tokenizer, user_processes, user_log, series.client, serving_stack.harness_niceness
+        ) as simulator,
     ):
         for point in todo:
             progress.set_description(f"{label} {point.mix} {point.users} users, repeat {point.repeat}")
@@ -467,7 +473,7 @@ def _code_digest(backend: str) -> str:
     """Hash of the code on the measured path, blind to comments, docstrings and layout."""
     modules = [wire, processes, triton, gateway, nginx, stack, users]
     if backend == "emulated":
-        modules += [engines, steptimes, batching]
+        modules += [engines, steptimes, batching, stock, threaded_users]
     files = [Path(inspect.getfile(module)) for module in modules]
     files += triton.model_code(backend)
     parts: list[Any] = [_skeleton(file) for file in files]

@@ -101,6 +101,8 @@ class UserSimulator:
         Where their errors go.
     client : {"asyncio", "threads"}
         What the processes run.
+    niceness : int
+        How far they stand back where cores are short.
 
     Raises
     ------
@@ -108,17 +110,20 @@ class UserSimulator:
         If ``threads``, which the papers run in one process, are to share several.
     """
 
-    def __init__(self, tokenizer: Path, n_processes: int, log: Path, client: Client = "asyncio"):
+    def __init__(self, tokenizer: Path, n_processes: int, log: Path, client: Client = "asyncio", niceness: int = 0):
         if client == "threads" and n_processes != 1:
             raise ValueError(f"the threaded client is one process, as in the papers, not {n_processes}")
         self._command = processes.python("-m", _MODULES[client], tokenizer)
         self._n_processes = n_processes
         self._log = log
+        self._niceness = niceness
         self._workers: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
         for _ in range(self._n_processes):
-            worker = processes.spawn(self._command, self._log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            worker = processes.spawn(
+                self._command, self._log, niceness=self._niceness, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
             self._workers.append(worker)
         return self
 

@@ -109,14 +109,17 @@ def harness_ablation(emulated: pd.DataFrame, engines_alone: pd.DataFrame, profil
         "gateway_mean_s": ("Gateway latency", "mean [ms]", 1e3),
         "tpot_mean_s": ("TPOT", "mean [ms]", 1e3),
         "session_tokens_per_s": ("Session throughput", "tokens/s", 1.0),
+        "client_cpu_us_per_token": ("Client's CPU per token", "µs", 1.0),
     }
-    fig, axes = plt.subplots(1, 3, figsize=(7.2, 3.0))
+    fig, grid = plt.subplots(2, 2, figsize=(7.2, 4.8))
+    axes = grid.ravel()
     for ax, (metric, (title, ylabel, factor)) in zip(axes, panels.items(), strict=True):
         rows = table[table["metric"] == metric]
         for arm, look in ARM_LOOKS.items():
             _arm(ax, rows[(rows["client"] == arm[0]) & (rows["classifier"] == arm[1])], look, factor, _label(arm))
         ideal = rows[rows["client"] == "none"].sort_values("users")
-        ax.plot(ideal["users"], ideal["mean"] * factor, ":", color=GREY, label="the engines alone (simulated)")
+        if len(ideal):
+            ax.plot(ideal["users"], ideal["mean"] * factor, ":", color=GREY, label="the engines alone (simulated)")
         ax.set(title=title, ylabel=ylabel)
         canvas.user_axis(ax, sorted(table["users"].unique()), config.at_paper_scale(profile))
     mean, sd = PAPER_ROUTING_MS
