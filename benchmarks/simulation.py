@@ -31,8 +31,7 @@ OTHER_SOURCE = ("p1.B", "p2.D")
 """Configurations whose GEMM times AISimulate borrows."""
 LENGTHS = {"p1": (335, 1200), "p2": (294, 300)}
 LONGEST_PROMPT = 8192
-# An H100 as TensorRT-LLM sees it: memory, what engine and activations take, share given to the KV cache
-GPU_BYTES, WORKSPACE_BYTES, KV_SHARE, MAX_BATCH = 84.9e9, 4e9, 0.95, 4096
+MAX_BATCH = 4096
 
 
 def all_at_once(system: batching.System, requests: int, input_tokens: int, output_tokens: int) -> dict[str, float]:
@@ -73,16 +72,13 @@ def against_published(published: Path) -> pd.DataFrame:
     for point in tqdm(list(points.itertuples()), unit="point", leave=False):
         # Llama 3.1 has the shapes of Llama 3
         model, tensor_parallel = point.model.replace("3.1", "3"), int(point.tensor_parallel)
-        shape = engines.shape(model)
-        weight_bytes = shape.parameters * engines.BYTES_PER_VALUE["fp8"]
-        free = (GPU_BYTES - WORKSPACE_BYTES) * tensor_parallel - weight_bytes
         system = batching.System(
             config=f"{point.model} TP{tensor_parallel}",
             routing="direct",
             steps=steptimes.Table(model, "fp8", "fp8", tensor_parallel),
             instances=1,
             batch_size=MAX_BATCH,
-            kv_tokens=int(KV_SHARE * free / shape.kv_bytes_per_token("fp8")),
+            kv_tokens=engines.most_kv_tokens(model, "fp8", "fp8", tensor_parallel),
         )
         simulated.append(all_at_once(system, point.requests, point.input_tokens, point.output_tokens)["thr"])
     return points.assign(simulated=simulated, ratio=simulated / points["output_tokens_per_s"])

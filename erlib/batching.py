@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from erlib import config, engines, steptimes
-from erlib.config import Routing
+from erlib.config import Dtype, Routing
 from erlib.steptimes import Calibration, StepTimes
 
 _STATED_KV_TOLERANCE = 0.03
@@ -72,6 +72,30 @@ def paper_system(name: str, calibration: Calibration | None = None, answer_limit
         batch_size=printed.batch_size,
         kv_tokens=printed.kv_tokens if printed.kv_tokens and agree else held,
         answer_limit=answer_limit,
+    )
+
+
+def preliminary_system(dtype: Dtype, tensor_parallel: int, batch_size: int) -> System:
+    """One instance of Llama 3 70B on 4 or 8 H100s, as in paper 2's search for its baselines (section IV-C).
+
+    The paper states no KV cache: it is given all the memory that the weights leave. That is room for 600 sequences of
+    335 + 200 tokens in every data type, even in FP16 on four GPUs, so that the batch size alone limits what runs
+    together. As in Table I, FP8 engines have an FP8 KV cache, FP16 and INT4 ones an FP16 one.
+
+    Raises
+    ------
+    OutOfRange
+        If the step times know no such engine.
+    """
+    model = "llama-3-70b"
+    kv_dtype: Dtype = "fp8" if dtype == "fp8" else "fp16"
+    return System(
+        config=f"p2.{dtype}-tp{tensor_parallel}-bs{batch_size}",
+        routing="direct",
+        steps=steptimes.Table(model, dtype, kv_dtype, tensor_parallel),
+        instances=1,
+        batch_size=batch_size,
+        kv_tokens=engines.most_kv_tokens(model, dtype, kv_dtype, tensor_parallel),
     )
 
 

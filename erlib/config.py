@@ -288,10 +288,19 @@ def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
 
 
 def at_paper_scale(profile: Profile) -> Profile:
-    """The papers' own scale (``dgx-h100``), with the seed, user levels and repeats that `profile` has for it."""
-    levels = {"users": profile.paper_scale.users, "repeats": profile.paper_scale.repeats}
+    """The papers' own scale (``dgx-h100``), with the seed, user levels and repeats that `profile` has for it.
+
+    Of the preliminary sweep no more than the paper's: levels up to its 500 users, at most its five repeats.
+    """
+    users, repeats = profile.paper_scale.users, profile.paper_scale.repeats
     full = load_profile("dgx-h100")
-    changed = {paper: getattr(full, paper).model_copy(update=levels) for paper in ("paper1", "paper2")}
+    most = max(full.preliminary.users)
+    fewer = {"users": sorted({min(n, most) for n in users}), "repeats": min(repeats, full.preliminary.repeats)}
+    changed = {
+        "paper1": full.paper1.model_copy(update={"users": users, "repeats": repeats}),
+        "paper2": full.paper2.model_copy(update={"users": users, "repeats": repeats}),
+        "preliminary": full.preliminary.model_copy(update=fewer),
+    }
     return full.model_copy(update={"name": profile.name, "seed": profile.seed, **changed})
 
 

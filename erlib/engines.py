@@ -22,6 +22,8 @@ BYTES_PER_VALUE: dict[Dtype, float] = {"fp16": 2, "fp8": 1, "int8": 1, "int4": 0
 AWQ_GROUP = 128
 GATEWAYS_GB_PER_GPU = 2.276
 """Two routing gateways of 1,138 MB on each GPU (both papers, "Infrastructure Setup")."""
+H100_BYTES, WORKSPACE_BYTES, KV_SHARE = 84.9e9, 4e9, 0.95
+"""One GPU as TensorRT-LLM sees it: its memory, what activations take, and how much of the rest a KV cache is given."""
 P2_MAX_INPUT_TOKENS = 1021
 """Longest prompt of the MLPerf Llama-2-70B lengths (paper 2, Fig. 2)."""
 _SLACK_TOKENS = 8
@@ -103,6 +105,27 @@ def smollm2(layers: int) -> LlamaShape:
 def kv_tokens(system: PaperSystem) -> int:
     """Tokens that the printed KV cache of one instance holds, GB read as 10^9 bytes."""
     return int(system.kv_cache_gb * 1e9 / shape(system.model).kv_bytes_per_token(system.kv_dtype))
+
+
+def most_kv_tokens(model: str, dtype: Dtype, kv_dtype: Dtype, tensor_parallel: int) -> int:
+    """Tokens that fit beside an instance's weights (parameters times bytes) on its H100s.
+
+    For systems whose KV cache is not stated. Those that paper 2 prints for its baselines are 8 to 28 % smaller.
+
+    Raises
+    ------
+    ConfigError
+        If the GPUs have no room for a single token.
+    """
+    weights = shape(model).parameters * BYTES_PER_VALUE[dtype]
+    free = KV_SHARE * (tensor_parallel * (H100_BYTES - WORKSPACE_BYTES) - weights)
+    tokens = math.floor(free / shape(model).kv_bytes_per_token(kv_dtype))
+    if tokens < 1:
+        raise ConfigError(
+            f"{model} in {dtype} has {weights / 1e9:.0f} GB of weights, which leave no memory of "
+            f"{tensor_parallel} x H100 to a KV cache"
+        )
+    return tokens
 
 
 def table1(paper: Paper) -> pd.DataFrame:

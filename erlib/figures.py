@@ -38,6 +38,8 @@ def _select(
 ) -> pd.DataFrame:
     """The records of the `wanted` (config, mix, users), all of them or an error."""
     wanted = list(wanted)
+    if not (records["source"] == "measured").all():
+        notebook = "07_paper_scale"
     mine = records[(records["paper"] == paper) & (records["experiment"] == experiment)]
     points = pd.MultiIndex.from_frame(mine[["config", "mix", "users"]])
     mine = mine[points.isin(wanted)]
@@ -498,24 +500,28 @@ def _preliminary(records: pd.DataFrame, profile: config.Profile) -> tuple[pd.Dat
 def paper2_preliminary(records: pd.DataFrame, profile: config.Profile) -> Figure:
     """Paper 2, Fig. 3: response time over users, best batch size of each data type, TP=4 and TP=8."""
     table, used = _preliminary(records, profile)
+    scaled = profile.scale.users != 1
     fig, axes = plt.subplots(1, 2, sharey=True)
     for ax, parallel in zip(axes, (4, 8), strict=True):
         for (dtype, batch, best), rows in table[table["tensor_parallel"] == parallel].groupby(
             ["dtype", "batch_size", "best"]
         ):
-            label = f"{dtype.upper()}, batch {batch} (here {profile.scaled_users(batch)})" if best else ""
-            canvas.line(ax, rows, canvas.DTYPE_LOOKS[dtype], label, **({} if best else canvas.FAINT))
+            label = f"{dtype.upper()}, batch {batch}" + f" (here {profile.scaled_users(batch)})" * scaled
+            canvas.line(*(ax, rows, canvas.DTYPE_LOOKS[dtype], label if best else ""), **({} if best else canvas.FAINT))
         ax.set_title(f"TP={parallel}" + (" (one instance)" if parallel == 4 else ""))
         canvas.user_axis(ax, sorted(table["users"].unique()), profile)
         ax.legend(loc="upper left", title="best batch size", alignment="left")
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("mean response time [s]")
+    instance = {
+        "openvino": "TP=8 stands here for one engine on all cores, TP=4 for one engine on half of them.",
+        "tensorrt_llm": "TP=8 is one instance of the 70B model on eight GPUs, TP=4 one instance on four.",
+    }[profile.serving.backend]
     caption = (
         "Preliminary experiment: mean response time by data type and batch size. Bold: each data type's best batch "
-        "size, the one with the lowest response time at the most users; faint: the others. TP=8 stands here for one "
-        "engine on all cores, TP=4 for one engine on half of them. In the paper FP8 has a slight lead at TP=4 (best "
-        "batch size 100), and at TP=8 FP16 and FP8 meet at 500 users (batch size 200) while FP8 is faster "
-        f"below.{canvas.REPEATS}{canvas.scale(profile)}"
+        f"size, the one with the lowest response time at the most users; faint: the others. {instance} In the paper "
+        "FP8 has a slight lead at TP=4 (best batch size 100), and at TP=8 FP16 and FP8 meet at 500 users (batch size "
+        f"200) while FP8 is faster below.{canvas.REPEATS}{canvas.scale(profile)}"
     )
     return _finish(fig, table, used, profile, "paper2", "fig03_preliminary", caption=caption)
 
@@ -666,11 +672,11 @@ def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> 
 
 
 def load_figures(records: pd.DataFrame, profile: config.Profile) -> list[Figure]:
-    """All figures of the papers' main experiments, whatever source the records have."""
+    """All figures of both papers' load experiments and of the preliminary one, whatever source the records have."""
     mine = {paper: records[records["paper"] == paper] for paper in ("p1", "p2")}
     turns: list[Turn] = ["base", "continuation"]
     drawn = [draw(mine["p1"], profile, turn) for draw in (paper1_ttft, paper1_tpot) for turn in turns]
     rest1 = (paper1_user_throughput, paper1_p99_response_time, paper1_session_throughput, paper1_bucket_throughput)
-    rest2 = (paper2_ttft, paper2_tpot, paper2_user_throughput_p99, paper2_system_throughput)
+    rest2 = (paper2_preliminary, paper2_ttft, paper2_tpot, paper2_user_throughput_p99, paper2_system_throughput)
     drawn += [draw(mine["p1"], profile) for draw in rest1]
     return drawn + [draw(mine["p2"], profile) for draw in rest2]

@@ -16,9 +16,9 @@ import importlib.metadata
 import itertools
 import json
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +84,7 @@ def harness(preset: Preset, paper: Paper) -> Harness:
 # --- the workload at full scale -----------------------------------------------------------------------------------
 
 
-def at_paper_scale(workload: Workload, profile: Profile, paper: Paper) -> Workload:
+def at_paper_scale(workload: Workload, profile: Profile, paper: prompts.Paper) -> Workload:
     """A workload that was cut for this machine, with the papers' lengths: the router's decisions stay.
 
     Paper 2's answers get MLPerf's lengths, whatever ``workload.p2_answers`` is: nobody generates them here.
@@ -97,7 +97,9 @@ def at_paper_scale(workload: Workload, profile: Profile, paper: Paper) -> Worklo
     return replace(workload, frame=frame)
 
 
-def textless_workload(profile: Profile, paper: Paper, n_clusters: int = _CLUSTERS, per_cluster: int = 512) -> Workload:
+def textless_workload(
+    profile: Profile, paper: prompts.Paper, n_clusters: int = _CLUSTERS, per_cluster: int = 512
+) -> Workload:
     """A pool of the papers' lengths without texts, equally many prompts per cluster, where no clusterer is at hand."""
     n = n_clusters * per_cluster
     lengths = prompts.paper_input_tokens(paper, profile.workload, n)
@@ -390,55 +392,87 @@ def _versions() -> str:
 class Point:
     """One file of records."""
 
-    config: str
-    paper: Paper
+    workload: prompts.Paper
+    system: System
     around: Harness
     mix: Mix
     users: int
     repeat: int
     path: Path
 
+    @property
+    def paper(self) -> Paper:
+        return _paper(self.workload)
+
+    @property
+    def experiment(self) -> sweep.Experiment:
+        return "preliminary" if self.workload == "preliminary" else "load"
+
+
+def _paper(workload: prompts.Paper) -> Paper:
+    """Whose it is: the preliminary experiment is paper 2's."""
+    return "p1" if workload == "p1" else "p2"
+
 
 def points(
     profile: Profile,
     around: Mapping[Paper, Harness],
     directory: Path,
-    workloads: Mapping[Paper, Workload],
-    papers: Iterable[Paper],
+    workloads: Mapping[prompts.Paper, Workload],
 ) -> list[Point]:
-    """All points of the papers' load experiments; names carry a hash of what they are computed from."""
+    """All points of the experiments that `workloads` name; paths carry a hash of what they are computed from.
+
+    ``p1`` and ``p2`` are the papers' load experiments, ``preliminary`` is paper 2's search for its baselines (section
+    IV-C). Its users reach the one instance directly, so that what paper 2's harness limits, the gateways, is not there.
+    """
     code = [
         *(Path(str(module.__file__)) for module in (prompts, engines, steptimes, batching)),
         Path(__file__),
         steptimes.TABLE,
     ]
+    levels: dict[prompts.Paper, config.SweepSettings | config.PreliminarySettings] = {
+        "p1": profile.paper1,
+        "p2": profile.paper2,
+        "preliminary": profile.preliminary,
+    }
     result = []
-    for paper in papers:
-        settings = profile.paper1 if paper == "p1" else profile.paper2
-        frame = workloads[paper].frame[["prompt", "cluster", "input_tokens", "max_tokens"]]
-        inputs = [frame.to_json(), workloads[paper].sigma, profile.seed, profile.workload.p2_max_output_tokens]
-        inputs += [asdict(around[paper]), *code]
-        for name in settings.configs:
-            configuration = config.load_configuration(name)
-            base = config.digest(*inputs, configuration.model_dump(mode="json", exclude={"laptop"}))
-            mixes = settings.mixes if configuration.routing == "expert_router" else settings.mixes[:1]
-            for mix, users, repeat in itertools.product(mixes, settings.users, range(settings.repeats)):
-                digest = config.digest(base, mix, users, repeat)
-                path = directory / around[paper].name / name / f"{mix}-u{users:04d}-r{repeat}-{digest}.parquet"
-                result.append(Point(name, paper, around[paper], mix, users, repeat, path))
+    for name, workload in workloads.items():
+        outside = around[_paper(name)]
+        frame = workload.frame[["prompt", "cluster", "input_tokens", "max_tokens"]]
+        inputs = [frame.to_json(), workload.sigma, profile.seed, asdict(outside), *code]
+        for system, mixes in _systems(profile, name):
+            described = {f.name: str(getattr(system, f.name)) for f in fields(system)}
+            base = config.digest(*inputs, described)
+            folder = directory / outside.name / system.config
+            for mix, users, repeat in itertools.product(mixes, levels[name].users, range(levels[name].repeats)):
+                path = folder / f"{mix}-u{users:04d}-r{repeat}-{config.digest(base, mix, users, repeat)}.parquet"
+                result.append(Point(name, system, outside, mix, users, repeat, path))
     return result
+
+
+def _systems(profile: Profile, workload: prompts.Paper) -> Iterator[tuple[System, list[Mix]]]:
+    """The systems of an experiment, and the mixes under which each is run."""
+    if workload == "preliminary":
+        grid = profile.preliminary
+        for dtype, tensor_parallel, batch_size in itertools.product(grid.dtypes, (8, 4), grid.batch_sizes):
+            yield batching.preliminary_system(dtype, tensor_parallel, batch_size), ["uniform"]
+        return
+    settings = profile.paper1 if workload == "p1" else profile.paper2
+    answer_limit = profile.workload.p2_max_output_tokens if workload == "p2" else None
+    for name in settings.configs:
+        system = batching.paper_system(name, answer_limit=answer_limit)
+        yield system, settings.mixes if system.routing == "expert_router" else settings.mixes[:1]
 
 
 def run(
     profile: Profile,
     preset: Preset | Mapping[Paper, Harness],
     directory: Path,
-    workloads: Mapping[Paper, Workload] | None = None,
-    papers: Iterable[Paper] = ("p1", "p2"),
+    workloads: Mapping[prompts.Paper, Workload] | None = None,
     workers: int = 2,
     columns: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Simulate what is missing of both papers' load experiments; returns the files of all points.
+    """Simulate what is missing of both papers' experiments; returns the files of all points.
 
     Parameters
     ----------
@@ -449,8 +483,8 @@ def run(
     directory : Path
         Records go to ``<directory>/<name of the preset>/<config>/``.
     workloads : mapping, optional
-        Of each paper, at full scale (:func:`at_paper_scale`); by default without texts.
-    papers : iterable of {"p1", "p2"}
+        Of the experiments to simulate (:func:`points`), at full scale (:func:`at_paper_scale`). By default of all
+        three, without texts.
     workers : int
         Processes.
     columns : mapping, optional
@@ -466,11 +500,12 @@ def run(
             f"the simulation has the papers' own scale, but profile {profile.name!r} divides users by "
             f"{profile.scale.users:g} and tokens by {profile.scale.tokens:g}; use dgx-h100"
         )
-    papers = list(papers)
-    workloads = dict(workloads or {paper: textless_workload(profile, paper) for paper in papers})
-    around = {p: harness(preset, p) for p in papers} if isinstance(preset, str) else preset
+    everything: tuple[prompts.Paper, ...] = ("p1", "p2", "preliminary")
+    workloads = workloads or {name: textless_workload(profile, name) for name in everything}
+    papers = list(dict.fromkeys(map(_paper, workloads)))
+    around = {paper: harness(preset, paper) for paper in papers} if isinstance(preset, str) else preset
     label = "simulation " + " and ".join(dict.fromkeys(around[paper].name for paper in papers))
-    wanted = points(profile, around, directory, workloads, papers)
+    wanted = points(profile, around, directory, workloads)
     todo = [point for point in wanted if not point.path.exists()]
     print(f"{label}: {len(wanted) - len(todo)} of {len(wanted)} points found by content hash")
     # the longest first, so that no worker is left alone with one
@@ -479,7 +514,7 @@ def run(
         ProcessPoolExecutor(workers) as pool,
         tqdm(total=sum(point.users for point in todo), unit="user", desc=label) as progress,
     ):
-        jobs = {pool.submit(_write, profile, workloads[p.paper], p, columns): p for p in todo}
+        jobs = {pool.submit(_write, profile, workloads[p.workload], p, columns): p for p in todo}
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -491,23 +526,26 @@ def run(
 
 
 def _write(profile: Profile, workload: Workload, point: Point, columns: Mapping[str, Any] | None) -> None:
-    limit = profile.workload.p2_max_output_tokens if point.paper == "p2" else None
-    system = batching.paper_system(point.config, answer_limit=limit)
     drawn = prompts.draw(workload, point.users, point.mix, profile.seed, point.repeat)
-    provenance = {"profile": profile.name, "profile_hash": profile.digest, "point_hash": point.path.stem[-16:]}
+    about = {
+        "experiment": point.experiment,
+        "profile": profile.name,
+        "profile_hash": profile.digest,
+        "point_hash": point.path.stem[-16:],
+    }
     rows = simulate(
-        system,
+        point.system,
         drawn,
         paper=point.paper,
         mix=point.mix,
         repeat=point.repeat,
         around=point.around,
         seed=_seed(profile.seed, point),
-        columns=provenance | dict(columns or {}),
+        columns=about | dict(columns or {}),
     )
     records.write(rows, point.path)
 
 
 def _seed(seed: int, point: Point) -> int:
     """A seed of the point's own, so that routing latencies of repeats differ."""
-    return int(config.digest(seed, point.config, point.mix, point.users, point.repeat)[:8], 16)
+    return int(config.digest(seed, point.system.config, point.mix, point.users, point.repeat)[:8], 16)

@@ -161,10 +161,14 @@ class Table(StepTimes):
                 f"{TABLE.name} holds no {model} in {dtype} with {kv_dtype} KV cache and TP{tensor_parallel}; "
                 "use Roofline, or distil it with scripts/distill_step_times.py"
             )
+        self._name = f"{model} {dtype}, KV cache {kv_dtype}, TP{tensor_parallel}"
         self._dense, self._output = (_line(rows[rows["part"] == part]) for part in ("dense", "output"))
         self._decode, self._prefill = (_Grid(rows[rows["part"] == part]) for part in ("decode", "prefill"))
         self._prompts = self._prefill.x[-1]
         self.limits = Limits(len(self._dense) - 1, self._decode.x[-1], min(self._decode.y[-1], self._prefill.y[-1]))
+
+    def __str__(self) -> str:
+        return f"{TABLE.name}: {self._name}"
 
     def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
         self._check(prompts, prompt_tokens, sequences, context_tokens)

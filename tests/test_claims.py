@@ -159,6 +159,25 @@ def test_absolute_numbers_of_h100s_are_not_tested_on_a_laptop(runs, profile):
     assert "at 200 users" in numbers and "papers" not in numbers
 
 
+def test_the_preliminary_experiment_is_judged_at_the_papers_scale(runs, profile):
+    found = {claim.id: claim for claim in claims.load()}
+    simulated = at_full_scale(runs[runs["experiment"] == "preliminary"])
+
+    def judged(records):
+        evidence_of = evidence.Evidence("simulated-hardware", records, profile)
+        return {
+            name: claims.judge(found[name], evidence_of) for name in ("P2-R04", "P2-R05", "P2-R06", "P2-R07", "P2-S12")
+        }
+
+    ahead = judged(stretched(simulated, 0.5, config="p2.fp8-tp8-bs200"))
+    behind = judged(stretched(simulated, 3, config="p2.fp8-tp8-bs200"))
+    assert all(row.verdict in (HOLDS, FAILS) for row in ahead.values())
+    assert (ahead["P2-R05"].verdict, behind["P2-R05"].verdict) == (HOLDS, FAILS)
+    assert "fp8-tp8 200" in ahead["P2-R07"].numbers
+    assert "at 500 users" in behind["P2-R04"].numbers
+    assert "users 1, 200, 500 on the papers' scale" in behind["P2-S12"].numbers
+
+
 def test_inputs_of_a_simulation_do_not_confirm_it(runs, profile):
     assert row("P1-R01", at_full_scale(runs), profile, "simulated-harness").verdict == UNTESTABLE
     assert row("P1-R01", at_full_scale(runs), profile, "emulated").verdict == FAILS

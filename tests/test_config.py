@@ -77,6 +77,17 @@ def test_scaling_keeps_at_least_one():
     assert profile.scaled_users(1) == profile.scaled_tokens(1) == 1
 
 
+def test_the_papers_scale_has_the_profiles_levels_and_never_more_preliminary_ones_than_the_paper():
+    full = config.at_paper_scale(config.load_profile("laptop", {"paper_scale.repeats": 10, "seed": 5}))
+    assert (full.name, full.seed, full.scale.users, full.scale.tokens) == ("laptop", 5, 1, 1)
+    assert full.paper1.users == full.paper2.users == [1, *range(100, 1001, 100)]
+    assert (full.paper1.repeats, full.preliminary.repeats) == (10, 5)
+    assert full.preliminary.users == [1, 100, 200, 300, 400, 500]
+    assert full.preliminary.batch_sizes == [20, 100, 200, 400, 600]
+    few = config.at_paper_scale(config.load_profile("smoke", {"paper_scale.users": [1, 800]}))
+    assert (few.paper2.users, few.preliminary.users, few.preliminary.repeats) == ([1, 800], [1, 500], 1)
+
+
 def test_digest_tells_content_apart(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_text("ab")

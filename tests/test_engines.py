@@ -47,6 +47,17 @@ def test_kv_bytes_per_token(model, dtype, kv_bytes):
     assert engines.shape(model).kv_bytes_per_token(dtype) == kv_bytes
 
 
+def test_the_kv_cache_takes_what_the_weights_leave():
+    for name in ("p2.A", "p2.B", "p2.C"):
+        system = config.load_configuration(name).system
+        room = engines.most_kv_tokens(system.model, system.dtype, system.kv_dtype, system.tensor_parallel)
+        assert 1.05 < room / engines.kv_tokens(system) < 1.4  # what the paper prints fits, and is not far off
+    free = 4 * (84.9e9 - 4e9) - 2 * 70.554e9
+    assert engines.most_kv_tokens("llama-3-70b", "fp16", "fp16", 4) == pytest.approx(0.95 * free / 327_680, rel=0.001)
+    with pytest.raises(ConfigError, match="141 GB of weights, which leave no memory of 1 x H100"):
+        engines.most_kv_tokens("llama-3-70b", "fp16", "fp16", 1)
+
+
 def test_unknown_model_names_the_known_ones():
     with pytest.raises(ConfigError, match="llama-2-13b"):
         engines.shape("llama-4")

@@ -135,6 +135,45 @@ def test_the_best_batch_size_is_the_fastest_at_most_users(
         assert group.loc[group["best"], "mean"].tolist() == [group["mean"].min()]
 
 
+def _few_at_full_scale() -> tuple[config.Profile, pd.DataFrame]:
+    few: dict[str, object] = {"workload.p1_output_tokens": 20, "paper1.configs": ["p1.A"], "paper2.configs": ["p2.D"]}
+    few |= {f"{name}.users": [1, 20] for name in ("paper1", "paper2", "preliminary")}
+    few |= {f"{name}.repeats": 1 for name in ("paper1", "paper2", "preliminary")}
+    full = config.load_profile("dgx-h100", few)
+    rows = [row for paper in ("p1", "p2") for row in synthetic.load_rows(full, paper)]
+    return full, synthetic.frame([*rows, *synthetic.preliminary_rows(full)]).assign(source="simulated-harness")
+
+
+def test_simulated_sources_have_every_figure_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, runs = _few_at_full_scale()
+    drawn: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        figures, "save", lambda fig, profile, source, paper, slug, *_, **__: drawn.append((paper, slug))
+    )
+    figures.load_figures(runs, full)
+    assert sorted(drawn) == sorted(item for item in TIMED if item[0] != "workbench")
+    with pytest.raises(figures.MissingRecords, match="run 07_paper_scale first"):
+        figures.load_figures(runs[runs["experiment"] == "load"], full)
+
+
+def test_the_preliminary_experiment_is_told_in_its_sources_own_words(
+    records: pd.DataFrame, profile: config.Profile, home: Path
+) -> None:
+    def told(runs: pd.DataFrame, profile: config.Profile, directory: Path) -> tuple[str, list[str]]:
+        panel = figures.paper2_preliminary(runs, profile).axes[1]
+        about = json.loads((directory / "paper2" / "fig03_preliminary.json").read_text())
+        return about["caption"], [text.get_text() for text in panel.get_legend().get_texts()]
+
+    full, runs = _few_at_full_scale()
+    caption, labels = told(runs, full, home.parents[1] / "dgx-h100" / "simulated-harness")
+    assert "on eight GPUs" in caption and "cores" not in caption
+    assert [label.partition(",")[0] for label in labels] == ["FP16", "FP8", "INT4"]
+    assert not any("here" in label for label in labels)
+    caption, labels = told(records, profile, home)
+    assert "all cores" in caption and "GPUs" not in caption
+    assert all("(here " in label for label in labels)
+
+
 def test_system_throughput_shows_the_levels_that_stand_for_the_papers(
     records: pd.DataFrame, profile: config.Profile, home: Path
 ) -> None:

@@ -265,10 +265,10 @@ def test_textless_workloads_have_the_papers_lengths():
 
 
 def _small(**overrides):
-    configs = {"paper1.configs": ["p1.A", "p1.D"], "paper2.configs": ["p2.C", "p2.E"]}
+    configs = {"paper1.configs": ["p1.A", "p1.D"], "paper2.configs": ["p2.C", "p2.E"], "preliminary.dtypes": ["int4"]}
     loads = {
-        f"{paper}.{key}": value
-        for paper in ("paper1", "paper2")
+        f"{experiment}.{key}": value
+        for experiment in ("paper1", "paper2", "preliminary")
         for key, value in {"users": [1, 9], "repeats": 2}.items()
     }
     return config.load_profile("dgx-h100", configs | loads | {"workload.p1_output_tokens": 30} | overrides)
@@ -278,7 +278,7 @@ def test_both_papers_become_records_that_metrics_read(tmp_path, capsys):
     profile = _small()
     files = simulation.run(profile, "harness", tmp_path, workers=1)
     seen = records.read_files(files)
-    assert len(files) == 2 * 2 * (2 + 1 + 2)  # users, repeats; p2.E has two mixes
+    assert len(files) == 2 * 2 * (2 + 1 + 2 + 2 * 5)  # users, repeats; p2.E has two mixes; TP x batch sizes
     assert set(seen["source"]) == {"simulated"}
     assert set(seen["host"]) == {"8 x H100 in virtual time, preset harness"}
     assert set(seen["status"]) == {"ok"}
@@ -287,7 +287,7 @@ def test_both_papers_become_records_that_metrics_read(tmp_path, capsys):
     assert set(seen[seen["paper"] == "p2"]["turn"]) == {"base"}
     summary = metrics.summarise(seen)
     assert (summary["failures"] == 0).all()
-    account = metrics.accounting(seen)
+    account = metrics.accounting(seen[seen["experiment"] == "load"])
     assert (account["received_tokens"] == account["counted_tokens"]).all()
     assert set(metrics.routing_spans(seen)["config"]) == {"p1.D", "p2.E"}
     before = [(path, path.stat().st_mtime_ns) for path in files]
@@ -299,7 +299,8 @@ def test_both_papers_become_records_that_metrics_read(tmp_path, capsys):
 def test_the_same_seed_gives_the_same_records_and_repeats_differ(tmp_path):
     def run(name, repeats):
         profile = _small(**{"paper1.configs": ["p1.D"], "paper1.repeats": repeats})
-        files = simulation.run(profile, "harness", tmp_path / name, papers=["p1"], workers=1)
+        workloads = {"p1": simulation.textless_workload(profile, "p1")}
+        files = simulation.run(profile, "harness", tmp_path / name, workloads, workers=1)
         return records.read_files(files)
 
     one, again = run("one", 2), run("again", 2)
@@ -311,9 +312,41 @@ def test_the_same_seed_gives_the_same_records_and_repeats_differ(tmp_path):
 def test_the_reader_may_move_the_harness(tmp_path):
     wide = {"p1": replace(HARNESS["p1"], name="320 streams", gateway_streams=320)}
     profile = _small(**{"paper1.configs": ["p1.D"]})
-    files = simulation.run(profile, wide, tmp_path, papers=["p1"], workers=1)
+    workloads = {"p1": simulation.textless_workload(profile, "p1")}
+    files = simulation.run(profile, wide, tmp_path, workloads, workers=1)
     assert {path.parents[1].name for path in files} == {"320 streams"}
     assert set(records.read_files(files)["host"]) == {"8 x H100 in virtual time, preset 320 streams"}
+
+
+def test_the_preliminary_experiment_is_paper_2s(tmp_path):
+    profile = _small(**{"preliminary.batch_sizes": [4, 20], "preliminary.dtypes": ["fp16", "fp8", "int4"]})
+    workloads = {"preliminary": simulation.textless_workload(profile, "preliminary")}
+    seen = records.read_files(simulation.run(profile, "hardware", tmp_path, workloads, workers=1))
+    assert set(seen["paper"]) == {"p2"}
+    assert set(seen["experiment"]) == {"preliminary"}
+    grid = {f"p2.{dtype}-tp{n}-bs{batch}" for dtype in ("fp16", "fp8", "int4") for n in (4, 8) for batch in (4, 20)}
+    assert set(seen["config"]) == grid
+    assert set(seen["mix"]) == {"uniform"}
+    assert set(seen["turn"]) == {"base"}
+    assert set(seen["output_tokens"]) == {200}
+    assert seen["input_tokens"].mean() == pytest.approx(335, rel=0.05)
+    assert set(seen["expert"]) == {0}  # one instance, and no gateway on the way
+    assert seen["route_forward_ns"].isna().all()
+    assert (
+        seen.groupby("point_hash")["output_tokens"].sum() == seen.groupby("point_hash")["server_tokens"].first()
+    ).all()
+    response_s = metrics.answers(seen).groupby(["config", "users"])["response_s"].mean().unstack()
+    # four slots for nine users make three waves; with twenty all are served at once
+    assert (response_s[9].filter(like="-bs4") > 1.2 * response_s[9].filter(like="-bs20").to_numpy()).all()
+    assert response_s[1].filter(like="-bs4").tolist() == response_s[1].filter(like="-bs20").tolist()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp8", "int4"])
+@pytest.mark.parametrize("tensor_parallel", [4, 8])
+def test_preliminary_systems_have_room_for_the_largest_batch(dtype, tensor_parallel):
+    engine = batching.Engine(batching.preliminary_system(dtype, tensor_parallel, 600))
+    longest = simulation.Request(0, "base", Prompt(0, 0, "", 335 + 4 * 30, 200, FORCED), 335 + 4 * 30, 0, 0.0, None)
+    assert 600 * engine.blocks(longest) <= engine.kv_blocks_total
 
 
 def test_columns_may_be_replaced():
