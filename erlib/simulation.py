@@ -350,8 +350,7 @@ def simulate(
         "repeat": repeat,
         "server_tokens": sum(sum(server.sequences) for server in happened.servers),
         "host": f"8 x H100 in virtual time, preset {around.name}",
-        "versions": _versions(),
-        "git_commit": sweep.git_commit(),
+        **_provenance(),
         "seed": seed,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "ok",
@@ -380,9 +379,10 @@ def simulate(
 
 
 @functools.cache
-def _versions() -> str:
-    table = config.digest(steptimes.TABLE)
-    return json.dumps({name: importlib.metadata.version(name) for name in ("simpy", "numpy")} | {"step_times": table})
+def _provenance() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in ("simpy", "numpy")}
+    versions["step_times"] = config.digest(steptimes.TABLE)
+    return {"git_commit": sweep.git_commit(), "versions": json.dumps(versions)}
 
 
 # --- both papers --------------------------------------------------------------------------------------------------

@@ -194,8 +194,8 @@ def _table() -> pd.DataFrame:
 
 
 def _line(rows: pd.DataFrame) -> list[float]:
-    """Seconds for 0, 1, 2, ... (nothing takes no time)."""
-    return list(np.interp(np.arange(rows["x"].max() + 1), [0, *rows["x"]], [0, *rows["ms"] * 1e-3]))
+    """Seconds for 0, 1, 2, ... (nothing takes no time); plain floats, with which Python counts twice as fast."""
+    return np.interp(np.arange(rows["x"].max() + 1), [0, *rows["x"]], [0, *rows["ms"] * 1e-3]).tolist()
 
 
 class _Grid:
