@@ -35,7 +35,7 @@ class ServerPlan:
     parameters: dict[str, str]
     max_batch_size: int
     niceness: int = 0
-    """How far its process stands back behind gateways, NGINX and users where cores are short; negative: they behind it."""
+    """How far its process stands back behind what is around it where cores are short; negative: what is around it."""
 
 
 class Stack:
