@@ -12,11 +12,12 @@ measurement.
 from __future__ import annotations
 
 import functools
+import heapq
 import importlib.metadata
 import itertools
 import json
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -64,6 +65,8 @@ class Harness:
     """None: the client keeps up with everything."""
     client_knee: int = 200
     client_slope: float = 800
+    per_request_s: float = 0.0
+    """Clients and gateways send one request after the other, each taking so long."""
 
 
 HARDWARE = Harness("hardware")
@@ -181,14 +184,14 @@ class Server:
         if self._idle and not self._idle.triggered:
             self._idle.succeed()
 
-    def run(self, env: simpy.Environment, client: _Client) -> _Process:
-        """The engine's loop."""
+    def run(self, env: simpy.Environment, client: _Client, work: Callable[[float], simpy.Event]) -> _Process:
+        """The engine's loop; `work` lets a step's seconds pass."""
         engine = self.engine
         while True:
             if engine.is_idle:
                 self._idle = env.event()
                 yield self._idle
-            yield env.timeout(engine.begin_step())
+            yield work(engine.begin_step())
             step = engine.end_step()
             taken_s = client.take(env.now, step.sequences)
             self.taken_s.append(taken_s)
@@ -197,6 +200,50 @@ class Server:
             self.kv_blocks.append(step.kv_blocks)
             for request in step.finished:
                 request.done.succeed(taken_s)
+
+
+class _SharedMachine:
+    """Hardware that all instances share: each gets an equal part, so their steps go on at one pace, and end in turn.
+
+    Parameters
+    ----------
+    env : simpy.Environment
+    slowdown : callable
+        How many times as long a step takes while so many are under way.
+    """
+
+    def __init__(self, env: simpy.Environment, slowdown: Callable[[int], float]):
+        self._env, self._slowdown = env, slowdown
+        self._done_s = 0.0
+        """Work that a step under way since the beginning would have done."""
+        self._since_s = 0.0
+        self._steps: list[tuple[float, int, simpy.Event]] = []
+        self._changes = 0
+
+    def work(self, seconds: float) -> simpy.Event:
+        """An event after a step that takes so long on a machine of its own."""
+        self._catch_up()
+        ended = self._env.event()
+        heapq.heappush(self._steps, (self._done_s + seconds, self._changes, ended))
+        self._wait_for_next()
+        return ended
+
+    def _catch_up(self) -> None:
+        if self._steps:
+            self._done_s += (self._env.now - self._since_s) / self._slowdown(len(self._steps))
+        self._since_s = self._env.now
+
+    def _wait_for_next(self) -> None:
+        self._changes += 1
+        if self._steps:
+            left_s = max(0.0, self._steps[0][0] - self._done_s) * self._slowdown(len(self._steps))
+            self._env.timeout(left_s, self._changes).callbacks.append(self._end_next)
+
+    def _end_next(self, timeout: simpy.Event) -> None:
+        if timeout.value == self._changes:  # otherwise a step has begun or ended since, and this is no longer the time
+            self._catch_up()
+            heapq.heappop(self._steps)[2].succeed()
+            self._wait_for_next()
 
 
 @dataclass(frozen=True)
@@ -215,7 +262,7 @@ class Trace:
 def trace(
     system: System,
     drawn: Sequence[Prompt],
-    continues: bool,
+    continues: bool | Sequence[Prompt],
     around: Harness = HARDWARE,
     seed: int = 0,
     routing_s: Sequence[float] | None = None,
@@ -228,9 +275,9 @@ def trace(
     drawn : sequence of Prompt
         One per user, at full scale (:func:`at_paper_scale`); ``cluster`` is the router's decision, and ``max_tokens``
         the length of the answer.
-    continues : bool
-        Whether a continuation prompt follows: the base prompt and its answer (paper 1, section IV-B). It goes to the
-        same cluster.
+    continues : bool or sequence of Prompt
+        Whether a continuation prompt follows: the base prompt and its answer (paper 1, section IV-B), to the same
+        cluster. Or these prompts themselves, one per user, where they are known.
     around : Harness
     seed : int
         Of the routing latencies.
@@ -247,15 +294,19 @@ def trace(
     """
     if not drawn:
         raise CannotServe("a point needs at least one user")
-    if min(min(prompt.input_tokens, prompt.max_tokens) for prompt in drawn) < 1:
+    prompts_of = _turns(drawn, continues)
+    if min(min(prompt.input_tokens, prompt.max_tokens) for mine in prompts_of for prompt in mine) < 1:
         raise CannotServe("every prompt and every answer has at least one token")
     classifies = system.routing == "expert_router"
-    strays = {prompt.cluster for prompt in drawn} - set(range(system.instances))
+    strays = {prompt.cluster for mine in prompts_of for prompt in mine} - set(range(system.instances))
     if classifies and strays:
         raise CannotServe(
             f"{system.config} has {system.instances} experts, but a prompt belongs to cluster {max(strays)}"
         )
     env, client = simpy.Environment(), _Client(around)
+    shared = system.steps.at_full_speed < system.instances
+    work = _SharedMachine(env, system.steps.slowdown).work if shared else env.timeout
+    sender = simpy.Resource(env) if around.per_request_s else None
     servers = [Server(Engine(system)) for _ in range(system.instances)]
     gateway = None
     if system.routing in ("expert_router", "replicas"):
@@ -263,13 +314,16 @@ def trace(
     latencies_s = routing_s or _routing_latencies(around if classifies else HARDWARE, 2 * len(drawn), seed)
     requests: list[Request] = []
 
-    def user(number: int, prompt: Prompt) -> _Process:
-        tokens = prompt.input_tokens
-        for turn in ("base", "continuation") if continues else ("base",):
+    def user(number: int) -> _Process:
+        for turn, prompt in zip(("base", "continuation"), prompts_of[number], strict=False):
             turns_taken = len(requests) if system.routing == "replicas" else number
             server = prompt.cluster if classifies else turns_taken % system.instances
-            request = Request(number, turn, prompt, tokens, server, env.now, env.event())
+            request = Request(number, turn, prompt, prompt.input_tokens, server, env.now, env.event())
             requests.append(request)
+            if sender is not None:
+                with sender.request() as my_turn:
+                    yield my_turn
+                    yield env.timeout(around.per_request_s)
             if gateway is None:
                 taken_s = yield from answer(request)
             else:
@@ -280,7 +334,6 @@ def trace(
                     yield env.timeout(request.routed_s)
                     taken_s = yield from answer(request)
             yield env.timeout(taken_s - env.now)
-            tokens += prompt.max_tokens
 
     def answer(request: Request) -> Generator[simpy.Event, Any, float]:
         client.open_streams += 1
@@ -290,10 +343,17 @@ def trace(
         return taken_s
 
     for server in servers:
-        env.process(server.run(env, client))
-    everybody = env.all_of([env.process(user(number, prompt)) for number, prompt in enumerate(drawn)])
+        env.process(server.run(env, client, work))
+    everybody = env.all_of([env.process(user(number)) for number in range(len(drawn))])
     env.run(everybody)
     return Trace(requests, servers)
+
+
+def _turns(drawn: Sequence[Prompt], continues: bool | Sequence[Prompt]) -> list[tuple[Prompt, ...]]:
+    """What each user asks, one after the other."""
+    if continues is True:
+        continues = [prompt._replace(input_tokens=prompt.input_tokens + prompt.max_tokens) for prompt in drawn]
+    return list(zip(drawn, continues, strict=True) if continues else zip(drawn, strict=True))
 
 
 def _routing_latencies(around: Harness, n: int, seed: int) -> list[float]:
@@ -318,6 +378,7 @@ def simulate(
     seed: int = 0,
     routing_s: Sequence[float] | None = None,
     columns: Mapping[str, Any] | None = None,
+    continuations: Sequence[Prompt] | None = None,
 ) -> list[dict[str, Any]]:
     """Records of one point (:data:`erlib.records.SCHEMA`), one row per request, ``source`` "simulated".
 
@@ -331,6 +392,8 @@ def simulate(
         For the records; the draw has them already.
     columns : mapping, optional
         Further columns, or others than these, e.g. ``profile`` or ``source``.
+    continuations : sequence of Prompt, optional
+        Paper 1's continuation prompts, where they are known; see :func:`trace`.
 
     Returns
     -------
@@ -338,7 +401,7 @@ def simulate(
         ``host`` names the preset. Of the gateway's spans only ``queue`` (wait for a stream) and ``forward`` (the
         routing latency as a whole) are modelled. Columns about the client's own lag are missing.
     """
-    happened = trace(system, drawn, continues=paper == "p1", around=around, seed=seed, routing_s=routing_s)
+    happened = trace(system, drawn, continuations or paper == "p1", around, seed, routing_s)
     stamps = happened.token_ns()
     shared = {
         "source": "simulated",

@@ -7,6 +7,7 @@ models answer the same question, :meth:`StepTimes.step_s`, and refuse it outside
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.optimize import nnls
+from scipy.optimize import isotonic_regression, least_squares, minimize_scalar
 
 from erlib import paths
 from erlib.config import Configuration, Dtype
@@ -39,6 +40,8 @@ class Limits:
     """Sequences decoded in one step."""
     context: float
     """Mean tokens in the KV cache of the decoded sequences, or longest prompt."""
+    instances: float = np.inf
+    """Instances at work on the same machine."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class StepTimes(ABC):
     """Duration of engine steps."""
 
     limits: Limits
+    at_full_speed: float = np.inf
+    """Instances that a machine carries at full speed; more of them share it evenly. Infinite: each has its own."""
 
     @abstractmethod
     def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
@@ -91,6 +96,21 @@ class StepTimes(ABC):
     def prefill_s(self, tokens: int, prompts: int = 1) -> float:
         """Seconds of a step that reads `prompts` prompts of `tokens` tokens each: up to their first tokens."""
         return self.step_s(prompts, prompts * tokens, 0, 0)
+
+    def slowdown(self, busy: int) -> float:
+        """How many times as long a step takes while `busy` instances have work.
+
+        Raises
+        ------
+        OutOfRange
+            If they are more than :attr:`limits` says.
+        """
+        if busy > self.limits.instances:
+            raise OutOfRange(
+                f"{busy} instances at work were asked for, but {type(self).__name__} knows up to "
+                f"{self.limits.instances:g} and does not extrapolate"
+            )
+        return max(1.0, busy / self.at_full_speed)
 
     def calibrated(self, calibration: Calibration) -> StepTimes:
         """The same steps, as slow as `calibration` says."""
@@ -127,7 +147,7 @@ class StepTimes(ABC):
 
 class _Calibrated(StepTimes):
     def __init__(self, steps: StepTimes, calibration: Calibration):
-        self.limits = steps.limits
+        self.limits, self.at_full_speed = steps.limits, steps.at_full_speed
         self._steps, self._calibration = steps, calibration
 
     def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
@@ -295,11 +315,11 @@ class Roofline(StepTimes):
 class Fitted(StepTimes):
     """Step times of a measured engine, fitted to its records; to predict loads that were not measured.
 
-    Decode steps are tabulated by batch size: the median time between two tokens of an answer while so many answers
-    were under way on its server and no prompt was read, made non-decreasing, linear between the measured batch sizes.
-    Where prompts were read between two tokens, that took longer by a fixed and a per-token time. A step that only reads
-    prompts has a fixed and a per-token time of its own, fitted to the times to first token (the gateway's share taken
-    off) of single users and of those whom a server served at once when all came together.
+    A step that gives tokens to b sequences takes as long as a table says: the mean time between two tokens of an answer
+    while b were under way and no prompt was read, made non-decreasing, linear between the batch sizes that were seen.
+    Reading prompts adds a fixed time and one per prompt token; the fixed time is another one if nothing is decoded
+    beside (the way to the engine is in it then). How many instances run at full speed beside each other is what makes
+    steps of equal batch sizes scatter least.
 
     Parameters
     ----------
@@ -307,6 +327,13 @@ class Fitted(StepTimes):
         Records of one configuration, one user and at least one further load among them.
     min_gaps : int
         Batch sizes with fewer inter-token times than this are not used.
+
+    Attributes
+    ----------
+    batches, decode_table_s : array
+        Batch sizes, and the seconds of a step that reads no prompt, on a machine of its own.
+    alone_s, beside_s, per_token_s : float
+        What reading prompts adds: without and with others decoding, and per prompt token.
 
     Raises
     ------
@@ -320,65 +347,131 @@ class Fitted(StepTimes):
         done = records[records["status"] == "ok"]
         if not (done["users"] == 1).any():
             raise ValueError("calibrating needs records of a single user: without them, time in queues looks like work")
-        servers = [server for _, server in done.groupby(["source", "mix", "users", "repeat", "expert"])]
-        gaps = pd.concat([_gaps(server) for server in servers])
-        undisturbed = gaps[gaps["prompt_tokens"] == 0].groupby("batch")["gap_s"]
-        decode_s = undisturbed.median()[undisturbed.count() >= min_gaps]
-        if decode_s.empty:
+        steps = pd.concat([_steps(point) for _, point in done.groupby(["source", "mix", "users", "repeat"])])
+        decoding = steps[steps["prompts"] == 0]
+        decoding = decoding[decoding.groupby("batch")["batch"].transform("size") >= min_gaps]
+        if decoding.empty:
             raise ValueError(f"no batch size has {min_gaps} inter-token times; give more records or lower min_gaps")
-        self.batches: npt.NDArray[np.int64] = decode_s.index.to_numpy()
-        self.decode_table_s: npt.NDArray[np.float64] = np.maximum.accumulate(decode_s.to_numpy())
-        read = pd.concat([_read_before_first_token(server) for server in servers])
-        self.prefill_s_by_tokens = _fixed_and_per_token(read["tokens"], read["first_s"])
-        both = gaps[(gaps["prompt_tokens"] > 0) & (gaps["batch"] <= self.batches[-1])]
-        longer_s = both["gap_s"] - np.interp(both["batch"], self.batches, self.decode_table_s)
-        # without a prompt that met an answer, reading one is taken to cost the same beside decoding as alone
-        self.stall_s_by_tokens = (
-            _fixed_and_per_token(both["prompt_tokens"], longer_s) if len(both) >= min_gaps else self.prefill_s_by_tokens
-        )
+        self.at_full_speed = _at_full_speed(decoding)
+        table_s = _by_batch(decoding, self.at_full_speed)
+        self.batches: npt.NDArray[np.int64] = table_s.index.to_numpy()
+        self.decode_table_s: npt.NDArray[np.float64] = table_s.to_numpy()
+        reading = steps[(steps["prompts"] > 0) & (steps["batch"] <= self.batches[-1])]
+        self.alone_s, self.beside_s, self.per_token_s = self._added_by_prompts(reading)
         longest = int((done["input_tokens"] + done["output_tokens"]).max())
-        self.limits = Limits(np.inf, int(self.batches[-1]), longest)
+        self.limits = Limits(np.inf, int(self.batches[-1]), longest, math.ceil(steps["busy"].max()))
 
     def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
         self._check(prompts, prompt_tokens, sequences, context_tokens)
-        decoding_s = float(np.interp(sequences, self.batches, self.decode_table_s)) if sequences else 0.0
-        if not prompts:
-            return decoding_s
-        fixed_s, per_token_s = self.stall_s_by_tokens if sequences else self.prefill_s_by_tokens
-        return decoding_s + fixed_s + per_token_s * prompt_tokens
+        seconds = np.interp(prompts + sequences, self.batches, self.decode_table_s)
+        if prompts:
+            seconds += (self.beside_s if sequences else self.alone_s) + self.per_token_s * prompt_tokens
+        return float(seconds)
+
+    def _added_by_prompts(self, reading: pd.DataFrame) -> tuple[float, float, float]:
+        """The three times that explain the steps best, in ratios; the few steps that stalled have little say."""
+        table_s = np.interp(reading["batch"], self.batches, self.decode_table_s)
+        slowdown = _slowdown(reading, self.at_full_speed)
+        alone = reading["alone"].to_numpy()
+        # without a prompt that met an answer, reading one is taken to cost the same beside decoding as alone
+        fixed = [alone, ~alone] if not alone.all() else [alone]
+        parts = np.column_stack([*fixed, reading["prompt_tokens"]]).astype(float)
+        once = 1 / np.sqrt(reading["seen_by"].to_numpy())
+
+        def misfit(added_s: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            return once * np.log(slowdown * (table_s + parts @ added_s) / reading["seconds"].to_numpy())
+
+        start = np.full(parts.shape[1], 1e-3)
+        added_s = least_squares(misfit, start, bounds=(0, np.inf), loss="soft_l1", f_scale=0.1).x
+        return float(added_s[0]), float(added_s[-2]), float(added_s[-1])
 
 
-def _fixed_and_per_token(tokens: pd.Series, seconds: pd.Series) -> tuple[float, float]:
-    (fixed_s, per_token_s), _ = nnls(np.column_stack([np.ones(len(tokens)), tokens]), seconds.to_numpy())
-    return float(fixed_s), float(per_token_s)
+def arrived_ns(records: pd.DataFrame) -> pd.Series:
+    """When each request reached its server: sent, and what the gateway took, where there is one."""
+    return records["t_send_ns"] + records[_ROUTE_COLUMNS].fillna(0).sum(axis=1)
+
+
+def _slowdown(steps: pd.DataFrame, at_full_speed: float) -> npt.NDArray[np.float64]:
+    return np.maximum(1, steps["busy"].to_numpy() / at_full_speed)
+
+
+def _at_full_speed(decoding: pd.DataFrame) -> float:
+    """How many instances run at full speed, if steps of equal batch sizes are to scatter least."""
+
+    def scatter(at_full_speed: float) -> float:
+        table_s = _by_batch(decoding, at_full_speed).loc[decoding["batch"]].to_numpy()
+        return float(np.abs(np.log(decoding["seconds"] / table_s / _slowdown(decoding, at_full_speed))).mean())
+
+    most = decoding["busy"].max()
+    return float(minimize_scalar(scatter, bounds=(1, most), method="bounded").x) if most > 1 else np.inf
+
+
+def _by_batch(decoding: pd.DataFrame, at_full_speed: float) -> pd.Series:
+    """Mean seconds of a step at full speed, by batch size, non-decreasing."""
+    alone_s = decoding["seconds"] / _slowdown(decoding, at_full_speed)
+    table = alone_s.groupby(decoding["batch"]).agg(["mean", "size"])
+    return pd.Series(isotonic_regression(table["mean"], weights=table["size"].astype(float)).x, table.index)
+
+
+def _steps(point: pd.DataFrame) -> pd.DataFrame:
+    """Engine steps of one point.
+
+    Returns
+    -------
+    DataFrame
+        A row per inter-token time and one per step that decoded nothing: ``batch`` (sequences that got a token),
+        ``prompts`` and ``prompt_tokens`` that were read, ``alone`` (nothing was decoded beside them), ``seen_by``
+        (answers with a row of this step), ``busy`` (instances that had work, mean over the step), ``seconds``.
+    """
+    servers = [server for _, server in point.assign(arrived_ns=arrived_ns(point)).groupby("expert")]
+    steps = pd.concat([part for server in servers for part in (_gaps(server), _alone(server))], ignore_index=True)
+    began, ended = steps.pop("began_ns"), steps.pop("ended_ns")
+    worked_ns = sum(_worked_ns(server, ended) - _worked_ns(server, began) for server in servers)
+    steps["busy"] = np.clip(worked_ns / (ended - began), 1, len(servers))
+    steps["seconds"] = (ended - began) * 1e-9
+    return steps
 
 
 def _gaps(server: pd.DataFrame) -> pd.DataFrame:
-    """Inter-token times of one server's answers, the answers then under way and the prompt tokens read between."""
+    """Steps of one server that decoded, as every answer saw them."""
     server = server.sort_values("t_first_ns")
     starts, ends = server["t_first_ns"].to_numpy(), np.sort(server["t_last_ns"].to_numpy())
     read = np.concatenate([[0], server["input_tokens"].cumsum()])
     stamps: Sequence[npt.NDArray[np.int64]] = [np.asarray(tokens) for tokens in server["token_ns"]]
     sooner = np.concatenate([tokens[:-1] for tokens in stamps])
     later = np.concatenate([tokens[1:] for tokens in stamps])
-    gaps = later - sooner
+    quarter = (later - sooner) // 4
     # a step's messages arrive within a fraction of it, so a prompt's first token may come a little after the others'
-    before, after = (np.searchsorted(starts, stamp + gaps // 4, "right") for stamp in (sooner, later))
-    middle = sooner + gaps // 2
-    batch = np.searchsorted(starts, middle, "right") - np.searchsorted(ends, middle, "left")
-    return pd.DataFrame({"batch": batch, "gap_s": gaps * 1e-9, "prompt_tokens": read[after] - read[before]})
+    before, after = (np.searchsorted(starts, stamp + quarter, "right") for stamp in (sooner, later))
+    sequences = before - np.searchsorted(ends, sooner + quarter, "left")
+    prompts, prompt_tokens = after - before, read[after] - read[before]
+    columns = {"batch": sequences + prompts, "prompts": prompts, "prompt_tokens": prompt_tokens, "alone": False}
+    return pd.DataFrame({**columns, "seen_by": sequences, "began_ns": sooner, "ended_ns": later})
 
 
-def _read_before_first_token(server: pd.DataFrame) -> pd.DataFrame:
-    """Prompt tokens that one server had read by each request's first token, and the time that this took.
+def _alone(server: pd.DataFrame) -> pd.DataFrame:
+    """Steps of one server that only read prompts: from their arrival, or from the last token before, to the first."""
+    server = server.sort_values("t_first_ns")
+    first, last, arrived = (server[name].to_numpy() for name in ("t_first_ns", "t_last_ns", "arrived_ns"))
+    read = np.concatenate([[0], server["input_tokens"].cumsum()])
+    quarter = (last - first) // (4 * np.maximum(1, server["output_tokens"].to_numpy() - 1))
+    idle_from, decoded_until = (
+        np.concatenate([[-np.inf], np.maximum.accumulate(end)[:-1]]) for end in (last, last + quarter)
+    )
+    leaders = np.flatnonzero(first > decoded_until)
+    stops = np.searchsorted(first, (first + quarter)[leaders], "right")
+    came = [arrived[leader:stop].min() for leader, stop in zip(leaders, stops, strict=True)]
+    prompts, prompt_tokens = stops - leaders, read[stops] - read[leaders]
+    columns = {"batch": prompts, "prompts": prompts, "prompt_tokens": prompt_tokens, "alone": True, "seen_by": 1}
+    return pd.DataFrame({**columns, "began_ns": np.maximum(idle_from[leaders], came), "ended_ns": first[leaders]})
 
-    Of single users all requests; otherwise the first ones, until an answer ends: later ones may have waited for a slot.
-    """
-    routed_ns = server[_ROUTE_COLUMNS].fillna(0).sum(axis=1)
-    first_s = (server["t_first_ns"] - server["t_send_ns"] - routed_ns) * 1e-9
-    if (server["users"] == 1).all():
-        return pd.DataFrame({"tokens": server["input_tokens"], "first_s": first_s})
-    at_once = server[(server["turn"] == "base") & (server["t_first_ns"] < server["t_last_ns"].min())]
-    ordered = at_once.sort_values("t_first_ns")
-    tokens = ordered.groupby("t_first_ns")["input_tokens"].sum().cumsum().reindex(ordered["t_first_ns"]).to_numpy()
-    return pd.DataFrame({"tokens": tokens, "first_s": first_s[ordered.index]})
+
+def _worked_ns(server: pd.DataFrame, at_ns: pd.Series) -> npt.NDArray[np.float64]:
+    """For how long one server had had work by each of the times `at_ns`."""
+    server = server.sort_values("arrived_ns")
+    arrived, until = server["arrived_ns"].to_numpy(), np.maximum.accumulate(server["t_last_ns"].to_numpy())
+    idle = np.flatnonzero(arrived[1:] > until[:-1])
+    edges = np.column_stack([arrived[np.append(0, idle + 1)], until[np.append(idle, len(server) - 1)]]).ravel()
+    lengths = np.diff(edges)
+    lengths[1::2] = 0
+    return np.interp(at_ns, edges, np.append(0, lengths.cumsum()))

@@ -52,7 +52,7 @@ from erlib.users import Client
 
 Experiment = Literal["load", "preliminary", "overhead", "ablation"]
 
-_MAX_BATCHED_TOKENS = 1024
+MAX_BATCHED_TOKENS = 1024
 _PACKAGES = ("numpy", "openvino", "openvino-genai", "nvidia-pytriton", "grpcio", "tokenizers")
 
 
@@ -229,7 +229,7 @@ def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, th
         "engine": str(engine),
         "max_batch_size": str(batch_size),
         "kv_blocks": str(kv_blocks),
-        "max_batched_tokens": str(_MAX_BATCHED_TOKENS),
+        "max_batched_tokens": str(MAX_BATCHED_TOKENS),
         "kv_cache": kv_cache,
         "threads": str(threads),
         "compute": json.dumps(openvino.COMPUTE),
