@@ -10,6 +10,6 @@ Modules are listed in the order in which data flows through them; each imports o
     users, threaded_users                     the user simulator; the papers' user simulator
     records, sweep                            the record of each request; resumable sweeps
     steptimes, batching, simulation           H100 step times; in-flight batching; experiments in virtual time
-    metrics, canvas, figures                  TTFT, TPOT, throughput; looks and provenance; every figure and table
+    metrics, validation, canvas, figures      TTFT, TPOT, throughput; beside others' numbers; looks; every figure
     evidence, predicates, claims, gallery     what the papers claim, checked; all of it on one page
 """

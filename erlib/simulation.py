@@ -304,8 +304,9 @@ def trace(
             f"{system.config} has {system.instances} experts, but a prompt belongs to cluster {max(strays)}"
         )
     env, client = simpy.Environment(), _Client(around)
-    shared = system.steps.at_full_speed < system.instances
-    work = _SharedMachine(env, system.steps.slowdown).work if shared else env.timeout
+    steps = system.steps
+    apart = min(steps.at_full_speed, steps.limits.instances) >= system.instances
+    work = env.timeout if apart else _SharedMachine(env, steps.slowdown).work
     sender = simpy.Resource(env) if around.per_request_s else None
     servers = [Server(Engine(system)) for _ in range(system.instances)]
     gateway = None

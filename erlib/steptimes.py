@@ -106,10 +106,7 @@ class StepTimes(ABC):
             If they are more than :attr:`limits` says.
         """
         if busy > self.limits.instances:
-            raise OutOfRange(
-                f"{busy} instances at work were asked for, but {type(self).__name__} knows up to "
-                f"{self.limits.instances:g} and does not extrapolate"
-            )
+            raise self._beyond("instances", busy)
         return max(1.0, busy / self.at_full_speed)
 
     def calibrated(self, calibration: Calibration) -> StepTimes:
@@ -137,12 +134,14 @@ class StepTimes(ABC):
             "context": max(prompt_tokens / max(1, prompts), context_tokens / max(1, sequences)),
         }
         for name, value in asked.items():
-            limit = getattr(limits, name)
-            if value > limit:
-                raise OutOfRange(
-                    f"a step with {name} {value:,.6g} was asked for, but {type(self).__name__} knows {name} up to "
-                    f"{limit:,.6g} and does not extrapolate"
-                )
+            if value > getattr(limits, name):
+                raise self._beyond(name, value)
+
+    def _beyond(self, name: str, value: float) -> OutOfRange:
+        return OutOfRange(
+            f"a step with {name} {value:,.6g} was asked for, but {type(self).__name__} knows {name} up to "
+            f"{getattr(self.limits, name):,.6g} and does not extrapolate"
+        )
 
 
 class _Calibrated(StepTimes):
@@ -363,6 +362,8 @@ class Fitted(StepTimes):
 
     def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
         self._check(prompts, prompt_tokens, sequences, context_tokens)
+        if prompts + sequences > self.limits.batch:
+            raise self._beyond("batch", prompts + sequences)
         seconds = np.interp(prompts + sequences, self.batches, self.decode_table_s)
         if prompts:
             seconds += (self.beside_s if sequences else self.alone_s) + self.per_token_s * prompt_tokens

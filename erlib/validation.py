@@ -31,9 +31,16 @@ METRICS = {
     "ttft_mean_s": "TTFT",
     "tpot_mean_s": "TPOT",
     "response_p99_s": "p99 response time",
-    "session_tokens_per_s": "session throughput",
+    "session_tokens_per_s": "throughput",
 }
 """Metrics that are predicted (:func:`erlib.metrics.summarise`), and what a figure calls them."""
+AISIMULATE_METRICS = {
+    "ttft_s": "TTFT",
+    "tpot_s": "TPOT",
+    "response_p99_s": "p99 response time",
+    "output_tokens_per_s": "throughput",
+}
+"""Likewise, of :func:`aisimulate`."""
 BAR = 0.15
 """Largest error of a prediction that counts as met, on a noisy machine."""
 

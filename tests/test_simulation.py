@@ -1,7 +1,6 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,14 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import simulation as benchmark
 from erlib import batching, config, metrics, prompts, records, simulation, steptimes
 from erlib.batching import CannotServe, System
 from erlib.prompts import FORCED, Prompt
 from erlib.simulation import HARDWARE, HARNESS, Harness
 from tests.test_steptimes import Linear
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+
+class Crowded(Linear):
+    """Instances on one machine that carries only one of them at full speed."""
+
+    at_full_speed = 1.0
 
 
 def system(**changes):
@@ -45,15 +47,21 @@ _lengths = st.tuples(st.integers(1, 400), st.integers(1, 60), st.integers(0, 3))
     batch_size=st.integers(1, 6),
     kv_tokens=st.integers(640, 3000),
     max_step_tokens=st.integers(520, 1200),
+    steps=st.sampled_from([Linear(), Crowded()]),
     continues=st.booleans(),
     around=st.sampled_from(
-        [HARDWARE, HARNESS["p1"], Harness("tight", 2, 0.3, 0.2, client_tokens_per_s=300, client_knee=3, client_slope=4)]
+        [
+            HARDWARE,
+            HARNESS["p1"],
+            Harness("tight", 2, 0.3, 0.2, client_tokens_per_s=300, client_knee=3, client_slope=4, per_request_s=0.01),
+        ]
     ),
 )
-def test_whatever_is_asked(lengths, routing, batch_size, kv_tokens, max_step_tokens, continues, around):
+def test_whatever_is_asked(lengths, routing, batch_size, kv_tokens, max_step_tokens, steps, continues, around):
     drawn = [Prompt(n, cluster, "", tokens, answer, FORCED) for n, (tokens, answer, cluster) in enumerate(lengths)]
     under_test = system(
         routing=routing,
+        steps=steps,
         instances=1 if routing == "direct" else 4,
         batch_size=batch_size,
         kv_tokens=kv_tokens,
@@ -154,6 +162,30 @@ def test_kv_cache_is_reserved_for_the_longest_answer():
     assert together(answer_limit=1000) == 1
 
 
+def test_instances_share_a_machine_evenly():
+    """4 ms a step, 1 ms a decoded sequence, 0.1 ms a prompt token; twice as long while both are at work."""
+    drawn = [Prompt(0, 0, "", 10, 3, FORCED), Prompt(1, 1, "", 60, 1, FORCED)]
+    shared = system(steps=Crowded(), instances=2, routing="expert_router")
+    seen = by_user(simulation.trace(shared, drawn, continues=False))
+    # both read until 10 ms, when 0 has done its 5 and 1 half of its 10; both go on until 1 is done at 20, and 0 at 20
+    assert (seen[0, "base"] * 1e-6).round(6).tolist() == [10, 20, 25]
+    assert (seen[1, "base"] * 1e-6).round(6).tolist() == [20]
+    apart = by_user(simulation.trace(system(instances=2, routing="expert_router"), drawn, continues=False))
+    assert (apart[0, "base"] * 1e-6).round(6).tolist() == [5, 10, 15]
+    assert (apart[1, "base"] * 1e-6).round(6).tolist() == [10]
+
+
+def test_continuations_may_be_given():
+    drawn, follow_up = [Prompt(0, 0, "", 100, 20, FORCED)], [Prompt(0, 1, "", 70, 5, FORCED)]
+    routed = system(routing="expert_router", instances=2)
+    base, continuation = simulation.trace(routed, drawn, follow_up).requests
+    assert (base.turn, base.server, base.input_tokens, base.output_tokens) == ("base", 0, 100, 20)
+    assert (continuation.turn, continuation.server) == ("continuation", 1)
+    assert (continuation.input_tokens, continuation.output_tokens) == (70, 5)
+    with pytest.raises(ValueError, match="zip"):
+        simulation.trace(routed, [*drawn, *drawn], follow_up)
+
+
 def test_requests_go_where_the_routing_says():
     def experts(routing, drawn):
         return [r.server for r in simulation.trace(system(routing=routing, instances=4), drawn, False).requests]
@@ -194,6 +226,15 @@ def test_the_gateway_relays_no_more_streams_than_it_can():
     assert max(r.queued_s for r in seen.requests) > 0
     direct = simulation.trace(system(), users(30), continues=True, around=around)
     assert all(r.queued_s == r.routed_s == 0 for r in direct.requests)
+
+
+@pytest.mark.parametrize("routing", ["direct", "expert_router"])
+def test_a_crowd_is_sent_one_after_the_other(routing):
+    around = Harness("sender", per_request_s=0.5)
+    crowd = users(4, output_tokens=2)
+    seen = simulation.trace(system(routing=routing, instances=8), crowd, continues=False, around=around)
+    first_s = [tokens[0] * 1e-9 for tokens in seen.token_ns()]
+    assert first_s == pytest.approx([0.5 * (n + 1) + Linear().prefill_s(100) for n in range(4)], abs=1e-6)
 
 
 def test_routing_latency_has_the_papers_mean_and_spread():
@@ -358,27 +399,3 @@ def test_columns_may_be_replaced():
 def test_only_full_scale_is_simulated(tmp_path):
     with pytest.raises(config.ConfigError, match=r"divides users by 31\.25"):
         simulation.run(config.load_profile("laptop"), "hardware", tmp_path)
-
-
-# --- beside others' numbers ---------------------------------------------------------------------------------------
-
-
-def _reference(name):
-    if not (DATA / name).exists():
-        pytest.skip(f"{name} is not part of this repository")
-    return DATA / name
-
-
-def test_agrees_with_nvidias_simulator():
-    off = (
-        benchmark.against_aisimulate(_reference(benchmark.GOLDEN))[["thr_off", "tpot_off", "p99_off"]].abs().max(axis=1)
-    )
-    assert len(off) == 9
-    for name, worst in off.items():
-        assert worst <= (0.25 if name in benchmark.OTHER_SOURCE else 0.02), name
-
-
-def test_agrees_with_published_throughputs():
-    published = benchmark.against_published(_reference(benchmark.PUBLISHED))
-    assert len(published) == 39
-    assert benchmark.mape(published["ratio"]) <= 0.08
