@@ -107,8 +107,15 @@ def kv_tokens(system: PaperSystem) -> int:
     return int(system.kv_cache_gb * 1e9 / shape(system.model).kv_bytes_per_token(system.kv_dtype))
 
 
-def most_kv_tokens(model: str, dtype: Dtype, kv_dtype: Dtype, tensor_parallel: int) -> int:
-    """Tokens that fit beside an instance's weights (parameters times bytes) on its H100s.
+def most_kv_tokens(
+    model: str,
+    dtype: Dtype,
+    kv_dtype: Dtype,
+    tensor_parallel: int,
+    weight_bytes: float | None = None,
+    workspace_bytes: float = WORKSPACE_BYTES,
+) -> int:
+    """Tokens that fit beside an instance's weights (by default parameters times bytes) on its H100s.
 
     For systems whose KV cache is not stated. Those that paper 2 prints for its baselines are 8 to 28 % smaller.
 
@@ -117,8 +124,8 @@ def most_kv_tokens(model: str, dtype: Dtype, kv_dtype: Dtype, tensor_parallel: i
     ConfigError
         If the GPUs have no room for a single token.
     """
-    weights = shape(model).parameters * BYTES_PER_VALUE[dtype]
-    free = KV_SHARE * (tensor_parallel * (H100_BYTES - WORKSPACE_BYTES) - weights)
+    weights = shape(model).parameters * BYTES_PER_VALUE[dtype] if weight_bytes is None else weight_bytes
+    free = KV_SHARE * (tensor_parallel * (H100_BYTES - workspace_bytes) - weights)
     tokens = math.floor(free / shape(model).kv_bytes_per_token(kv_dtype))
     if tokens < 1:
         raise ConfigError(

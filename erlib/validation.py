@@ -44,9 +44,8 @@ AISIMULATE_METRICS = {
 BAR = 0.15
 """Largest error of a prediction that counts as met, on a noisy machine."""
 
-# An H100's memory as TensorRT-LLM sees it; the published runs' share of what is free for the KV cache, and largest step
-_GPU_BYTES, _KV_SHARE, _MAX_BATCH = 84.9e9, 0.95, 4096
-_MAX_STEP_TOKENS = 8192
+# Of the published runs, as far as the document behind the NOTICE says
+_MAX_BATCH, _MAX_STEP_TOKENS = 4096, 8192
 
 
 # --- beside others' numbers ---------------------------------------------------------------------------------------
@@ -101,7 +100,7 @@ def aisimulate(points: pd.DataFrame | None = None) -> pd.DataFrame:
 def published(
     points: pd.DataFrame | None = None,
     weights: Sequence[Weights] = ("parameters", "loaded"),
-    workspace_bytes: float = 4e9,
+    workspace_bytes: float = engines.WORKSPACE_BYTES,
 ) -> pd.DataFrame:
     """Throughputs of TensorRT-LLM 0.17 on H100s in FP8, as NVIDIA published them, beside simulated ones.
 
@@ -142,17 +141,14 @@ def published(
 
 def _published_system(model: str, tensor_parallel: int, weights: Weights, workspace_bytes: float) -> batching.System:
     model = model.replace("3.1", "3")  # Llama 3.1 has the shapes of Llama 3
-    shape = engines.shape(model)
-    plain = shape.parameters * engines.BYTES_PER_VALUE["fp8"]
-    weight_bytes = plain if weights == "parameters" else shape.loaded_bytes("fp8", tensor_parallel)
-    free = (_GPU_BYTES - workspace_bytes) * tensor_parallel - weight_bytes
+    loaded = engines.shape(model).loaded_bytes("fp8", tensor_parallel) if weights == "loaded" else None
     return batching.System(
         config=f"{model} TP{tensor_parallel}",
         routing="direct",
         steps=steptimes.Table(model, "fp8", "fp8", tensor_parallel),
         instances=1,
         batch_size=_MAX_BATCH,
-        kv_tokens=int(_KV_SHARE * free / shape.kv_bytes_per_token("fp8")),
+        kv_tokens=engines.most_kv_tokens(model, "fp8", "fp8", tensor_parallel, loaded, workspace_bytes),
         max_step_tokens=_MAX_STEP_TOKENS,
     )
 
