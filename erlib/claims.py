@@ -156,14 +156,19 @@ def _conjunction(claim: Claim, evidence: Evidence | None) -> Row:
     return Row(verdict, "; ".join(dict.fromkeys(part.numbers for part in parts)))
 
 
-FULL_SCALE_SOURCES = ("emulated", "simulated-hardware", "simulated-harness")
+FULL_SCALE_SOURCES = {
+    "emulated": "emulated/load",
+    "simulated-hardware": "simulated/hardware",
+    "simulated-harness": "simulated/harness",
+}
+"""Sources on the papers' own scale, and where their records lie in a run's directory."""
 
 
 def read(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
     """The records of every source that this profile has run, in parts.
 
-    ``measured`` is the sweep's. The others lie below ``data/runs/<profile>/emulated``, ``.../simulated/hardware`` and
-    ``.../simulated/harness``; of a point that was made more than once (its inputs changed) the newest counts.
+    ``measured`` is the sweep's; of the others (:data:`FULL_SCALE_SOURCES`), where a point was made more than once (its
+    inputs changed), the newest counts.
 
     Raises
     ------
@@ -172,9 +177,9 @@ def read(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
     """
     series = [sweep.load(profile, "p1"), sweep.load(profile, "p2"), sweep.preliminary(profile), sweep.overhead(profile)]
     found: dict[str, Iterable[pd.DataFrame]] = {"measured": [sweep.read(profile, part) for part in series]}
-    for source in FULL_SCALE_SOURCES:
+    for source, folder in FULL_SCALE_SOURCES.items():
         newest: dict[tuple[Path, str], Path] = {}
-        directory = paths.run_dir(profile.name) / source.replace("-", "/")
+        directory = paths.run_dir(profile.name) / folder
         for path in sorted(directory.rglob("[!.]*.parquet"), key=lambda path: path.stat().st_mtime_ns):
             newest[path.parent, path.stem.rpartition("-")[0]] = path
         if newest:

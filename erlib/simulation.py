@@ -30,8 +30,9 @@ import pandas as pd
 import simpy
 from tqdm import tqdm
 
-from erlib import batching, config, engines, prompts, records, steptimes, sweep
+from erlib import batching, clusterer, config, engines, openvino, prompts, records, steptimes, sweep
 from erlib.batching import CannotServe, Engine, System
+from erlib.clusterer import Clusterer
 from erlib.config import ConfigError, Mix, Profile
 from erlib.prompts import Prompt, Workload
 
@@ -98,6 +99,18 @@ def at_paper_scale(workload: Workload, profile: Profile, paper: prompts.Paper) -
     tokens = workload.frame["paper_input_tokens"]
     frame = workload.frame.assign(input_tokens=tokens, max_tokens=lengths, end_id=prompts.FORCED)
     return replace(workload, frame=frame)
+
+
+def workloads(profile: Profile) -> dict[prompts.Paper, Workload]:
+    """The workloads of all experiments at full scale, routed by the profile's own clusterer."""
+    router, tokenizer = Clusterer.load(clusterer.build(profile)), openvino.tokenizer(profile)
+    everything: tuple[prompts.Paper, ...] = ("p1", "p2", "preliminary")
+    return {
+        name: at_paper_scale(
+            prompts.build(profile, name, tokenizer, router, n=profile.paper_scale.prompts), profile, name
+        )
+        for name in everything
+    }
 
 
 def textless_workload(

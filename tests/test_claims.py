@@ -229,7 +229,7 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(runs,
     monkeypatch.setattr(sweep, "read", lambda *_: runs[:3])
     assert list(claims.read(profile)) == ["measured"]
     for i, name in enumerate(
-        ["simulated/harness/p1.A/u1-r0-old", "simulated/harness/p1.A/u1-r0-new", "emulated/u1-r0-x"]
+        ["simulated/harness/p1.A/u1-r0-old", "simulated/harness/p1.A/u1-r0-new", "emulated/load/p1.A/u1-r0-x"]
     ):
         rows = synthetic.point("p1", "load", "p1.A", i + 1, 0)
         records.write(rows, tmp_path / profile.name / f"{name}.parquet")
