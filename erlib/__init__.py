@@ -6,10 +6,12 @@ Modules are listed in the order in which data flows through them; each imports o
     corpus, pickles, clusterer                text; c-BTM's files; the router's model
     stock, prompts                            that model as an unpickled scikit-learn pipeline; the workloads
     engines, openvino, quality                arithmetic of a configuration; its engine, built; what its format costs
+    steptimes, batching                       how long a step lasts on H100s; which requests share one
     wire, triton, gateway, nginx, stack       messages; one server; the routing gateway; the balancer; all of it
     users, threaded_users                     the user simulator; the papers' user simulator
-    records, sweep                            the record of each request; resumable sweeps
-    steptimes, batching, simulation           H100 step times; in-flight batching; experiments in virtual time
-    metrics, validation, canvas, figures      TTFT, TPOT, throughput; beside others' numbers; looks; every figure
+    records, sweep, metrics                   the record of each request; resumable sweeps; TTFT, TPOT, throughput
+    simulation, emulation, ablation           H100s in virtual time; in real time; what the papers' harness does
+    fitting, validation                       step times of measured engines; the simulation beside others' numbers
+    canvas, figures, workbench                looks and provenance; the papers' figures and tables; our own
     evidence, predicates, claims, gallery     what the papers claim, checked; all of it on one page
 """

@@ -246,7 +246,7 @@ async def _ask(url: str, what: str, streams: int, timeout_s: float) -> None:
         infer = channel.stream_stream(wire.STREAM_INFER)
 
         async def one() -> None:
-            call = infer(iter([wire.encode_request(_CANARY[:24], 2, wire.NEVER_STOP)]), timeout=timeout_s)
+            call = infer(iter([wire.encode_request(_CANARY, 2, wire.NEVER_STOP)]), timeout=timeout_s)
             try:
                 responses = [wire.decode_response(message) async for message in call]
             except grpc.aio.AioRpcError as error:

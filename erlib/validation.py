@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from erlib import batching, config, engines, metrics, paths, records, simulation, steptimes, sweep
+from erlib import batching, config, engines, fitting, metrics, paths, records, simulation, steptimes, sweep
 from erlib.config import KV_BLOCK_TOKENS, Profile
 from erlib.prompts import FORCED, Prompt
 from erlib.simulation import Harness
@@ -198,7 +198,7 @@ def calibrated(measured: pd.DataFrame, profile: Profile, held_out: Sequence[int]
         if asked.empty:
             continue
         known = mine.drop(asked.index)
-        system = laptop_system(name, profile, steptimes.Fitted(known))
+        system = laptop_system(name, profile, fitting.Fitted(known))
         around = Harness("fitted", per_request_s=_per_request_s(known))
         for _, level in asked.groupby(["mix", "users"]):
             truth = _over_repeats(level)
@@ -303,7 +303,7 @@ def _per_request_s(known: pd.DataFrame) -> float:
     """Seconds by which each request of a crowd reaches its server later than the one before."""
     ranks, delays_s = [], []
     for _, crowd in known[known["turn"] == "base"].groupby(["mix", "users", "repeat"]):
-        arrived_ns = np.sort(steptimes.arrived_ns(crowd))
+        arrived_ns = np.sort(fitting.arrived_ns(crowd))
         ranks.append(np.arange(1, len(crowd) + 1))
         delays_s.append((arrived_ns - crowd["t_send_ns"].min()) * 1e-9)
     rank, delay_s = np.concatenate(ranks), np.concatenate(delays_s)

@@ -4,8 +4,9 @@ import pyarrow as pa
 import pytest
 
 from erlib import batching, config, engines, records, simulation, steptimes
+from erlib.fitting import Fitted
 from erlib.prompts import FORCED, Prompt
-from erlib.steptimes import Calibration, Fitted, OutOfRange, Roofline, Table
+from erlib.steptimes import Calibration, OutOfRange, Roofline, Table
 
 PAPERS = [name for name in config.config_ids() if config.load_configuration(name).paper]
 

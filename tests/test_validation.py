@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from erlib import config, paths, simulation, steptimes, validation
+from erlib import config, fitting, paths, simulation, steptimes, validation
 from erlib.prompts import FORCED, Prompt
 from erlib.simulation import Harness
 from tests import synthetic
@@ -124,11 +124,11 @@ def test_held_out_loads_are_predicted(measured):
 
 def test_instances_that_share_a_machine_are_told_from_those_that_do_not(measured):
     """A fit that did not know of sharing would be wrong by what the others take."""
-    steps = steptimes.Fitted(measured)
+    steps = fitting.Fitted(measured)
     assert steps.at_full_speed == pytest.approx(1.5, rel=0.1)
     assert steps.slowdown(1) == 1
     assert steps.slowdown(6) == pytest.approx(4, rel=0.1)
-    apart = steptimes.Fitted(_measure(Linear()))
+    apart = fitting.Fitted(_measure(Linear()))
     assert apart.slowdown(8) == pytest.approx(1, abs=0.05)
     with pytest.raises(steptimes.OutOfRange, match="instances 9"):
         apart.slowdown(9)
