@@ -15,6 +15,10 @@ from erlib.steptimes import Limits, StepTimes
 _ROUTE_COLUMNS = [f"route_{span}_ns" for span in ("queue", "vectorise", "svd", "kmeans", "forward")]
 
 
+class TooFewRecords(ValueError):
+    """There is too little to fit to."""
+
+
 class Fitted(StepTimes):
     """Step times of a measured engine, fitted to its records; to predict loads that were not measured.
 
@@ -42,6 +46,8 @@ class Fitted(StepTimes):
     ------
     ValueError
         If there are records of several configurations, or none of a single user.
+    TooFewRecords
+        If no batch size was seen often enough.
     """
 
     def __init__(self, records: pd.DataFrame, min_gaps: int = 20):
@@ -54,7 +60,7 @@ class Fitted(StepTimes):
         decoding = steps[steps["prompts"] == 0]
         decoding = decoding[decoding.groupby("batch")["batch"].transform("size") >= min_gaps]
         if decoding.empty:
-            raise ValueError(f"no batch size has {min_gaps} inter-token times; give more records or lower min_gaps")
+            raise TooFewRecords(f"no batch size has {min_gaps} inter-token times; give more records or lower min_gaps")
         self.at_full_speed = _at_full_speed(decoding)
         table_s = _by_batch(decoding, self.at_full_speed)
         self.batches: npt.NDArray[np.int64] = table_s.index.to_numpy()

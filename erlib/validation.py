@@ -198,15 +198,19 @@ def calibrated(measured: pd.DataFrame, profile: Profile, held_out: Sequence[int]
         if asked.empty:
             continue
         known = mine.drop(asked.index)
-        system = laptop_system(name, profile, fitting.Fitted(known))
+        try:
+            system, unfit = laptop_system(name, profile, fitting.Fitted(known)), ""
+        except fitting.TooFewRecords as reason:
+            system, unfit = None, str(reason)
         around = Harness("fitted", per_request_s=_per_request_s(known))
         for _, level in asked.groupby(["mix", "users"]):
             truth = _over_repeats(level)
-            try:
-                predicted = _over_repeats(predict(level, system, around))["mean"]
-                refused = ""
-            except steptimes.OutOfRange as refusal:
-                predicted, refused = pd.Series(np.nan, truth.index), str(refusal)
+            predicted, refused = pd.Series(np.nan, truth.index), unfit
+            if system:
+                try:
+                    predicted = _over_repeats(predict(level, system, around))["mean"]
+                except steptimes.OutOfRange as refusal:
+                    refused = str(refusal)
             table = truth.rename(columns={"mean": "measured"}).assign(predicted=predicted, refused=refused)
             parts.append(table.assign(error=predicted / truth["mean"] - 1).reset_index())
     return pd.concat(parts[1:] or parts, ignore_index=True)[parts[0].columns]

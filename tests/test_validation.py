@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -155,6 +156,13 @@ def test_what_lies_beyond_the_measured_loads_is_refused(measured):
     assert few["refused"].str.contains("instances 2 .*up to 1 and does not extrapolate").all()
     with pytest.raises(ValueError, match="single user"):
         validation.calibrated(measured, PROFILE, [1])
+
+
+def test_too_few_tokens_to_fit_to_are_a_reason_not_to_predict(measured, monkeypatch):
+    monkeypatch.setattr(fitting, "Fitted", functools.partial(fitting.Fitted, min_gaps=10**6))
+    table = validation.calibrated(measured, PROFILE)
+    assert table["predicted"].isna().all()
+    assert table["refused"].str.contains("no batch size").all()
 
 
 def test_too_few_loads_hold_none_out(measured):
