@@ -69,6 +69,10 @@ SCHEMA = pa.schema(
 )
 
 
+_REPEATING = [name for name in SCHEMA.names if name != "token_ns"]
+"""Columns worth a dictionary; timestamps are written in less time without, and smaller."""
+
+
 def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Write one complete point: to a temporary name first, renamed when it is on disk.
 
@@ -82,7 +86,7 @@ def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
+            pq.write_table(table, file, compression="zstd", use_dictionary=_REPEATING)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -17,6 +17,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -585,42 +586,47 @@ def run(
     wanted = points(profile, around, directory, workloads)
     todo = [point for point in wanted if not point.path.exists()]
     print(f"{label}: {len(wanted) - len(todo)} of {len(wanted)} points found by content hash")
+    together = defaultdict(list)
+    for point in todo:
+        together[point.workload, point.mix, point.users, point.repeat].append(point)
     # the longest first, so that no worker is left alone with one
-    todo.sort(key=lambda point: -point.users)
+    parts = sorted(together.values(), key=lambda part: -part[0].users * len(part))
     with (
         ProcessPoolExecutor(workers) as pool,
         tqdm(total=sum(point.users for point in todo), unit="user", desc=label) as progress,
     ):
-        jobs = {pool.submit(_write, profile, workloads[p.workload], p, columns): p for p in todo}
+        jobs = {pool.submit(_write, profile, workloads[part[0].workload], part, columns): part for part in parts}
         try:
             for job in as_completed(jobs):
                 job.result()
-                progress.update(jobs[job].users)
+                progress.update(sum(point.users for point in jobs[job]))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return [point.path for point in wanted]
 
 
-def _write(profile: Profile, workload: Workload, point: Point, columns: Mapping[str, Any] | None) -> None:
-    drawn = prompts.draw(workload, point.users, point.mix, profile.seed, point.repeat)
-    about = {
-        "experiment": point.experiment,
-        "profile": profile.name,
-        "profile_hash": profile.digest,
-        "point_hash": point.path.stem[-16:],
-    }
-    rows = simulate(
-        point.system,
-        drawn,
-        paper=point.paper,
-        mix=point.mix,
-        repeat=point.repeat,
-        around=point.around,
-        seed=_seed(profile.seed, point),
-        columns=about | dict(columns or {}),
-    )
-    records.write(rows, point.path)
+def _write(profile: Profile, workload: Workload, part: Sequence[Point], columns: Mapping[str, Any] | None) -> None:
+    """Simulate points that have the same draw."""
+    drawn = prompts.draw(workload, part[0].users, part[0].mix, profile.seed, part[0].repeat)
+    for point in part:
+        about = {
+            "experiment": point.experiment,
+            "profile": profile.name,
+            "profile_hash": profile.digest,
+            "point_hash": point.path.stem[-16:],
+        }
+        rows = simulate(
+            point.system,
+            drawn,
+            paper=point.paper,
+            mix=point.mix,
+            repeat=point.repeat,
+            around=point.around,
+            seed=_seed(profile.seed, point),
+            columns=about | dict(columns or {}),
+        )
+        records.write(rows, point.path)
 
 
 def _seed(seed: int, point: Point) -> int:
