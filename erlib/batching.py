@@ -129,7 +129,10 @@ class Step(NamedTuple, Generic[R]):
 
 
 class Engine(Generic[R]):
-    """One engine instance: call :meth:`begin_step`, let so many seconds pass, call :meth:`end_step`."""
+    """One engine instance: call :meth:`begin_step`, let so many seconds pass, call :meth:`end_step`.
+
+    Or, where nobody needs to see every single step, :meth:`begin_steps` and :meth:`end_steps`.
+    """
 
     def __init__(self, system: System):
         self.system = system
@@ -138,7 +141,7 @@ class Engine(Generic[R]):
         self.steps = 0
         """Steps done."""
         self.sequences = 0
-        """Requests under way."""
+        """Requests under way, those included that join in the step that has begun."""
         self._context_tokens = 0
         self._reserved = 0
         self._joining: list[R] = []
@@ -182,19 +185,36 @@ class Engine(Generic[R]):
     def begin_step(self) -> float:
         """Admit who may enter; returns how long the step takes, in seconds."""
         self._joining, self._joining_tokens = self._admit() if self.waiting else ([], 0)
-        return self.system.steps.step_s(len(self._joining), self._joining_tokens, self.sequences, self._context_tokens)
+        joining, decoded = len(self._joining), self.sequences
+        self.sequences += joining
+        return self.system.steps.step_s(joining, self._joining_tokens, decoded, self._context_tokens)
+
+    def begin_steps(self) -> list[float]:
+        """Admit who may enter; returns how long each of the next steps takes, in seconds.
+
+        One step if somebody joins, otherwise all up to the first at whose end somebody leaves. A request that is
+        submitted meanwhile may enter after any of them, if no other waits before it.
+        """
+        first_s = self.begin_step()
+        if self._joining:
+            return [first_s]
+        more = min(self._ending) - self.steps
+        return [first_s, *self.system.steps.decode_steps_s(more, self.sequences, self._context_tokens + self.sequences)]
 
     def end_step(self) -> Step[R]:
         """Everybody under way has one more token."""
+        return self.end_steps(1)
+
+    def end_steps(self, steps: int) -> Step[R]:
+        """Everybody under way has `steps` more tokens; at most as many as have begun."""
         joined = self._joining
-        self._context_tokens += self.sequences + self._joining_tokens + len(joined)
-        self.sequences += len(joined)
+        self._context_tokens += steps * self.sequences + self._joining_tokens
         for request in joined:
             self._reserved += self.blocks(request)
             request.first_step = self.steps
             self._ending.setdefault(self.steps + request.output_tokens - 1, []).append(request)
-        done = Step(joined, self.sequences, self._reserved, self._ending.pop(self.steps, []))
-        self.steps += 1
+        self.steps += steps
+        done = Step(joined, self.sequences, self._reserved, self._ending.pop(self.steps - 1, []))
         for request in done.finished:
             self._leave(request, request.output_tokens)
         return done

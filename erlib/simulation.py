@@ -1,8 +1,9 @@
 """The papers' experiments in virtual time: discrete-event simulation of engines, gateway and client at full scale.
 
-One event per engine step (:mod:`erlib.steptimes` says how long it lasts), not per token: all sequences of a step get
-their tokens together, so an answer's timestamps are a slice of its server's steps. Which requests share a step,
-:mod:`erlib.batching` decides.
+All sequences of an engine step (:mod:`erlib.steptimes` says how long it lasts) get their tokens together, so an
+answer's timestamps are a slice of its server's steps. Which requests share a step, :mod:`erlib.batching` decides. Steps
+between which nobody joins or leaves are one event; a request that arrives meanwhile cuts them short after the step that
+runs, so that all is as it were with one event per step.
 
 Two presets: ``hardware`` is nothing but the GPUs; ``harness`` puts a gateway that relays few streams at a time and a
 client of limited speed around them. The harness' numbers are a hypothesis fitted to the papers' statements, never a
@@ -17,11 +18,13 @@ import importlib.metadata
 import itertools
 import json
 import math
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,37 +157,19 @@ class Request:
         return self.prompt.max_tokens
 
 
-class _Client:
-    """Takes the messages of all streams, in the order in which they come, as fast as it can."""
-
-    def __init__(self, settings: Harness):
-        self._settings = settings
-        self._free_s = 0.0
-        self.open_streams = 0
-        """Requests that the servers have."""
-
-    def take(self, now_s: float, messages: int) -> float:
-        """When the client has taken the messages of a step; they count as taken together."""
-        if self._settings.client_tokens_per_s is None:
-            return now_s
-        slower = 1 + max(0, self.open_streams - self._settings.client_knee) / self._settings.client_slope
-        self._free_s = max(self._free_s, now_s) + messages * slower / self._settings.client_tokens_per_s
-        return self._free_s
-
-
 @dataclass
 class Server:
     """One engine instance; what it did stays readable afterwards."""
 
     engine: Engine[Request]
-    taken_s: list[float] = field(default_factory=list)
+    taken_s: list[float]
     """When the client had each step's tokens."""
     ends_s: list[float] = field(default_factory=list)
     sequences: list[int] = field(default_factory=list)
     """Sequences that got a token in each step."""
     kv_blocks: list[int] = field(default_factory=list)
     """KV blocks reserved in each step."""
-    _idle: simpy.Event | None = None
+    _arrival: simpy.Event | None = None
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -194,26 +179,83 @@ class Server:
         CannotServe
             If it would wait for ever.
         """
+        may_enter = not self.engine.waiting
         self.engine.submit(request)
-        if self._idle and not self._idle.triggered:
-            self._idle.succeed()
+        if may_enter and self._arrival and not self._arrival.triggered:
+            self._arrival.succeed()
 
-    def run(self, env: simpy.Environment, client: _Client, work: Callable[[float], simpy.Event]) -> _Process:
-        """The engine's loop; `work` lets a step's seconds pass."""
+    def run(self, env: simpy.Environment, client: _Client, machine: _SharedMachine | None) -> _Process:
+        """The engine's loop; `machine` is what it shares with others, if it does."""
         engine = self.engine
         while True:
+            self._arrival = env.event()
             if engine.is_idle:
-                self._idle = env.event()
-                yield self._idle
-            yield work(engine.begin_step())
-            step = engine.end_step()
-            taken_s = client.take(env.now, step.sequences)
-            self.taken_s.append(taken_s)
-            self.ends_s.append(env.now)
-            self.sequences.append(step.sequences)
-            self.kv_blocks.append(step.kv_blocks)
-            for request in step.finished:
-                request.done.succeed(taken_s)
+                yield self._arrival
+                self._arrival = env.event()
+            begun = len(self.ends_s)
+            yield from self._steps(env) if machine is None else self._shared_step(env, machine)
+            steps = len(self.ends_s) - begun
+            done = engine.end_steps(steps)
+            self.kv_blocks += [done.kv_blocks] * steps
+            if done.finished:
+                client.take(self.ends_s[-1])
+            for request in done.finished:
+                request.done.succeed(self.taken_s[-1])
+
+    def _steps(self, env: simpy.Environment) -> _Process:
+        """All steps in which nobody joins or leaves, as one event."""
+        begun = len(self.ends_s)
+        self.ends_s += itertools.islice(itertools.accumulate(self.engine.begin_steps(), initial=env.now), 1, None)
+        self.sequences += [self.engine.sequences] * (len(self.ends_s) - begun)
+        assert self._arrival is not None
+        yield env.timeout(self.ends_s[-1] - env.now) | self._arrival
+        if self._arrival.triggered:  # the step that runs ends as it would have; whoever arrived may join the next
+            last = bisect_left(self.ends_s, env.now, begun)
+            del self.ends_s[last + 1 :], self.sequences[last + 1 :]
+            yield env.timeout(max(0.0, self.ends_s[-1] - env.now))
+
+    def _shared_step(self, env: simpy.Environment, machine: _SharedMachine) -> _Process:
+        """One step, whose end depends on what the other instances do meanwhile."""
+        yield machine.work(self.engine.begin_step())
+        self.ends_s.append(env.now)
+        self.sequences.append(self.engine.sequences)
+
+
+class _Client:
+    """Takes the messages of all streams, in the order in which they come, as fast as it can."""
+
+    def __init__(self, settings: Harness):
+        self._settings = settings
+        self._free_s = 0.0
+        self._open_streams = 0
+        self.servers: list[Server] = []
+
+    def server(self, engine: Engine[Request]) -> Server:
+        """A server whose messages it takes; one that keeps up with everything has them when steps end."""
+        ends_s: list[float] = []
+        self.servers.append(Server(engine, ends_s if self._settings.client_tokens_per_s is None else [], ends_s))
+        return self.servers[-1]
+
+    def open(self, now_s: float, streams: int) -> None:
+        """Servers have so many requests more, or fewer, from now on."""
+        self.take(now_s)
+        self._open_streams += streams
+
+    def take(self, now_s: float) -> None:
+        """Take the messages of all steps that have ended; those of a step count as taken together."""
+        if self._settings.client_tokens_per_s is None:
+            return
+        slower = 1 + max(0, self._open_streams - self._settings.client_knee) / self._settings.client_slope
+        ended: list[tuple[float, int, list[float]]] = []
+        for server in self.servers:
+            new = slice(len(server.taken_s), bisect_right(server.ends_s, now_s, len(server.taken_s)))
+            ended += zip(server.ends_s[new], server.sequences[new], itertools.repeat(server.taken_s))
+        ended.sort(key=itemgetter(0))
+        free_s, tokens_per_s = self._free_s, self._settings.client_tokens_per_s
+        for end_s, messages, taken_s in ended:
+            free_s = (end_s if end_s > free_s else free_s) + messages * slower / tokens_per_s
+            taken_s.append(free_s)
+        self._free_s = free_s
 
 
 class _SharedMachine:
@@ -320,9 +362,9 @@ def trace(
     env, client = simpy.Environment(), _Client(around)
     steps = system.steps
     apart = min(steps.at_full_speed, steps.limits.instances) >= system.instances
-    work = env.timeout if apart else _SharedMachine(env, steps.slowdown).work
+    machine = None if apart else _SharedMachine(env, steps.slowdown)
     sender = simpy.Resource(env) if around.per_request_s else None
-    servers = [Server(Engine(system)) for _ in range(system.instances)]
+    servers = [client.server(Engine(system)) for _ in range(system.instances)]
     gateway = None
     if system.routing in ("expert_router", "replicas"):
         gateway = simpy.Resource(env, capacity=around.gateway_streams or len(drawn))
@@ -348,17 +390,17 @@ def trace(
                     request.routed_s = latencies_s[2 * number + (turn == "continuation")]
                     yield env.timeout(request.routed_s)
                     taken_s = yield from answer(request)
-            yield env.timeout(taken_s - env.now)
+            yield env.timeout(max(0.0, taken_s - env.now))
 
     def answer(request: Request) -> Generator[simpy.Event, Any, float]:
-        client.open_streams += 1
+        client.open(env.now, 1)
         servers[request.server].submit(request)
         taken_s = yield request.done
-        client.open_streams -= 1
+        client.open(env.now, -1)
         return taken_s
 
     for server in servers:
-        env.process(server.run(env, client, work))
+        env.process(server.run(env, client, machine))
     everybody = env.all_of([env.process(user(number)) for number in range(len(drawn))])
     env.run(everybody)
     return Trace(requests, servers)

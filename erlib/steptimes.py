@@ -12,6 +12,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from erlib import paths
@@ -87,6 +88,10 @@ class StepTimes(ABC):
     def decode_s(self, batch: int, context: int) -> float:
         """Seconds of a step that decodes `batch` sequences of `context` tokens each."""
         return self.step_s(0, 0, batch, batch * context)
+
+    def decode_steps_s(self, steps: int, sequences: int, context_tokens: int) -> list[float]:
+        """Seconds of each of `steps` consecutive steps that only decode, the first of them as in :meth:`step_s`."""
+        return [self.step_s(0, 0, sequences, context_tokens + n * sequences) for n in range(steps)]
 
     def prefill_s(self, tokens: int, prompts: int = 1) -> float:
         """Seconds of a step that reads `prompts` prompts of `tokens` tokens each: up to their first tokens."""
@@ -195,6 +200,19 @@ class Table(StepTimes):
             seconds += self._prefill.at(prompts, prompt_tokens / prompts)
         return seconds
 
+    def decode_steps_s(self, steps: int, sequences: int, context_tokens: int) -> list[float]:
+        if steps < _FEW:
+            return super().decode_steps_s(steps, sequences, context_tokens)
+        last_tokens = context_tokens + (steps - 1) * sequences
+        self._check(0, 0, sequences, last_tokens)
+        contexts = np.arange(context_tokens, last_tokens + 1, sequences) / sequences
+        matrices_s = self._dense[sequences] + self._output[sequences]
+        return (matrices_s + self._decode.along(sequences, contexts)).tolist()
+
+
+_FEW = 16
+"""Fewer steps than this are faster one by one."""
+
 
 def for_configuration(configuration: Configuration) -> Table:
     """The table of one instance of a paper's configuration (or of the one that a baseline stands beside)."""
@@ -219,11 +237,22 @@ class _Grid:
         seconds = rows.pivot(index="x", columns="y", values="ms").sort_index() * 1e-3
         self.x: list[int] = seconds.index.tolist()
         self.y: list[int] = seconds.columns.tolist()
-        self._seconds: list[list[float]] = seconds.to_numpy(dtype=float).tolist()
+        self._array, self._edges = seconds.to_numpy(dtype=float), np.array(self.y)
+        self._seconds: list[list[float]] = self._array.tolist()
+
+    def along(self, x: float, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """:meth:`at` for many `y`, digit by digit."""
+        i = bisect_right(self.x, x, 1, len(self.x) - 1) - 1
+        j = np.minimum(np.searchsorted(self._edges, y, "right"), len(self.y) - 1) - 1
+        u = (x - self.x[i]) / (self.x[i + 1] - self.x[i])
+        v = (y - self._edges[j]) / (self._edges[j + 1] - self._edges[j])
+        low, high = self._array[i], self._array[i + 1]
+        at_low, at_high = low[j] + v * (low[j + 1] - low[j]), high[j] + v * (high[j + 1] - high[j])
+        return at_low + u * (at_high - at_low)
 
     def at(self, x: float, y: float) -> float:
-        i = min(bisect_right(self.x, x), len(self.x) - 1) - 1
-        j = min(bisect_right(self.y, y), len(self.y) - 1) - 1
+        i = bisect_right(self.x, x, 1, len(self.x) - 1) - 1
+        j = bisect_right(self.y, y, 1, len(self.y) - 1) - 1
         u = (x - self.x[i]) / (self.x[i + 1] - self.x[i])
         v = (y - self.y[j]) / (self.y[j + 1] - self.y[j])
         low, high = self._seconds[i], self._seconds[i + 1]

@@ -102,6 +102,33 @@ def _check_reservations(server, requests):
     assert sequences.tolist() == server.sequences
 
 
+@pytest.mark.parametrize(("name", "preset"), [("p1.C", "harness"), ("p1.D", "hardware"), ("p2.E", "harness")])
+def test_steps_that_are_one_event_are_those_that_were_one_each(name, preset, monkeypatch):
+    paper = name[:2]
+    workload = simulation.textless_workload(config.load_profile("dgx-h100"), paper)
+    drawn = prompts.draw(workload, 120, "uniform", seed=3, repeat=0)
+
+    def run():
+        around = simulation.harness(preset, paper)
+        return simulation.trace(batching.paper_system(name), drawn, paper == "p1", around, seed=1)
+
+    together = run()
+    begun = Counter()
+
+    def one(engine):
+        begun["steps"] += 1
+        return [engine.begin_step()]
+
+    monkeypatch.setattr(batching.Engine, "begin_steps", one)
+    apart = run()
+    assert begun["steps"] == sum(len(server.ends_s) for server in together.servers)
+    assert [(r.user, r.turn, r.server, r.first_step) for r in together.requests] == [
+        (r.user, r.turn, r.server, r.first_step) for r in apart.requests
+    ]
+    for tokens, same in zip(together.token_ns(), apart.token_ns(), strict=True):
+        assert abs(tokens - same).max() <= 1  # nanosecond
+
+
 def test_one_user_waits_for_the_prefill_only():
     for name in ("p1.A", "p1.C", "p2.D", "p2.E"):
         under_test = batching.paper_system(name)

@@ -47,6 +47,16 @@ def test_the_parts_of_a_step_add_up():
     assert step_s * 1e3 == pytest.approx(sum(parts) + output, rel=1e-5)
 
 
+@pytest.mark.parametrize(("sequences", "context_tokens"), [(1, 1), (60, 60 * 333 + 7), (1000, 1000 * 1500)])
+def test_many_steps_are_as_long_as_each_of_them(sequences, context_tokens):
+    for steps in (Linear(), Table("llama-2-13b", "fp8", "fp8", 1)):
+        for n in (0, 1, 15, 1200):
+            one_by_one = [steps.step_s(0, 0, sequences, context_tokens + i * sequences) for i in range(n)]
+            assert steps.decode_steps_s(n, sequences, context_tokens) == one_by_one
+        with pytest.raises(OutOfRange, match="context"):
+            steps.decode_steps_s(8192, sequences, sequences * 8000)
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_more_work_takes_longer(name):
     steps = steptimes.for_configuration(config.load_configuration(name))
