@@ -108,12 +108,11 @@ def at_paper_scale(workload: Workload, profile: Profile, paper: prompts.Paper) -
 def workloads(profile: Profile) -> dict[prompts.Paper, Workload]:
     """The workloads of all experiments at full scale, routed by the profile's own clusterer."""
     router, tokenizer = Clusterer.load(clusterer.build(profile)), openvino.tokenizer(profile)
-    everything: tuple[prompts.Paper, ...] = ("p1", "p2", "preliminary")
+    many = profile.paper_scale.prompts
+    pool: dict[prompts.Paper, int | None] = {"p1": many, "p2": many, "preliminary": None}
     return {
-        name: at_paper_scale(
-            prompts.build(profile, name, tokenizer, router, n=profile.paper_scale.prompts), profile, name
-        )
-        for name in everything
+        name: at_paper_scale(prompts.build(profile, name, tokenizer, router, n), profile, name)
+        for name, n in pool.items()
     }
 
 
