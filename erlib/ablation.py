@@ -15,10 +15,11 @@ from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
+import psutil
 from scipy import stats
 
 from erlib import emulation, metrics, stock, sweep, users, wire
-from erlib.config import Profile
+from erlib.config import ConfigError, Profile
 from erlib.stack import Classifier
 from erlib.sweep import Series
 
@@ -26,6 +27,9 @@ PAPERS: tuple[users.Client, Classifier] = ("threads", "stock")
 OURS: tuple[users.Client, Classifier] = ("asyncio", "ours")
 ARMS: list[tuple[users.Client, Classifier]] = list(product(get_args(users.Client), get_args(Classifier)))
 """(client, classifier), all four."""
+
+_BYTES_PER_WEIGHT = 22
+"""Of a stock router: float64, the copy that each classification makes, and the vocabulary beside them."""
 
 METRICS = {
     "ttft_mean_s": "TTFT [s]",
@@ -62,7 +66,21 @@ def serving(profile: Profile) -> Profile:
 
 
 def run(profile: Profile) -> pd.DataFrame:
-    """Records of all arms; what is missing is run (see :func:`erlib.sweep.run`)."""
+    """Records of all arms; what is missing is run (see :func:`erlib.sweep.run`).
+
+    Raises
+    ------
+    ConfigError
+        If memory does not hold the unpickled models.
+    """
+    settings = profile.ablation
+    needed = settings.gateways * settings.terms * profile.clusterer.n_components * _BYTES_PER_WEIGHT
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise ConfigError(
+            f"{settings.gateways} gateways with the stock router need {needed / 1e9:.1f} GB of memory, "
+            f"{free / 1e9:.1f} GB are free: lower ablation.gateways or ablation.terms"
+        )
     return sweep.run(serving(profile), plan(profile))
 
 

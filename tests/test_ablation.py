@@ -106,6 +106,12 @@ def test_the_figure_shows_all_arms_and_says_what_was_late(monkeypatch, tmp_path)
     assert not drawn.loc[(drawn["users"] == 25) & (drawn["client"] != "none"), "kept_pace"].any()
 
 
+def test_too_little_memory_is_an_error_before_anything_starts():
+    profile = config.load_profile("smoke", {"ablation.terms": 10**9})
+    with pytest.raises(config.ConfigError, match=r"need 4400\.0 GB.*lower ablation\.gateways"):
+        ablation.run(profile)
+
+
 def test_the_plan_changes_nothing_but_the_two_parts():
     profile = config.load_profile("smoke")
     series = ablation.plan(profile)
