@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
+import pyarrow.parquet as pq
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from tqdm import tqdm
 
-from erlib import config, paths, records, sweep
+from erlib import config, emulation, paths, records, sweep
 from erlib.config import ConfigError, Profile
 from erlib.evidence import Evidence, NotTestable
 from erlib.predicates import PREDICATES
@@ -168,7 +169,7 @@ def read(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
     """The records of every source that this profile has run, in parts.
 
     ``measured`` is the sweep's; of the others (:data:`FULL_SCALE_SOURCES`), where a point was made more than once (its
-    inputs changed), the newest counts.
+    inputs changed), the newest counts. Emulated points whose engines did not keep pace are left out, and named.
 
     Raises
     ------
@@ -182,9 +183,18 @@ def read(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
         directory = paths.run_dir(profile.name) / folder
         for path in sorted(directory.rglob("[!.]*.parquet"), key=lambda path: path.stat().st_mtime_ns):
             newest[path.parent, path.stem.rpartition("-")[0]] = path
-        if newest:
-            found[source] = in_parts(sorted(newest.values()), source)
+        late = [path for path in newest.values() if not _kept_pace(path)]
+        for path in late:
+            print(f"claims: left out {path.relative_to(directory)}: the emulated engines did not keep pace")
+        if files := sorted(set(newest.values()) - set(late)):
+            found[source] = in_parts(files, source)
     return found
+
+
+def _kept_pace(path: Path) -> bool:
+    """Whether a point's engines, if they were emulated, lost no more time than they may."""
+    lost_time = pq.read_table(path, columns=["lost_time"])["lost_time"].to_numpy()
+    return not (lost_time > emulation.KEPT_PACE).any()
 
 
 def in_parts(files: Sequence[Path], source: str = "") -> Iterator[pd.DataFrame]:

@@ -222,7 +222,9 @@ def test_sources_without_records_and_damaged_claims_are_refused(runs, profile, t
     claims.load.cache_clear()
 
 
-def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(runs, profile, tmp_path, monkeypatch):
+def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
+    runs, profile, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(paths, "RUNS", tmp_path)
     for name in ("load", "preliminary", "overhead"):
         monkeypatch.setattr(sweep, name, lambda *_: [])
@@ -234,7 +236,10 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(runs,
         rows = synthetic.point("p1", "load", "p1.A", i + 1, 0)
         records.write(rows, tmp_path / profile.name / f"{name}.parquet")
         os.utime(tmp_path / profile.name / f"{name}.parquet", (i, i))
+    late = [row | {"lost_time": 0.06} for row in synthetic.point("p1", "load", "p1.A", 4, 0)]
+    records.write(late, tmp_path / profile.name / "emulated/load/p1.A/u4-r0-x.parquet")
     found = claims.read(profile)
+    assert "left out p1.A/u4-r0-x.parquet: the emulated engines did not keep pace" in capsys.readouterr().out
     assert {name: sum(map(len, parts)) for name, parts in found.items()} == {
         "measured": 12,
         "emulated": 3,
