@@ -79,9 +79,8 @@ def workload(profile: Profile, paper: Literal["p1", "p2"]) -> Workload:
 
     Paper 2's answers get MLPerf's lengths: an engine that only keeps time never ends an answer itself.
     """
-    changes = {"scale": config.Scale(users=1, tokens=1)}
     forced = profile.workload.model_copy(update={"p2_answers": "mlperf"})
-    full_length = profile.model_copy(update={**changes, "workload": forced})
+    full_length = profile.model_copy(update={"scale": config.Scale(users=1, tokens=1), "workload": forced})
     router = clusterer.Clusterer.load(clusterer.build(profile))
     return prompts.build(full_length, paper, openvino.tokenizer(profile), router, n=profile.emulation.prompts)
 
@@ -138,7 +137,8 @@ def simulated(profile: Profile, sweep_: list[Series], emulated: pd.DataFrame | N
                     mix=point.mix,
                     repeat=point.repeat,
                     routing_s=routing_s,
-                    columns={"source": source, "profile": profile.name},
+                    columns={"source": source, "experiment": series.experiment, "profile": profile.name},
+                    continues=series.continues,
                 )
     return pa.Table.from_pylist(rows, schema=records.SCHEMA).to_pandas()
 

@@ -79,7 +79,7 @@ HARNESS: dict[Paper, Harness] = {
     "p1": Harness("harness", 160, routing_mean_s=0.442, routing_sd_s=0.302, client_tokens_per_s=2000),
     "p2": Harness("harness", 48, routing_mean_s=0.442, routing_sd_s=0.302),
 }
-"""Routing latency as both papers state it (section V, "TTFT"); streams and client speed fitted to their claims."""
+"""Routing latency as both papers state it (section VI); streams and client speed fitted to their claims."""
 
 
 def harness(preset: Preset, paper: Paper) -> Harness:
@@ -434,7 +434,7 @@ def simulate(
     seed: int = 0,
     routing_s: Sequence[float] | None = None,
     columns: Mapping[str, Any] | None = None,
-    continuations: Sequence[Prompt] | None = None,
+    continues: bool | Sequence[Prompt] | None = None,
 ) -> list[dict[str, Any]]:
     """Records of one point (:data:`erlib.records.SCHEMA`), one row per request, ``source`` "simulated".
 
@@ -443,13 +443,13 @@ def simulate(
     system, drawn, around, seed, routing_s
         See :func:`trace`.
     paper : {"p1", "p2"}
-        Paper 1's users send a continuation prompt.
+        For the records; in the load experiment, paper 1's users send a continuation prompt.
     mix, repeat
         For the records; the draw has them already.
     columns : mapping, optional
         Further columns, or others than these, e.g. ``profile`` or ``source``.
-    continuations : sequence of Prompt, optional
-        Paper 1's continuation prompts, where they are known; see :func:`trace`.
+    continues : bool or sequence of Prompt, optional
+        See :func:`trace`; by default what the load experiment of `paper` does.
 
     Returns
     -------
@@ -457,7 +457,7 @@ def simulate(
         ``host`` names the preset. Of the gateway's spans only ``queue`` (wait for a stream) and ``forward`` (the
         routing latency as a whole) are modelled. Columns about the client's own lag are missing.
     """
-    happened = trace(system, drawn, continuations or paper == "p1", around, seed, routing_s)
+    happened = trace(system, drawn, paper == "p1" if continues is None else continues, around, seed, routing_s)
     stamps = happened.token_ns()
     shared = {
         "source": "simulated",

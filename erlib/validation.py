@@ -293,7 +293,7 @@ def predict(asked: pd.DataFrame, system: batching.System, around: Harness) -> pd
             repeat=repeat,
             around=around,
             columns={"host": "virtual time, step times fitted to records"},
-            continuations=by_turn.get("continuation"),
+            continues=by_turn.get("continuation", False),
         )
     return pa.Table.from_pylist(rows, schema=records.SCHEMA).to_pandas()
 

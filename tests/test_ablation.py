@@ -103,6 +103,7 @@ def test_the_figure_shows_all_arms_and_says_what_was_late(monkeypatch, tmp_path)
     workbench.harness_ablation(frame, alone, profile)
     drawn = pd.read_csv(tmp_path / "smoke/emulated/workbench/harness_ablation.csv")
     assert set(zip(drawn["client"], drawn["classifier"], strict=True)) == {*ablation.ARMS, ("none", "none")}
+    assert not drawn.duplicated(["client", "classifier", "users", "metric"]).any()
     assert not drawn.loc[(drawn["users"] == 25) & (drawn["client"] != "none"), "kept_pace"].any()
 
 

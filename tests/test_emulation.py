@@ -147,6 +147,18 @@ def test_slow_motion_is_part_of_a_points_name(own_ports):
     assert len(set(names)) == 3
 
 
+@pytest.mark.parametrize(("experiment", "turns"), [("ablation", {"base"}), ("load", {"base", "continuation"})])
+def test_what_is_simulated_beside_it_has_the_same_requests(own_ports, experiment, turns):
+    """Paper 1's users send continuation prompts, but not in the ablation."""
+    pool = prompts.Workload(_pool(8), 8, 2.0)
+    series = sweep.Series("p1", experiment, emulation.system(own_ports, "p1.D"), pool, [1, 4], 2, ["uniform"])
+    virtual = emulation.simulated(own_ports, [series])
+    assert set(virtual["turn"]) == turns
+    assert set(virtual["experiment"]) == {experiment}
+    requests = virtual.groupby(["users", "repeat"]).size()
+    assert requests.to_dict() == {(users, repeat): users * len(turns) for users in (1, 4) for repeat in (0, 1)}
+
+
 def test_a_cancelled_request_frees_what_it_held():
     @dataclasses.dataclass
     class Request:

@@ -175,7 +175,7 @@ def test_continuations_go_where_they_went_and_are_as_long_as_they_were():
     system = validation.laptop_system("p1.D", PROFILE, Linear())
     base = [Prompt(n, n, "", 14, 20, FORCED) for n in range(3)]
     second = [Prompt(n, n + 4, "", 25 + n, 10, FORCED) for n in range(3)]
-    asked = synthetic.frame(simulation.simulate(system, base, paper="p1", continuations=second))
+    asked = synthetic.frame(simulation.simulate(system, base, paper="p1", continues=second))
     again = validation.predict(asked, system, simulation.HARDWARE)
     seen = again[again["turn"] == "continuation"].sort_values("user")
     assert seen["expert"].tolist() == [4, 5, 6]
