@@ -337,7 +337,7 @@ def _measure(profile: Profile, series: Series, todo: list[Point], progress: tqdm
             started = datetime.now(UTC).isoformat(timespec="seconds")
             scripts = _scripts(profile, series, point, len(serving_stack.targets))
             before = serving_stack.counters()
-            seen = simulator.run(scripts, serving_stack.targets, serving.request_timeout_s)
+            seen = simulator.run(scripts, serving_stack.targets, serving.request_timeout_s * max(1, system.slow_motion))
             serving_stack.require_alive()
             counted = {name: value - before[name] for name, value in serving_stack.counters().items()}
             _verify(point, series, seen.answers, round(counted["expert_generated_tokens"]))
