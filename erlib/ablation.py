@@ -4,7 +4,8 @@ Two parts of the papers' harness are replaced, each by what they describe or by 
 (one process with a thread and a ``tritonclient`` stream per user, or a few asyncio processes) and the way in which the
 gateway evaluates the router's model (scikit-learn's, unpickled, at a realistic vocabulary; or :mod:`erlib.clusterer`).
 Engines, prompts, decisions of the router and everything else stay the same, in real time. What differs between the
-arms is the replaced part's doing; that the papers' own numbers come from the same parts remains an inference.
+arms is the replaced part's doing, as far as the engines kept pace; that the papers' own numbers come from the same
+parts remains an inference.
 """
 
 from __future__ import annotations
@@ -137,9 +138,10 @@ def effects(points: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         One row per ``part`` (client, classifier), ``users`` and ``metric``: ``difference`` (papers' minus ours), its
-        ``ci95``, ``ours`` (mean with our part) and ``finding``: *established* where the interval excludes zero and all
-        points kept pace, *no difference seen* where it includes zero, *engines were late* where a point did not keep
-        pace, so that the part and the lack of cores cannot be told apart.
+        ``ci95``, ``ours`` (mean with our part) and ``finding``: *engines were late* where a point did not keep pace, so
+        that the part and the lack of cores cannot be told apart; otherwise *established* where the interval excludes
+        zero and *no difference seen* where it does not. Points that kept pace may still have lost a share of their
+        engines' time (:data:`erlib.emulation.KEPT_PACE`): a relative difference below that may be the engines'.
     """
     rows = []
     for part, other in (("client", "classifier"), ("classifier", "client")):
@@ -162,11 +164,11 @@ def effects(points: pd.DataFrame) -> pd.DataFrame:
                         "ours": pairs[ours].xs(level, level="users").mean(),
                         "difference": interval["mean"],
                         "ci95": interval["ci95"],
-                        "finding": "no difference seen"
-                        if not differs
+                        "finding": "engines were late"
+                        if not kept
                         else "established"
-                        if kept
-                        else "engines were late",
+                        if differs
+                        else "no difference seen",
                     }
                 )
     return pd.DataFrame(rows)

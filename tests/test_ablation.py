@@ -70,7 +70,7 @@ def test_effects_are_those_of_the_exchanged_part():
 
 def test_late_engines_establish_nothing():
     effects = ablation.effects(ablation.by_point(_records(late_from=25)))
-    assert _effect(effects, "client", 25, "tpot_mean_s")["finding"] == "engines were late"
+    assert set(effects.loc[effects["users"] == 25, "finding"]) == {"engines were late"}  # a difference or not
     assert _effect(effects, "classifier", 1, "gateway_mean_s")["finding"] == "established"
 
 
