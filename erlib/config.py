@@ -146,7 +146,7 @@ class AblationSettings(_Strict):
     stock_users: PositiveInt = Field(25, description="most users of the stock router, which takes minutes for more")
     repeats: int = Field(4, ge=2, description="confidence intervals need two")
     output_tokens: PositiveInt = Field(64, description="per answer; base prompts only")
-    terms: PositiveInt = Field(500_000, description="vocabulary, filled up to the size that c-BTM's C4 shard has")
+    terms: PositiveInt = Field(500_000, description="vocabulary, filled up to what a C4 shard is estimated to have")
     gateways: PositiveInt = Field(4, description="each holds the unpickled model, most of a gigabyte while it works")
 
 
