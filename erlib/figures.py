@@ -663,7 +663,7 @@ def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> 
     caption = (
         f"System throughput over time, normal mix: tokens in buckets of {width_s:.2g} s (the paper's 2 s divided by "
         f"{profile.scale.seconds:g}), mean over repeats (thin), their running mean over a thirtieth of the time shown "
-        "(bold) and the mean over all buckets of a run (triangles on the right). The levels are the measured ones "
+        "(bold) and the mean over all buckets of a run (triangles on the right). The levels are those here that are "
         "nearest to the paper's 200, 600 and 1,000 users. In the paper E follows C at 200 and 600 users and falls "
         "behind at 1,000, and D has the lowest peak and "
         f"mean.{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper2.configs)}"
