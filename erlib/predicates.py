@@ -434,7 +434,7 @@ def routing_slope(e: Evidence, *, paper: str, high_ms_per_token: float) -> Findi
     mine = e.requests(paper)
     spans = metrics.routing_spans(mine[mine["route_kmeans_ns"].notna()])
     if spans.empty:
-        raise NotTestable("no request passed a gateway")
+        raise NotTestable("no routing latency of a real gateway in real time")
     keys = ["config", "mix", "users", "repeat"]
     own = spans[["input_tokens", "gateway"]] - spans.groupby(keys)[["input_tokens", "gateway"]].transform("mean")
     if not own["input_tokens"].any():

@@ -184,6 +184,14 @@ def test_inputs_of_a_simulation_do_not_confirm_it(runs, profile):
     assert row("P1-R01", at_full_scale(runs), profile, "emulated").verdict == FAILS
 
 
+def test_slow_motion_makes_no_gateway_fast(runs, profile):
+    for slow_motion, tested in ((1.0, True), (5.0, False)):
+        emulated = at_full_scale(runs).assign(slow_motion=slow_motion)
+        for name in ("P1-R01", "P2-R03"):
+            assert (row(name, emulated, profile, "emulated").verdict != UNTESTABLE) == tested
+        assert row("P1-R04", emulated, profile, "emulated").verdict != UNTESTABLE
+
+
 def test_ambiguous_claims_stay_ambiguous_and_name_the_reading(runs, profile):
     verdict, numbers = row("P1-S11", runs, profile)
     assert verdict == AMBIGUOUS
