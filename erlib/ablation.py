@@ -132,43 +132,47 @@ def effects(points: pd.DataFrame) -> pd.DataFrame:
     """What each replaced part does to each metric, by users.
 
     Differences between the papers' part and ours, the other part held fixed, paired by repeat (the same prompts), and
-    averaged over the two states of the other part where both were seen.
+    averaged over those states of the other part in which the engines kept pace. Where there is none, over all.
 
     Returns
     -------
     DataFrame
-        One row per ``part`` (client, classifier), ``users`` and ``metric``: ``difference`` (papers' minus ours), its
-        ``ci95``, ``ours`` (mean with our part) and ``finding``: *engines were late* where a point did not keep pace, so
-        that the part and the lack of cores cannot be told apart; otherwise *established* where the interval excludes
-        zero and *no difference seen* where it does not. Points that kept pace may still have lost a share of their
-        engines' time (:data:`erlib.emulation.KEPT_PACE`): a relative difference below that may be the engines'.
+        One row per ``part`` (client, classifier), ``users`` and ``metric``: ``beside`` (states of the other part),
+        ``difference`` (papers' minus ours), its ``ci95``, ``ours`` (mean with our part) and ``finding``: *engines were
+        late* where none kept pace, so that the part and the lack of cores cannot be told apart; otherwise *established*
+        where the interval excludes zero and *no difference seen* where it does not. Points that kept pace may still
+        have lost a share of their engines' time (:data:`erlib.emulation.KEPT_PACE`): a relative difference below that
+        may be the engines'.
     """
     rows = []
     for part, other in (("client", "classifier"), ("classifier", "client")):
         theirs, ours = (dict(zip(("client", "classifier"), arm, strict=True))[part] for arm in (PAPERS, OURS))
+        in_pace = points.groupby(["users", other])["kept_pace"].all()
         for metric in METRICS:
             wide = points.pivot_table(index=["users", "repeat", other], columns=part, values=metric)
             if not {theirs, ours} <= set(wide.columns):
                 continue
-            pairs = wide.dropna()
-            difference = (pairs[theirs] - pairs[ours]).groupby(["users", "repeat"]).mean()
-            for level, values in difference.groupby("users"):
-                interval = _interval(values)
-                kept = points.loc[points["users"] == level, "kept_pace"].all()
-                differs = abs(interval["mean"]) > interval["ci95"]
+            for level, pairs in wide.dropna().groupby("users"):
+                states = pairs.index.unique(other)
+                beside = [state for state in states if in_pace[level, state]]
+                used = pairs[pairs.index.isin(beside or states, level=other)]
+                interval = _interval((used[theirs] - used[ours]).groupby("repeat").mean())
                 rows.append(
                     {
                         "part": part,
                         "users": level,
                         "metric": metric,
-                        "ours": pairs[ours].xs(level, level="users").mean(),
+                        "beside": ", ".join(beside or states),
+                        "ours": used[ours].mean(),
                         "difference": interval["mean"],
                         "ci95": interval["ci95"],
-                        "finding": "engines were late"
-                        if not kept
-                        else "established"
-                        if differs
-                        else "no difference seen",
+                        "finding": _finding(bool(beside), interval),
                     }
                 )
     return pd.DataFrame(rows)
+
+
+def _finding(kept_pace: bool, interval: dict[str, float]) -> str:
+    if not kept_pace:
+        return "engines were late"
+    return "established" if abs(interval["mean"]) > interval["ci95"] else "no difference seen"

@@ -133,7 +133,7 @@ class EmulationSettings(_Strict):
     users: list[PositiveInt] = [1, 50, 200]
     repeats: PositiveInt = 1
     slow_motion: PositiveFloat = Field(
-        5.0, description="wall seconds for one second of an H100; raise it where a point cannot keep pace"
+        4.0, description="wall seconds for one second of an H100; raise it where a point cannot keep pace"
     )
     prompts: PositiveInt = Field(512, description="prompts per paper, cut to the papers' own lengths")
 

@@ -74,6 +74,16 @@ def test_late_engines_establish_nothing():
     assert _effect(effects, "classifier", 1, "gateway_mean_s")["finding"] == "established"
 
 
+def test_what_one_state_of_the_other_part_shows_in_pace_is_found_there():
+    frame = _records()
+    frame.loc[(frame["classifier"] == "stock") & (frame["users"] == 25), "lost_time"] = 0.2
+    effects = ablation.effects(ablation.by_point(frame))
+    client = _effect(effects, "client", 25, "tpot_mean_s")
+    assert (client["beside"], client["finding"]) == ("ours", "established")
+    assert _effect(effects, "classifier", 25, "gateway_mean_s")["finding"] == "engines were late"
+    assert _effect(effects, "client", 1, "tpot_mean_s")["beside"] == "ours, stock"
+
+
 def test_levels_that_one_arm_lacks_are_compared_where_they_exist():
     frame = _records()
     frame = frame[(frame["classifier"] == "ours") | (frame["users"] == 1)]
