@@ -72,8 +72,16 @@ def run(profile: Profile) -> pd.DataFrame:
     Raises
     ------
     ConfigError
-        If memory does not hold the unpickled models.
+        If memory does not hold the unpickled models that are still needed.
     """
+    arms = plan(profile)
+    points = [point for arm in arms for point in sweep.points(serving(profile), arm)]
+    if not all(point.path.exists() for point in points):
+        _require_memory(profile)
+    return sweep.run(serving(profile), arms)
+
+
+def _require_memory(profile: Profile) -> None:
     settings = profile.ablation
     needed = settings.gateways * settings.terms * profile.clusterer.n_components * _BYTES_PER_WEIGHT
     free = psutil.virtual_memory().available
@@ -82,7 +90,6 @@ def run(profile: Profile) -> pd.DataFrame:
             f"{settings.gateways} gateways with the stock router need {needed / 1e9:.1f} GB of memory, "
             f"{free / 1e9:.1f} GB are free: lower ablation.gateways or ablation.terms"
         )
-    return sweep.run(serving(profile), plan(profile))
 
 
 def by_point(records: pd.DataFrame) -> pd.DataFrame:

@@ -144,7 +144,8 @@ class Engine(Generic[R]):
         """Requests under way, those included that join in the step that has begun."""
         self._context_tokens = 0
         self._reserved = 0
-        self._joining: list[R] = []
+        self.joining: list[R] = []
+        """Requests that join in the step that has begun."""
         self._joining_tokens = 0
         self._ending: dict[int, list[R]] = {}
 
@@ -184,8 +185,8 @@ class Engine(Generic[R]):
 
     def begin_step(self) -> float:
         """Admit who may enter; returns how long the step takes, in seconds."""
-        self._joining, self._joining_tokens = self._admit() if self.waiting else ([], 0)
-        joining, decoded = len(self._joining), self.sequences
+        self.joining, self._joining_tokens = self._admit() if self.waiting else ([], 0)
+        joining, decoded = len(self.joining), self.sequences
         self.sequences += joining
         return self.system.steps.step_s(joining, self._joining_tokens, decoded, self._context_tokens)
 
@@ -196,7 +197,7 @@ class Engine(Generic[R]):
         submitted meanwhile may enter after any of them, if no other waits before it.
         """
         first_s = self.begin_step()
-        if self._joining:
+        if self.joining:
             return [first_s]
         more = min(self._ending) - self.steps
         return [first_s, *self.system.steps.decode_steps_s(more, self.sequences, self._context_tokens + self.sequences)]
@@ -207,7 +208,7 @@ class Engine(Generic[R]):
 
     def end_steps(self, steps: int) -> Step[R]:
         """Everybody under way has `steps` more tokens; at most as many as have begun."""
-        joined = self._joining
+        joined, self.joining = self.joining, []
         self._context_tokens += steps * self.sequences + self._joining_tokens
         for request in joined:
             self._reserved += self.blocks(request)

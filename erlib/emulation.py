@@ -128,7 +128,10 @@ def simulated(profile: Profile, sweep_: list[Series], emulated: pd.DataFrame | N
             ways: dict[str, list[float] | None] = {"simulated-hardware": None}
             if emulated is not None:
                 turns = itertools.product(range(point.users), ("base", "continuation"))
-                ways["simulated-replay"] = [delays_s.get((point.hash, *turn), 0.0) for turn in turns]
+                ways["simulated-replay"] = [
+                    delays_s[point.hash, user, turn] if turn == "base" or series.continues else 0.0
+                    for user, turn in turns
+                ]
             for source, routing_s in ways.items():
                 rows += simulation.simulate(
                     target,

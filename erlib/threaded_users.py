@@ -25,6 +25,9 @@ from erlib import users, wire
 from erlib.prompts import continuation
 from erlib.users import Answer, Script
 
+_START_TIMEOUT_S = 120
+"""By when all users' streams are open, so that one that cannot be opened does not keep the others waiting for ever."""
+
 
 class _Inbox:
     """Callback of one user's stream: each message of the current answer, with the time at which it came."""
@@ -121,7 +124,7 @@ def _watch_lag(over: threading.Event) -> list[float]:
 
 def _run(job: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     scripts = [Script(**script) for script in job["scripts"]]
-    together = threading.Barrier(len(scripts) + 1)
+    together = threading.Barrier(len(scripts) + 1, timeout=_START_TIMEOUT_S)
     over = threading.Event()
     # A client that is not closed keeps its threads, and Python, from ending.
     with contextlib.ExitStack() as exits, ThreadPoolExecutor(len(scripts) + 1) as pool:

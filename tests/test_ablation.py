@@ -118,8 +118,8 @@ def test_the_figure_shows_all_arms_and_says_what_was_late(monkeypatch, tmp_path)
 
 
 def test_too_little_memory_is_an_error_before_anything_starts():
-    profile = config.load_profile("smoke", {"ablation.terms": 10**9})
-    with pytest.raises(config.ConfigError, match=r"need 4400\.0 GB.*lower ablation\.gateways"):
+    profile = config.load_profile("smoke", {"ablation.gateways": 10**5})
+    with pytest.raises(config.ConfigError, match=r"need .* GB.*lower ablation\.gateways"):
         ablation.run(profile)
 
 

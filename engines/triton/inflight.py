@@ -105,7 +105,8 @@ class Model:
             failure = f"the engine failed: {type(error).__name__}: {error}"
             pb_utils.Logger.log_error(failure)
             for sequence in self.engine.unfinished():
-                _fail(sequence.sender, failure)
+                with contextlib.suppress(Exception):  # one that has had its last response already
+                    _fail(sequence.sender, failure)
             while not self.stopping:
                 with contextlib.suppress(queue.Empty):
                     _fail(self.inbox.get(timeout=0.1).sender, failure)

@@ -59,7 +59,7 @@ class Engine:
         return self.batch.is_idle
 
     def unfinished(self):
-        return [request.sequence for request in [*self.running, *self.batch.waiting]]
+        return [request.sequence for request in [*self.running, *self.batch.joining, *self.batch.waiting]]
 
     def step(self):
         for request in [request for request in self.running if request.sequence.cancelled]:
