@@ -59,7 +59,6 @@ def test_its_steps_take_as_long_as_the_table_says(emulated, tokenizer, tmp_path)
         planned_s += sum(should_s)
     assert counted["expert_steps"] == 80
     assert counted["expert_step_seconds"] == pytest.approx(planned_s, rel=1e-6)
-    assert 0 <= counted["expert_late_steps"] <= 80
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_pace_and_difference():
     assert set(table["users"]) == {1}
 
 
-def test_an_unknown_table_is_an_error_before_anything_starts(own_ports):
+def test_an_unknown_configuration_is_an_error_before_anything_starts(own_ports):
     with pytest.raises(config.ConfigError, match="no configuration"):
         emulation.system(own_ports, "p2.Z")
 
