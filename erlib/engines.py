@@ -24,6 +24,9 @@ GATEWAYS_GB_PER_GPU = 2.276
 """Two routing gateways of 1,138 MB on each GPU (both papers, "Infrastructure Setup")."""
 H100_BYTES, WORKSPACE_BYTES, KV_SHARE = 84.9e9, 4e9, 0.95
 """One GPU as TensorRT-LLM sees it: its memory, what activations take, and how much of the rest a KV cache is given."""
+TABLE1_WEIGHTS_UNIT: dict[Paper, tuple[float, float]] = {"p1": (1e9, 1), "p2": (1000 * 2**20, 0.1)}
+"""Bytes in what a paper's Table I calls a GB of weights, and the last digit that it prints. Paper 1's are decimal,
+paper 2's the thousands of MiB that TensorRT-LLM logs when it loads an engine."""
 P2_MAX_INPUT_TOKENS = 1021
 """Longest prompt of the MLPerf Llama-2-70B lengths (paper 2, Fig. 2)."""
 _SLACK_TOKENS = 8
@@ -147,7 +150,9 @@ def table1(paper: Paper) -> pd.DataFrame:
     pandas.DataFrame
         One row per configuration of the paper. ``*_printed`` as in the paper (GB, per instance); ``plain_gb``
         parameters times bytes; ``loaded_gb`` what TensorRT-LLM loads (:meth:`LlamaShape.loaded_bytes`), also as
-        ``loaded_mib_1000`` (thousands of MiB); ``kv_bytes_per_token``; ``kv_tokens`` what the printed KV cache holds;
+        ``loaded_mib_1000`` (thousands of MiB); ``weights_agree`` whether that is the printed number within 1.5 % or its
+        rounding, in the paper's unit (:data:`TABLE1_WEIGHTS_UNIT`); ``kv_bytes_per_token``; ``kv_tokens`` what the
+        printed KV cache holds;
         ``full_sequences`` how many of the longest sequences fit; ``gpu_gb`` weights, KV cache and gateways on one GPU;
         ``discrepancy`` where print and arithmetic disagree, empty where they agree.
     """
@@ -160,6 +165,7 @@ def table1(paper: Paper) -> pd.DataFrame:
         model = shape(system.model)
         loaded = model.loaded_bytes(system.dtype, system.tensor_parallel)
         gateways = GATEWAYS_GB_PER_GPU if configuration.routing == "expert_router" else 0
+        unit, digit = TABLE1_WEIGHTS_UNIT[paper]
         rows.append(
             {
                 "config": name,
@@ -169,6 +175,7 @@ def table1(paper: Paper) -> pd.DataFrame:
                 "plain_gb": model.parameters * BYTES_PER_VALUE[system.dtype] / 1e9,
                 "loaded_gb": loaded / 1e9,
                 "loaded_mib_1000": loaded / 2**20 / 1000,
+                "weights_agree": abs(loaded / unit - system.weights_gb) <= max(0.015 * system.weights_gb, digit / 2),
                 "kv_cache_gb_printed": system.kv_cache_gb,
                 "kv_bytes_per_token": model.kv_bytes_per_token(system.kv_dtype),
                 "kv_tokens_printed": system.kv_tokens,

@@ -69,14 +69,52 @@ def test_a_sibling_loses_layers_and_keeps_the_embedding():
     assert half.linear * 2 == whole.linear
 
 
-@pytest.mark.parametrize("name", ["p1.A", "p1.B", "p1.C", "p1.D"])
-def test_paper_1_prints_decimal_gb_of_what_is_loaded(table, name):
-    assert table[name].weights_gb_printed == pytest.approx(table[name].loaded_gb, rel=0.03)
+GOLDEN = {  # as loaded [10^9 bytes, 1000 MiB], KV [bytes per token, tokens], longest sequences that fit
+    "p1.A": (141.6, 135.1, 327_680, 1_116_943, 408),
+    "p1.B": (69.5, 66.3, 163_840, 73_242, 26),
+    "p1.C": (26.0, 24.8, 819_200, 65_917, 24),
+    "p1.D": (13.3, 12.7, 409_600, 158_691, 58),
+    "p2.A": (155.8, 148.6, 327_680, 1_059_814, 524),
+    "p2.B": (72.7, 69.3, 163_840, 2_973_632, 1471),
+    "p2.C": (72.7, 69.3, 163_840, 1_350_097, 668),
+    "p2.D": (39.5, 37.7, 327_680, 114_746, 56),
+    "p2.E": (16.1, 15.3, 131_072, 474_548, 234),
+}
 
 
-@pytest.mark.parametrize("name", ["p2.A", "p2.B", "p2.C", "p2.D", "p2.E"])
-def test_paper_2_prints_thousands_of_mib_of_what_is_loaded(table, name):
-    assert table[name].weights_gb_printed == pytest.approx(table[name].loaded_mib_1000, rel=0.01)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_memory_of_all_nine_configurations(table, name):
+    row = table[name]
+    found = (round(row.loaded_gb, 1), round(row.loaded_mib_1000, 1))
+    assert (*found, row.kv_bytes_per_token, row.kv_tokens, row.full_sequences) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_printed_weights_are_what_is_loaded_in_the_papers_own_unit(table, name):
+    row = table[name]
+    assert row.weights_agree
+    loaded = row.loaded_gb if name.startswith("p1") else row.loaded_mib_1000
+    if name == "p1.D":  # 13.3 printed as 13: rounding alone is more than 1.5 %
+        assert round(loaded) == row.weights_gb_printed
+    else:
+        assert row.weights_gb_printed == pytest.approx(loaded, rel=0.015)
+
+
+def test_the_papers_units_are_not_the_same(table):
+    assert abs(table["p1.A"].weights_gb_printed / table["p1.A"].loaded_mib_1000 - 1) > 0.04
+    assert abs(table["p2.A"].weights_gb_printed / table["p2.A"].loaded_gb - 1) > 0.04
+
+
+def test_a_wrong_print_does_not_agree(monkeypatch):
+    whole = config.load_configuration
+    wrong = {"paper": whole("p2.D").system.model_copy(update={"weights_gb": 39.5})}  # decimal GB in paper 2
+
+    def load(name):
+        return whole(name).model_copy(update=wrong) if name == "p2.D" else whole(name)
+
+    monkeypatch.setattr(config, "load_configuration", load)
+    agree = engines.table1("p2").set_index("config").weights_agree
+    assert agree.to_dict() == {"p2.A": True, "p2.B": True, "p2.C": True, "p2.D": False, "p2.E": True}
 
 
 @pytest.mark.parametrize(("name", "stated"), [("p1.B", 72_000), ("p1.D", 159_000)])
@@ -95,9 +133,15 @@ def test_p1_c_states_kv_tokens_that_its_cache_cannot_hold(table):
     [
         ("p1.A", "weights +2.2%"),
         ("p1.B", "batch size 60, but 26 sequences"),
+        ("p1.A", "batch size 600, but 408 sequences"),
+        ("p1.C", "batch size 40, but 24 sequences"),
+        ("p1.C", "XQA is claimed for every model"),
         ("p1.D", "batch size 150, but 58 sequences"),
         ("p2.A", "weights +5.5%"),
+        ("p2.B", "KV precision not stated, FP8 assumed"),
+        ("p2.C", "one of two instances"),
         ("p2.D", "heading says INT8"),
+        ("p2.D", "batch size 125, but 56 sequences"),
         ("p2.E", "weights -4.1% against parameters x bytes (16.1 GB, 15.0 GiB)"),
     ],
 )
