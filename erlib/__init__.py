@@ -6,6 +6,7 @@ Modules are listed in the order in which data flows through them; each imports o
     corpus, pickles, clusterer                text; c-BTM's files; the router's model
     stock, prompts                            that model as an unpickled scikit-learn pipeline; the workloads
     engines, openvino, quality                arithmetic of a configuration; its engine, built; what its format costs
+    containers, option_tables, tensorrt_llm   where plans run; what tools accept; the DGX's engines, planned and checked
     steptimes, batching                       how long a step lasts on H100s; which requests share one
     wire, triton, gateway, nginx, stack       messages; one server; the routing gateway; the balancer; all of it
     users, threaded_users                     the user simulator; the papers' user simulator

@@ -1,0 +1,133 @@
+"""Where the commands of a plan run: as they are, or inside an image, by whatever runs containers on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from erlib import paths
+from erlib.config import ConfigError
+
+RunnerKind = Literal["bare", "docker", "apptainer", "enroot"]
+Purpose = Literal["fetch", "convert", "quantise", "build", "check", "ask"]
+
+IMAGES = paths.FACTS / "tensorrt_llm_images.yaml"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Directories, under the same names inside an image and outside; both exist before a plan starts."""
+
+    checkpoints: Path
+    """Downloaded checkpoints (named as on the hub) and calibration texts."""
+    work: Path
+    """Working directory of all commands; converted checkpoints and engines go below it, by flow and configuration."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One step of a plan."""
+
+    purpose: Purpose
+    program: tuple[str, ...]
+    options: tuple[str, ...]
+    makes: Path
+    """What is there when the step has succeeded; for a check, what it looks at."""
+    tool: str = ""
+    """Name in the option tables; empty for what is no tool of an image's and runs beside it."""
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        return self.program + self.options
+
+
+class Image(BaseModel):
+    """One entry of ``data/tensorrt_llm_images.yaml``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: str
+    tag: str
+    digest: str | None
+    scripts: dict[str, str]
+    """Example scripts by name; relative paths are below the working directory."""
+
+    @property
+    def reference(self) -> str:
+        """Name with tag, and with digest where one is pinned."""
+        return f"{self.image}:{self.tag}" + (f"@{self.digest}" if self.digest else "")
+
+    def program(self, tool: str, work: Path) -> tuple[str, ...]:
+        """How a tool is started."""
+        return ("python3", str(work / self.scripts[tool])) if tool in self.scripts else (tool,)
+
+
+def load_image(version: str) -> Image:
+    """The image for a version of TensorRT-LLM.
+
+    Raises
+    ------
+    ConfigError
+        If ``data/tensorrt_llm_images.yaml`` names none.
+    """
+    images = yaml.safe_load(IMAGES.read_text())
+    if version not in images:
+        raise ConfigError(f"no image for TensorRT-LLM {version} in {IMAGES}; it has {', '.join(images)}")
+    return Image(**images[version])
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Makes a command run inside an image, or leaves it as it is (``bare``: the tools are installed here)."""
+
+    kind: RunnerKind
+    image: Image
+    places: Places
+
+    @property
+    def setup(self) -> list[tuple[str, ...]]:
+        """Commands that fetch the image, once."""
+        if self.kind == "docker":
+            return [("docker", "pull", self.image.reference)]
+        if self.kind == "apptainer":
+            return [("apptainer", "pull", self._file, f"docker://{self.image.reference}")]
+        if self.kind == "enroot":  # names images by tag only
+            registry, _, name = self.image.image.partition("/")
+            fetch = ("enroot", "import", "--output", self._file, f"docker://{registry}#{name}:{self.image.tag}")
+            return [fetch, ("enroot", "create", "--name", self._name, self._file)]
+        return []
+
+    def argv(self, command: Command) -> tuple[str, ...]:
+        """The command as this runner starts it in the working directory."""
+        if self.kind == "bare" or not command.tool:
+            return command.argv
+        directories = [f"{path}:{path}" for path in (self.places.checkpoints, self.places.work)]
+        work = str(self.places.work)
+        if self.kind == "docker":
+            start = ["docker", "run", "--rm", "--gpus", "all", "--net", "host", "--shm-size", "2g"]
+            start += ["--ulimit", "memlock=-1", "--ulimit", "stack=67108864", "--workdir", work]
+            start += [*_each("--volume", directories), self.image.reference]
+        elif self.kind == "apptainer":
+            start = ["apptainer", "exec", "--nv", "--pwd", work, *_each("--bind", directories), self._file]
+        else:
+            # it starts in the image's own directory, wherever it was called
+            start = ["enroot", "start", "--rw", *_each("--mount", directories), self._name]
+            start += ["env", "--chdir", work]
+        return (*start, *command.argv)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.image.image.rpartition('/')[2]}-{self.image.tag}"
+
+    @property
+    def _file(self) -> str:
+        return str(self.places.work / f"{self._name}.{'sif' if self.kind == 'apptainer' else 'sqsh'}")
+
+
+def _each(option: str, values: Sequence[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]

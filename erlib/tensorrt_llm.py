@@ -1,0 +1,383 @@
+"""Configuration -> TensorRT-LLM engine: the commands that make one, and what must have come out of them.
+
+A :class:`Plan` says what to run and runs nothing. Three *flows* lead to a served model:
+
+``engine``
+    Checkpoint conversion or quantisation, then ``trtllm-build``. TensorRT-LLM 1.2.1 is the last stable version that has
+    engines, and this the only flow of a current image that can express all nine configurations.
+``period``
+    The same with the options of 0.9 (Llama 2) and 0.10 (Llama 3), as old as the papers.
+``llmapi``
+    TensorRT-LLM's PyTorch backend: no engine, but a Hugging Face checkpoint (quantised by ModelOpt) and arguments.
+
+``python -m erlib.tensorrt_llm --help`` shows a plan, checks what was built, and refreshes the tables of known options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from erlib import config, engines, option_tables, paths
+from erlib.config import ConfigError, Configuration, PaperSystem, WorkloadSettings
+from erlib.containers import Command, Places, Purpose, Runner, RunnerKind, load_image
+
+Flow = Literal["engine", "period", "llmapi"]
+
+CHECKPOINTS = {
+    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+}
+"""Repositories on the Hugging Face hub. Neither paper says whether base or chat models were served: base models."""
+CALIBRATION = "cnn_dailymail"
+"""Calibration texts, the tools' own default; a directory of this name beside the checkpoints, so no hub is asked."""
+MAX_NUM_TOKENS = 8192
+"""Tokens per step. Where it is not set, 0.8 to 0.10 size their activations for batch size times longest prompt."""
+MODELOPT = "0.37.0"
+"""The version that TensorRT-LLM 1.2.1 pins."""
+
+# (weights, KV cache) -> quantisation as TensorRT-LLM and ModelOpt name it in the config.json that they write
+_ALGORITHMS: dict[tuple[str, str], tuple[str | None, str | None]] = {
+    ("fp16", "fp16"): (None, None),
+    ("int8", "int8"): ("W8A16", "INT8"),
+    ("fp8", "fp8"): ("FP8", "FP8"),
+    ("int4", "fp16"): ("W4A16_AWQ", None),
+}
+_QFORMAT = {"fp8": "fp8", "int4": "int4_awq"}
+
+
+def lengths(configuration: Configuration, workload: WorkloadSettings) -> tuple[int, int]:
+    """Longest prompt and longest sequence (prompt and answer), in tokens, rounded up to multiples of 64.
+
+    Paper 1's longest prompt is a continuation: base prompt (mean + 4 sd, as the workload draws them) and its answer.
+    """
+    if configuration.id.startswith("p1"):
+        answer = workload.p1_output_tokens
+        prompt: float = workload.p1_input_tokens + 4 * workload.p1_input_sd + answer
+    else:
+        answer, prompt = workload.p2_max_output_tokens, engines.P2_MAX_INPUT_TOKENS
+    return 64 * math.ceil(prompt / 64), 64 * math.ceil((prompt + answer) / 64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one configuration comes from a downloaded checkpoint to something that a server loads.
+
+    Pinned, whatever a version's defaults are: float16, formats of weights and KV cache, lengths, tokens per step, and
+    no paged-context attention, without which an engine has neither KV block reuse nor chunked context (and with which
+    ``trtllm-build`` refuses an INT8 KV cache). The scheduler (guaranteed no evict) is the server's to pin.
+
+    Parameters
+    ----------
+    configuration : Configuration
+        Its ``system`` says model, formats, tensor parallelism and batch size. A baseline of our own shares the engine
+        of the system that it stands beside; instances of one configuration share theirs.
+    lengths : tuple of int
+        Longest prompt and longest sequence, in tokens: :func:`lengths`.
+    places : Places
+    flow : {"engine", "period", "llmapi"}
+
+    Raises
+    ------
+    ConfigError
+        If the flow cannot express the system; the message says why.
+    """
+
+    configuration: Configuration
+    lengths: tuple[int, int]
+    places: Places
+    flow: Flow = "engine"
+
+    def __post_init__(self) -> None:
+        name, system = self.configuration.id, self.system
+        if (system.dtype, system.kv_dtype) not in _ALGORITHMS:
+            known = ", ".join("/".join(pair) for pair in _ALGORITHMS)
+            raise ConfigError(
+                f"{name}: no recipe for {system.dtype} weights with {system.kv_dtype} KV cache, only {known}"
+            )
+        if engines.shape(system.model).kv_heads % system.tensor_parallel:
+            raise ConfigError(f"{name}: {system.tensor_parallel} GPUs do not divide the KV heads of {system.model}")
+        if self.flow == "llmapi" and system.dtype == "int8":
+            raise ConfigError(
+                f"{name}: flow llmapi cannot express it: TensorRT-LLM's PyTorch backend has no INT8 KV cache, and "
+                "ModelOpt exports no weight-only INT8 checkpoint for it. Use flow engine"
+            )
+
+    @property
+    def system(self) -> PaperSystem:
+        return self.configuration.system
+
+    @property
+    def version(self) -> str:
+        """Version of TensorRT-LLM; Llama 3 does not convert cleanly before 0.10."""
+        if self.flow != "period":
+            return "1.2.1"
+        return "0.10.0" if self.system.model.startswith("llama-3") else "0.9.0"
+
+    @property
+    def served(self) -> Path:
+        """Directory that a server loads: an engine, or the checkpoint of the ``llmapi`` flow."""
+        if self.flow == "llmapi" and self.system.dtype == "fp16":
+            return self._source  # as it was downloaded
+        return self._directory / ("checkpoint" if self.flow == "llmapi" else "engine")
+
+    @property
+    def commands(self) -> list[Command]:
+        """The steps, in order; the last one checks what the others have made."""
+        if self.flow == "llmapi":
+            steps = self._for_llm_api() if self.system.dtype in _QFORMAT else []
+        else:
+            steps = [self._quantise() if self.system.dtype in _QFORMAT else self._convert(), self._build()]
+        options = {"--flow": self.flow, "--checkpoints": self.places.checkpoints, "--work": self.places.work}
+        check = ("python", "-m", "erlib.tensorrt_llm", "check", self.configuration.id, "--lengths")
+        return [*steps, Command("check", check, (*map(str, self.lengths), *_words(options)), self.served)]
+
+    def _convert(self) -> Command:
+        options = self._from_checkpoint | {"--workers": self.system.tensor_parallel}
+        if self.system.dtype == "int8":
+            options |= {"--use_weight_only": True, "--weight_only_precision": "int8", "--int8_kv_cache": True}
+            options |= self._calibration
+        return self._run("convert", "convert_checkpoint.py", options, self._directory / "checkpoint")
+
+    def _quantise(self) -> Command:
+        options = self._from_checkpoint | {"--qformat": _QFORMAT[self.system.dtype]} | self._calibration
+        if self.system.dtype == "int4":  # AWQ searches; more samples take long, 0.8 caps them at as many
+            options |= {"--awq_block_size": engines.AWQ_GROUP, "--calib_size": 32}
+        else:
+            options |= {"--kv_cache_dtype": "fp8", "--calib_size": 512}
+        return self._run("quantise", "quantize.py", options, self._directory / "checkpoint")
+
+    @property
+    def _from_checkpoint(self) -> dict[str, Any]:
+        target = self._directory / "checkpoint"
+        return {
+            "--model_dir": self._source,
+            "--output_dir": target,
+            "--dtype": "float16",  # Llama 3 would otherwise stay in bfloat16
+            "--tp_size": self.system.tensor_parallel,
+        }
+
+    @property
+    def _calibration(self) -> dict[str, Any]:
+        # The scripts of 0.8 to 0.10 fetch the same texts themselves, and have no option for others.
+        texts = self.places.checkpoints / CALIBRATION
+        return {"--calib_dataset": texts, "--calib_size": 512} if self.flow == "engine" else {}
+
+    def _build(self) -> Command:
+        system, fp8, modern = self.system, self.system.dtype == "fp8", self.flow == "engine"
+        prompt, sequence = self.lengths
+        options: dict[str, Any] = {
+            "--checkpoint_dir": self._directory / "checkpoint",
+            "--output_dir": self.served,
+            "--gpt_attention_plugin": "float16",
+            # 1.2's FP8 plugin is for batches of up to four; without it TensorRT's own kernels multiply
+            "--gemm_plugin": "disable" if fp8 and modern else "float16",
+            "--remove_input_padding": "enable",
+            "--context_fmha": "enable",
+            "--use_paged_context_fmha": "disable",
+            "--max_beam_width": 1,
+            "--max_batch_size": system.batch_size,
+            "--max_input_len": prompt,
+            "--max_num_tokens": MAX_NUM_TOKENS,
+            "--workers": system.tensor_parallel,
+        }
+        if modern:
+            options |= {"--max_seq_len": sequence, "--kv_cache_type": "paged"}
+            options |= {"--use_fp8_context_fmha": "enable" if fp8 else "disable"}
+        else:
+            options |= {"--max_output_len": sequence - prompt, "--paged_kv_cache": "enable", "--enable_xqa": "enable"}
+            options |= {"--strongly_typed": True} if fp8 else {}
+        return self._run("build", "trtllm-build", options, self.served)
+
+    def _for_llm_api(self) -> list[Command]:
+        toolkit = self.places.work / "Model-Optimizer"
+        options = {
+            "--pyt_ckpt_path": self._source,
+            "--qformat": _QFORMAT[self.system.dtype],
+            "--kv_cache_qformat": "fp8" if self.system.kv_dtype == "fp8" else "none",  # left out, it would be fp8
+            "--dataset": CALIBRATION,
+            "--calib_size": 512,
+            "--export_path": self.served,
+        }
+        clone = ("git", "clone", "--depth", "1", "--branch", MODELOPT)
+        fetch = Command("fetch", clone, ("https://github.com/NVIDIA/Model-Optimizer", str(toolkit)), toolkit)
+        return [fetch, self._run("quantise", "hf_ptq.py", options, self.served)]
+
+    @property
+    def llm_args(self) -> dict[str, Any]:
+        """Arguments of TensorRT-LLM's ``LLM`` class, for the ``llmapi`` flow.
+
+        The KV cache is pinned to the tokens that the printed one holds; the share of free memory is only a limit.
+        """
+        return {
+            "model": str(self.served),
+            "backend": "pytorch",
+            "dtype": "float16",
+            "tensor_parallel_size": self.system.tensor_parallel,
+            "max_batch_size": self.system.batch_size,
+            "max_input_len": self.lengths[0],
+            "max_seq_len": self.lengths[1],
+            "max_num_tokens": MAX_NUM_TOKENS,
+            "enable_chunked_prefill": False,
+            "kv_cache_config": {
+                "enable_block_reuse": False,
+                "dtype": "fp8" if self.system.kv_dtype == "fp8" else "auto",
+                "max_tokens": engines.kv_tokens(self.system),
+                "free_gpu_memory_fraction": engines.KV_SHARE,
+            },
+            "scheduler_config": {"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"},
+        }
+
+    def problems(self) -> list[str]:
+        """What is wrong with what the commands have made; empty if it is what was asked for.
+
+        Compares the JSON that TensorRT-LLM and ModelOpt write beside their files with the configuration, counts an
+        engine's files (one per GPU) and compares their size with :mod:`erlib.engines`. Coarsely: one that differs by
+        more than 10 % holds other weights, or weights of another format.
+        """
+        shape, system = engines.shape(self.system.model), self.system
+        algorithm, kv_algorithm = _ALGORITHMS[system.dtype, system.kv_dtype]
+        sizes = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "vocab_size": shape.vocabulary}
+        formats = {"quantization.quant_algo": algorithm, "quantization.kv_cache_quant_algo": kv_algorithm}
+        if self.flow == "llmapi":
+            found = _differences(self.served / "config.json", sizes)
+            return found + (_differences(self.served / "hf_quant_config.json", formats) if algorithm else [])
+        prompt, sequence = self.lengths
+        longest = {"max_seq_len": sequence} if self.flow == "engine" else {"max_output_len": sequence - prompt}
+        model = sizes | formats | {"dtype": "float16", "mapping.tp_size": system.tensor_parallel}
+        build = longest | {
+            "max_input_len": prompt,
+            "max_batch_size": system.batch_size,
+            "max_num_tokens": MAX_NUM_TOKENS,
+            "plugin_config.use_paged_context_fmha": False,
+        }
+        expected = {f"pretrained_config.{key}": value for key, value in model.items()}
+        expected |= {f"build_config.{key}": value for key, value in build.items()}
+        found = _differences(self.served / "config.json", expected)
+        files = sorted(self.served.glob("rank*.engine"))
+        if len(files) != system.tensor_parallel:
+            return [*found, f"{self.served}: {len(files)} engine files, not {system.tensor_parallel}"]
+        size, due = sum(file.stat().st_size for file in files), shape.loaded_bytes(system.dtype, system.tensor_parallel)
+        if abs(size / due - 1) > 0.1:
+            found.append(f"{self.served}: {size / 1e9:.1f} GB of engine files, but {due / 1e9:.1f} GB of weights")
+        return found
+
+    @property
+    def _source(self) -> Path:
+        return self.places.checkpoints / CHECKPOINTS[self.system.model].partition("/")[2]
+
+    @property
+    def _directory(self) -> Path:
+        return self.places.work / self.flow / (self.configuration.stands_beside or self.configuration.id)
+
+    def _run(self, purpose: Purpose, tool: str, options: Mapping[str, Any], makes: Path) -> Command:
+        program = load_image(self.version).program(tool, self.places.work)
+        return Command(purpose, program, tuple(_words(options)), makes, tool)
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """Command-line words; True is an option without a value."""
+    return [word for name, value in options.items() for word in ((name,) if value is True else (name, str(value)))]
+
+
+def _differences(file: Path, expected: Mapping[str, Any]) -> list[str]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        return [f"{file}: not readable ({error})"]
+    found = []
+    for key, value in expected.items():
+        got = functools.reduce(lambda level, name: (level or {}).get(name), key.split("."), content)
+        if got != value:
+            found.append(f"{file}: {key} is {got!r}, not {value!r}")
+    return found
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m erlib.tensorrt_llm``; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m erlib.tensorrt_llm")
+    actions = parser.add_subparsers(dest="action", required=True)
+    show = actions.add_parser("show", help="print the commands of a configuration's plan; runs none")
+    check = actions.add_parser("check", help="compare what a plan has made with the configuration")
+    refresh = actions.add_parser("refresh", help="ask the tools in an image for their options; show the differences")
+    for action in (show, check):
+        action.add_argument("configuration", metavar="CONFIG", help="e.g. p1.A")
+        action.add_argument("--flow", choices=get_args(Flow), default="engine")
+        action.add_argument(
+            "--lengths", nargs=2, type=int, metavar="TOKENS", help="longest prompt and sequence (default: the papers')"
+        )
+    refresh.add_argument("version", metavar="VERSION", help="of TensorRT-LLM, e.g. 1.2.1")
+    refresh.add_argument("--write", action="store_true", help="correct the table in data/trtllm_options")
+    for action in (show, refresh):
+        action.add_argument("--runner", choices=get_args(RunnerKind), default="docker")
+    for action in (show, check, refresh):
+        action.add_argument("--checkpoints", type=Path, default=paths.CACHE / "checkpoints")
+        action.add_argument("--work", type=Path, default=paths.ENGINE_BUILDS / "tensorrt_llm")
+    args = parser.parse_args(arguments)
+    try:
+        return {"show": _show, "check": _check, "refresh": _refresh}[args.action](args)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _places(args: argparse.Namespace) -> Places:
+    return Places(args.checkpoints.resolve(), args.work.resolve())
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    configuration = config.load_configuration(args.configuration)
+    longest = args.lengths or lengths(configuration, WorkloadSettings())
+    return Plan(configuration, tuple(longest), _places(args), args.flow)
+
+
+def _show(args: argparse.Namespace) -> int:
+    plan = _plan(args)
+    runner = Runner(args.runner, load_image(plan.version), plan.places)
+    for words in [*runner.setup, *map(runner.argv, plan.commands)]:
+        print(shlex.join(words))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    plan = _plan(args)
+    found = plan.problems()
+    print("\n".join(found) or f"{plan.served} is what {plan.configuration.id} asks for")
+    return bool(found)
+
+
+def _refresh(args: argparse.Namespace) -> int:
+    contract, image, places = option_tables.load_contract(args.version), load_image(args.version), _places(args)
+    runner = Runner(args.runner, image, places)
+    helps = {}
+    for tool in contract.tools:
+        asking = Command("ask", image.program(tool, places.work), ("--help",), places.work, tool)
+        answer = subprocess.run(runner.argv(asking), capture_output=True, text=True, check=False)
+        if answer.returncode:
+            print(f"{tool}: not asked: {answer.stderr.strip()[-300:]}", file=sys.stderr)
+        else:
+            helps[tool] = answer.stdout
+    evidence = "--help of the installed tools" if args.runner == "bare" else f"--help in {image.reference}"
+    contract, differences = option_tables.refreshed(contract, helps, evidence)
+    print("\n".join(differences) or f"no difference in {', '.join(helps) or 'nothing: no tool answered'}")
+    if args.write and helps:
+        (option_tables.TABLES / f"{args.version}.json").write_text(contract.dumps())
+    return 0 if len(helps) == len(contract.tools) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

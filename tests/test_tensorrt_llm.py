@@ -1,0 +1,283 @@
+"""Plans of TensorRT-LLM engines: held against the option tables of their version, and checks of what they make."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from erlib import config, containers, engines, option_tables, prompts, tensorrt_llm
+from erlib.config import ConfigError, WorkloadSettings
+from erlib.containers import Places
+from erlib.option_tables import OptionError
+
+PLACES = Places(Path("/data/checkpoints"), Path("/data/work"))
+PAPERS = [name for name in config.config_ids() if config.load_configuration(name).paper]
+EVERY_PLAN = [
+    (name, flow)
+    for name in config.config_ids()
+    for flow in ("engine", "period", "llmapi")
+    if (name, flow) != ("p1.B", "llmapi")
+]
+
+
+def plan(name, flow="engine", places=PLACES):
+    configuration = config.load_configuration(name)
+    longest = tensorrt_llm.lengths(configuration, WorkloadSettings())
+    return tensorrt_llm.Plan(configuration, longest, places, flow)
+
+
+def step(made, purpose):
+    return next(command for command in made.commands if command.purpose == purpose)
+
+
+def parsed(command, version):
+    return option_tables.parse(command.tool, command.options, option_tables.load_contract(version))
+
+
+@pytest.mark.parametrize(("name", "flow"), EVERY_PLAN)
+def test_every_command_fits_the_tools_of_its_version(name, flow):
+    made = plan(name, flow)
+    for command in made.commands:
+        if command.tool:
+            parsed(command, made.version)
+    assert made.commands[-1].purpose == "check"
+
+
+@pytest.mark.parametrize("name", [name for name in PAPERS if name.startswith("p1")])
+@pytest.mark.parametrize("version", ["0.8.0", "0.10.0"])
+def test_paper_1s_period_commands_also_fit_the_versions_around_theirs(name, version):
+    for command in plan(name, "period").commands[:-1]:
+        parsed(command, version)
+
+
+@pytest.mark.parametrize(
+    ("flow", "wrong", "message"),
+    [
+        ("engine", ["--max_output_len", "1200"], "unrecognized arguments: --max_output_len"),
+        ("engine", ["--enable_xqa", "enable"], "unrecognized arguments: --enable_xqa"),
+        ("engine", ["--max_batch", "8"], "unrecognized arguments: --max_batch"),  # an abbreviation
+        ("engine", ["--max_batch_size", "many"], "invalid int value: 'many'"),
+        ("engine", ["--kv_cache_type", "int8"], "invalid choice: 'int8'"),
+        ("period", ["--gemm_plugin", "auto"], "invalid choice: 'auto'"),
+        ("period", ["--max_seq_len", "2816"], "unrecognized arguments: --max_seq_len"),
+        ("period", ["--kv_cache_type", "paged"], "unrecognized arguments: --kv_cache_type"),
+    ],
+)
+def test_a_wrong_option_is_found(flow, wrong, message):
+    made = plan("p1.A", flow)
+    build = step(made, "build")
+    contract = option_tables.load_contract(made.version)
+    with pytest.raises(OptionError, match=message):
+        option_tables.parse(build.tool, [*build.options, *wrong], contract)
+
+
+def test_commands_of_one_flow_do_not_fit_the_version_of_another():
+    with pytest.raises(OptionError, match=r"trtllm-build \(0\.9\.0\).*--kv_cache_type"):
+        parsed(step(plan("p1.A"), "build"), "0.9.0")
+    with pytest.raises(OptionError, match=r"trtllm-build \(1\.2\.1\).*--max_output_len"):
+        parsed(step(plan("p1.A", "period"), "build"), "1.2.1")
+    with pytest.raises(OptionError, match=r"0\.8\.0 has no option table for hf_ptq\.py"):
+        parsed(step(plan("p1.D", "llmapi"), "quantise"), "0.8.0")
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("flow", ["engine", "period"])
+def test_builds_pin_what_versions_default_differently(name, flow):
+    made, system = plan(name, flow), config.load_configuration(name).system
+    build = parsed(step(made, "build"), made.version)
+    assert build["use_paged_context_fmha"] == "disable"  # so neither KV block reuse nor chunked context
+    assert build["max_num_tokens"] == 8192
+    assert build["max_batch_size"] == system.batch_size
+    assert build["gpt_attention_plugin"] == "float16"
+    longest = build["max_seq_len"] if flow == "engine" else build["max_input_len"] + build["max_output_len"]
+    assert (build["max_input_len"], longest) == ((1664, 2880) if name.startswith("p1") else (1024, 2048))
+    first = parsed(made.commands[0], made.version)
+    assert first["dtype"] == "float16"
+    assert first["tp_size"] == system.tensor_parallel
+    assert first["output_dir"] == build["checkpoint_dir"]
+
+
+def test_formats_of_weights_and_kv_cache_are_explicit():
+    int8 = parsed(step(plan("p1.B"), "convert"), "1.2.1")
+    assert (int8["use_weight_only"], int8["weight_only_precision"], int8["int8_kv_cache"]) == (True, "int8", True)
+    fp8 = parsed(step(plan("p2.B"), "quantise"), "1.2.1")
+    assert (fp8["qformat"], fp8["kv_cache_dtype"]) == ("fp8", "fp8")
+    int4 = parsed(step(plan("p2.D"), "quantise"), "1.2.1")
+    assert (int4["qformat"], int4["kv_cache_dtype"], int4["awq_block_size"]) == ("int4_awq", None, 128)
+    assert parsed(step(plan("p2.D", "llmapi"), "quantise"), "1.2.1")["kv_cache_qformat"] == "none"
+    fp16 = parsed(step(plan("p1.A"), "convert"), "1.2.1")
+    assert not fp16["use_weight_only"]
+    assert not fp16["int8_kv_cache"]
+
+
+@pytest.mark.parametrize("paper", ["p1", "p2"])
+def test_engines_take_the_longest_prompts_that_the_workload_draws(paper):
+    settings = WorkloadSettings()
+    longest, sequence = tensorrt_llm.lengths(config.load_configuration(f"{paper}.A"), settings)
+    drawn = prompts.paper_input_tokens(paper, settings, 8192).max()
+    answer = settings.p1_output_tokens if paper == "p1" else settings.p2_max_output_tokens
+    prompt = drawn + (answer if paper == "p1" else 0)  # a continuation prompt holds its base prompt's answer
+    assert prompt <= longest
+    assert prompt + answer <= sequence
+    assert longest <= tensorrt_llm.MAX_NUM_TOKENS  # without chunked context a prompt must fit into one step
+
+
+def test_what_the_llm_api_cannot_express_says_why():
+    with pytest.raises(ConfigError, match=r"p1\.B: flow llmapi .* no INT8 KV cache.* Use flow engine"):
+        plan("p1.B", "llmapi")
+    odd = config.load_configuration("p2.D")
+    paper = odd.system.model_copy(update={"kv_dtype": "int8"})
+    with pytest.raises(ConfigError, match=r"p2\.D: no recipe for int4 weights with int8 KV cache"):
+        tensorrt_llm.Plan(odd.model_copy(update={"paper": paper}), (1024, 2048), PLACES)
+    paper = odd.system.model_copy(update={"tensor_parallel": 3})
+    with pytest.raises(ConfigError, match="3 GPUs do not divide the KV heads of llama-3-70b"):
+        tensorrt_llm.Plan(odd.model_copy(update={"paper": paper}), (1024, 2048), PLACES)
+
+
+def test_the_llm_api_serves_fp16_checkpoints_as_downloaded_and_pins_its_defaults_off():
+    made = plan("p1.A", "llmapi")
+    assert [command.purpose for command in made.commands] == ["check"]
+    arguments = made.llm_args
+    assert arguments["model"] == "/data/checkpoints/Llama-2-70b-hf"
+    assert arguments["kv_cache_config"]["enable_block_reuse"] is False
+    assert arguments["enable_chunked_prefill"] is False
+    assert arguments["scheduler_config"]["capacity_scheduler_policy"] == "GUARANTEED_NO_EVICT"
+    assert arguments["kv_cache_config"]["max_tokens"] == 1_116_943
+    assert [command.purpose for command in plan("p2.B", "llmapi").commands] == ["fetch", "quantise", "check"]
+
+
+def test_a_baseline_of_our_own_shares_the_engine_that_it_stands_beside():
+    assert plan("p1.R").served == plan("p1.C").served == Path("/data/work/engine/p1.C/engine")
+
+
+# --- checks after a plan ----------------------------------------------------------------------------------------
+
+
+def written(made, **changed):
+    """What TensorRT-LLM leaves in an engine's directory (its weights as holes in files)."""
+    system, shape = made.system, engines.shape(made.system.model)
+    algorithm = {"fp16": None, "int8": "W8A16", "fp8": "FP8", "int4": "W4A16_AWQ"}[system.dtype]
+    kv_algorithm = {"fp16": None, "int8": "INT8", "fp8": "FP8"}[system.kv_dtype]
+    sequence = {"max_seq_len": made.lengths[1]} if made.flow == "engine" else {"max_output_len": 1216}
+    quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": kv_algorithm}
+    content = {
+        "pretrained_config": {
+            "dtype": "float16",
+            "num_hidden_layers": shape.layers,
+            "hidden_size": shape.hidden,
+            "vocab_size": shape.vocabulary,
+            "quantization": quantization,
+            "mapping": {"world_size": system.tensor_parallel, "tp_size": system.tensor_parallel},
+        },
+        "build_config": {
+            "max_input_len": made.lengths[0],
+            "max_batch_size": system.batch_size,
+            "max_num_tokens": 8192,
+            "plugin_config": {"use_paged_context_fmha": False},
+            **sequence,
+        },
+    }
+    content["pretrained_config"] |= changed
+    made.served.mkdir(parents=True)
+    (made.served / "config.json").write_text(json.dumps(content))
+    size = shape.loaded_bytes(system.dtype, system.tensor_parallel) / system.tensor_parallel
+    for rank in range(system.tensor_parallel):
+        with (made.served / f"rank{rank}.engine").open("wb") as file:
+            file.truncate(int(1.01 * size))
+
+
+@pytest.fixture
+def places(tmp_path):
+    return Places(tmp_path / "checkpoints", tmp_path / "work")
+
+
+def run_check(made):
+    """Run the plan's own last command, in this process."""
+    command = made.commands[-1]
+    return tensorrt_llm.main(command.argv[command.argv.index("check") :])
+
+
+@pytest.mark.parametrize(("name", "flow"), [("p1.B", "engine"), ("p1.D", "period"), ("p2.C", "engine")])
+def test_the_check_accepts_what_was_asked_for(places, name, flow, capsys):
+    made = plan(name, flow, places)
+    written(made)
+    assert run_check(made) == 0, capsys.readouterr().out
+
+
+def test_the_check_names_everything_that_is_wrong(places, capsys):
+    made = plan("p2.C", places=places)
+    written(made, dtype="bfloat16", quantization={"quant_algo": "FP8", "kv_cache_quant_algo": None})
+    (made.served / "rank3.engine").unlink()
+    assert run_check(made) == 1
+    out = capsys.readouterr().out
+    assert "pretrained_config.dtype is 'bfloat16', not 'float16'" in out
+    assert "kv_cache_quant_algo is None, not 'FP8'" in out
+    assert "3 engine files, not 4" in out
+
+
+def test_the_check_finds_weights_of_another_format(places):
+    made = plan("p1.C", places=places)
+    written(made)
+    with (made.served / "rank0.engine").open("wb") as file:
+        file.truncate(13 * 10**9)
+    assert made.problems() == [f"{made.served}: 13.0 GB of engine files, but 26.0 GB of weights"]
+
+
+def test_the_check_of_a_quantised_checkpoint_reads_what_modelopt_wrote(places):
+    made = plan("p2.D", "llmapi", places)
+    assert all("not readable" in problem for problem in made.problems())
+    made.served.mkdir(parents=True)
+    model = {"num_hidden_layers": 80, "hidden_size": 8192, "vocab_size": 128256}
+    (made.served / "config.json").write_text(json.dumps(model))
+    formats = {"quantization": {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": "FP8"}}
+    (made.served / "hf_quant_config.json").write_text(json.dumps(formats))
+    (problem,) = made.problems()
+    assert "kv_cache_quant_algo is 'FP8', not None" in problem
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+def test_show_prints_the_plan_as_the_runner_starts_it(capsys):
+    assert tensorrt_llm.main(["show", "p2.B", "--runner", "bare", "--work", "/w", "--checkpoints", "/c"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        "python3 /app/tensorrt_llm/examples/quantization/quantize.py --model_dir /c/Meta-Llama-3"
+    )
+    assert lines[1].startswith("trtllm-build --checkpoint_dir /w/engine/p2.B/checkpoint ")
+    assert tensorrt_llm.main(["show", "p1.B", "--flow", "llmapi"]) == 2
+    assert "no INT8 KV cache" in capsys.readouterr().err
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Tools that answer ``--help`` like those of the table, but for two options; one does not start."""
+    build = tmp_path / "bin" / "trtllm-build"
+    build.parent.mkdir()
+    contract = option_tables.load_contract("1.2.1")
+    text = option_tables.parser("trtllm-build", contract).format_help()
+    text = text.replace("--pp_reduce_scatter {enable,disable}", "--new_thing THING")
+    build.write_text(f"#!/bin/sh\ncat <<'END'\n[TensorRT-LLM] TensorRT-LLM version: 1.2.1\n{text}\nEND\n")
+    build.chmod(0o755)
+    monkeypatch.setenv("PATH", str(build.parent), prepend=":")
+    image = containers.load_image("1.2.1").model_copy(update={"scripts": dict.fromkeys(contract.tools, "absent.py")})
+    image.scripts.pop("trtllm-build")
+    monkeypatch.setattr(tensorrt_llm, "load_image", lambda version: image)
+    monkeypatch.setattr(option_tables, "TABLES", tmp_path / "tables")
+    option_tables.TABLES.mkdir()
+    (option_tables.TABLES / "1.2.1.json").write_text(contract.dumps())
+
+
+def test_refresh_shows_differences_and_writes_only_when_asked(installed, tmp_path, capsys):
+    before = option_tables.load_contract("1.2.1")
+    command = ["refresh", "1.2.1", "--runner", "bare", "--work", str(tmp_path)]
+    assert tensorrt_llm.main(command) == 1  # three tools did not answer
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["trtllm-build: --pp_reduce_scatter is gone", "trtllm-build: --new_thing is new"]
+    assert "quantize.py: not asked" in err
+    assert option_tables.load_contract("1.2.1") == before
+    tensorrt_llm.main([*command, "--write"])
+    after = option_tables.load_contract("1.2.1")
+    assert "--new_thing" in after.tools["trtllm-build"].options
+    assert after.tools["trtllm-build"].evidence == "--help of the installed tools"
+    assert after.tools["quantize.py"] == before.tools["quantize.py"]
