@@ -16,13 +16,14 @@ A :class:`Plan` says what to run and runs nothing. Three *flows* lead to a serve
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,6 +31,7 @@ from typing import Any, Literal, get_args
 from erlib import config, engines, option_tables, paths
 from erlib.config import ConfigError, Configuration, PaperSystem, WorkloadSettings
 from erlib.containers import Command, Places, Purpose, Runner, RunnerKind, load_image
+from erlib.option_tables import Contract, OptionError
 
 Flow = Literal["engine", "period", "llmapi"]
 
@@ -142,6 +144,17 @@ class Plan:
         options = {"--flow": self.flow, "--checkpoints": self.places.checkpoints, "--work": self.places.work}
         check = ("python", "-m", "erlib.tensorrt_llm", "check", self.configuration.id, "--lengths")
         return [*steps, Command("check", check, (*map(str, self.lengths), *_words(options)), self.served)]
+
+    def misfits(self, contract: Contract) -> list[str]:
+        """Why commands would be refused by tools with these options; empty if none would be."""
+        found = []
+        for command in self.commands:
+            try:
+                if command.tool:
+                    option_tables.parse(command.tool, command.options, contract)
+            except OptionError as error:
+                found.append(f"{self.configuration.id}, flow {self.flow}: {error}")
+        return found
 
     def _convert(self) -> Command:
         options = self._from_checkpoint | {"--workers": self.system.tensor_parallel}
@@ -366,17 +379,31 @@ def _refresh(args: argparse.Namespace) -> int:
     helps = {}
     for tool in contract.tools:
         asking = Command("ask", image.program(tool, places.work), ("--help",), places.work, tool)
-        answer = subprocess.run(runner.argv(asking), capture_output=True, text=True, check=False)
-        if answer.returncode:
-            print(f"{tool}: not asked: {answer.stderr.strip()[-300:]}", file=sys.stderr)
-        else:
+        try:
+            answer = subprocess.run(runner.argv(asking), capture_output=True, text=True, check=True)
             helps[tool] = answer.stdout
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"{tool}: not asked: {(getattr(error, 'stderr', '') or str(error)).strip()[-300:]}", file=sys.stderr)
+    if not helps:
+        return 1
     evidence = "--help of the installed tools" if args.runner == "bare" else f"--help in {image.reference}"
     contract, differences = option_tables.refreshed(contract, helps, evidence)
-    print("\n".join(differences) or f"no difference in {', '.join(helps) or 'nothing: no tool answered'}")
-    if args.write and helps:
+    refused = [line for plan in _plans(args.version, places) for line in plan.misfits(contract)]
+    print("\n".join(differences) or f"no difference in {', '.join(helps)}")
+    print("\n".join(refused) or "every plan fits")
+    if args.write:
         (option_tables.TABLES / f"{args.version}.json").write_text(contract.dumps())
-    return 0 if len(helps) == len(contract.tools) else 1
+    return 0 if len(helps) == len(contract.tools) and not refused else 1
+
+
+def _plans(version: str, places: Places) -> Iterator[Plan]:
+    """All plans that use a version."""
+    for configuration in map(config.load_configuration, config.config_ids()):
+        for flow in get_args(Flow):
+            with contextlib.suppress(ConfigError):  # a flow that cannot express it
+                plan = Plan(configuration, lengths(configuration, WorkloadSettings()), places, flow)
+                if plan.version == version:
+                    yield plan
 
 
 if __name__ == "__main__":

@@ -251,12 +251,13 @@ def test_show_prints_the_plan_as_the_runner_starts_it(capsys):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """Tools that answer ``--help`` like those of the table, but for two options; one does not start."""
+    """Tools that answer ``--help`` as the table says, but for three options; or do not start."""
     build = tmp_path / "bin" / "trtllm-build"
     build.parent.mkdir()
     contract = option_tables.load_contract("1.2.1")
     text = option_tables.parser("trtllm-build", contract).format_help()
     text = text.replace("--pp_reduce_scatter {enable,disable}", "--new_thing THING")
+    text = text.replace("--kv_cache_type {continuous,paged,disabled}", "--kv_cache_type {linear}")
     build.write_text(f"#!/bin/sh\ncat <<'END'\n[TensorRT-LLM] TensorRT-LLM version: 1.2.1\n{text}\nEND\n")
     build.chmod(0o755)
     monkeypatch.setenv("PATH", str(build.parent), prepend=":")
@@ -273,7 +274,14 @@ def test_refresh_shows_differences_and_writes_only_when_asked(installed, tmp_pat
     command = ["refresh", "1.2.1", "--runner", "bare", "--work", str(tmp_path)]
     assert tensorrt_llm.main(command) == 1  # three tools did not answer
     out, err = capsys.readouterr()
-    assert out.splitlines() == ["trtllm-build: --pp_reduce_scatter is gone", "trtllm-build: --new_thing is new"]
+    lines = out.splitlines()
+    assert lines[0] == "trtllm-build: --pp_reduce_scatter is gone"
+    assert lines[1].startswith("trtllm-build: --kv_cache_type: choices was ('continuous', ")
+    assert lines[2] == "trtllm-build: --new_thing is new"
+    assert lines[3].startswith(
+        "p1.A, flow engine: trtllm-build (1.2.1): argument --kv_cache_type: invalid choice: 'paged'"
+    )
+    assert len(lines) == 3 + len(config.config_ids())  # each has one engine plan of this version
     assert "quantize.py: not asked" in err
     assert option_tables.load_contract("1.2.1") == before
     tensorrt_llm.main([*command, "--write"])
@@ -281,3 +289,12 @@ def test_refresh_shows_differences_and_writes_only_when_asked(installed, tmp_pat
     assert "--new_thing" in after.tools["trtllm-build"].options
     assert after.tools["trtllm-build"].evidence == "--help of the installed tools"
     assert after.tools["quantize.py"] == before.tools["quantize.py"]
+
+
+def test_refresh_without_any_tool_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(option_tables.Contract, "dumps", lambda self: pytest.fail("wrote"))
+    assert tensorrt_llm.main(["refresh", "1.2.1", "--runner", "enroot", "--write"]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert "trtllm-build: not asked" in err
