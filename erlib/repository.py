@@ -1,0 +1,220 @@
+"""Triton model repositories of TensorRT-LLM engines, as the papers served them, and the servers that load them.
+
+A repository has the four models of NVIDIA's ``inflight_batcher_llm``: preprocessing, tensorrt_llm, postprocessing and
+the ensemble of them, which speaks :mod:`erlib.wire`. The texts under ``engines/triton/tensorrt_llm`` are our own. Like
+the first author's, they hand token ids to the client, so that one response is one token and nobody has to guess the
+count from text.
+
+What later versions of TensorRT-LLM do by default and the papers' did not is switched off: reuse of KV blocks, which
+would turn a continuation's prefill into a cache hit, and chunked context.
+
+A cancelled request keeps its slot: an ensemble does not pass cancellation on to a step that is running, so the engine
+writes the answer to its end.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from erlib import engines, paths, processes, triton
+from erlib.config import ConfigError, Configuration, ServingSettings
+from erlib.wire import MODEL_NAME
+
+TEMPLATES = paths.ENGINE_SPECS / "triton" / "tensorrt_llm"
+ENGINE_MODEL = "tensorrt_llm"
+MODELS = ("preprocessing", ENGINE_MODEL, "postprocessing", MODEL_NAME)
+PROCESSES = 16
+"""Of preprocessing and of postprocessing each, over all servers: every system under test has as many."""
+
+
+def render(
+    configuration: Configuration, engine: Path, tokenizer: Path, target: Path, n_processes: int | None = None
+) -> Path:
+    """Write the model repository that all servers of a configuration load.
+
+    Parameters
+    ----------
+    configuration : Configuration
+        Its row of Table I gives batch size and KV cache (tokens per instance, GB read as 10^9 bytes).
+    engine : Path
+        Directory of the TensorRT-LLM engine, as the server sees it.
+    tokenizer : Path
+        Directory with ``tokenizer.json`` and ``tokenizer_config.json``, as the server sees it.
+    target : Path
+        Directory to write; what is there is replaced.
+    n_processes : int, optional
+        Of preprocessing and of postprocessing per server; by default their share of :data:`PROCESSES`.
+
+    Returns
+    -------
+    Path
+        `target`.
+    """
+    system = configuration.system
+    values = {
+        "batch_size": system.batch_size,
+        "tokenizer": str(tokenizer),
+        "processes": n_processes or max(1, PROCESSES // system.instances),
+        "parameters": _engine_parameters(configuration, engine),
+    }
+    shutil.rmtree(target, ignore_errors=True)
+    with paths.building(target) as partial:
+        for model in MODELS:
+            text = _templates().get_template(f"{model}/config.pbtxt.j2").render(values)
+            text_format.Parse(text, model_config_pb2.ModelConfig())  # what Triton would trip over, here and now
+            version = partial / model / "1"
+            version.mkdir(parents=True)
+            (partial / model / "config.pbtxt").write_text(text)
+            if (code := TEMPLATES / model / "1" / "model.py").exists():
+                shutil.copy(code, version)  # copied, because a container does not see this repository
+    return target
+
+
+def _engine_parameters(configuration: Configuration, engine: Path) -> dict[str, str]:
+    """What TensorRT-LLM's backend is told; everything is a string."""
+    return {
+        "gpt_model_type": "inflight_fused_batching",
+        "gpt_model_path": str(engine),
+        "batch_scheduler_policy": "guaranteed_no_evict",
+        # Table I's KV cache, if the share of memory allows it: the smaller of the two counts.
+        "max_tokens_in_paged_kv_cache": str(engines.kv_tokens(configuration.system)),
+        "kv_cache_free_gpu_mem_fraction": str(engines.KV_SHARE),
+        "enable_kv_cache_reuse": "false",
+        "enable_chunked_context": "false",
+        "max_beam_width": "1",
+        "exclude_input_in_output": "true",
+        "cancellation_check_period_ms": "100",
+        # The backend reads these without a default. Empty: no guided decoding.
+        "tokenizer_dir": "",
+        "guided_decoding_backend": "",
+        "xgrammar_tokenizer_info_path": "",
+    }
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+    )
+    environment.filters["quote"] = functools.partial(json.dumps, ensure_ascii=False)
+    return environment
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a server's process is started."""
+
+    command: list[str]
+    environment: dict[str, str]
+    """Beside what is inherited."""
+
+
+class RepositoryServer(triton.TritonServer):
+    """A server on a rendered repository.
+
+    Parameters
+    ----------
+    label : str
+        Name in messages and logs, e.g. ``"p1.D-3"``.
+    repository : Path
+        What :func:`render` wrote. It is only read, and not removed.
+    port : int
+        HTTP port; gRPC is the next, metrics the one after.
+    work_dir : Path
+        Where the log goes.
+    gpus : sequence of int
+        The engine's GPUs, one rank each. Empty: the CPU, with the server of the ``nvidia-pytriton`` wheel, which has no
+        TensorRT-LLM backend; the repository's tensorrt_llm must then be something else.
+    """
+
+    def __init__(
+        self, label: str, repository: Path, port: int, work_dir: Path, gpus: Sequence[int], host: str = "127.0.0.1"
+    ):
+        super().__init__(label, ENGINE_MODEL, {}, 1, port, work_dir, host)
+        self.repository = repository
+        self.gpus = tuple(gpus)
+
+    @property
+    def launch(self) -> Launch:
+        """Command and environment of the server process.
+
+        On GPUs, TensorRT-LLM's leader mode: the first rank serves; the others load nothing but their part of the engine
+        and open no port.
+        """
+        if not self.gpus:
+            return self._on_the_cpu()
+        command = ["mpirun", "--allow-run-as-root"]
+        for rank in range(len(self.gpus)):
+            follows = ["--model-control-mode=explicit", f"--load-model={ENGINE_MODEL}"] if rank else []
+            command += [":"] * (rank > 0) + ["-n", "1", "tritonserver", *self._options(f"{self.shm_prefix}r{rank}-")]
+            command += ["--exit-timeout-secs=60", *follows]
+        return Launch(command, {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))})
+
+    def _on_the_cpu(self) -> Launch:
+        root = triton._wheel()
+        command = [
+            str(root / "bin" / "tritonserver"),
+            *self._options(self.shm_prefix),
+            f"--backend-directory={self._backend_directory(root)}",
+            "--exit-timeout-secs=2",
+            "--allow-gpu-metrics=false",
+            "--pinned-memory-pool-byte-size=0",
+        ]
+        return Launch(command, triton._environment())
+
+    def _options(self, shm_prefix: str) -> list[str]:
+        return [
+            f"--model-repository={self.repository}",
+            f"--http-address={self.host}", f"--http-port={self.http_port}",
+            f"--grpc-address={self.host}", f"--grpc-port={self.grpc_port}",
+            f"--metrics-address={self.host}", f"--metrics-port={self.metrics_port}",
+            "--disable-auto-complete-config",
+            f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        ]  # fmt: skip
+
+    def start(self) -> None:
+        """Start the process; see :meth:`~erlib.triton.TritonServer.wait_ready`."""
+        self._sweep_shared_memory()  # a predecessor that was killed leaves its regions behind
+        self.log.unlink(missing_ok=True)
+        launch = self.launch
+        self.process = processes.spawn(launch.command, self.log, env=launch.environment)
+
+
+def servers(
+    configuration: Configuration, repository: Path, settings: ServingSettings, log_dir: Path, n_gpus: int = 8
+) -> list[RepositoryServer]:
+    """The servers of a configuration, each on GPUs of its own, all on one repository.
+
+    Ports are those that :class:`~erlib.stack.Stack` would give them: behind NGINX and the gateways, three each.
+
+    Raises
+    ------
+    ConfigError
+        If `n_gpus` are too few.
+    """
+    system = configuration.system
+    if (needed := system.instances * system.tensor_parallel) > n_gpus:
+        raise ConfigError(f"{configuration.id} needs {needed} GPUs; there are {n_gpus}")
+    first_port = settings.base_port + 1 + settings.gateways
+    return [
+        RepositoryServer(
+            f"{configuration.id}-{i}",
+            repository,
+            first_port + i * triton.TritonServer.PORTS,
+            log_dir,
+            range(i * system.tensor_parallel, (i + 1) * system.tensor_parallel),
+            settings.host,
+        )
+        for i in range(system.instances)
+    ]

@@ -1,0 +1,81 @@
+"""Stand-in for TensorRT-LLM's Triton backend: its inputs and outputs, and tokens that follow from the prompt.
+
+Tests put it into a rendered repository. All sequences get a token per step, as with in-flight batching.
+"""
+
+import threading
+import time
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+STEP_S = 0.002
+MAX_SEQ_LEN = 4096
+END_AT = 5
+"""Which token of an answer is the end of sequence, which ends it if the request says so."""
+
+
+class Sequence:
+    def __init__(self, request):
+        self.sender = request.get_response_sender()
+        self.prompt = self._read(request, "input_ids", (1, -1))[0].tolist()
+        assert len(self.prompt) == self._read(request, "input_lengths", (1,))[0]
+        self.max_tokens = int(self._read(request, "request_output_len", (1,))[0])
+        self.end_id = int(self._read(request, "end_id", (1,))[0])
+        self.pad_id = int(self._read(request, "pad_id", (1,))[0])
+        self.streaming = pb_utils.get_input_tensor_by_name(request, "streaming") is not None and bool(
+            self._read(request, "streaming", (1,))[0]
+        )
+        self.answer = []
+
+    @staticmethod
+    def _read(request, name, shape):
+        values = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+        assert len(values.shape) == len(shape), f"{name} has shape {values.shape}"
+        assert all(wanted in (-1, size) for wanted, size in zip(shape, values.shape, strict=True))
+        return values
+
+    def step(self):
+        """Send the next token; returns whether it was the last."""
+        token = self.pad_id if len(self.answer) == END_AT else self.prompt[len(self.answer) % len(self.prompt)]
+        self.answer.append(token)
+        done = len(self.answer) == self.max_tokens or token == self.end_id
+        if self.streaming or done:
+            tokens = [token] if self.streaming else self.answer
+            outputs = [
+                pb_utils.Tensor("output_ids", np.array([[tokens]], dtype=np.int32)),
+                pb_utils.Tensor("sequence_length", np.array([[len(tokens)]], dtype=np.int32)),
+            ]
+            self.sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL if done else 0)
+        return done
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.active, self.lock, self.stopping = [], threading.Lock(), False
+        self.loop = threading.Thread(target=self._loop, daemon=True)
+        self.loop.start()
+
+    def execute(self, requests):
+        for request in requests:
+            sequence = Sequence(request)
+            if len(sequence.prompt) + sequence.max_tokens > MAX_SEQ_LEN:
+                error = pb_utils.TritonError(f"the engine holds sequences of up to {MAX_SEQ_LEN} tokens")
+                sequence.sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+                continue
+            with self.lock:
+                self.active.append(sequence)
+
+    def finalize(self):
+        self.stopping = True
+        self.loop.join()
+
+    def _loop(self):
+        while not self.stopping:
+            time.sleep(STEP_S)
+            with self.lock:
+                running = list(self.active)
+            finished = [sequence for sequence in running if sequence.step()]
+            with self.lock:
+                self.active = [sequence for sequence in self.active if sequence not in finished]
