@@ -1,6 +1,7 @@
 """Stand-in for TensorRT-LLM's Triton backend: its inputs and outputs, and tokens that follow from the prompt.
 
-Tests put it into a rendered repository. All sequences get a token per step, as with in-flight batching.
+Tests put it into a rendered repository. All sequences get a token per step, as with in-flight batching; one that
+Triton says is cancelled leaves. What it generates is counted as ``expert_engine_tokens``.
 """
 
 import threading
@@ -12,6 +13,7 @@ import triton_python_backend_utils as pb_utils
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 STEP_S = 0.002
 MAX_SEQ_LEN = 4096
+CANCEL_CHECK_EVERY_TOKENS = 8
 END_AT = 5
 """Which token of an answer is the end of sequence, which ends it if the request says so."""
 
@@ -38,6 +40,9 @@ class Sequence:
 
     def step(self):
         """Send the next token; returns whether it was the last."""
+        if len(self.answer) % CANCEL_CHECK_EVERY_TOKENS == 0 and self.sender.is_cancelled():
+            self.sender.send(flags=FINAL)
+            return True
         token = self.pad_id if len(self.answer) == END_AT else self.prompt[len(self.answer) % len(self.prompt)]
         self.answer.append(token)
         done = len(self.answer) == self.max_tokens or token == self.end_id
@@ -53,6 +58,10 @@ class Sequence:
 
 class TritonPythonModel:
     def initialize(self, args):
+        self.family = pb_utils.MetricFamily(
+            name="expert_engine_tokens", description="tokens generated", kind=pb_utils.MetricFamily.COUNTER
+        )
+        self.generated = self.family.Metric(labels={"model": "tensorrt_llm"})
         self.active, self.lock, self.stopping = [], threading.Lock(), False
         self.loop = threading.Thread(target=self._loop, daemon=True)
         self.loop.start()
@@ -76,6 +85,8 @@ class TritonPythonModel:
             time.sleep(STEP_S)
             with self.lock:
                 running = list(self.active)
+            if running:
+                self.generated.increment(len(running))
             finished = [sequence for sequence in running if sequence.step()]
             with self.lock:
                 self.active = [sequence for sequence in self.active if sequence not in finished]

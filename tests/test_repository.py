@@ -185,8 +185,8 @@ def llama2_like(tmp_path_factory) -> Path:
 class Served:
     """The nine repositories, p2.C's on both of its servers, behind one gateway that takes them in turn."""
 
-    def __init__(self, names: list[str], servers: list[repository.RepositoryServer], tokenizers: list[Path], url: str):
-        self.names, self.servers, self.url = names, servers, url
+    def __init__(self, servers: list[repository.RepositoryServer], tokenizers: list[Path], url: str):
+        self.servers, self.url = servers, url
         self.tokenizers = [Tokenizer.from_file(str(directory / "tokenizer.json")) for directory in tokenizers]
         ends = [json.loads((directory / "tokenizer_config.json").read_text())["eos_token"] for directory in tokenizers]
         self.end_ids = [
@@ -199,29 +199,28 @@ class Served:
         ids = self.tokenizers[server].encode(prompt).ids
         return [self.end_ids[server] if i == END_AT else ids[i % len(ids)] for i in range(n)]
 
-    def ask_each(self, request: bytes) -> list[list[bytes]]:
-        """Replies of each server, asked side by side through the gateway."""
-        return self.ask([request] * len(self.servers))
+    def ask(self, requests: list[bytes]) -> list[tuple[int, list[bytes]]]:
+        """For each request, all asked side by side through the gateway: which server replied, and its messages."""
 
-    def ask(self, requests: list[bytes]) -> list[list[bytes]]:
-        """Replies by server; there must be as many requests for each, and the gateway must take all of them."""
-        replies: list[list[bytes]] = [[] for _ in self.servers]
-
-        async def one(channel: grpc.aio.Channel, request: bytes) -> None:
+        async def one(channel: grpc.aio.Channel, request: bytes) -> tuple[int, list[bytes]]:
             call = channel.stream_stream(wire.STREAM_INFER)(iter([request]), timeout=60)
             server = int(dict(await call.initial_metadata())["er-expert"])
-            replies[server] += [message async for message in call]
+            return server, [message async for message in call]
 
-        async def all_of_them() -> None:
+        async def all_of_them() -> list[tuple[int, list[bytes]]]:
             async with grpc.aio.insecure_channel(self.url, options=wire.CHANNEL_OPTIONS) as channel:
-                await asyncio.gather(*(one(channel, request) for request in requests))
+                return await asyncio.gather(*(one(channel, request) for request in requests))
 
-        asyncio.run(all_of_them())
-        return replies
+        return asyncio.run(all_of_them())
 
-    def generated(self) -> list[int]:
-        """Tokens that each server has counted."""
-        return [round(server.counters().get("expert_generated_tokens", 0)) for server in self.servers]
+    def ask_each(self, request: bytes) -> list[list[bytes]]:
+        """Messages of each server: the gateway takes them in turn, so as many requests as servers reach all."""
+        replies = dict(self.ask([request] * len(self.servers)))
+        return [replies[server] for server in range(len(self.servers))]
+
+    def counted(self, by: str) -> list[int]:
+        """Tokens that each server has counted: ``generated`` on their way to a client, by the ``engine``."""
+        return [round(server.counters().get(f"expert_{by}_tokens", 0)) for server in self.servers]
 
 
 @pytest.fixture(scope="module")
@@ -254,12 +253,21 @@ def served(profile, tokenizer, llama2_like, tmp_path_factory):
         )
         gateway = processes.spawn([*command, "--experts", ",".join(server.url for server in servers)], home / "gateway")
         processes.wait_until(lambda: processes.listening(port), gateway, "gateway", home / "gateway", 60)
-        yield Served(names, servers, tokenizers, f"127.0.0.1:{port}")
+        yield Served(servers, tokenizers, f"127.0.0.1:{port}")
     finally:
         processes.stop([process for process in (gateway, *(server.process for server in servers)) if process], 0)
         for server in servers:
             server.clean_up()
     assert [path for at in ports for path in Path("/dev/shm").glob(f"er{at}-*")] == []
+
+
+def answered(messages: list[bytes]) -> list[int]:
+    """Token ids of a reply."""
+    return [token for message in messages for token in wire.decode_response(message).token_ids]
+
+
+def difference(after: list[int], before: list[int]) -> list[int]:
+    return [one - other for one, other in zip(after, before, strict=True)]
 
 
 def changed(request: bytes, change: Callable[[pb.ModelInferRequest], None]) -> bytes:
@@ -299,7 +307,7 @@ def test_all_nine_are_loaded_and_speak_the_contract(served):
 
 
 def test_one_response_is_one_token_and_the_length_is_forced(served):
-    before = served.generated()
+    before = served.counted("generated")
     n = 2 * max(len(tokenizer.encode(PROMPT).ids) for tokenizer in served.tokenizers)
     replies = served.ask_each(wire.encode_request(PROMPT, n, wire.NEVER_STOP))
     for server, messages in enumerate(replies):
@@ -312,26 +320,23 @@ def test_one_response_is_one_token_and_the_length_is_forced(served):
         parsed = [pb.ModelStreamInferResponse.FromString(message).infer_response for message in messages]
         final = [response.parameters["triton_final_response"].bool_param for response in parsed]
         assert final == [False] * (n - 1) + [True]
-    assert np_diff(served.generated(), before) == [n] * len(served.servers)
-
-
-def np_diff(after: list[int], before: list[int]) -> list[int]:
-    return [one - other for one, other in zip(after, before, strict=True)]
+    assert difference(served.counted("generated"), before) == [n] * len(served.servers)
 
 
 def test_characters_cut_between_tokens_are_whole_again(served):
-    for server, tokenizer in enumerate(served.tokenizers):
-        n = len(tokenizer.encode(PROMPT).ids)
-        texts = [wire.decode_response(m).text for m in served.ask_each(wire.encode_request(PROMPT, n, -1))[server]]
-        ids = served.expected(server, PROMPT, n)
-        assert b"".join(texts).decode() == tokenizer.decode(ids, skip_special_tokens=False)
+    lengths = [len(tokenizer.encode(PROMPT).ids) for tokenizer in served.tokenizers]
+    replies = served.ask_each(wire.encode_request(PROMPT, max(lengths), wire.NEVER_STOP))
+    for server, (tokenizer, n, messages) in enumerate(zip(served.tokenizers, lengths, replies, strict=True)):
+        texts = [wire.decode_response(message).text for message in messages[:n]]
+        whole = tokenizer.decode(served.expected(server, PROMPT, n), skip_special_tokens=False)
+        assert b"".join(texts).decode() == whole
         with pytest.raises(UnicodeDecodeError):
             [text.decode() for text in texts]
 
 
 def test_without_end_id_the_tokenizers_end_of_sequence_ends_the_answer(served):
     for server, messages in enumerate(served.ask_each(wire.encode_request(PROMPT, 40))):
-        ids = [token for message in messages for token in wire.decode_response(message).token_ids]
+        ids = answered(messages)
         assert ids == served.expected(server, PROMPT, END_AT + 1)
         assert ids[-1] == served.end_ids[server]
 
@@ -368,15 +373,17 @@ def test_bad_requests_get_a_reason_and_the_next_one_is_served(served, change, ma
 
 def test_many_streams_side_by_side_keep_their_tokens_in_order(served):
     """Ten servers, p2.E's with two processes per step, whose tokens could overtake one another."""
-    prompts = ["".join(f" {word}{i}" for word in ("red", "green", "blue")) for i in range(8)]
-    for prompt in prompts:  # turns are taken request by request: as many at a time as there are servers
-        asked = [wire.encode_request(prompt, 60, wire.NEVER_STOP)] * len(served.servers)
-        for server, messages in enumerate(served.ask(asked)):
-            ids = [token for message in messages for token in wire.decode_response(message).token_ids]
-            assert ids == served.expected(server, prompt, 60)
+    prompts = [
+        f"{colour} number {i}" for i in range(len(served.servers)) for colour in ("red", "green", "blue", "grey")
+    ]
+    replies = served.ask([wire.encode_request(prompt, 60, wire.NEVER_STOP) for prompt in prompts])
+    for prompt, (server, messages) in zip(prompts, replies, strict=True):
+        assert answered(messages) == served.expected(server, prompt, 60)
 
 
-def test_a_client_that_cancels_leaves_a_server_that_serves(served):
+def test_a_client_that_cancels_is_not_served_on_but_the_engine_writes_to_the_end(served):
+    """An ensemble does not tell a step that runs; should a later Triton do, what is said about it must change."""
+
     async def cancel_after_three() -> int:
         async with grpc.aio.insecure_channel(served.url) as channel:
             call = channel.stream_stream(wire.STREAM_INFER)(iter([wire.encode_request(PROMPT, 400, wire.NEVER_STOP)]))
@@ -386,12 +393,18 @@ def test_a_client_that_cancels_leaves_a_server_that_serves(served):
             call.cancel()
             return server
 
-    before = served.generated()
-    cancelled = [asyncio.run(cancel_after_three()) for _ in served.servers]
-    assert sorted(cancelled) == list(range(len(served.servers)))
-    time.sleep(2.5)
-    print("COUNT", np_diff(served.generated(), before))
+    async def cancel_all() -> list[int]:
+        return await asyncio.gather(*(cancel_after_three() for _ in served.servers))
+
+    served.ask_each(wire.encode_request(PROMPT, 1, wire.NEVER_STOP))  # all counters are there
+    before, before_engines = served.counted("generated"), served.counted("engine")
+    assert sorted(asyncio.run(cancel_all())) == list(range(len(served.servers)))
+    deadline = time.monotonic() + 30
+    while (written := difference(served.counted("engine"), before_engines)) != [400] * len(served.servers):
+        assert time.monotonic() < deadline, written
+        time.sleep(0.1)
+    assert all(3 <= sent < 400 for sent in difference(served.counted("generated"), before))
     replies = served.ask_each(wire.encode_request(PROMPT, 20, wire.NEVER_STOP))
     for server, messages in enumerate(replies):
-        ids = [token for message in messages for token in wire.decode_response(message).token_ids]
+        ids = answered(messages)
         assert ids == served.expected(server, PROMPT, 20)
