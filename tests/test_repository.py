@@ -358,7 +358,7 @@ def _wrong_type(message: pb.ModelInferRequest) -> None:
     ("change", "max_tokens", "reason"),
     [
         (_wrong_type, 3, "data-type is 'INT64', but model 'ensemble' expects 'INT32'"),
-        (drop("max_tokens"), 3, "expected number of inputs between 2 and 4"),
+        (drop("max_tokens"), 3, "the request has no input 'max_tokens'"),
         (lambda message: None, 0, "max_tokens must be at least 1, not 0"),
         (lambda message: None, 5000, "the engine holds sequences of up to 4096 tokens"),
     ],

@@ -58,6 +58,8 @@ class TritonPythonModel:
 def _input(request, name, default=None):
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
+        if default is None:
+            raise BadRequest(f"the request has no input {name!r}")
         return default
     values = tensor.as_numpy().reshape(-1)
     if len(values) != 1:
