@@ -8,7 +8,8 @@ Modules are listed in the order in which data flows through them; each imports o
     engines, openvino, quality                arithmetic of a configuration; its engine, built; what its format costs
     containers, option_tables, tensorrt_llm   where plans run; what tools accept; the DGX's engines, planned and checked
     steptimes, batching                       how long a step lasts on H100s; which requests share one
-    wire, triton, gateway, nginx, stack       messages; one server; the routing gateway; the balancer; all of it
+    wire, triton, repository                  messages; one server; one that has TensorRT-LLM's model repository
+    gateway, nginx, stack                     the routing gateway; the balancer; all of it
     users, threaded_users                     the user simulator; the papers' user simulator
     records, sweep, metrics                   the record of each request; resumable sweeps; TTFT, TPOT, throughput
     simulation, emulation, ablation           H100s in virtual time; in real time; what the papers' harness does

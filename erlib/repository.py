@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 from erlib import engines, paths, processes, triton
 from erlib.config import ConfigError, Configuration, ServingSettings
@@ -69,10 +68,9 @@ def render(
     shutil.rmtree(target, ignore_errors=True)
     with paths.building(target) as partial:
         for model in MODELS:
-            text = _templates().get_template(f"{model}/config.pbtxt.j2").render(values)
-            text_format.Parse(text, model_config_pb2.ModelConfig())  # what Triton would trip over, here and now
             version = partial / model / "1"
             version.mkdir(parents=True)
+            text = _templates().get_template(f"{model}/config.pbtxt.j2").render(values)
             (partial / model / "config.pbtxt").write_text(text)
             if (code := TEMPLATES / model / "1" / "model.py").exists():
                 shutil.copy(code, version)  # copied, because a container does not see this repository
@@ -118,6 +116,11 @@ class Launch:
     command: list[str]
     environment: dict[str, str]
     """Beside what is inherited."""
+
+    def __str__(self) -> str:
+        """As one would type it."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.command)])
 
 
 class RepositoryServer(triton.TritonServer):

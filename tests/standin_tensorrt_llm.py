@@ -1,9 +1,11 @@
 """Stand-in for TensorRT-LLM's Triton backend: its inputs and outputs, and tokens that follow from the prompt.
 
 Tests put it into a rendered repository. All sequences get a token per step, as with in-flight batching; one that
-Triton says is cancelled leaves. What it generates is counted as ``expert_engine_tokens``.
+Triton says is cancelled leaves. What it generates is counted as ``expert_engine_tokens``. A step lasts as long as the
+parameter ``step_s`` says.
 """
 
+import json
 import threading
 import time
 
@@ -11,7 +13,6 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-STEP_S = 0.002
 MAX_SEQ_LEN = 4096
 CANCEL_CHECK_EVERY_TOKENS = 8
 END_AT = 5
@@ -58,6 +59,7 @@ class Sequence:
 
 class TritonPythonModel:
     def initialize(self, args):
+        self.step_s = float(json.loads(args["model_config"])["parameters"]["step_s"]["string_value"])
         self.family = pb_utils.MetricFamily(
             name="expert_engine_tokens", description="tokens generated", kind=pb_utils.MetricFamily.COUNTER
         )
@@ -82,9 +84,9 @@ class TritonPythonModel:
 
     def _loop(self):
         while not self.stopping:
-            time.sleep(STEP_S)
             with self.lock:
                 running = list(self.active)
+            time.sleep(self.step_s if running else 0.001)
             if running:
                 self.generated.increment(len(running))
             finished = [sequence for sequence in running if sequence.step()]
