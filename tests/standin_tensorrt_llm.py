@@ -1,8 +1,8 @@
 """Stand-in for TensorRT-LLM's Triton backend: its inputs and outputs, and tokens that follow from the prompt.
 
-Tests put it into a rendered repository. All sequences get a token per step, as with in-flight batching; one that
-Triton says is cancelled leaves. What it generates is counted as ``expert_engine_tokens``. A step lasts as long as the
-parameter ``step_s`` says.
+Tests put it into a rendered repository. All sequences get a token per step, as with in-flight batching; a step lasts as
+long as the parameter ``step_s`` says. A sequence of which Triton says that it is cancelled leaves. After an end of
+sequence comes a last response without a token. What is generated is counted as ``expert_engine_tokens``.
 """
 
 import json
@@ -46,15 +46,23 @@ class Sequence:
             return True
         token = self.pad_id if len(self.answer) == END_AT else self.prompt[len(self.answer) % len(self.prompt)]
         self.answer.append(token)
-        done = len(self.answer) == self.max_tokens or token == self.end_id
-        if self.streaming or done:
-            tokens = [token] if self.streaming else self.answer
-            outputs = [
-                pb_utils.Tensor("output_ids", np.array([[tokens]], dtype=np.int32)),
-                pb_utils.Tensor("sequence_length", np.array([[len(tokens)]], dtype=np.int32)),
-            ]
-            self.sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL if done else 0)
-        return done
+        done = len(self.answer) == self.max_tokens
+        if not self.streaming:
+            if done or token == self.end_id:
+                self._send(self.answer, FINAL)
+        elif token == self.end_id:
+            self._send([token], 0)
+            self._send([], FINAL)
+        else:
+            self._send([token], FINAL if done else 0)
+        return done or token == self.end_id
+
+    def _send(self, tokens, flags):
+        outputs = [
+            pb_utils.Tensor("output_ids", np.array([[tokens]], dtype=np.int32)),
+            pb_utils.Tensor("sequence_length", np.array([[len(tokens)]], dtype=np.int32)),
+        ]
+        self.sender.send(pb_utils.InferenceResponse(outputs), flags=flags)
 
 
 class TritonPythonModel:

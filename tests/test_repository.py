@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from tritonclient.grpc import InferenceServerClient, model_config_pb2
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import config, processes, repository, stack, triton, wire
+from erlib import config, processes, repository, stack, triton, users, wire
 
 STANDIN = Path(__file__).with_name("standin_tensorrt_llm.py")
 END_AT = 5  # the stand-in repeats the prompt, with the end of sequence as its sixth token
@@ -343,6 +343,7 @@ def test_without_end_id_the_tokenizers_end_of_sequence_ends_the_answer(served):
         ids = answered(messages)
         assert ids == served.expected(server, PROMPT, END_AT + 1)
         assert ids[-1] == served.end_ids[server]
+        assert wire.decode_response(messages[-1]) == wire.Response("", b"", ())  # which is none too many
 
 
 def test_without_stream_the_answer_is_one_response(served):
@@ -381,6 +382,17 @@ def test_many_streams_side_by_side_keep_their_tokens_in_order(served):
     replies = served.ask([wire.encode_request(prompt, 60, wire.NEVER_STOP) for prompt in prompts])
     for prompt, (server, messages) in zip(prompts, replies, strict=True):
         assert answered(messages) == served.expected(server, prompt, 60)
+
+
+def test_users_count_every_token(served, tokenizer, tmp_path):
+    """The user simulator: base prompts and continuations, which hold the answers' text."""
+    n = 2 * len(served.servers)
+    scripts = [users.Script(i, i, 0, f"{PROMPT} {i}", 20, wire.NEVER_STOP, 0, True) for i in range(n)]
+    before = sum(served.counted("generated"))
+    with users.UserSimulator(tokenizer, 1, tmp_path / "users.log") as simulator:
+        seen = simulator.run(scripts, [served.url], 60)
+    assert [(one.status, len(one.token_ns)) for one in seen.answers] == [("ok", 20)] * (2 * n)
+    assert sum(served.counted("generated")) - before == 2 * n * 20
 
 
 def test_cancelling_ends_the_stream_but_not_the_engines_work(served):
