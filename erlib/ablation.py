@@ -32,14 +32,8 @@ ARMS: list[tuple[users.Client, Classifier]] = list(product(get_args(users.Client
 _BYTES_PER_WEIGHT = 22
 """Of a stock router: float64, the copy that each classification makes, and the vocabulary beside them."""
 
-METRICS = {
-    "ttft_mean_s": "TTFT [s]",
-    "tpot_mean_s": "TPOT [s]",
-    "session_tokens_per_s": "session throughput [tokens/s]",
-    "gateway_mean_s": "gateway latency [s]",
-    "client_cpu_us_per_token": "client CPU per token [µs]",
-}
-"""Columns of :func:`by_point`, and what they are called."""
+METRICS = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s", "gateway_mean_s", "client_cpu_us_per_token"]
+"""Columns of :func:`by_point`."""
 
 
 def plan(profile: Profile) -> list[Series]:
@@ -93,7 +87,7 @@ def _require_memory(profile: Profile) -> None:
 
 
 def by_point(records: pd.DataFrame) -> pd.DataFrame:
-    """One row per arm, users and repeat: :data:`METRICS`, ``gateway_sd_s`` (over requests) and ``kept_pace``."""
+    """One row per arm, users and repeat: :data:`METRICS` and ``kept_pace``."""
     rows = []
     for (client, classifier, level, repeat), point in records.groupby(["client", "classifier", "users", "repeat"]):
         (row,) = metrics.summarise(point).to_dict("records")
@@ -107,7 +101,6 @@ def by_point(records: pd.DataFrame) -> pd.DataFrame:
                 "repeat": repeat,
                 **{name: row.get(name) for name in ("ttft_mean_s", "tpot_mean_s", "session_tokens_per_s")},
                 "gateway_mean_s": gateway_s.mean(),
-                "gateway_sd_s": gateway_s.std(),
                 "client_cpu_us_per_token": point["client_cpu_cores"].iloc[0]
                 * elapsed_s
                 / point["output_tokens"].sum()

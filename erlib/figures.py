@@ -33,7 +33,7 @@ Turn = Literal["base", "continuation"]
 # --- which records ----------------------------------------------------------------------------------------------
 
 
-def _select(
+def select(
     records: pd.DataFrame, wanted: Iterable[tuple[str, str, int]], *, paper: str, experiment: str, notebook: str
 ) -> pd.DataFrame:
     """The records of the `wanted` (config, mix, users), all of them or an error."""
@@ -70,7 +70,7 @@ def _load(records: pd.DataFrame, profile: config.Profile, paper: str, *mixes: co
         for mix in (mixes if _is_routed(name) else settings.mixes[:1])
         for users in settings.users
     ]
-    return _select(records, wanted, paper=paper, experiment="load", notebook="05_load_sweep")
+    return select(records, wanted, paper=paper, experiment="load", notebook="05_load_sweep")
 
 
 def _is_routed(name: str) -> bool:
@@ -83,7 +83,7 @@ def _metric(used: pd.DataFrame, *names: str) -> pd.DataFrame:
     return table[table["metric"].isin(names)].reset_index(drop=True)
 
 
-def _finish(
+def finish(
     fig: Figure,
     data: pd.DataFrame,
     used: pd.DataFrame,
@@ -322,7 +322,7 @@ def paper1_ttft(records: pd.DataFrame, profile: config.Profile, turn: Turn) -> F
         f"{_P1_TTFT}{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
     )
     number = {"base": 2, "continuation": 3}[turn]
-    return _finish(fig, table, used, profile, "paper1", f"fig0{number}_ttft_{turn}", caption=caption)
+    return finish(fig, table, used, profile, "paper1", f"fig0{number}_ttft_{turn}", caption=caption)
 
 
 def paper1_tpot(records: pd.DataFrame, profile: config.Profile, turn: Turn) -> Figure:
@@ -342,7 +342,7 @@ def paper1_tpot(records: pd.DataFrame, profile: config.Profile, turn: Turn) -> F
         f"{_P1_TPOT}{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
     )
     number = {"base": 4, "continuation": 5}[turn]
-    return _finish(fig, table, used, profile, "paper1", f"fig0{number}_tpot_{turn}", caption=caption)
+    return finish(fig, table, used, profile, "paper1", f"fig0{number}_tpot_{turn}", caption=caption)
 
 
 def _both_turns(table: pd.DataFrame, ylabel: str) -> list[tuple[str, str, pd.DataFrame]]:
@@ -360,7 +360,7 @@ def paper1_user_throughput(records: pd.DataFrame, profile: config.Profile) -> Fi
         "difference between A and B to D for more than one "
         f"user.{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
     )
-    return _finish(fig, table, used, profile, "paper1", "fig06_user_throughput", caption=caption)
+    return finish(fig, table, used, profile, "paper1", "fig06_user_throughput", caption=caption)
 
 
 def _over_users(used: pd.DataFrame) -> pd.DataFrame:
@@ -382,7 +382,7 @@ def paper1_p99_response_time(records: pd.DataFrame, profile: config.Profile) -> 
         "answer). The paper finds B to D below A between 200 and 900 "
         f"users.{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
     )
-    return _finish(fig, table, used, profile, "paper1", "fig07_p99_response_time", caption=caption)
+    return finish(fig, table, used, profile, "paper1", "fig07_p99_response_time", caption=caption)
 
 
 def paper1_session_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -395,7 +395,7 @@ def paper1_session_throughput(records: pd.DataFrame, profile: config.Profile) ->
         "the first request to the last token among them. The paper finds B to D above A between 200 and 900 "
         f"users.{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
     )
-    return _finish(fig, table, used, profile, "paper1", "fig08_session_throughput", caption=caption)
+    return finish(fig, table, used, profile, "paper1", "fig08_session_throughput", caption=caption)
 
 
 def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -433,7 +433,7 @@ def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> 
         "and then declines, its B to D fluctuate between 200 and 2,000 tokens/s for longer, and all ramp up "
         f"first.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
     )
-    return _finish(fig, table, used, profile, "paper1", "fig09_bucket_throughput", caption=caption)
+    return finish(fig, table, used, profile, "paper1", "fig09_bucket_throughput", caption=caption)
 
 
 # --- paper 2 ----------------------------------------------------------------------------------------------------
@@ -489,7 +489,7 @@ def _preliminary(records: pd.DataFrame, profile: config.Profile) -> tuple[pd.Dat
     sweep = profile.preliminary
     names = [f"p2.{d}-tp{t}-bs{b}" for d, t, b in product(sweep.dtypes, (4, 8), sweep.batch_sizes)]
     wanted = product(names, ["uniform"], sweep.users)
-    used = _select(records, wanted, paper="p2", experiment="preliminary", notebook="04_preliminary_sweep")
+    used = select(records, wanted, paper="p2", experiment="preliminary", notebook="04_preliminary_sweep")
     table = _metric(used, "response_mean_s")
     parts = table["config"].str.extract(_PRELIMINARY.pattern)
     table = table.assign(dtype=parts[0], tensor_parallel=parts[1].astype(int), batch_size=parts[2].astype(int))
@@ -524,7 +524,7 @@ def paper2_preliminary(records: pd.DataFrame, profile: config.Profile) -> Figure
         "FP8 has a slight lead at TP=4 (best batch size 100), and at TP=8 FP16 and FP8 meet at 500 users (batch size "
         f"200) while FP8 is faster below.{canvas.REPEATS}{canvas.scale(profile)}"
     )
-    return _finish(fig, table, used, profile, "paper2", "fig03_preliminary", caption=caption)
+    return finish(fig, table, used, profile, "paper2", "fig03_preliminary", caption=caption)
 
 
 def paper2_ttft(records: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -590,7 +590,7 @@ def _median_and_box(
         "quartile, whiskers from minimum to "
         f"maximum.{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper2.configs)}"
     )
-    return _finish(fig, data, used, profile, "paper2", slug, caption=caption)
+    return finish(fig, data, used, profile, "paper2", slug, caption=caption)
 
 
 def paper2_user_throughput_p99(records: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -621,7 +621,7 @@ def paper2_user_throughput_p99(records: pd.DataFrame, profile: config.Profile) -
         "the mix is the same. In the paper the mix hardly matters, E leads user throughput up to 800 users, and C has "
         f"the lowest p99 at many users.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
     )
-    return _finish(fig, data, used, profile, "paper2", "fig06_user_throughput_p99", caption=caption)
+    return finish(fig, data, used, profile, "paper2", "fig06_user_throughput_p99", caption=caption)
 
 
 def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -669,7 +669,7 @@ def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> 
         "behind at 1,000, and D has the lowest peak and "
         f"mean.{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper2.configs)}"
     )
-    return _finish(fig, data, used, profile, "paper2", "fig07_system_throughput", caption=caption)
+    return finish(fig, data, used, profile, "paper2", "fig07_system_throughput", caption=caption)
 
 
 def load_figures(records: pd.DataFrame, profile: config.Profile) -> list[Figure]:

@@ -36,7 +36,7 @@ def routing_overhead(records: pd.DataFrame, profile: config.Profile) -> Figure:
     sweep = profile.overhead
     wanted = product([sweep.config], ["uniform"], sweep.users)
     paper = sweep.config.split(".")[0]
-    used = figures._select(records, wanted, paper=paper, experiment="overhead", notebook="06_routing_overhead")
+    used = figures.select(records, wanted, paper=paper, experiment="overhead", notebook="06_routing_overhead")
     table = metrics.routing_overhead(used)
     if table.empty:
         raise MissingRecords(
@@ -74,7 +74,7 @@ def routing_overhead(records: pd.DataFrame, profile: config.Profile) -> Figure:
         "standard deviation of 302 ms; paper 2 adds that it does not depend on the number of users. Requests: "
         f"{int(total['requests'].sum())}."
     )
-    return figures._finish(
+    return figures.finish(
         fig, table, used, profile, "workbench", "routing_overhead", caption=caption, reference=SECTION_VI
     )
 
@@ -141,7 +141,7 @@ def harness_ablation(emulated: pd.DataFrame, engines_alone: pd.DataFrame, profil
         "interval of the mean. Hollow: the machine did not keep the engines' pace, so that the lack of cores is part "
         "of what is seen. The gateway's spans are carried in metadata that tritonclient does not show."
     )
-    return figures._finish(
+    return figures.finish(
         fig, table, emulated, profile, "workbench", "harness_ablation", caption=caption, reference=SECTION_VI
     )
 

@@ -10,9 +10,9 @@ from erlib import containers
 from erlib.config import ConfigError
 from erlib.containers import Command, Places, Runner
 
-PLACES = Places(Path("/data/checkpoints"), Path("/data/work"))
-BUILD = Command("build", ("trtllm-build",), ("--workers", "8"), Path("/data/work/engine"), "trtllm-build")
-CHECK = Command("check", ("python", "-m", "erlib.tensorrt_llm"), ("check", "p1.A"), Path("/data/work/engine"))
+PLACES = Places(Path("/data/checkpoints"), Path("/data/built"))
+BUILD = Command("build", ("trtllm-build",), ("--workers", "8"), Path("/data/built/engine"), "trtllm-build")
+CHECK = Command("check", ("python", "-m", "erlib.tensorrt_llm"), ("check", "p1.A"), Path("/data/built/engine"))
 VERSIONS = list(yaml.safe_load(containers.IMAGES.read_text()))
 
 
@@ -24,9 +24,9 @@ def runner(kind, digest=None):
 def test_a_container_sees_checkpoints_and_work_under_their_own_names(kind):
     words = runner(kind).argv(BUILD)
     assert words[-3:] == BUILD.argv
-    for directory in ("/data/checkpoints", "/data/work"):
+    for directory in ("/data/checkpoints", "/data/built"):
         assert f"{directory}:{directory}" in words
-    assert "/data/work" in words  # where it runs
+    assert "/data/built" in words  # where it runs
 
 
 @pytest.mark.parametrize("kind", ["bare", "docker", "apptainer", "enroot"])

@@ -10,7 +10,7 @@ from erlib.config import ConfigError, WorkloadSettings
 from erlib.containers import Places
 from erlib.option_tables import OptionError
 
-PLACES = Places(Path("/data/checkpoints"), Path("/data/work"))
+PLACES = Places(Path("/data/checkpoints"), Path("/data/built"))
 PAPERS = [name for name in config.config_ids() if config.load_configuration(name).paper]
 EVERY_PLAN = [
     (name, flow)
@@ -147,7 +147,7 @@ def test_the_llm_api_serves_fp16_checkpoints_as_downloaded_and_pins_its_defaults
 
 
 def test_a_baseline_of_our_own_shares_the_engine_that_it_stands_beside():
-    assert plan("p1.R").served == plan("p1.C").served == Path("/data/work/engine/p1.C/engine")
+    assert plan("p1.R").served == plan("p1.C").served == Path("/data/built/engine/p1.C/engine")
 
 
 # --- checks after a plan ----------------------------------------------------------------------------------------
