@@ -34,6 +34,11 @@ Routing = Literal["direct", "round_robin", "expert_router", "replicas"]
 """direct: clients to the one server. round_robin: clients alternate between servers. expert_router: NGINX, gateway,
 the cluster's expert. replicas: NGINX, gateway, the next server in turn (no classification)."""
 
+Flow = Literal["engine", "period", "llmapi"]
+"""How a TensorRT-LLM model comes about; see :mod:`erlib.tensorrt_llm`."""
+RunnerKind = Literal["bare", "docker", "apptainer", "enroot"]
+"""What runs the tools of an image; ``bare``: they are installed here."""
+
 KV_BLOCK_TOKENS = 32
 """Tokens per block of OpenVINO GenAI's paged KV cache on a CPU."""
 
@@ -160,6 +165,16 @@ class ServingSettings(_Strict):
     request_timeout_s: PositiveFloat = 600
 
 
+class TensorRTSettings(_Strict):
+    """How TensorRT-LLM engines are built and served, where ``serving.backend`` asks for them."""
+
+    flow: Flow = Field("engine", description="engine (all nine), period (options of 0.9 and 0.10), llmapi (not p1.B)")
+    runner: RunnerKind = "docker"
+    gpus: PositiveInt | None = Field(None, description="GPUs to use (None: all that this machine has)")
+    checkpoints: _Path | None = Field(None, description="checkpoints as downloaded (None: data/cache/checkpoints)")
+    work: _Path | None = Field(None, description="what is made of them (None: engines/build/tensorrt_llm)")
+
+
 class EngineSettings(_Strict):
     """How the laptop stands for the papers' models."""
 
@@ -185,6 +200,7 @@ class Profile(_Strict):
     workload: WorkloadSettings = WorkloadSettings()
     engines: EngineSettings = EngineSettings()
     serving: ServingSettings = ServingSettings()
+    tensorrt_llm: TensorRTSettings = TensorRTSettings()
     paper1: SweepSettings
     paper2: SweepSettings
     preliminary: PreliminarySettings
@@ -248,21 +264,6 @@ def load_profile(name: str, overrides: Mapping[str, Any] | None = None) -> Profi
         return Profile(**{"name": path.stem, **data})
     except ValidationError as error:
         raise ConfigError(_explain(error, str(path), sorted(_keys(Profile)))) from None
-
-
-def require_backend(profile: Profile) -> None:
-    """Check that this version can serve `profile`.
-
-    Raises
-    ------
-    ConfigError
-        If it asks for TensorRT-LLM engines, which cannot be built yet.
-    """
-    if profile.serving.backend == "tensorrt_llm":
-        raise ConfigError(
-            f"profile {profile.name!r} serves TensorRT-LLM engines, which this version cannot build; "
-            "use laptop or smoke, or --set serving.backend=openvino"
-        )
 
 
 def _override(data: dict[str, Any], key: str, value: Any) -> None:
@@ -345,7 +346,7 @@ class LaptopSystem(_Strict):
 class Configuration(_Strict):
     """One system under test: ``engines/<id>.yaml``."""
 
-    id: str = Field(pattern=r"^[a-z0-9]+\.[A-Z]$")
+    id: str = Field(pattern=r"^[a-z0-9]+\.[A-Za-z0-9-]+$")
     title: str
     note: str = ""
     routing: Routing

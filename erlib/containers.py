@@ -11,9 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from erlib import paths
-from erlib.config import ConfigError
+from erlib.config import ConfigError, RunnerKind
 
-RunnerKind = Literal["bare", "docker", "apptainer", "enroot"]
 Purpose = Literal["fetch", "convert", "quantise", "build", "check", "ask"]
 
 IMAGES = paths.FACTS / "tensorrt_llm_images.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import pandas as pd
 import yaml
 
 from erlib import config, paths
-from erlib.config import ConfigError, Configuration, Dtype, PaperSystem, Profile
+from erlib.config import ConfigError, Configuration, Dtype, LaptopSystem, PaperSystem, Profile
 
 Paper = Literal["p1", "p2"]
 Size = Literal["large", "small", "quality"]
@@ -24,6 +25,8 @@ GATEWAYS_GB_PER_GPU = 2.276
 """Two routing gateways of 1,138 MB on each GPU (both papers, "Infrastructure Setup")."""
 H100_BYTES, WORKSPACE_BYTES, KV_SHARE = 84.9e9, 4e9, 0.95
 """One GPU as TensorRT-LLM sees it: its memory, what activations take, and how much of the rest a KV cache is given."""
+GPUS = 8
+"""Of a DGX H100; on a laptop all cores stand for all of them."""
 TABLE1_WEIGHTS_UNIT: dict[Paper, tuple[float, float]] = {"p1": (1e9, 1), "p2": (1000 * 2**20, 0.1)}
 """Bytes in what a paper's Table I calls a GB of weights, and the last digit that it prints. Paper 1's are decimal,
 paper 2's the thousands of MiB that TensorRT-LLM logs when it loads an engine."""
@@ -302,8 +305,36 @@ def laptop_system(profile: Profile, configuration: Configuration, max_sequence_t
         batch_size=laptop.batch_size or profile.scaled_users(system.batch_size),
         kv_blocks=laptop.kv_blocks or scaled_blocks,
         max_sequence_tokens=max_sequence_tokens,
-        threads=max(1, len(os.sched_getaffinity(0)) // laptop.instances),
+        threads=max(1, len(os.sched_getaffinity(0)) * system.tensor_parallel // GPUS),
     )
+
+
+def preliminary_configurations(profile: Profile) -> list[Configuration]:
+    """Systems of paper 2's search for its baselines (section IV-C): data types x TP8, TP4 x batch sizes, one instance.
+
+    The paper states no KV caches. On GPUs they get all the memory that the weights leave; on a laptop they hold the
+    whole batch, so that the batch size alone limits what runs together.
+    """
+    settings, model = profile.preliminary, "llama-3-70b"
+    sequence_blocks = -(-longest_sequence_tokens(profile, "preliminary") // config.KV_BLOCK_TOKENS)
+    found = []
+    for dtype, tensor_parallel, batch_size in itertools.product(settings.dtypes, (8, 4), settings.batch_sizes):
+        kv_dtype: Dtype = "fp8" if dtype == "fp8" else "fp16"
+        tokens = most_kv_tokens(model, dtype, kv_dtype, tensor_parallel)
+        system = PaperSystem(
+            model=model, dtype=dtype, kv_dtype=kv_dtype, tensor_parallel=tensor_parallel, instances=1,
+            batch_size=batch_size, weights_gb=shape(model).loaded_bytes(dtype, tensor_parallel) / 1e9,
+            kv_cache_gb=tokens * shape(model).kv_bytes_per_token(kv_dtype) / 1e9,
+        )  # fmt: skip
+        slots = profile.scaled_users(batch_size)
+        laptop = LaptopSystem(
+            size="large", dtype=dtype, kv_cache="u8" if dtype == "fp8" else "f16", instances=1,
+            batch_size=slots, kv_blocks=slots * sequence_blocks,
+        )  # fmt: skip
+        title = f"70B {dtype.upper()} TP{tensor_parallel}, batch size {batch_size}"
+        name = f"p2.{dtype}-tp{tensor_parallel}-bs{batch_size}"
+        found.append(Configuration(id=name, title=title, routing="direct", paper=system, laptop=laptop))
+    return found
 
 
 def needed(profile: Profile) -> list[tuple[Size, Dtype]]:

@@ -26,14 +26,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from erlib import config, engines, option_tables, paths
-from erlib.config import ConfigError, Configuration, PaperSystem, WorkloadSettings
-from erlib.containers import Command, Places, Purpose, Runner, RunnerKind, load_image
+from erlib.config import ConfigError, Configuration, Flow, PaperSystem, Profile, RunnerKind, WorkloadSettings
+from erlib.containers import Command, Places, Purpose, Runner, load_image
 from erlib.option_tables import Contract, OptionError
-
-Flow = Literal["engine", "period", "llmapi"]
 
 CHECKPOINTS = {
     "llama-2-70b": "meta-llama/Llama-2-70b-hf",
@@ -70,6 +68,41 @@ def lengths(configuration: Configuration, workload: WorkloadSettings) -> tuple[i
     else:
         answer, prompt = workload.p2_max_output_tokens, engines.P2_MAX_INPUT_TOKENS
     return 64 * math.ceil(prompt / 64), 64 * math.ceil((prompt + answer) / 64)
+
+
+def source(model: str, places: Places) -> Path:
+    """Where a model's checkpoint is downloaded to."""
+    return places.checkpoints / CHECKPOINTS[model].partition("/")[2]
+
+
+def places(profile: Profile) -> Places:
+    """The profile's directories, absolute."""
+    settings = profile.tensorrt_llm
+    checkpoints = settings.checkpoints or paths.CACHE / "checkpoints"
+    return Places(Path(checkpoints).resolve(), Path(settings.work or paths.ENGINE_BUILDS / "tensorrt_llm").resolve())
+
+
+def plan(profile: Profile, configuration: Configuration) -> Plan:
+    """How a configuration's engine comes about with the profile's settings; see :class:`Plan`."""
+    longest = lengths(configuration, profile.workload)
+    return Plan(configuration, longest, places(profile), profile.tensorrt_llm.flow)
+
+
+def needed(profile: Profile) -> list[Plan]:
+    """Plans of all engines that a profile's experiments load, each once.
+
+    Raises
+    ------
+    ConfigError
+        If the profile's flow cannot express a system.
+    """
+    names = [*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config]
+    configurations = [*map(config.load_configuration, names), *engines.preliminary_configurations(profile)]
+    found: dict[Path, Plan] = {}
+    for configuration in configurations:
+        made = plan(profile, configuration)
+        found.setdefault(made.served, made)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -128,11 +161,19 @@ class Plan:
         return "0.10.0" if self.system.model.startswith("llama-3") else "0.9.0"
 
     @property
+    def source(self) -> Path:
+        """Checkpoint as downloaded, with its tokenizer."""
+        return source(self.system.model, self.places)
+
+    @property
     def served(self) -> Path:
         """Directory that a server loads: an engine, or the checkpoint of the ``llmapi`` flow."""
         if self.flow == "llmapi" and self.system.dtype == "fp16":
-            return self._source  # as it was downloaded
-        return self._directory / ("checkpoint" if self.flow == "llmapi" else "engine")
+            return self.source  # as it was downloaded
+        if self.flow == "llmapi":
+            return self._checkpoint
+        prompt, sequence = self.lengths
+        return self._home / "engines" / f"{self._weights}-bs{self.system.batch_size}-in{prompt}-seq{sequence}"
 
     @property
     def commands(self) -> list[Command]:
@@ -143,6 +184,7 @@ class Plan:
             steps = [self._quantise() if self.system.dtype in _QFORMAT else self._convert(), self._build()]
         options = {"--flow": self.flow, "--checkpoints": self.places.checkpoints, "--work": self.places.work}
         check = ("python", "-m", "erlib.tensorrt_llm", "check", self.configuration.id, "--lengths")
+        steps = [*self._fetch(), *steps]
         return [*steps, Command("check", check, (*map(str, self.lengths), *_words(options)), self.served)]
 
     def misfits(self, contract: Contract) -> list[str]:
@@ -156,12 +198,23 @@ class Plan:
                 found.append(f"{self.configuration.id}, flow {self.flow}: {error}")
         return found
 
+    def _fetch(self) -> list[Command]:
+        """Downloads: without the second copies of the weights that the repositories hold (``*.bin``, ``original/``)."""
+        name = CHECKPOINTS[self.system.model]
+        included = ("--include", "*.safetensors", "*.json", "tokenizer*", "--exclude", "original/*")
+        found = [Command("fetch", ("hf", "download"), (name, *included, "--local-dir", str(self.source)), self.source)]
+        if self.flow == "engine" and self.system.dtype != "fp16":
+            texts = self.places.checkpoints / CALIBRATION
+            options = (f"abisee/{CALIBRATION}", "--repo-type", "dataset", "--local-dir", str(texts))
+            found.append(Command("fetch", ("hf", "download"), options, texts))
+        return found
+
     def _convert(self) -> Command:
         options = self._from_checkpoint | {"--workers": self.system.tensor_parallel}
         if self.system.dtype == "int8":
             options |= {"--use_weight_only": True, "--weight_only_precision": "int8", "--int8_kv_cache": True}
             options |= self._calibration
-        return self._run("convert", "convert_checkpoint.py", options, self._directory / "checkpoint")
+        return self._run("convert", "convert_checkpoint.py", options, self._checkpoint)
 
     def _quantise(self) -> Command:
         options = self._from_checkpoint | {"--qformat": _QFORMAT[self.system.dtype]} | self._calibration
@@ -169,14 +222,13 @@ class Plan:
             options |= {"--awq_block_size": engines.AWQ_GROUP, "--calib_size": 32}
         else:
             options |= {"--kv_cache_dtype": "fp8", "--calib_size": 512}
-        return self._run("quantise", "quantize.py", options, self._directory / "checkpoint")
+        return self._run("quantise", "quantize.py", options, self._checkpoint)
 
     @property
     def _from_checkpoint(self) -> dict[str, Any]:
-        target = self._directory / "checkpoint"
         return {
-            "--model_dir": self._source,
-            "--output_dir": target,
+            "--model_dir": self.source,
+            "--output_dir": self._checkpoint,
             "--dtype": "float16",  # Llama 3 would otherwise stay in bfloat16
             "--tp_size": self.system.tensor_parallel,
         }
@@ -191,7 +243,7 @@ class Plan:
         system, fp8, modern = self.system, self.system.dtype == "fp8", self.flow == "engine"
         prompt, sequence = self.lengths
         options: dict[str, Any] = {
-            "--checkpoint_dir": self._directory / "checkpoint",
+            "--checkpoint_dir": self._checkpoint,
             "--output_dir": self.served,
             "--gpt_attention_plugin": "float16",
             # 1.2's FP8 plugin is for batches of up to four; without it TensorRT's own kernels multiply
@@ -216,7 +268,7 @@ class Plan:
     def _for_llm_api(self) -> list[Command]:
         toolkit = self.places.work / "Model-Optimizer"
         options = {
-            "--pyt_ckpt_path": self._source,
+            "--pyt_ckpt_path": self.source,
             "--qformat": _QFORMAT[self.system.dtype],
             "--kv_cache_qformat": "fp8" if self.system.kv_dtype == "fp8" else "none",  # left out, it would be fp8
             "--dataset": CALIBRATION,
@@ -287,12 +339,19 @@ class Plan:
         return found
 
     @property
-    def _source(self) -> Path:
-        return self.places.checkpoints / CHECKPOINTS[self.system.model].partition("/")[2]
+    def _home(self) -> Path:
+        return self.places.work / self.flow
 
     @property
-    def _directory(self) -> Path:
-        return self.places.work / self.flow / (self.configuration.stands_beside or self.configuration.id)
+    def _weights(self) -> str:
+        # Named by what they are: systems that differ in batch size alone share a checkpoint, equal ones an engine.
+        system = self.system
+        formats = f"{system.model}-{system.dtype}-kv_{system.kv_dtype}"
+        return formats if self.flow == "llmapi" else f"{formats}-tp{system.tensor_parallel}"
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self._home / "checkpoints" / self._weights
 
     def _run(self, purpose: Purpose, tool: str, options: Mapping[str, Any], makes: Path) -> Command:
         program = load_image(self.version).program(tool, self.places.work)

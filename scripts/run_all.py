@@ -40,7 +40,6 @@ def main() -> int:
                 reason = step.reason_to_run(force=bool(args.only))
                 print(f"{step.name}: {'run: ' + reason if reason else 'skip: nothing it reads has changed'}")
             return 0
-        config.require_backend(profile)
         with _alone(profile):
             return _run(steps, profile, force=bool(args.only))
     except config.ConfigError as error:
