@@ -162,7 +162,18 @@ class ServingSettings(_Strict):
     host: str = "127.0.0.1"
     start_timeout_s: PositiveFloat = 120
     user_processes: PositiveInt = 2
+    users_on: str | None = Field(
+        None, description="another host that runs the users, as ssh knows it, with this repository at the same place"
+    )
     request_timeout_s: PositiveFloat = 600
+
+    @model_validator(mode="after")
+    def _is_reachable(self) -> ServingSettings:
+        if self.users_on and self.host in ("127.0.0.1", "localhost", "::1", "0.0.0.0"):
+            raise ValueError(
+                f"users on {self.users_on} cannot reach {self.host}: set serving.host to an address of this host"
+            )
+        return self
 
 
 class TensorRTSettings(_Strict):

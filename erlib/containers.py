@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -103,21 +104,51 @@ class Runner:
 
     def argv(self, command: Command) -> tuple[str, ...]:
         """The command as this runner starts it in the working directory."""
-        if self.kind == "bare" or not command.tool:
-            return command.argv
+        return self.start(command.argv) if command.tool else command.argv
+
+    def start(
+        self, argv: Sequence[str], environment: Mapping[str, str] | None = None, name: str = ""
+    ) -> tuple[str, ...]:
+        """How a program of the image is started in the working directory.
+
+        Parameters
+        ----------
+        argv : sequence of str
+        environment : mapping, optional
+            Variables for it. Not with ``bare``, where they are for whoever starts it to set.
+        name : str
+            Of the container, for :meth:`removal`.
+        """
+        if self.kind == "bare":
+            return tuple(argv)
         directories = [f"{path}:{path}" for path in (self.places.checkpoints, self.places.work)]
         work = str(self.places.work)
+        variables = [f"{key}={value}" for key, value in (environment or {}).items()]
         if self.kind == "docker":
-            start = ["docker", "run", "--rm", "--gpus", "all", "--net", "host", "--shm-size", "2g"]
-            start += ["--ulimit", "memlock=-1", "--ulimit", "stack=67108864", "--workdir", work]
-            start += [*_each("--volume", directories), self.image.reference]
+            start = ["docker", "run", "--rm", *(["--name", name] if name else []), "--gpus", "all", "--net", "host"]
+            start += ["--shm-size", "2g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864", "--workdir", work]
+            start += [*_each("--env", variables), *_each("--volume", directories), self.image.reference]
         elif self.kind == "apptainer":
-            start = ["apptainer", "exec", "--nv", "--pwd", work, *_each("--bind", directories), self._file]
+            start = ["apptainer", "exec", "--nv", "--pwd", work, *_each("--env", variables)]
+            start += [*_each("--bind", directories), self._file]
         else:
             # it starts in the image's own directory, wherever it was called
-            start = ["enroot", "start", "--rw", *_each("--mount", directories), self._name]
+            start = ["enroot", "start", "--rw", *_each("--env", variables), *_each("--mount", directories), self._name]
             start += ["env", "--chdir", work]
-        return (*start, *command.argv)
+        return (*start, *argv)
+
+    def removal(self, name: str) -> tuple[str, ...]:
+        """Command that ends what was started under `name` even if its starter was killed; empty if nothing is left."""
+        return ("docker", "rm", "--force", name) if self.kind == "docker" else ()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the image is here."""
+        if self.kind == "docker":
+            return bool(_output("docker", "image", "inspect", self.image.reference))
+        if self.kind == "enroot":
+            return self._name in _output("enroot", "list").split()
+        return self.kind == "bare" or Path(self._file).exists()
 
     @property
     def _name(self) -> str:
@@ -130,3 +161,11 @@ class Runner:
 
 def _each(option: str, values: Sequence[str]) -> list[str]:
     return [word for value in values for word in (option, value)]
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing if it fails or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""

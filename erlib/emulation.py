@@ -20,9 +20,10 @@ import pyarrow as pa
 from erlib import batching, clusterer, config, metrics, openvino, prompts, records, simulation, steptimes, sweep
 from erlib.config import Profile
 from erlib.prompts import Workload
-from erlib.stack import Classifier, ServerPlan
+from erlib.stack import Classifier
 from erlib.steptimes import Calibration
 from erlib.sweep import Series, System
+from erlib.triton import ServerPlan
 
 KEPT_PACE = 0.05
 """Largest share of the engines' time that a point may lose to late steps and still count as their doing."""
@@ -68,7 +69,7 @@ def system(
         config=name,
         routing=target.routing,
         servers=[server] * target.instances,
-        tokenizer=sweep.tokenizer_file(profile),
+        tokenizer=openvino.checkpoint(profile.engines) / "tokenizer.json",
         router=clusterer.build(profile),
         classifier=classifier,
     )

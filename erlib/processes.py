@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -29,7 +30,7 @@ def spawn(
     *,
     env: Mapping[str, str] | None = None,
     niceness: int = 0,
-    **popen: int,
+    **popen: Any,
 ) -> subprocess.Popen[bytes]:
     """Start `command` with standard error (and output, unless piped) appended to `log`, `niceness` below our priority.
 
@@ -52,7 +53,7 @@ def spawn(
             # Ctrl-C goes to the foreground process group: we stop our children ourselves, in order.
             start_new_session=True,
             preexec_fn=follow_parent,  # noqa: PLW1509  (touches no lock, and nothing else sets a death signal)
-            **{"stdin": subprocess.DEVNULL, "stdout": file, **popen},  # type: ignore[call-overload]
+            **{"stdin": subprocess.DEVNULL, "stdout": file, **popen},
         )
 
 

@@ -55,6 +55,8 @@ SCHEMA = pa.schema(
         ("client_lag_p99_ms", pa.float64()),
         ("client_lag_max_ms", pa.float64()),
         ("client_cpu_cores", pa.float64()),
+        ("network_us_mean", pa.float64()),  # a TCP connection to what the users ask: one round trip
+        ("network_us_sd", pa.float64()),
         ("server_tokens", pa.int64()),  # tokens that the servers counted during the point, all requests
         # provenance
         ("point_hash", pa.string()),

@@ -18,14 +18,18 @@ import functools
 import json
 import shlex
 import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
-from erlib import engines, paths, processes, triton
-from erlib.config import ConfigError, Configuration, ServingSettings
+from erlib import config, engines, paths, processes, triton
+from erlib.config import ConfigError, Configuration, RunnerKind, ServingSettings
+from erlib.containers import Runner, load_image
+from erlib.tensorrt_llm import Plan
 from erlib.wire import MODEL_NAME
 
 TEMPLATES = paths.ENGINE_SPECS / "triton" / "tensorrt_llm"
@@ -123,6 +127,32 @@ class Launch:
         return " ".join([*variables, shlex.join(self.command)])
 
 
+@dataclass(frozen=True)
+class RepositoryPlan(triton.ServerPlan):
+    """How one instance of a TensorRT-LLM engine is served; the repository's name says what is in it."""
+
+    repository: Path = Path()
+    gpus: tuple[int, ...] = ()
+    runner: Runner | None = None
+
+    def server(self, label: str, port: int, work_dir: Path, host: str) -> RepositoryServer:
+        """The server itself, not yet started; see :class:`RepositoryServer`."""
+        return RepositoryServer(label, self.repository, port, work_dir, self.gpus, host, self.runner)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What it is, wherever it lies: the repository's texts, and the engine as its ``config.json`` describes it."""
+        texts = [path.read_text() for path in sorted(self.repository.rglob("*")) if path.is_file()]
+        for name, directory in self.parameters.items():
+            texts = [text.replace(directory, name) for text in texts]
+        return {
+            "repository": config.digest(texts),
+            "engine": config.digest(Path(self.parameters["engine"]) / "config.json"),
+            "gpus": len(self.gpus),
+            "image": self.runner.image.reference if self.runner else None,
+        }
+
+
 class RepositoryServer(triton.TritonServer):
     """A server on a rendered repository.
 
@@ -139,14 +169,18 @@ class RepositoryServer(triton.TritonServer):
     gpus : sequence of int
         The engine's GPUs, one rank each. Empty: the CPU, with the server of the ``nvidia-pytriton`` wheel, which has no
         TensorRT-LLM backend; the repository's tensorrt_llm must then be something else.
+    runner : Runner, optional
+        Starts it inside an image; without one, ``mpirun`` and ``tritonserver`` are installed here.
     """
 
     def __init__(
-        self, label: str, repository: Path, port: int, work_dir: Path, gpus: Sequence[int], host: str = "127.0.0.1"
-    ):
+        self, label: str, repository: Path, port: int, work_dir: Path, gpus: Sequence[int], host: str = "127.0.0.1",
+        runner: Runner | None = None,
+    ):  # fmt: skip
         super().__init__(label, ENGINE_MODEL, {}, 1, port, work_dir, host)
         self.repository = repository
         self.gpus = tuple(gpus)
+        self._runner = runner
 
     @property
     def launch(self) -> Launch:
@@ -162,7 +196,14 @@ class RepositoryServer(triton.TritonServer):
             follows = ["--model-control-mode=explicit", f"--load-model={ENGINE_MODEL}"] if rank else []
             command += [":"] * (rank > 0) + ["-n", "1", "tritonserver", *self._options(f"{self.shm_prefix}r{rank}-")]
             command += ["--exit-timeout-secs=60", *follows]
-        return Launch(command, {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))})
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
+        if self._runner is None or self._runner.kind == "bare":
+            return Launch(command, environment)
+        return Launch(list(self._runner.start(command, environment, self._container)), {})
+
+    @property
+    def _container(self) -> str:
+        return f"expert-router-{self.http_port}"
 
     def _on_the_cpu(self) -> Launch:
         root = triton._wheel()
@@ -190,8 +231,42 @@ class RepositoryServer(triton.TritonServer):
         """Start the process; see :meth:`~erlib.triton.TritonServer.wait_ready`."""
         self._sweep_shared_memory()  # a predecessor that was killed leaves its regions behind
         self.log.unlink(missing_ok=True)
+        self._remove_container()
         launch = self.launch
         self.process = processes.spawn(launch.command, self.log, env=launch.environment)
+
+    def has_backend(self) -> bool:
+        """Whether the server says that it is ready: its engine lives in its own process, or in a container's."""
+        return self._healthy()
+
+    def clean_up(self) -> None:
+        """Remove what a stopped server may leave: its shared memory and its container."""
+        self._sweep_shared_memory()
+        self._remove_container()
+
+    def _remove_container(self) -> None:
+        if self._runner and (removal := self._runner.removal(self._container)):
+            subprocess.run(removal, capture_output=True, check=False)
+
+
+def server_plans(plan: Plan, kind: RunnerKind, n_gpus: int) -> list[RepositoryPlan]:
+    """How the instances of a system are served, each on GPUs of its own, all on one repository.
+
+    The repository, which is still to be rendered, lies below the plan's working directory, which a container sees.
+
+    Raises
+    ------
+    ConfigError
+        If `n_gpus` are too few.
+    """
+    system, width = plan.system, plan.system.tensor_parallel
+    if system.instances * width > n_gpus:
+        raise ConfigError(f"{plan.configuration.id} needs {system.instances * width} GPUs; there are {n_gpus}")
+    repository = plan.places.work / "repositories" / plan.configuration.id
+    runner = Runner(kind, load_image(plan.version), plan.places)
+    directories = {"engine": str(plan.served), "tokenizer": str(plan.source)}
+    shared = (ENGINE_MODEL, directories, system.batch_size, 0, repository)
+    return [RepositoryPlan(*shared, tuple(range(i * width, (i + 1) * width)), runner) for i in range(system.instances)]
 
 
 def servers(

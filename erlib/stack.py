@@ -7,7 +7,6 @@ import signal
 import subprocess
 import threading
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Literal, Self
@@ -19,23 +18,13 @@ from erlib import processes, triton, wire
 from erlib.config import Routing, ServingSettings
 from erlib.nginx import Nginx
 from erlib.processes import StartError
+from erlib.triton import ServerPlan, TritonServer
 
 _CANARY = "How long does a letter take from one end of the country to the other?"
 
 
 Classifier = Literal["ours", "stock"]
 """How gateways evaluate the router's model: as :mod:`erlib.clusterer` does, or as scikit-learn does when unpickled."""
-
-
-@dataclass(frozen=True)
-class ServerPlan:
-    """How one engine instance is served."""
-
-    backend: str
-    parameters: dict[str, str]
-    max_batch_size: int
-    niceness: int = 0
-    """How far its process stands back behind what is around it where cores are short; negative: what is around it."""
 
 
 class Stack:
@@ -85,12 +74,9 @@ class Stack:
         self._gateway_ports = [settings.base_port + 1 + i for i in range(settings.gateways if has_gateways else 0)]
         first = settings.base_port + 1 + settings.gateways
         self.servers = [
-            triton.TritonServer(
-                f"{label}-{i}", plan.backend, plan.parameters, plan.max_batch_size,
-                first + i * triton.TritonServer.PORTS, log_dir, settings.host, max(0, plan.niceness),
-            )
+            plan.server(f"{label}-{i}", first + i * TritonServer.PORTS, log_dir, settings.host)
             for i, plan in enumerate(servers)
-        ]  # fmt: skip
+        ]
         self.harness_niceness = max(0, -min(plan.niceness for plan in servers))
         """How far what is around the engines stands back."""
         self._warm_up_streams = [plan.max_batch_size for plan in servers]

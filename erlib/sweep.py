@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,33 +24,42 @@ from typing import Any, Literal
 
 import pandas as pd
 import psutil
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from erlib import (
     batching,
+    builds,
     clusterer,
     config,
+    containers,
     engines,
     gateway,
+    hardware,
     nginx,
     openvino,
     paths,
     processes,
     prompts,
     records,
+    repository,
     stack,
     steptimes,
     stock,
+    tensorrt_llm,
     threaded_users,
     triton,
     users,
     wire,
 )
-from erlib.config import Mix, Profile, Routing
+from erlib.config import Configuration, Mix, Profile, Routing
 from erlib.prompts import Workload
+from erlib.triton import ServerPlan
 from erlib.users import Client
 
 Experiment = Literal["load", "preliminary", "overhead", "ablation"]
+Workloads = Literal["load", "preliminary"]
+"""Which of the workloads a system is sized for."""
 
 MAX_BATCHED_TOKENS = 1024
 _PACKAGES = ("numpy", "openvino", "openvino-genai", "nvidia-pytriton", "grpcio", "tokenizers")
@@ -66,7 +75,7 @@ class System:
 
     config: str
     routing: Routing
-    servers: list[stack.ServerPlan]
+    servers: list[ServerPlan]
     tokenizer: Path
     router: Path
     """Directory of the clusterer."""
@@ -89,13 +98,10 @@ class System:
     @property
     def description(self) -> dict[str, Any]:
         """What a point's hash knows of the system: engine and router by their content hashes, not by where they lie."""
-        servers = [asdict(server) for server in self.servers]
-        for server in servers:
-            server["parameters"]["engine"] = Path(server["parameters"]["engine"]).name
         return {
             "config": self.config,
             "routing": self.routing,
-            "servers": servers,
+            "servers": [server.description for server in self.servers],
             "router": self.router.name,
             "classifier": self.classifier,
         }
@@ -144,86 +150,89 @@ def load(profile: Profile, paper: Literal["p1", "p2"]) -> list[Series]:
     cluster they are the same.
     """
     settings = profile.paper1 if paper == "p1" else profile.paper2
-    workload = _workload(profile, paper)
+    pool = workload(profile, paper)
     series = []
-    for target in systems(profile, settings.configs):
+    for target in systems(profile, _configurations(settings.configs)):
         mixes = settings.mixes if target.routing == "expert_router" else settings.mixes[:1]
-        series.append(Series(paper, "load", target, workload, settings.users, settings.repeats, mixes))
+        series.append(Series(paper, "load", target, pool, settings.users, settings.repeats, mixes))
     return series
 
 
 def preliminary(profile: Profile) -> list[Series]:
     """Paper 2's search for its baselines (section IV-C): data types x batch sizes x tensor parallelism, one instance.
 
-    TP8 stands for all cores, TP4 for half of them. The KV cache always holds the whole batch.
+    On a laptop TP8 stands for all cores, TP4 for half of them.
     """
     settings = profile.preliminary
-    workload = _workload(profile, "preliminary")
-    cores = len(os.sched_getaffinity(0))
-    sequence_tokens = engines.longest_sequence_tokens(profile, "preliminary")
-    router, tokenizer = clusterer.build(profile), tokenizer_file(profile)
-    built = openvino.build_all(profile, [("large", dtype) for dtype in settings.dtypes])
-    series = []
-    for dtype, engine in zip(settings.dtypes, built, strict=True):
-        for tensor_parallel in (8, 4):
-            for batch_size in settings.batch_sizes:
-                slots = profile.scaled_users(batch_size)
-                server = server_plan(
-                    engine.path,
-                    batch_size=slots,
-                    kv_blocks=slots * -(-sequence_tokens // config.KV_BLOCK_TOKENS),
-                    kv_cache="u8" if dtype == "fp8" else "f16",
-                    threads=max(1, cores * tensor_parallel // 8),
-                )
-                label = f"p2.{dtype}-tp{tensor_parallel}-bs{batch_size}"
-                target = System(label, "direct", [server], tokenizer, router)
-                series.append(
-                    Series("p2", "preliminary", target, workload, settings.users, settings.repeats, ["uniform"])
-                )
-    return series
+    pool = workload(profile, "preliminary")
+    targets = systems(profile, engines.preliminary_configurations(profile), "preliminary")
+    return [
+        Series("p2", "preliminary", target, pool, settings.users, settings.repeats, ["uniform"]) for target in targets
+    ]
 
 
 def overhead(profile: Profile) -> list[Series]:
     """The gateway's own latency, span by span, against users: short answers, so that many requests pass it."""
     settings = profile.overhead
-    workload = _workload(profile, "p2")
-    short = workload.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP)
-    workload = dataclasses.replace(workload, frame=short)
-    (target,) = systems(profile, [settings.config])
+    pool = workload(profile, "p2")
+    short = pool.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP)
+    pool = dataclasses.replace(pool, frame=short)
+    (target,) = systems(profile, _configurations([settings.config]))
     paper: Literal["p1", "p2"] = "p1" if settings.config.startswith("p1") else "p2"
-    return [Series(paper, "overhead", target, workload, settings.users, settings.repeats, ["uniform"])]
+    return [Series(paper, "overhead", target, pool, settings.users, settings.repeats, ["uniform"])]
 
 
-def systems(profile: Profile, names: list[str]) -> list[System]:
-    """What stands for the configurations `names` on this machine, with their engines built if need be.
+def systems(profile: Profile, configurations: Sequence[Configuration], sized_for: Workloads = "load") -> list[System]:
+    """What stands for `configurations` on this machine, with their engines built if need be.
 
     Raises
     ------
     ConfigError
-        If a KV cache cannot hold one sequence.
+        If a KV cache cannot hold one sequence, or GPUs are too few.
     """
-    configurations = [config.load_configuration(name) for name in names]
-    plans = [engines.laptop_system(profile, configuration) for configuration in configurations]
-    built = openvino.build_all(profile, [(plan.size, plan.dtype) for plan in plans])
-    router, tokenizer = clusterer.build(profile), tokenizer_file(profile)
+    on_gpus = profile.serving.backend == "tensorrt_llm"
+    served = _on_gpus(profile, configurations) if on_gpus else _on_cores(profile, configurations, sized_for)
+    router = clusterer.build(profile)
     return [
-        System(
-            configuration.id,
-            configuration.routing,
-            [server_plan(engine.path, plan.batch_size, plan.kv_blocks, plan.kv_cache, plan.threads)] * plan.instances,
-            tokenizer,
-            router,
-        )
-        for configuration, plan, engine in zip(configurations, plans, built, strict=True)
+        System(each.id, each.routing, plans, tokenizer_file(profile, each.system.model), router)
+        for each, plans in zip(configurations, served, strict=True)
     ]
 
 
-def _workload(profile: Profile, paper: prompts.Paper) -> Workload:
+def _on_cores(
+    profile: Profile, configurations: Sequence[Configuration], sized_for: Workloads
+) -> list[list[ServerPlan]]:
+    longest = engines.longest_sequence_tokens(profile, "preliminary") if sized_for == "preliminary" else None
+    plans = [engines.laptop_system(profile, configuration, longest) for configuration in configurations]
+    built = openvino.build_all(profile, [(plan.size, plan.dtype) for plan in plans])
+    return [
+        [server_plan(engine.path, plan.batch_size, plan.kv_blocks, plan.kv_cache, plan.threads)] * plan.instances
+        for plan, engine in zip(plans, built, strict=True)
+    ]
+
+
+def _on_gpus(profile: Profile, configurations: Sequence[Configuration]) -> list[list[ServerPlan]]:
+    settings = profile.tensorrt_llm
+    n_gpus = settings.gpus or len(hardware.gpus())
+    plans = [tensorrt_llm.plan(profile, configuration) for configuration in configurations]
+    served = [repository.server_plans(plan, settings.runner, n_gpus) for plan in plans]
+    builds.build(plans, settings.runner)
+    for plan, (first, *_) in zip(plans, served, strict=True):
+        repository.render(plan.configuration, plan.served, plan.source, first.repository)
+    return [list[ServerPlan](each) for each in served]
+
+
+def _configurations(names: Sequence[str]) -> list[Configuration]:
+    return [config.load_configuration(name) for name in names]
+
+
+def workload(profile: Profile, paper: prompts.Paper) -> Workload:
+    """A paper's prompts, cut and counted with the tokenizer of its models; see :func:`erlib.prompts.build`."""
     router = clusterer.Clusterer.load(clusterer.build(profile))
-    return prompts.build(profile, paper, openvino.tokenizer(profile), router)
+    return prompts.build(profile, paper, tokenizer(profile, paper), router)
 
 
-def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, threads: int) -> stack.ServerPlan:
+def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, threads: int) -> ServerPlan:
     """How an OpenVINO engine is served; batch size, KV blocks and threads are per instance."""
     parameters = {
         "engine": str(engine),
@@ -236,12 +245,26 @@ def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, th
     }
     # Engines take all the CPU that there is. Users, NGINX and gateways share it with them here, as they do not in the
     # papers, and must not wait for it: they would measure the scheduler.
-    return stack.ServerPlan("openvino", parameters, batch_size, niceness=10)
+    return ServerPlan("openvino", parameters, batch_size, niceness=10)
 
 
-def tokenizer_file(profile: Profile) -> Path:
-    """``tokenizer.json`` of the model under test."""
-    return openvino.checkpoint(profile.engines) / "tokenizer.json"
+def tokenizer_file(profile: Profile, model: str) -> Path:
+    """``tokenizer.json`` of what stands for `model`.
+
+    Raises
+    ------
+    ConfigError
+        If it has to be downloaded and cannot be.
+    """
+    if profile.serving.backend == "openvino":
+        return openvino.checkpoint(profile.engines) / "tokenizer.json"
+    return tensorrt_llm.fetch_tokenizer(model, tensorrt_llm.places(profile))
+
+
+def tokenizer(profile: Profile, paper: prompts.Paper) -> Tokenizer:
+    """Tokenizer of a paper's models, with which its prompts are cut and counted."""
+    model = "llama-2-70b" if paper == "p1" else "llama-3-70b"
+    return Tokenizer.from_file(str(tokenizer_file(profile, model)))
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -255,6 +278,7 @@ def points(profile: Profile, series: Series) -> list[Point]:
         _code_digest(series.system.backend),
         profile.seed,
         [profile.serving.gateways, profile.serving.user_processes],
+        profile.serving.users_on,
         provenance()["host"],
         provenance()["versions"],
     ]
@@ -401,6 +425,8 @@ def _rows(
         "client_lag_p99_ms": seen.lag_p99_ms,
         "client_lag_max_ms": seen.lag_max_ms,
         "client_cpu_cores": seen.cpu_cores,
+        "network_us_mean": seen.network_us[0],
+        "network_us_sd": seen.network_us[1],
         "server_tokens": round(counted["expert_generated_tokens"]),
         "point_hash": point.hash,
         "profile": profile.name,
@@ -472,11 +498,15 @@ def machine() -> str:
 def _code_digest(backend: str) -> str:
     """Hash of the code on the measured path, blind to comments, docstrings and layout."""
     modules = [wire, processes, triton, gateway, nginx, stack, users]
+    if backend == repository.ENGINE_MODEL:
+        modules += [containers, repository]
+        files = [file for file in sorted(repository.TEMPLATES.rglob("*")) if file.is_file()]
+    else:
+        files = triton.model_code(backend)
     if backend == "emulated":
         modules += [engines, steptimes, batching, stock, threaded_users]
-    files = [Path(inspect.getfile(module)) for module in modules]
-    files += triton.model_code(backend)
-    parts: list[Any] = [_skeleton(file) for file in files]
+    files += [Path(inspect.getfile(module)) for module in modules]
+    parts: list[Any] = [_skeleton(file) if file.suffix == ".py" else file.read_text() for file in files]
     parts += [inspect.getsource(part) for part in _MEASURED]
     return config.digest(*parts)
 

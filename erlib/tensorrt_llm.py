@@ -28,6 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
 from erlib import config, engines, option_tables, paths
 from erlib.config import ConfigError, Configuration, Flow, PaperSystem, Profile, RunnerKind, WorkloadSettings
 from erlib.containers import Command, Places, Purpose, Runner, load_image
@@ -73,6 +76,27 @@ def lengths(configuration: Configuration, workload: WorkloadSettings) -> tuple[i
 def source(model: str, places: Places) -> Path:
     """Where a model's checkpoint is downloaded to."""
     return places.checkpoints / CHECKPOINTS[model].partition("/")[2]
+
+
+def fetch_tokenizer(model: str, places: Places) -> Path:
+    """``tokenizer.json`` of a model, downloaded beside where its weights go if it is not there.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be; says what gives access.
+    """
+    file = source(model, places) / "tokenizer.json"
+    for name in (file.name, "tokenizer_config.json"):
+        try:
+            if not (file.parent / name).exists():
+                hf_hub_download(CHECKPOINTS[model], name, local_dir=file.parent)
+        except (HfHubHTTPError, OSError) as error:
+            raise ConfigError(
+                f"{CHECKPOINTS[model]}: no {name} ({str(error).splitlines()[0]}). The repository is gated: accept its "
+                f"licence on huggingface.co and set HF_TOKEN, or put the checkpoint into {file.parent}"
+            ) from None
+    return file
 
 
 def places(profile: Profile) -> Places:

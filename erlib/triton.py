@@ -15,7 +15,9 @@ import sys
 import sysconfig
 import urllib.request
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -77,6 +79,29 @@ def preflight() -> None:
             f"Triton's Python backend cannot load {', '.join(missing) or stub}; "
             f"install it (Debian, Ubuntu: apt-get install libpython{_python_version()})"
         )
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """How one engine instance is served."""
+
+    backend: str
+    parameters: dict[str, str]
+    max_batch_size: int
+    niceness: int = 0
+    """How far its process stands back behind what is around it where cores are short; negative: what is around it."""
+
+    def server(self, label: str, port: int, work_dir: Path, host: str) -> TritonServer:
+        """The server itself, not yet started; see :class:`TritonServer`."""
+        niceness = max(0, self.niceness)
+        return TritonServer(label, self.backend, self.parameters, self.max_batch_size, port, work_dir, host, niceness)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What it is, wherever it lies: the engine by its content hash."""
+        described = asdict(self)
+        described["parameters"]["engine"] = Path(self.parameters["engine"]).name
+        return described
 
 
 class TritonServer:

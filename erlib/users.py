@@ -5,7 +5,8 @@ over raw gRPC, because a client that falls behind measures itself; how late thei
 is part of the result.
 
 A user sends a base prompt and, in paper 1, then a continuation prompt that carries prompt and answer. All users of a
-point start together. Times are ``CLOCK_MONOTONIC`` ns, one clock for all processes of a host.
+point start together. Times are ``CLOCK_MONOTONIC`` ns, one clock for all processes of a host. The users may have a host
+of their own, as in paper 2 (section IV); how far it is to what they ask is measured before every point.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -27,12 +30,13 @@ import grpc.aio
 import numpy as np
 from tokenizers import Tokenizer
 
-from erlib import processes, wire
+from erlib import paths, processes, wire
 from erlib.prompts import continuation
 
 LAG_PROBE_S = 0.01
 CONNECT_TIMEOUT_S = 20
 _START_DELAY_S = 0.25
+_CONNECTIONS = 50
 _CHANNELS_PER_TARGET = 2
 
 Client = Literal["asyncio", "threads"]
@@ -86,6 +90,8 @@ class Observation:
     lag_p99_ms: float
     lag_max_ms: float
     cpu_cores: float
+    network_us: tuple[float, float]
+    """Mean and standard deviation of what it takes to open a TCP connection to a target: one round trip."""
 
 
 class UserSimulator:
@@ -103,6 +109,11 @@ class UserSimulator:
         What the processes run.
     niceness : int
         How far they stand back where cores are short.
+    host : str, optional
+        Another machine that runs them, as ``ssh`` knows it, with this repository and `tokenizer` at the same places.
+    shares_clock : bool
+        Whether gateways run on the host that this object is used on; otherwise what a request waits before a gateway
+        reads it is not known. False where `host` is given.
 
     Raises
     ------
@@ -110,10 +121,17 @@ class UserSimulator:
         If ``threads``, which the papers run in one process, are to share several.
     """
 
-    def __init__(self, tokenizer: Path, n_processes: int, log: Path, client: Client = "asyncio", niceness: int = 0):
+    def __init__(
+        self, tokenizer: Path, n_processes: int, log: Path, client: Client = "asyncio", niceness: int = 0,
+        host: str | None = None, shares_clock: bool = True,
+    ):  # fmt: skip
         if client == "threads" and n_processes != 1:
             raise ValueError(f"the threaded client is one process, as in the papers, not {n_processes}")
         self._command = processes.python("-m", _MODULES[client], tokenizer)
+        if host:
+            there = shlex.join(["cd", str(paths.ROOT)]) + " && exec " + shlex.join(map(str, self._command))
+            self._command = ["ssh", "-o", "BatchMode=yes", host, there]
+        self._shares_clock = shares_clock and not host
         self._n_processes = n_processes
         self._log = log
         self._niceness = niceness
@@ -153,9 +171,12 @@ class UserSimulator:
         StartError
             If a user process dies.
         """
+        hellos = []
         for worker in self._workers:
-            self._exchange(worker, {"command": "hello"})
-        start_ns = time.monotonic_ns() + int(_START_DELAY_S * 1e9)
+            asked_ns = time.monotonic_ns()
+            hellos.append(self._exchange(worker, {"command": "hello", "targets": list(targets)}))
+        clock_ns = hellos[-1]["now_ns"] - asked_ns  # theirs minus ours, the same for all of them
+        start_ns = time.monotonic_ns() + clock_ns + int(_START_DELAY_S * 1e9)
         shares = [list(scripts[i :: self._n_processes]) for i in range(self._n_processes)]
         for worker, share in zip(self._workers, shares, strict=True):
             job = {
@@ -164,15 +185,18 @@ class UserSimulator:
                 "targets": list(targets),
                 "timeout_s": timeout_s,
                 "start_ns": start_ns,
+                "shares_clock": self._shares_clock,
             }
             self._send(worker, job)
         results = [self._receive(worker) for worker in self._workers]
+        trips_us = np.concatenate([hello["trips_us"] for hello in hellos])
         lags = np.concatenate([result["lags_ms"] for result in results])
         return Observation(
             answers=[Answer(**answer) for result in results for answer in result["answers"]],
             lag_p99_ms=float(np.percentile(lags, 99)),
             lag_max_ms=float(lags.max()),
             cpu_cores=sum(result["cpu_cores"] for result in results),
+            network_us=(float(trips_us.mean()), float(trips_us.std())),
         )
 
     def _exchange(self, worker: subprocess.Popen[bytes], message: dict[str, Any]) -> dict[str, Any]:
@@ -201,12 +225,14 @@ class UserSimulator:
 # --- inside a user process --------------------------------------------------------------------------------------
 
 
-async def _user(script: Script, channel: grpc.aio.Channel, timeout_s: float) -> list[tuple[Answer, str]]:
+async def _user(
+    script: Script, channel: grpc.aio.Channel, timeout_s: float, shares_clock: bool
+) -> list[tuple[Answer, str]]:
     """One user's requests, each answer with the prompt that it answers."""
     text = script.text
     answers = []
     for turn in ("base", "continuation") if script.continues else ("base",):
-        answer, reply = await _request(script, turn, text, channel, timeout_s)
+        answer, reply = await _request(script, turn, text, channel, timeout_s, shares_clock)
         answers.append((answer, text))
         if answer.status != "ok":
             break
@@ -215,16 +241,15 @@ async def _user(script: Script, channel: grpc.aio.Channel, timeout_s: float) -> 
 
 
 async def _request(
-    script: Script, turn: str, text: str, channel: grpc.aio.Channel, timeout_s: float
+    script: Script, turn: str, text: str, channel: grpc.aio.Channel, timeout_s: float, shares_clock: bool
 ) -> tuple[Answer, bytes]:
     """Send one prompt and take a timestamp per message as it arrives; messages are decoded after the last one."""
     request = wire.encode_request(text, script.max_tokens, script.end_id, f"{script.user}-{turn}")
     answer = Answer(script.user, script.prompt, script.cluster, turn, script.target, t_send_ns=time.monotonic_ns())
     times: list[int] = []
     messages: list[bytes] = []
-    call = channel.stream_stream(wire.STREAM_INFER)(
-        timeout=timeout_s, metadata=(("er-sent-ns", str(answer.t_send_ns)),)
-    )
+    sent = (("er-sent-ns", str(answer.t_send_ns)),) if shares_clock else ()
+    call = channel.stream_stream(wire.STREAM_INFER)(timeout=timeout_s, metadata=sent)
     try:
         await call.write(request)
         await call.done_writing()
@@ -288,7 +313,7 @@ async def _run(job: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     cpu, wall = time.process_time(), time.monotonic()
     per_user = await asyncio.gather(
         *(
-            _user(script, channels[script.target][i % _CHANNELS_PER_TARGET], job["timeout_s"])
+            _user(script, channels[script.target][i % _CHANNELS_PER_TARGET], job["timeout_s"], job["shares_clock"])
             for i, script in enumerate(scripts)
         )
     )
@@ -313,16 +338,43 @@ def report(
     }
 
 
+def round_trips_us(target: str) -> list[float]:
+    """What it takes to open a TCP connection to ``host:port``, several times: the kernels' answer, no program's.
+
+    Raises
+    ------
+    OSError
+        If nobody listens there.
+    """
+    host, _, port = target.rpartition(":")
+    trips_us = []
+    for _ in range(_CONNECTIONS):
+        began = time.perf_counter()
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        trips_us.append((time.perf_counter() - began) * 1e6)
+    return trips_us
+
+
 def serve(run: Callable[[dict[str, Any], Tokenizer], dict[str, Any]]) -> None:
     """Be a user process: a JSON job per line in, what `run` makes of it as JSON per line out."""
     tokenizer = Tokenizer.from_file(sys.argv[1])
     for line in sys.stdin:
         job = json.loads(line)
-        gc.collect()
-        gc.disable()  # a collection during a run would look like lag of the servers
-        result = run(job, tokenizer) if job["command"] == "run" else {}
-        gc.enable()
+        if job["command"] == "hello":
+            result: dict[str, Any] = {"now_ns": time.monotonic_ns(), "trips_us": _distances_us(job["targets"])}
+        else:
+            gc.collect()
+            gc.disable()  # a collection during a run would look like lag of the servers
+            result = run(job, tokenizer)
+            gc.enable()
         print(json.dumps(result), flush=True)
+
+
+def _distances_us(targets: Sequence[str]) -> list[float]:
+    try:
+        return [trip_us for target in targets for trip_us in round_trips_us(target)]
+    except OSError as error:
+        raise SystemExit(f"nobody answers at {', '.join(targets)} ({error})") from None
 
 
 if __name__ == "__main__":

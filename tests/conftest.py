@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from erlib import clusterer, config, openvino, stack, sweep
+from erlib import clusterer, config, openvino, stack, sweep, triton
 
 BASE_PORT = 27000
 
@@ -30,7 +30,7 @@ def tokenizer(profile: config.Profile) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server_plan(profile: config.Profile) -> stack.ServerPlan:
+def server_plan(profile: config.Profile) -> triton.ServerPlan:
     """One real engine (a one-layer sibling): four slots, room for sequences of 512 tokens."""
     engine = openvino.build(profile, "small", "fp16")
     return sweep.server_plan(engine.path, batch_size=4, kv_blocks=16, kv_cache="f16", threads=1)

@@ -142,7 +142,7 @@ def test_ports_are_those_of_the_stack(name, tmp_path):
     settings = config.load_profile("dgx-h100").serving
     configuration = config.load_configuration(name)
     served = repository.servers(configuration, tmp_path, settings, tmp_path)
-    plans = [stack.ServerPlan("tensorrt_llm", {}, 1)] * configuration.system.instances
+    plans = [triton.ServerPlan("tensorrt_llm", {}, 1)] * configuration.system.instances
     known = stack.Stack(name, plans, configuration.routing, settings, tmp_path, tmp_path).servers
     assert [(server.label, server.url, server.metrics_port) for server in served] == [
         (server.label, server.url, server.metrics_port) for server in known

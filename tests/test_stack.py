@@ -306,11 +306,11 @@ def test_a_killed_server_is_an_error_and_nothing_is_left(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupting_or_killing_the_run_leaves_nothing(number, own_ports, router, server_plan, tmp_path):
     code = (
-        "import json, signal, sys, time; from pathlib import Path; from erlib import config, stack\n"
+        "import json, signal, sys, time; from pathlib import Path; from erlib import config, stack, triton\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if the tests run in the background\n"
         "settings, plan, router, logs = json.loads(sys.argv[1])\n"
         "settings = config.ServingSettings(**settings)\n"
-        "plan = stack.ServerPlan(**plan)\n"
+        "plan = triton.ServerPlan(**plan)\n"
         "with stack.Stack('cut', [plan] * 2, 'replicas', settings, Path(router), Path(logs)):\n"
         "    print('up', flush=True); time.sleep(60)\n"
     )

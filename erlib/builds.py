@@ -1,0 +1,135 @@
+"""Plans carried out: every step once, with a log; again only if it was cut off or its command has changed.
+
+Beside what a step has made lies ``<made>.done.json`` with its command and how long it took, in seconds. What somebody
+else has made counts too, if it is what the plan asks for: an engine that passes the plan's check needs no step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tqdm import tqdm
+
+from erlib import processes
+from erlib.config import RunnerKind
+from erlib.containers import Command, Runner, load_image
+from erlib.tensorrt_llm import Plan
+
+_POLL_S = 0.5
+
+
+class StepFailed(RuntimeError):
+    """A step ended with an error, or made something else than it was asked for; the message quotes its log."""
+
+
+def stamp(command: Command) -> Path:
+    """File that says that a step has succeeded."""
+    return command.makes.with_name(f"{command.makes.name}.done.json")
+
+
+def is_done(command: Command) -> bool:
+    """Whether a step need not be run: it has succeeded with this command, or somebody has put a download there."""
+    if not command.makes.exists():
+        return False
+    try:
+        return json.loads(stamp(command).read_text())["argv"] == list(command.argv)
+    except (OSError, ValueError, KeyError):
+        return command.purpose == "fetch" and _is_downloaded(command.makes)
+
+
+def seconds(command: Command) -> float | None:
+    """How long a step took when it was run here; None if it was not."""
+    try:
+        return json.loads(stamp(command).read_text())["seconds"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def missing(plans: Sequence[Plan]) -> list[tuple[Plan, Command]]:
+    """Steps that are still to be run, in order, each once; checks are no steps of their own."""
+    found: dict[Path, tuple[Plan, Command]] = {}
+    for plan in plans:
+        if plan.served.exists() and not plan.problems():
+            continue
+        for command in plan.commands:
+            if command.purpose != "check" and not is_done(command):
+                found.setdefault(command.makes, (plan, command))
+    return list(found.values())
+
+
+def build(plans: Sequence[Plan], kind: RunnerKind) -> None:
+    """Make what a server of each plan's system loads.
+
+    Raises
+    ------
+    StepFailed
+        Nothing that was made is lost; the next call goes on with the step that failed.
+    """
+    todo = missing(plans)
+    print(f"builds: {len(plans)} engines, {len(todo)} steps to run")
+    with tqdm(todo, unit="step") as progress:
+        for plan, command in progress:
+            progress.set_description(f"{plan.configuration.id}: {command.purpose} {command.makes.name}")
+            _run(command, Runner(kind, load_image(plan.version), plan.places))
+    for plan in plans:
+        if problems := plan.problems():
+            wrong = "\n".join(problems)
+            raise StepFailed(f"{plan.configuration.id}: not what the plan asks for; remove it and run again:\n{wrong}")
+
+
+def _run(command: Command, runner: Runner) -> None:
+    work = runner.places.work
+    log = work / "logs" / f"{command.purpose}-{command.makes.name}.log"
+    for directory in (work, runner.places.checkpoints, command.makes.parent):
+        directory.mkdir(parents=True, exist_ok=True)
+    if command.tool and not runner.is_ready:
+        for setup in runner.setup:
+            _finish(setup, work / "logs" / "image.log", work)
+    if command.purpose != "fetch":  # a download goes on where it was
+        shutil.rmtree(command.makes, ignore_errors=True)
+    began = time.monotonic()
+    log.unlink(missing_ok=True)
+    _finish(runner.argv(command), log, work)
+    if not command.makes.exists():
+        raise StepFailed(f"{command.purpose} made no {command.makes}; {log} ends:\n{processes.tail(log)}")
+    done = {
+        "argv": list(command.argv),
+        "image": runner.image.reference if command.tool else None,
+        "seconds": round(time.monotonic() - began, 1),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    stamp(command).write_text(json.dumps(done, indent=1) + "\n")
+
+
+def _finish(argv: Sequence[str], log: Path, directory: Path) -> None:
+    """Run a program to its end, and end it if we are interrupted."""
+    try:
+        process = processes.spawn(argv, log, cwd=directory)
+    except FileNotFoundError:
+        raise StepFailed(f"{argv[0]} is not installed; ./run_all.sh --dry-run lists what is missing") from None
+    try:
+        while True:
+            try:
+                code = process.wait(_POLL_S)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+    finally:
+        processes.stop([process])
+    if code:
+        raise StepFailed(f"{argv[0]} failed with code {code}; {log} ends:\n{processes.tail(log)}")
+
+
+def _is_downloaded(directory: Path) -> bool:
+    """Whether a directory holds a whole checkpoint, or texts."""
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return any(directory.rglob("*.parquet")) or (directory / "model.safetensors").exists()
+    weights = set(json.loads(index.read_text())["weight_map"].values())
+    return all((directory / file).exists() for file in weights)
