@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -20,8 +19,6 @@ from erlib import processes
 from erlib.config import RunnerKind
 from erlib.containers import Command, Runner, load_image
 from erlib.tensorrt_llm import Plan
-
-_POLL_S = 0.5
 
 
 class StepFailed(RuntimeError):
@@ -72,11 +69,15 @@ def build(plans: Sequence[Plan], kind: RunnerKind) -> None:
         Nothing that was made is lost; the next call goes on with the step that failed.
     """
     todo = missing(plans)
+    runners = {plan.version: Runner(kind, load_image(plan.version), plan.places) for plan, _ in todo}
     print(f"builds: {len(plans)} engines, {len(todo)} steps to run")
     with tqdm(todo, unit="step") as progress:
         for plan, command in progress:
             progress.set_description(f"{plan.configuration.id}: {command.purpose} {command.makes.name}")
-            _run(command, Runner(kind, load_image(plan.version), plan.places))
+            runner = runners[plan.version]
+            if command.tool and not runner.is_ready:
+                _fetch_image(runner)
+            _run(command, runner)
     for plan in plans:
         if problems := plan.problems():
             wrong = "\n".join(problems)
@@ -88,9 +89,6 @@ def _run(command: Command, runner: Runner) -> None:
     log = work / "logs" / f"{command.purpose}-{command.makes.name}.log"
     for directory in (work, runner.places.checkpoints, command.makes.parent):
         directory.mkdir(parents=True, exist_ok=True)
-    if command.tool and not runner.is_ready:
-        for setup in runner.setup:
-            _finish(setup, work / "logs" / "image.log", work)
     if command.purpose != "fetch":  # a download goes on where it was
         shutil.rmtree(command.makes, ignore_errors=True)
     began = time.monotonic()
@@ -107,6 +105,13 @@ def _run(command: Command, runner: Runner) -> None:
     stamp(command).write_text(json.dumps(done, indent=1) + "\n")
 
 
+def _fetch_image(runner: Runner) -> None:
+    work = runner.places.work
+    work.mkdir(parents=True, exist_ok=True)
+    for argv in runner.setup:
+        _finish(argv, work / "logs" / "image.log", work)
+
+
 def _finish(argv: Sequence[str], log: Path, directory: Path) -> None:
     """Run a program to its end, and end it if we are interrupted."""
     try:
@@ -114,12 +119,7 @@ def _finish(argv: Sequence[str], log: Path, directory: Path) -> None:
     except FileNotFoundError:
         raise StepFailed(f"{argv[0]} is not installed; ./run_all.sh --dry-run lists what is missing") from None
     try:
-        while True:
-            try:
-                code = process.wait(_POLL_S)
-                break
-            except subprocess.TimeoutExpired:
-                continue
+        code = process.wait()
     finally:
         processes.stop([process])
     if code:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ class Runner:
         """Command that ends what was started under `name` even if its starter was killed; empty if nothing is left."""
         return ("docker", "rm", "--force", name) if self.kind == "docker" else ()
 
-    @property
+    @functools.cached_property
     def is_ready(self) -> bool:
         """Whether the image is here."""
         if self.kind == "docker":

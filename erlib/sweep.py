@@ -352,7 +352,7 @@ def _measure(profile: Profile, series: Series, todo: list[Point], progress: tqdm
             label, system.servers, system.routing, serving, system.router, log_dir, system.classifier
         ) as serving_stack,
         users.UserSimulator(
-            system.tokenizer, user_processes, user_log, series.client, serving_stack.harness_niceness
+            system.tokenizer, user_processes, user_log, series.client, serving_stack.harness_niceness, serving.users_on
         ) as simulator,
     ):
         for point in todo:

@@ -273,13 +273,18 @@ async def _request(
 
 
 def note(answer: Answer, script: Script, times: list[int], responses: Sequence[wire.Response]) -> bytes:
-    """Write down what arrived when (ns), or what is wrong with it, in `answer`; returns the reply's text."""
+    """Write down what arrived when (ns), or what is wrong with it, in `answer`; returns the reply's text.
+
+    A last response without a token, with which TensorRT-LLM may follow an end of sequence, is not one of them.
+    """
+    if len(responses) > 1 and not responses[-1].error and not responses[-1].token_ids:
+        times, responses = times[:-1], responses[:-1]
     refusal = next((response.error for response in responses if response.error), "")
     counts = [len(response.token_ids) for response in responses]
     if refusal:
         answer.status = refusal
     elif not counts or any(count != 1 for count in counts):
-        answer.status = f"expected one token per response, got {counts[:5]}"
+        answer.status = f"expected one token per response, got {sorted(set(counts))}"
     elif script.end_id == wire.NEVER_STOP and len(times) != script.max_tokens:
         answer.status = f"expected exactly {script.max_tokens} tokens, got {len(times)}"
     if times:

@@ -1,0 +1,129 @@
+"""Stand-in for what a DGX has and a test machine has not: ``nvidia-smi``, ``hf``, and ``docker`` with NVIDIA's image.
+
+Started under each of these names. Downloads write a checkpoint's description and a tokenizer, conversions pass it on,
+``trtllm-build`` writes an engine's description with files of the right size (holes), and ``mpirun`` starts the real
+Triton on the real repository, in which a stand-in takes the engine's place. What was started is noted in ``calls``.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+HOME = Path(os.environ["STANDIN_HOME"])
+TESTS = Path(__file__).resolve().parent
+
+
+def options(argv):
+    """--name value pairs."""
+    return {name: value for name, value in itertools.pairwise(argv) if name.startswith("--")}
+
+
+def nvidia_smi(argv):
+    for _ in range(int(os.environ.get("STANDIN_GPUS", "8"))):
+        print("NVIDIA H100 80GB HBM3, 81559, 590.44.01, 9.0")
+
+
+def hf(argv):
+    from erlib import tensorrt_llm
+
+    assert argv[0] == "download"
+    target = Path(options(argv)["--local-dir"])
+    target.mkdir(parents=True, exist_ok=True)
+    if "dataset" in argv:
+        (target / "train.parquet").touch()
+        return
+    (model,) = (model for model, name in tensorrt_llm.CHECKPOINTS.items() if name == argv[1])
+    (target / "config.json").write_text(json.dumps({"model": model}))
+    (target / "model.safetensors").touch()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(os.environ["STANDIN_TOKENIZER"]) / name, target)
+
+
+def docker(argv):
+    if argv[0] == "run":
+        at = next(i for i, word in enumerate(argv) if word.startswith("nvcr.io/"))
+        for name, value in itertools.pairwise(argv[:at]):
+            if name == "--env":
+                os.environ.update([value.split("=", 1)])
+        program, *rest = argv[at + 1 :]
+        {"python3": convert, "trtllm-build": build, "mpirun": serve}[program](rest)
+
+
+def convert(argv):
+    from erlib import engines
+
+    known = options(argv)
+    target = Path(known["--output_dir"])
+    model = json.loads((Path(known["--model_dir"]) / "config.json").read_text())["model"]
+    shape = engines.shape(model)
+    algorithms = {"fp8": ("FP8", "FP8"), "int4_awq": ("W4A16_AWQ", None), None: (None, None)}
+    weights, kv_cache = algorithms[known.get("--qformat")]
+    if "--int8_kv_cache" in argv:
+        weights, kv_cache = "W8A16", "INT8"
+    description = {
+        "model": model,
+        "dtype": known["--dtype"],
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "vocab_size": shape.vocabulary,
+        "quantization": {"quant_algo": weights, "kv_cache_quant_algo": kv_cache},
+        "mapping": {"tp_size": int(known["--tp_size"])},
+    }
+    target.mkdir(parents=True)
+    (target / "config.json").write_text(json.dumps(description))
+
+
+def build(argv):
+    from erlib import engines
+
+    parser = argparse.ArgumentParser()
+    for name in ("max_batch_size", "max_input_len", "max_num_tokens", "max_seq_len"):
+        parser.add_argument(f"--{name}", type=int)
+    known, rest = parser.parse_known_args(argv)
+    directories = options(rest)
+    model = json.loads((Path(directories["--checkpoint_dir"]) / "config.json").read_text())
+    target = Path(directories["--output_dir"])
+    target.mkdir(parents=True)
+    plugins = {"use_paged_context_fmha": directories["--use_paged_context_fmha"] == "enable"}
+    description = {"pretrained_config": model, "build_config": {**vars(known), "plugin_config": plugins}}
+    dtype = {"FP8": "fp8", "W8A16": "int8", "W4A16_AWQ": "int4", None: "fp16"}[model["quantization"]["quant_algo"]]
+    ranks = model["mapping"]["tp_size"]
+    for rank in range(ranks):
+        with (target / f"rank{rank}.engine").open("wb") as file:
+            file.truncate(int(engines.shape(model["model"]).loaded_bytes(dtype, ranks) / ranks))
+    if os.environ.get("STANDIN_FAILS") == target.name:
+        sys.exit("[TRT-LLM] [E] out of memory")
+    (target / "config.json").write_text(json.dumps(description))
+
+
+def serve(argv):
+    """The first rank only: the others would hold parts of an engine that is not there."""
+    from erlib import repository, triton
+
+    triton.preflight()
+    words = argv[argv.index("tritonserver") + 1 :]
+    words = words[: words.index(":")] if ":" in words else words
+    known = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)
+    models = HOME / f"models-{known['http-port']}"
+    shutil.rmtree(models, ignore_errors=True)
+    shutil.copytree(known["model-repository"], models)
+    engine = models / repository.ENGINE_MODEL
+    text = (engine / "config.pbtxt").read_text().replace('backend: "tensorrtllm"', 'backend: "python"')
+    step = os.environ.get("STANDIN_STEP_S", "0.002")
+    (engine / "config.pbtxt").write_text(f'{text}parameters {{ key: "step_s" value {{ string_value: "{step}" }} }}\n')
+    (engine / "1" / "model.py").symlink_to(TESTS / "standin_tensorrt_llm.py")
+    server = repository.RepositoryServer("standin", models, int(known["http-port"]), HOME, (), known["http-address"])
+    launch = server.launch
+    os.environ.update(launch.environment)
+    os.execv(launch.command[0], launch.command)
+
+
+if __name__ == "__main__":
+    tool = Path(sys.argv[0]).name
+    with (HOME / "calls").open("a") as calls:
+        calls.write(json.dumps([tool, *sys.argv[1:], os.environ.get("CUDA_VISIBLE_DEVICES")]) + "\n")
+    {"nvidia-smi": nvidia_smi, "hf": hf, "docker": docker}[tool](sys.argv[1:])

@@ -1,0 +1,161 @@
+"""The DGX's way, whole: plans carried out, repositories rendered and served, users, records. Only kernels stand in."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BASE_PORT
+
+from erlib import builds, config, paths, processes, records, sweep, tensorrt_llm
+
+STANDIN = Path(__file__).with_name("standin_dgx_tools.py")
+SCALED_DOWN = {
+    "scale.users": 250,
+    "scale.tokens": 60,
+    "corpus.name": "newsgroups",
+    "corpus.documents": 1500,
+    "serving.gateways": 2,
+    "serving.user_processes": 2,
+    "serving.base_port": BASE_PORT + 500,
+    "paper1.users": [2],
+    "paper1.repeats": 1,
+    "paper2.users": [2],
+    "paper2.repeats": 1,
+    "paper2.mixes": ["uniform"],
+}
+
+
+@pytest.fixture
+def dgx(tmp_path, tokenizer, monkeypatch):
+    """A machine with the tools' stand-ins, and a profile whose engines have the papers' sizes; lists what is called."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("nvidia-smi", "hf", "docker"):
+        (tools / name).write_text(f"#!{sys.executable}\n" + STANDIN.read_text().replace("__file__", repr(str(STANDIN))))
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(paths.ROOT))
+    monkeypatch.setenv("STANDIN_HOME", str(tmp_path))
+    monkeypatch.setenv("STANDIN_TOKENIZER", str(tokenizer.parent))
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    places = {"tensorrt_llm.checkpoints": str(tmp_path / "hf"), "tensorrt_llm.work": str(tmp_path / "work")}
+    # The one file that is fetched before any engine is built; the hub is not there to be asked.
+    for model in tensorrt_llm.CHECKPOINTS:
+        directory = tensorrt_llm.source(model, tensorrt_llm.Places(tmp_path / "hf", tmp_path / "work"))
+        directory.mkdir(parents=True)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (directory / name).write_bytes((tokenizer.parent / name).read_bytes())
+
+    def profile(**overrides):
+        return config.load_profile("dgx-h100", SCALED_DOWN | places | overrides)
+
+    def calls() -> list[list[str]]:
+        file = tmp_path / "calls"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    return profile, calls
+
+
+def built(calls: list[list[str]]) -> list[str]:
+    return [call[call.index("--output_dir") + 1].rpartition("/")[2] for call in calls if "trtllm-build" in call]
+
+
+def test_engines_are_built_once_and_an_interrupted_build_goes_on(dgx, monkeypatch):
+    profile, calls = dgx
+    plans = [tensorrt_llm.plan(profile(), config.load_configuration(name)) for name in ("p2.B", "p2.C", "p2.D")]
+    monkeypatch.setenv("STANDIN_FAILS", plans[1].served.name)
+    with pytest.raises(builds.StepFailed, match=r"docker failed with code 1; .*\n.*out of memory") as failure:
+        builds.build(plans, "docker")
+    assert "build-llama-3-70b-fp8-kv_fp8-tp4-bs100" in str(failure.value)  # the log
+    assert built(calls()) == [plans[0].served.name, plans[1].served.name]
+    before = len(calls())
+    monkeypatch.delenv("STANDIN_FAILS")
+    builds.build(plans, "docker")
+    assert built(calls()[before:]) == [plans[1].served.name, plans[2].served.name]
+    assert not [call for call in calls()[before:] if "quantize.py" in str(call) and "tp4" in str(call)]
+    before = len(calls())
+    builds.build(plans, "docker")
+    assert calls()[before:] == []
+    step = next(command for command in plans[0].commands if command.purpose == "build")
+    assert builds.seconds(step) > 0
+    (plans[0].served / "config.json").write_text("{}")
+    builds.stamp(step).unlink()
+    builds.build(plans, "docker")
+    assert built(calls()[before:]) == [plans[0].served.name]
+
+
+def test_an_engine_that_is_not_what_was_asked_for_is_refused(dgx, tmp_path):
+    profile, _ = dgx
+    plan = tensorrt_llm.plan(profile(), config.load_configuration("p2.E"))
+    builds.build([plan], "docker")
+    described = json.loads((plan.served / "config.json").read_text())
+    described["build_config"]["max_batch_size"] = 8
+    (plan.served / "config.json").write_text(json.dumps(described))
+    with pytest.raises(builds.StepFailed, match=r"max_batch_size is 8, not 125"):
+        builds.build([plan], "docker")
+
+
+def test_a_missing_tool_is_named(dgx, monkeypatch):
+    profile, _ = dgx
+    monkeypatch.setenv("PATH", "/nonexistent")
+    plan = tensorrt_llm.plan(profile(), config.load_configuration("p2.E"))
+    with pytest.raises(builds.StepFailed, match=r"hf is not installed"):
+        builds.build([plan], "docker")
+
+
+def test_too_few_gpus_are_told_before_anything_is_built(dgx, monkeypatch):
+    profile, calls = dgx
+    monkeypatch.setenv("STANDIN_GPUS", "1")
+    with pytest.raises(config.ConfigError, match=r"p1\.C needs 8 GPUs; there are 1"):
+        sweep.load(profile(**{"paper1.configs": ["p1.C"]}), "p1")
+    assert built(calls()) == []
+
+
+def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
+    """Routed experts, one per GPU, and two tensor-parallel servers in turn, asked from another host; found when rerun.
+
+    ``ssh`` is a stand-in too: it runs here what it is given.
+    """
+    profile, calls = dgx
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.write_text('#!/bin/sh\necho "$@" >> "$STANDIN_HOME/ssh"\nfor last; do :; done\nexec sh -c "$last"\n')
+    ssh.chmod(0o755)
+    with pytest.raises(config.ConfigError, match=r"users on load-node cannot reach 127\.0\.0\.1"):
+        profile(**{"serving.users_on": "load-node"})
+    apart = {"serving.users_on": "load-node", "serving.host": "127.0.0.2"}
+    wanted = profile(**apart, **{"paper1.configs": ["p1.C"], "paper2.configs": ["p2.C"]})
+    seen = sweep.run(wanted, [*sweep.load(wanted, "p1"), *sweep.load(wanted, "p2")])
+
+    assert list(seen.columns) == records.SCHEMA.names
+    assert set(seen["source"]) == {"measured"}
+    assert set(seen["status"]) == {"ok"}
+    assert seen.groupby("config")["user"].nunique().to_dict() == {"p1.C": 2, "p2.C": 2}
+    forced = seen[seen["config"] == "p1.C"]
+    assert set(forced["turn"]) == {"base", "continuation"}
+    assert set(forced["output_tokens"]) == {20}  # 1,200 / 60
+    assert (forced["route_vectorise_ns"] > 0).all()
+    assert seen["route_queue_ns"].isna().all()  # users and gateways have no clock in common
+    assert (seen["network_us_mean"] > 0).all()
+    assert (seen["network_us_sd"] >= 0).all()
+    started = (tmp_path / "ssh").read_text().splitlines()
+    assert len(started) == 2 * 2  # processes, once per system
+    assert all(line.startswith("-o BatchMode=yes load-node cd ") for line in started)
+
+    served = [call for call in calls() if "mpirun" in call]
+    visible = [word for call in served for word in call if str(word).startswith("CUDA_VISIBLE_DEVICES=")]
+    assert visible == [f"CUDA_VISIBLE_DEVICES={gpus}" for gpus in (*range(8), "0,1,2,3", "4,5,6,7")]
+    names = {call[call.index("--name") + 1] for call in served}
+    assert names == {call[-2] for call in calls() if call[1] == "rm"}  # nothing is left behind
+    assert len(names) == 8  # the second system's servers take the ports of the first
+
+    before = len(calls())
+    capsys.readouterr()
+    again = sweep.run(wanted, [*sweep.load(wanted, "p1"), *sweep.load(wanted, "p2")])
+    assert "sweep: 2 of 2 points found by content hash" in capsys.readouterr().out
+    assert len(again) == len(seen)
+    assert {call[0] for call in calls()[before:]} == {"nvidia-smi"}
+    processes.require_free_ports(range(wanted.serving.base_port, wanted.serving.base_port + 30), "127.0.0.2")
