@@ -7,6 +7,7 @@ Modules are listed in the order in which data flows through them; each imports o
     stock, prompts                            that model as an unpickled scikit-learn pipeline; the workloads
     engines, openvino, quality                arithmetic of a configuration; its engine, built; what its format costs
     containers, option_tables, tensorrt_llm   where plans run; what tools accept; the DGX's engines, planned and checked
+    hardware, builds                          what this machine has; plans carried out
     steptimes, batching                       how long a step lasts on H100s; which requests share one
     wire, triton, repository                  messages; one server; one that has TensorRT-LLM's model repository
     gateway, nginx, stack                     the routing gateway; the balancer; all of it

@@ -7,16 +7,18 @@ else has made counts too, if it is what the plan asks for: an engine that passes
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pandas as pd
 from tqdm import tqdm
 
-from erlib import processes
-from erlib.config import RunnerKind
+from erlib import processes, tensorrt_llm
+from erlib.config import Profile, RunnerKind
 from erlib.containers import Command, Runner, load_image
 from erlib.tensorrt_llm import Plan
 
@@ -82,6 +84,35 @@ def build(plans: Sequence[Plan], kind: RunnerKind) -> None:
         if problems := plan.problems():
             wrong = "\n".join(problems)
             raise StepFailed(f"{plan.configuration.id}: not what the plan asks for; remove it and run again:\n{wrong}")
+
+
+def report(profile: Profile) -> pd.DataFrame:
+    """Engines of a profile's experiments on GPUs: built first, if ``serving.backend`` asks for them.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per engine: the first configuration that loads it, what it is, ``commands`` (how many steps lead to
+        it), ``minutes`` (of those that have been run here; NaN if none has), ``missing`` (steps that have not).
+    """
+    plans = tensorrt_llm.needed(profile)
+    if profile.serving.backend == "tensorrt_llm":
+        build(plans, profile.tensorrt_llm.runner)
+    rows = []
+    for plan in plans:
+        steps = [command for command in plan.commands if command.purpose != "check"]
+        taken_s = [took_s for command in steps if (took_s := seconds(command)) is not None]
+        rows.append(
+            {
+                "config": plan.configuration.id,
+                "engine": plan.served.name,
+                "tensorrt_llm": plan.version,
+                "commands": len(steps),
+                "minutes": sum(taken_s) / 60 if taken_s else math.nan,
+                "missing": len(missing([plan])),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def _run(command: Command, runner: Runner) -> None:

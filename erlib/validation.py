@@ -8,6 +8,7 @@ measured loads: step times are fitted to those, and loads that were held out are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
@@ -199,7 +200,7 @@ def calibrated(measured: pd.DataFrame, profile: Profile, held_out: Sequence[int]
             continue
         known = mine.drop(asked.index)
         try:
-            system, unfit = laptop_system(name, profile, fitting.Fitted(known)), ""
+            system, unfit = measured_system(name, profile, fitting.Fitted(known)), ""
         except fitting.TooFewRecords as reason:
             system, unfit = None, str(reason)
         around = Harness("fitted", per_request_s=_per_request_s(known))
@@ -249,11 +250,13 @@ def errors(table: pd.DataFrame, by: str | list[str] = "metric") -> pd.DataFrame:
     )
 
 
-def laptop_system(name: str, profile: Profile, steps: steptimes.StepTimes) -> batching.System:
+def measured_system(name: str, profile: Profile, steps: steptimes.StepTimes) -> batching.System:
     """What stood for a configuration when `profile` was measured, with step times of its own.
 
     Requests go to the server that their ``cluster`` names, whatever the configuration's routing.
     """
+    if profile.serving.backend == "tensorrt_llm":
+        return replace(batching.paper_system(name), routing="expert_router", steps=steps)
     plan = engines.laptop_system(profile, config.load_configuration(name))
     return batching.System(
         config=name,

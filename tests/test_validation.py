@@ -89,7 +89,7 @@ def test_reference_numbers_are_those_of_their_sources():
 
 def _measure(steps, name="p2.E", levels=LEVELS, repeats=2, jitter=0.0) -> pd.DataFrame:
     """Records of a configuration whose step times are known."""
-    system = validation.laptop_system(name, PROFILE, steps)
+    system = validation.measured_system(name, PROFILE, steps)
     rng = np.random.default_rng(0)
     rows = []
     for users in levels:
@@ -172,7 +172,7 @@ def test_too_few_loads_hold_none_out(measured):
 
 
 def test_continuations_go_where_they_went_and_are_as_long_as_they_were():
-    system = validation.laptop_system("p1.D", PROFILE, Linear())
+    system = validation.measured_system("p1.D", PROFILE, Linear())
     base = [Prompt(n, n, "", 14, 20, FORCED) for n in range(3)]
     second = [Prompt(n, n + 4, "", 25 + n, 10, FORCED) for n in range(3)]
     asked = synthetic.frame(simulation.simulate(system, base, paper="p1", continues=second))
