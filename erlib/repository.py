@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,12 +30,14 @@ import jinja2
 from erlib import config, engines, paths, processes, triton
 from erlib.config import ConfigError, Configuration, RunnerKind, ServingSettings
 from erlib.containers import Runner, load_image
+from erlib.processes import StartError
 from erlib.tensorrt_llm import Plan
 from erlib.wire import MODEL_NAME
 
 TEMPLATES = paths.ENGINE_SPECS / "triton" / "tensorrt_llm"
 ENGINE_MODEL = "tensorrt_llm"
 MODELS = ("preprocessing", ENGINE_MODEL, "postprocessing", MODEL_NAME)
+_KV_CACHE = re.compile(r'^nv_trt_llm_kv_cache_block_metrics\{.*kv_cache_block_type="(\w+)".*\} (\S+)')
 PROCESSES = 16
 """Of preprocessing and of postprocessing each, over all servers: every system under test has as many."""
 
@@ -234,6 +237,27 @@ class RepositoryServer(triton.TritonServer):
         self._remove_container()
         launch = self.launch
         self.process = processes.spawn(launch.command, self.log, env=launch.environment)
+
+    def verify(self) -> None:
+        """Compare the KV cache that TensorRT-LLM has allocated with the one that the repository asks for.
+
+        Raises
+        ------
+        StartError
+            If it is smaller: the papers' number of sequences would not fit.
+        """
+        found = {kind: float(value) for line in self._metrics() for kind, value in _KV_CACHE.findall(line)}
+        engine = self.repository / ENGINE_MODEL / "config.pbtxt"
+        asked = re.search(r'"max_tokens_in_paged_kv_cache".*?string_value: "(\d+)"', engine.read_text())
+        if not {"max", "tokens_per"} <= found.keys() or asked is None:
+            print(f"{self.label}: the server does not say how large its KV cache is")
+            return
+        tokens = found["max"] * found["tokens_per"]
+        if tokens < 0.99 * int(asked[1]):
+            raise StartError(
+                f"{self.label}: KV cache of {tokens:,.0f} tokens, not the {int(asked[1]):,} of Table I; something else "
+                "holds memory of its GPUs (nvidia-smi names it), or they are smaller than the papers'"
+            )
 
     def has_backend(self) -> bool:
         """Whether the server says that it is ready: its engine lives in its own process, or in a container's."""

@@ -159,6 +159,8 @@ class Stack:
             self._nginx.start()
         # In a thread of its own, because a notebook's main thread already runs an event loop.
         self._in_thread(self._canaries())
+        for server in self.servers:
+            server.verify()
 
     async def _canaries(self) -> None:
         """Let every server fill its batch once (which also compiles its kernels), then ask through the front door."""

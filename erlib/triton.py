@@ -216,13 +216,24 @@ class TritonServer:
         StartError
             If the server does not answer.
         """
+        values = (line.rsplit(" ", 1) for line in self._metrics() if line.startswith("expert_"))
+        return {name.partition("{")[0]: float(value) for name, value in values}
+
+    def verify(self) -> None:
+        """Check what shows only once the engine has answered.
+
+        Raises
+        ------
+        StartError
+            If it is not what was asked for.
+        """
+
+    def _metrics(self) -> list[str]:
         try:
             with _open(f"http://{self.host}:{self.metrics_port}/metrics", timeout=10) as reply:
-                lines = reply.read().decode().splitlines()
+                return reply.read().decode().splitlines()
         except OSError as error:
             raise StartError(f"Triton server {self.label} does not answer ({error}); see {self.log}") from None
-        values = (line.rsplit(" ", 1) for line in lines if line.startswith("expert_"))
-        return {name.partition("{")[0]: float(value) for name, value in values}
 
     def has_backend(self) -> bool:
         """Whether the process that runs the engine lives: Triton itself goes on saying "ready" when it does not."""

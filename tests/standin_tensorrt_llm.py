@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 MAX_SEQ_LEN = 4096
+BLOCK_TOKENS = 32
 CANCEL_CHECK_EVERY_TOKENS = 8
 END_AT = 5
 """Which token of an answer is the end of sequence, which ends it if the request says so."""
@@ -72,6 +73,15 @@ class TritonPythonModel:
             name="expert_engine_tokens", description="tokens generated", kind=pb_utils.MetricFamily.COUNTER
         )
         self.generated = self.family.Metric(labels={"model": "tensorrt_llm"})
+        asked = int(json.loads(args["model_config"])["parameters"]["max_tokens_in_paged_kv_cache"]["string_value"])
+        self.kv_cache = pb_utils.MetricFamily(
+            name="nv_trt_llm_kv_cache_block_metrics", description="KV cache", kind=pb_utils.MetricFamily.GAUGE
+        )
+        self.kv_sizes = []  # a metric does not outlive its object
+        for kind, size in (("max", -(-asked // BLOCK_TOKENS)), ("tokens_per", BLOCK_TOKENS)):
+            labels = {"model": "tensorrt_llm", "version": "1", "kv_cache_block_type": kind}
+            self.kv_sizes.append(self.kv_cache.Metric(labels=labels))
+            self.kv_sizes[-1].set(size)
         self.active, self.lock, self.stopping = [], threading.Lock(), False
         self.loop = threading.Thread(target=self._loop, daemon=True)
         self.loop.start()

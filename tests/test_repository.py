@@ -288,6 +288,20 @@ def drop(name: str) -> Callable[[pb.ModelInferRequest], None]:
     return change
 
 
+def test_a_kv_cache_that_is_smaller_than_the_papers_is_told(served):
+    for server in served.servers:
+        server.verify()
+    (server,) = (server for server in served.servers if server.label.startswith("p1.B"))
+    engine = server.repository / "tensorrt_llm" / "config.pbtxt"
+    as_served = engine.read_text()
+    try:
+        engine.write_text(as_served.replace('string_value: "73242"', 'string_value: "146484"'))
+        with pytest.raises(processes.StartError, match=r"KV cache of 73,248 tokens, not the 146,484 of Table I"):
+            server.verify()
+    finally:
+        engine.write_text(as_served)
+
+
 def test_all_nine_are_loaded_and_speak_the_contract(served):
     for server in served.servers:
         with InferenceServerClient(server.url) as client:
