@@ -11,6 +11,7 @@ Modules are listed in the order in which data flows through them; each imports o
     steptimes, batching                       how long a step lasts on H100s; which requests share one
     wire, triton, repository                  messages; one server; one that has TensorRT-LLM's model repository
     gateway, nginx, stack                     the routing gateway; the balancer; all of it
+    openai_api                                OpenAI's HTTP interface to it
     users, threaded_users                     the user simulator; the papers' user simulator
     records, sweep, metrics                   the record of each request; resumable sweeps; TTFT, TPOT, throughput
     simulation, emulation, ablation           H100s in virtual time; in real time; what the papers' harness does

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from erlib import clusterer, config, openvino, stack, sweep, triton
 
-BASE_PORT = 27000
+BASE_PORT = int(os.environ.get("ERLIB_TEST_PORT", "27000"))  # another one lets two runs go side by side
 
 
 @pytest.fixture(scope="session")

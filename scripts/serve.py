@@ -1,0 +1,61 @@
+"""Bring one system up and keep it up until Ctrl-C: for a client of your own, or a load generator."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from erlib import config, paths, processes, stack, sweep
+
+
+def main() -> int:
+    args = _arguments()
+    try:
+        profile = config.load_profile(args.profile)
+        (system,) = sweep.systems(profile, [config.load_configuration(args.configuration)])
+        return _serve(profile, system, args.openai)
+    except (config.ConfigError, processes.StartError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _serve(profile: config.Profile, system: sweep.System, openai_port: int | None) -> int:
+    settings, logs = profile.serving, paths.run_dir(profile.name) / "logs" / "serve"
+    if openai_port:
+        processes.require_free_ports([openai_port], settings.host)
+    with stack.Stack(system.config, system.servers, system.routing, settings, system.router, logs) as running:
+        front = None
+        try:
+            if openai_port:
+                command = processes.python(
+                    "-m", "erlib.openai_api", "--port", str(openai_port), "--host", settings.host,
+                    "--router", running.targets[0], "--tokenizer", system.tokenizer,
+                )  # fmt: skip
+                front = processes.spawn(command, logs / "openai.log")
+                processes.wait_until(
+                    lambda: processes.listening(openai_port, settings.host), front, "OpenAI front", logs / "openai.log",
+                    settings.start_timeout_s,
+                )  # fmt: skip
+                print(f"OpenAI's interface: http://{settings.host}:{openai_port}/v1, model expert-router")
+            print(f"gRPC (KServe v2, model ensemble): {', '.join(running.targets)}")
+            print(f"experts: {', '.join(server.url for server in running.servers)}")
+            print(f"logs: {logs}\nCtrl-C stops everything", flush=True)
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        finally:
+            if front:
+                processes.stop([front])
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python scripts/serve.py", description=__doc__)
+    parser.add_argument("configuration", metavar="CONFIG", help="e.g. p2.E")
+    parser.add_argument("--profile", default="laptop")
+    parser.add_argument("--openai", type=int, metavar="PORT", help="also serve OpenAI's HTTP interface there")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    sys.exit(main())
