@@ -45,6 +45,8 @@ CHECKPOINTS = {
 """Repositories on the Hugging Face hub. Neither paper says whether base or chat models were served: base models."""
 CALIBRATION = "cnn_dailymail"
 """Calibration texts, the tools' own default; a directory of this name beside the checkpoints, so no hub is asked."""
+AWQ_SAMPLES = 32
+"""Calibration texts of AWQ, which searches: to more, ``quantize.py`` caps itself; ``hf_ptq.py`` would take them all."""
 MAX_NUM_TOKENS = 8192
 """Tokens per step. Where it is not set, 0.8 to 0.10 size their activations for batch size times longest prompt."""
 MODELOPT = "0.37.0"
@@ -190,12 +192,17 @@ class Plan:
         return source(self.system.model, self.places)
 
     @property
-    def served(self) -> Path:
-        """Directory that a server loads: an engine, or the checkpoint of the ``llmapi`` flow."""
+    def checkpoint(self) -> Path:
+        """Directory of the checkpoint, converted or quantised, that is served or built from."""
         if self.flow == "llmapi" and self.system.dtype == "fp16":
             return self.source  # as it was downloaded
+        return self._home / "checkpoints" / self._weights
+
+    @property
+    def served(self) -> Path:
+        """Directory that a server loads: an engine, or the checkpoint of the ``llmapi`` flow."""
         if self.flow == "llmapi":
-            return self._checkpoint
+            return self.checkpoint
         prompt, sequence = self.lengths
         return self._home / "engines" / f"{self._weights}-bs{self.system.batch_size}-in{prompt}-seq{sequence}"
 
@@ -238,21 +245,21 @@ class Plan:
         if self.system.dtype == "int8":
             options |= {"--use_weight_only": True, "--weight_only_precision": "int8", "--int8_kv_cache": True}
             options |= self._calibration
-        return self._run("convert", "convert_checkpoint.py", options, self._checkpoint)
+        return self._run("convert", "convert_checkpoint.py", options, self.checkpoint)
 
     def _quantise(self) -> Command:
         options = self._from_checkpoint | {"--qformat": _QFORMAT[self.system.dtype]} | self._calibration
-        if self.system.dtype == "int4":  # AWQ searches; more samples take long, 0.8 caps them at as many
-            options |= {"--awq_block_size": engines.AWQ_GROUP, "--calib_size": 32}
+        if self.system.dtype == "int4":
+            options |= {"--awq_block_size": engines.AWQ_GROUP, "--calib_size": AWQ_SAMPLES}
         else:
             options |= {"--kv_cache_dtype": "fp8", "--calib_size": 512}
-        return self._run("quantise", "quantize.py", options, self._checkpoint)
+        return self._run("quantise", "quantize.py", options, self.checkpoint)
 
     @property
     def _from_checkpoint(self) -> dict[str, Any]:
         return {
             "--model_dir": self.source,
-            "--output_dir": self._checkpoint,
+            "--output_dir": self.checkpoint,
             "--dtype": "float16",  # Llama 3 would otherwise stay in bfloat16
             "--tp_size": self.system.tensor_parallel,
         }
@@ -267,7 +274,7 @@ class Plan:
         system, fp8, modern = self.system, self.system.dtype == "fp8", self.flow == "engine"
         prompt, sequence = self.lengths
         options: dict[str, Any] = {
-            "--checkpoint_dir": self._checkpoint,
+            "--checkpoint_dir": self.checkpoint,
             "--output_dir": self.served,
             "--gpt_attention_plugin": "float16",
             # 1.2's FP8 plugin is for batches of up to four; without it TensorRT's own kernels multiply
@@ -296,7 +303,7 @@ class Plan:
             "--qformat": _QFORMAT[self.system.dtype],
             "--kv_cache_qformat": "fp8" if self.system.kv_dtype == "fp8" else "none",  # left out, it would be fp8
             "--dataset": CALIBRATION,
-            "--calib_size": 512,
+            "--calib_size": AWQ_SAMPLES if self.system.dtype == "int4" else 512,
             "--export_path": self.served,
         }
         clone = ("git", "clone", "--depth", "1", "--branch", MODELOPT)
@@ -335,32 +342,57 @@ class Plan:
         engine's files (one per GPU) and compares their size with :mod:`erlib.engines`. Coarsely: one that differs by
         more than 10 % holds other weights, or weights of another format.
         """
-        shape, system = engines.shape(self.system.model), self.system
-        algorithm, kv_algorithm = _ALGORITHMS[system.dtype, system.kv_dtype]
-        sizes = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "vocab_size": shape.vocabulary}
-        formats = {"quantization.quant_algo": algorithm, "quantization.kv_cache_quant_algo": kv_algorithm}
         if self.flow == "llmapi":
-            found = _differences(self.served / "config.json", sizes)
-            return found + (_differences(self.served / "hf_quant_config.json", formats) if algorithm else [])
+            return self.checkpoint_problems()
         prompt, sequence = self.lengths
         longest = {"max_seq_len": sequence} if self.flow == "engine" else {"max_output_len": sequence - prompt}
-        model = sizes | formats | {"dtype": "float16", "mapping.tp_size": system.tensor_parallel}
         build = longest | {
             "max_input_len": prompt,
-            "max_batch_size": system.batch_size,
+            "max_batch_size": self.system.batch_size,
             "max_num_tokens": MAX_NUM_TOKENS,
             "plugin_config.use_paged_context_fmha": False,
         }
-        expected = {f"pretrained_config.{key}": value for key, value in model.items()}
+        expected = {f"pretrained_config.{key}": value for key, value in self._converted.items()}
         expected |= {f"build_config.{key}": value for key, value in build.items()}
-        found = _differences(self.served / "config.json", expected)
-        files = sorted(self.served.glob("rank*.engine"))
-        if len(files) != system.tensor_parallel:
-            return [*found, f"{self.served}: {len(files)} engine files, not {system.tensor_parallel}"]
-        size, due = sum(file.stat().st_size for file in files), shape.loaded_bytes(system.dtype, system.tensor_parallel)
-        if abs(size / due - 1) > 0.1:
-            found.append(f"{self.served}: {size / 1e9:.1f} GB of engine files, but {due / 1e9:.1f} GB of weights")
-        return found
+        return _differences(self.served / "config.json", expected) + self._wrong_files(self.served, "rank*.engine")
+
+    def checkpoint_problems(self) -> list[str]:
+        """The same for the checkpoint, which is what an engine is built from: best asked before that takes hours."""
+        if self.flow != "llmapi":
+            found = _differences(self.checkpoint / "config.json", self._converted)
+            return found + self._wrong_files(self.checkpoint, "rank*.safetensors")
+        found = _differences(self.checkpoint / "config.json", self._sizes)
+        if self.system.dtype in _QFORMAT:
+            found += _differences(self.checkpoint / "hf_quant_config.json", self._formats)
+        return found + self._wrong_files(self.checkpoint, "*.safetensors")
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        shape = engines.shape(self.system.model)
+        return {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "vocab_size": shape.vocabulary}
+
+    @property
+    def _formats(self) -> dict[str, Any]:
+        algorithm, kv_algorithm = _ALGORITHMS[self.system.dtype, self.system.kv_dtype]
+        formats = {"quantization.quant_algo": algorithm, "quantization.kv_cache_quant_algo": kv_algorithm}
+        return formats | ({"quantization.group_size": engines.AWQ_GROUP} if self.system.dtype == "int4" else {})
+
+    @property
+    def _converted(self) -> dict[str, Any]:
+        """What TensorRT-LLM's own checkpoints say of themselves, and the engines that are built from them."""
+        return self._sizes | self._formats | {"dtype": "float16", "mapping.tp_size": self.system.tensor_parallel}
+
+    def _wrong_files(self, directory: Path, pattern: str) -> list[str]:
+        # A checkpoint for the LLM API is split as it is loaded, and has as many files as its writer liked.
+        ranks = 1 if self.flow == "llmapi" else self.system.tensor_parallel
+        files = list(directory.glob(pattern))
+        if self.flow != "llmapi" and len(files) != ranks:
+            return [f"{directory}: {len(files)} files {pattern}, not {ranks}"]
+        size = sum(file.stat().st_size for file in files)
+        due = engines.shape(self.system.model).loaded_bytes(self.system.dtype, ranks)
+        if abs(size / due - 1) <= 0.1:
+            return []
+        return [f"{directory}: {size / 1e9:.1f} GB in {pattern}, but {due / 1e9:.1f} GB of weights"]
 
     @property
     def _home(self) -> Path:
@@ -372,10 +404,6 @@ class Plan:
         system = self.system
         formats = f"{system.model}-{system.dtype}-kv_{system.kv_dtype}"
         return formats if self.flow == "llmapi" else f"{formats}-tp{system.tensor_parallel}"
-
-    @property
-    def _checkpoint(self) -> Path:
-        return self._home / "checkpoints" / self._weights
 
     def _run(self, purpose: Purpose, tool: str, options: Mapping[str, Any], makes: Path) -> Command:
         program = load_image(self.version).program(tool, self.places.work)
@@ -416,6 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action.add_argument(
             "--lengths", nargs=2, type=int, metavar="TOKENS", help="longest prompt and sequence (default: the papers')"
         )
+    check.add_argument("--checkpoint", action="store_true", help="look at the checkpoint, before an engine is built")
     refresh.add_argument("version", metavar="VERSION", help="of TensorRT-LLM, e.g. 1.2.1")
     refresh.add_argument("--write", action="store_true", help="correct the table in data/trtllm_options")
     for action in (show, refresh):
@@ -451,8 +480,9 @@ def _show(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     plan = _plan(args)
-    found = plan.problems()
-    print("\n".join(found) or f"{plan.served} is what {plan.configuration.id} asks for")
+    found = plan.checkpoint_problems() if args.checkpoint else plan.problems()
+    made = plan.checkpoint if args.checkpoint else plan.served
+    print("\n".join(found) or f"{made} is what {plan.configuration.id} asks for")
     return bool(found)
 
 

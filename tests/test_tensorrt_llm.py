@@ -105,7 +105,8 @@ def test_formats_of_weights_and_kv_cache_are_explicit():
     assert (fp8["qformat"], fp8["kv_cache_dtype"]) == ("fp8", "fp8")
     int4 = parsed(step(plan("p2.D"), "quantise"), "1.2.1")
     assert (int4["qformat"], int4["kv_cache_dtype"], int4["awq_block_size"]) == ("int4_awq", None, 128)
-    assert parsed(step(plan("p2.D", "llmapi"), "quantise"), "1.2.1")["kv_cache_qformat"] == "none"
+    hub = parsed(step(plan("p2.D", "llmapi"), "quantise"), "1.2.1")
+    assert (hub["kv_cache_qformat"], int(hub["calib_size"])) == ("none", int4["calib_size"])  # alike in both flows
     fp16 = parsed(step(plan("p1.A"), "convert"), "1.2.1")
     assert not fp16["use_weight_only"]
     assert not fp16["int8_kv_cache"]
@@ -164,7 +165,7 @@ def written(made, **changed):
     algorithm = {"fp16": None, "int8": "W8A16", "fp8": "FP8", "int4": "W4A16_AWQ"}[system.dtype]
     kv_algorithm = {"fp16": None, "int8": "INT8", "fp8": "FP8"}[system.kv_dtype]
     sequence = {"max_seq_len": made.lengths[1]} if made.flow == "engine" else {"max_output_len": 1216}
-    quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": kv_algorithm}
+    quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": kv_algorithm, "group_size": 128}
     content = {
         "pretrained_config": {
             "dtype": "float16",
@@ -196,10 +197,10 @@ def places(tmp_path):
     return Places(tmp_path / "checkpoints", tmp_path / "work")
 
 
-def run_check(made):
+def run_check(made, *more):
     """Run the plan's own last command, in this process."""
     command = made.commands[-1]
-    return tensorrt_llm.main(command.argv[command.argv.index("check") :])
+    return tensorrt_llm.main([*command.argv[command.argv.index("check") :], *more])
 
 
 @pytest.mark.parametrize(("name", "flow"), [("p1.B", "engine"), ("p1.D", "period"), ("p2.C", "engine")])
@@ -217,7 +218,7 @@ def test_the_check_names_everything_that_is_wrong(places, capsys):
     out = capsys.readouterr().out
     assert "pretrained_config.dtype is 'bfloat16', not 'float16'" in out
     assert "kv_cache_quant_algo is None, not 'FP8'" in out
-    assert "3 engine files, not 4" in out
+    assert "3 files rank*.engine, not 4" in out
 
 
 def test_the_check_finds_weights_of_another_format(places):
@@ -225,19 +226,46 @@ def test_the_check_finds_weights_of_another_format(places):
     written(made)
     with (made.served / "rank0.engine").open("wb") as file:
         file.truncate(13 * 10**9)
-    assert made.problems() == [f"{made.served}: 13.0 GB of engine files, but 26.0 GB of weights"]
+    assert made.problems() == [f"{made.served}: 13.0 GB in rank*.engine, but 26.0 GB of weights"]
 
 
 def test_the_check_of_a_quantised_checkpoint_reads_what_modelopt_wrote(places):
     made = plan("p2.D", "llmapi", places)
-    assert all("not readable" in problem for problem in made.problems())
+    model, formats, weights = made.problems()
+    assert "config.json: not readable" in model
+    assert "hf_quant_config.json: not readable" in formats
+    assert "0.0 GB in *.safetensors" in weights
     made.served.mkdir(parents=True)
     model = {"num_hidden_layers": 80, "hidden_size": 8192, "vocab_size": 128256}
     (made.served / "config.json").write_text(json.dumps(model))
-    formats = {"quantization": {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": "FP8"}}
+    formats = {"quantization": {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": "FP8", "group_size": 64}}
     (made.served / "hf_quant_config.json").write_text(json.dumps(formats))
-    (problem,) = made.problems()
-    assert "kv_cache_quant_algo is 'FP8', not None" in problem
+    with (made.served / "model-00001-of-00002.safetensors").open("wb") as file:
+        file.truncate(20 * 10**9)
+    kv, group, size = made.problems()
+    assert "kv_cache_quant_algo is 'FP8', not None" in kv
+    assert "group_size is 64, not 128" in group
+    assert "20.0 GB in *.safetensors, but 39.5 GB of weights" in size
+
+
+def test_a_checkpoint_is_checked_before_an_engine_is_built_from_it(places, capsys):
+    made = plan("p2.C", places=places)
+    made.checkpoint.mkdir(parents=True)
+    model = {"num_hidden_layers": 80, "hidden_size": 8192, "vocab_size": 128256, "dtype": "float16"}
+    formats = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}, "mapping": {"tp_size": 4}}
+    (made.checkpoint / "config.json").write_text(json.dumps(model | formats))
+    for rank in range(4):
+        with (made.checkpoint / f"rank{rank}.safetensors").open("wb") as file:
+            file.truncate(18_170_000_000)
+    assert run_check(made, "--checkpoint") == 0, capsys.readouterr().out
+    assert run_check(made) == 1  # there is no engine yet
+    (made.checkpoint / "config.json").write_text(json.dumps(model | formats | {"dtype": "bfloat16"}))
+    (made.checkpoint / "rank0.safetensors").unlink()
+    capsys.readouterr()
+    assert run_check(made, "--checkpoint") == 1
+    out = capsys.readouterr().out
+    assert "dtype is 'bfloat16', not 'float16'" in out
+    assert "3 files rank*.safetensors, not 4" in out
 
 
 # --- command line -----------------------------------------------------------------------------------------------
