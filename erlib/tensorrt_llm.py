@@ -314,7 +314,9 @@ class Plan:
     def llm_args(self) -> dict[str, Any]:
         """Arguments of TensorRT-LLM's ``LLM`` class, for the ``llmapi`` flow.
 
-        The KV cache is pinned to the tokens that the printed one holds; the share of free memory is only a limit.
+        The KV cache is pinned to the tokens that the printed one holds; the share of free memory is only a limit. The
+        PyTorch backend computes in what the checkpoint's ``config.json`` names, whatever `dtype` says; for Llama 3 that
+        is bfloat16, which has float16's size and is what ModelOpt leaves there too. The flow ``engine`` converts.
         """
         return {
             "model": str(self.served),
