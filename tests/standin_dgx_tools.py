@@ -70,7 +70,7 @@ def convert(argv):
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
         "vocab_size": shape.vocabulary,
-        "quantization": {"quant_algo": weights, "kv_cache_quant_algo": kv_cache},
+        "quantization": {"quant_algo": weights, "kv_cache_quant_algo": kv_cache, "group_size": 128},
         "mapping": {"tp_size": int(known["--tp_size"])},
     }
     target.mkdir(parents=True)
