@@ -1,15 +1,16 @@
 """Triton model repositories of TensorRT-LLM engines, as the papers served them, and the servers that load them.
 
-A repository has the four models of NVIDIA's ``inflight_batcher_llm``: preprocessing, tensorrt_llm, postprocessing and
-the ensemble of them, which speaks :mod:`erlib.wire`. The texts under ``engines/triton/tensorrt_llm`` are our own. Like
+For an engine, a repository has the four models of NVIDIA's ``inflight_batcher_llm``: preprocessing, tensorrt_llm,
+postprocessing and the ensemble of them, which speaks :mod:`erlib.wire`. For the ``llmapi`` flow it has one model, under
+the ensemble's name, around TensorRT-LLM's LLM API. The texts under ``engines/triton/tensorrt_llm`` are our own. Like
 the first author's, they hand token ids to the client, so that one response is one token and nobody has to guess the
 count from text.
 
 What later versions of TensorRT-LLM do by default and the papers' did not is switched off: reuse of KV blocks, which
 would turn a continuation's prefill into a cache hit, and chunked context.
 
-A cancelled request keeps its slot: an ensemble does not pass cancellation on to a step that is running, so the engine
-writes the answer to its end.
+With an engine, a cancelled request keeps its slot: an ensemble does not pass cancellation on to a step that is running,
+so the engine writes the answer to its end. With the LLM API, it is aborted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import jinja2
 
 from erlib import config, engines, paths, processes, triton
-from erlib.config import ConfigError, Configuration, RunnerKind, ServingSettings
+from erlib.config import ConfigError, Flow, RunnerKind, ServingSettings
 from erlib.containers import Runner, load_image
 from erlib.processes import StartError
 from erlib.tensorrt_llm import Plan
@@ -37,61 +38,63 @@ from erlib.wire import MODEL_NAME
 TEMPLATES = paths.ENGINE_SPECS / "triton" / "tensorrt_llm"
 ENGINE_MODEL = "tensorrt_llm"
 MODELS = ("preprocessing", ENGINE_MODEL, "postprocessing", MODEL_NAME)
+"""Of an engine's repository; that of the ``llmapi`` flow has the last one alone."""
 _KV_CACHE = re.compile(r'^nv_trt_llm_kv_cache_block_metrics\{.*kv_cache_block_type="(\w+)".*\} (\S+)')
 PROCESSES = 16
 """Of preprocessing and of postprocessing each, over all servers: every system under test has as many."""
+_EXIT_TIMEOUT = "--exit-timeout-secs=60"
 
 
-def render(
-    configuration: Configuration, engine: Path, tokenizer: Path, target: Path, n_processes: int | None = None
-) -> Path:
+def render(plan: Plan, tokenizer: Path, target: Path, n_processes: int | None = None) -> Path:
     """Write the model repository that all servers of a configuration load.
 
     Parameters
     ----------
-    configuration : Configuration
-        Its row of Table I gives batch size and KV cache (tokens per instance, GB read as 10^9 bytes).
-    engine : Path
-        Directory of the TensorRT-LLM engine, as the server sees it.
+    plan : Plan
+        What is served (``plan.served``, as the server sees it), and how: its flow says which models there are, its row
+        of Table I gives batch size and KV cache (tokens per instance, GB read as 10^9 bytes).
     tokenizer : Path
         Directory with ``tokenizer.json`` and ``tokenizer_config.json``, as the server sees it.
     target : Path
         Directory to write; what is there is replaced.
     n_processes : int, optional
-        Of preprocessing and of postprocessing per server; by default their share of :data:`PROCESSES`.
+        Of preprocessing and of postprocessing per server; by default their share of :data:`PROCESSES`. The ``llmapi``
+        flow has neither.
 
     Returns
     -------
     Path
         `target`.
     """
-    system = configuration.system
+    models = {MODEL_NAME: "llmapi"} if plan.flow == "llmapi" else {model: model for model in MODELS}
     values = {
-        "batch_size": system.batch_size,
+        "batch_size": plan.system.batch_size,
         "tokenizer": str(tokenizer),
-        "processes": n_processes or max(1, PROCESSES // system.instances),
-        "parameters": _engine_parameters(configuration, engine),
+        "processes": n_processes or max(1, PROCESSES // plan.system.instances),
+        "parameters": _engine_parameters(plan),
+        "llm_args": plan.llm_args,
     }
     shutil.rmtree(target, ignore_errors=True)
     with paths.building(target) as partial:
-        for model in MODELS:
+        for model, source in models.items():
             version = partial / model / "1"
             version.mkdir(parents=True)
-            text = _templates().get_template(f"{model}/config.pbtxt.j2").render(values)
+            text = _templates().get_template(f"{source}/config.pbtxt.j2").render(values)
             (partial / model / "config.pbtxt").write_text(text)
-            if (code := TEMPLATES / model / "1" / "model.py").exists():
-                shutil.copy(code, version)  # copied, because a container does not see this repository
+            if (code := TEMPLATES / source / "1" / "model.py").exists():
+                for file in (code, TEMPLATES / "texts.py"):
+                    shutil.copy(file, version)  # copied, because a container does not see this repository
     return target
 
 
-def _engine_parameters(configuration: Configuration, engine: Path) -> dict[str, str]:
+def _engine_parameters(plan: Plan) -> dict[str, str]:
     """What TensorRT-LLM's backend is told; everything is a string."""
     return {
         "gpt_model_type": "inflight_fused_batching",
-        "gpt_model_path": str(engine),
+        "gpt_model_path": str(plan.served),
         "batch_scheduler_policy": "guaranteed_no_evict",
         # Table I's KV cache, if the share of memory allows it: the smaller of the two counts.
-        "max_tokens_in_paged_kv_cache": str(engines.kv_tokens(configuration.system)),
+        "max_tokens_in_paged_kv_cache": str(engines.kv_tokens(plan.system)),
         "kv_cache_free_gpu_mem_fraction": str(engines.KV_SHARE),
         "enable_kv_cache_reuse": "false",
         "enable_chunked_context": "false",
@@ -137,10 +140,11 @@ class RepositoryPlan(triton.ServerPlan):
     repository: Path = Path()
     gpus: tuple[int, ...] = ()
     runner: Runner | None = None
+    flow: Flow = "engine"
 
     def server(self, label: str, port: int, work_dir: Path, host: str) -> RepositoryServer:
         """The server itself, not yet started; see :class:`RepositoryServer`."""
-        return RepositoryServer(label, self.repository, port, work_dir, self.gpus, host, self.runner)
+        return RepositoryServer(label, self.repository, port, work_dir, self.gpus, host, self.runner, self.flow)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -173,36 +177,48 @@ class RepositoryServer(triton.TritonServer):
         The engine's GPUs, one rank each. Empty: the CPU, with the server of the ``nvidia-pytriton`` wheel, which has no
         TensorRT-LLM backend; the repository's tensorrt_llm must then be something else.
     runner : Runner, optional
-        Starts it inside an image; without one, ``mpirun`` and ``tritonserver`` are installed here.
+        Starts it inside an image; without one, ``tritonserver`` (and ``mpirun``) are installed here.
+    flow : {"engine", "period", "llmapi"}
+        The repository's.
     """
 
     def __init__(
         self, label: str, repository: Path, port: int, work_dir: Path, gpus: Sequence[int], host: str = "127.0.0.1",
-        runner: Runner | None = None,
+        runner: Runner | None = None, flow: Flow = "engine",
     ):  # fmt: skip
         super().__init__(label, ENGINE_MODEL, {}, 1, port, work_dir, host)
         self.repository = repository
         self.gpus = tuple(gpus)
         self._runner = runner
+        self.flow = flow
 
     @property
     def launch(self) -> Launch:
         """Command and environment of the server process.
 
-        On GPUs, TensorRT-LLM's leader mode: the first rank serves; the others load nothing but their part of the engine
-        and open no port.
+        With an engine on GPUs, TensorRT-LLM's leader mode: the first rank serves; the others load nothing but their
+        part of the engine and open no port. The LLM API starts its ranks itself: there is one process to start.
         """
         if not self.gpus:
             return self._on_the_cpu()
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
+        if self.flow == "llmapi":
+            command = ["tritonserver", *self._options(self.shm_prefix), _EXIT_TIMEOUT]
+            # What an option says to mpirun: the LLM API's ranks are MPI processes, too.
+            environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        else:
+            command = self._in_leader_mode()
+        if self._runner is None or self._runner.kind == "bare":
+            return Launch(command, environment)
+        return Launch(list(self._runner.start(command, environment, self._container)), {})
+
+    def _in_leader_mode(self) -> list[str]:
         command = ["mpirun", "--allow-run-as-root"]
         for rank in range(len(self.gpus)):
             follows = ["--model-control-mode=explicit", f"--load-model={ENGINE_MODEL}"] if rank else []
             command += [":"] * (rank > 0) + ["-n", "1", "tritonserver", *self._options(f"{self.shm_prefix}r{rank}-")]
-            command += ["--exit-timeout-secs=60", *follows]
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
-        if self._runner is None or self._runner.kind == "bare":
-            return Launch(command, environment)
-        return Launch(list(self._runner.start(command, environment, self._container)), {})
+            command += [_EXIT_TIMEOUT, *follows]
+        return command
 
     @property
     def _container(self) -> str:
@@ -247,15 +263,15 @@ class RepositoryServer(triton.TritonServer):
             If it is smaller: the papers' number of sequences would not fit.
         """
         found = {kind: float(value) for line in self._metrics() for kind, value in _KV_CACHE.findall(line)}
-        engine = self.repository / ENGINE_MODEL / "config.pbtxt"
-        asked = re.search(r'"max_tokens_in_paged_kv_cache".*?string_value: "(\d+)"', engine.read_text())
-        if not {"max", "tokens_per"} <= found.keys() or asked is None:
+        if not {"max", "tokens_per"} <= found.keys():  # with the LLM API they never are
             print(f"{self.label}: the server does not say how large its KV cache is")
             return
+        engine = self.repository / ENGINE_MODEL / "config.pbtxt"
+        (asked,) = re.findall(r'"max_tokens_in_paged_kv_cache".*?string_value: "(\d+)"', engine.read_text())
         tokens = found["max"] * found["tokens_per"]
-        if tokens < 0.99 * int(asked[1]):
+        if tokens < 0.99 * int(asked):
             raise StartError(
-                f"{self.label}: KV cache of {tokens:,.0f} tokens, not the {int(asked[1]):,} of Table I; something else "
+                f"{self.label}: KV cache of {tokens:,.0f} tokens, not the {int(asked):,} of Table I; something else "
                 "holds memory of its GPUs (nvidia-smi names it), or they are smaller than the papers'"
             )
 
@@ -290,11 +306,14 @@ def server_plans(plan: Plan, kind: RunnerKind, n_gpus: int) -> list[RepositoryPl
     runner = Runner(kind, load_image(plan.version), plan.places)
     directories = {"engine": str(plan.served), "tokenizer": str(plan.source)}
     shared = (ENGINE_MODEL, directories, system.batch_size, 0, repository)
-    return [RepositoryPlan(*shared, tuple(range(i * width, (i + 1) * width)), runner) for i in range(system.instances)]
+    return [
+        RepositoryPlan(*shared, tuple(range(i * width, (i + 1) * width)), runner, plan.flow)
+        for i in range(system.instances)
+    ]
 
 
 def servers(
-    configuration: Configuration, repository: Path, settings: ServingSettings, log_dir: Path, n_gpus: int = 8
+    plan: Plan, repository: Path, settings: ServingSettings, log_dir: Path, n_gpus: int = 8
 ) -> list[RepositoryServer]:
     """The servers of a configuration, each on GPUs of its own, all on one repository.
 
@@ -305,18 +324,19 @@ def servers(
     ConfigError
         If `n_gpus` are too few.
     """
-    system = configuration.system
+    name, system = plan.configuration.id, plan.system
     if (needed := system.instances * system.tensor_parallel) > n_gpus:
-        raise ConfigError(f"{configuration.id} needs {needed} GPUs; there are {n_gpus}")
+        raise ConfigError(f"{name} needs {needed} GPUs; there are {n_gpus}")
     first_port = settings.base_port + 1 + settings.gateways
     return [
         RepositoryServer(
-            f"{configuration.id}-{i}",
+            f"{name}-{i}",
             repository,
             first_port + i * triton.TritonServer.PORTS,
             log_dir,
             range(i * system.tensor_parallel, (i + 1) * system.tensor_parallel),
             settings.host,
+            flow=plan.flow,
         )
         for i in range(system.instances)
     ]

@@ -218,7 +218,7 @@ def _on_gpus(profile: Profile, configurations: Sequence[Configuration]) -> list[
     served = [repository.server_plans(plan, settings.runner, n_gpus) for plan in plans]
     builds.build(plans, settings.runner)
     for plan, (first, *_) in zip(plans, served, strict=True):
-        repository.render(plan.configuration, plan.served, plan.source, first.repository)
+        repository.render(plan, plan.source, first.repository)
     return [list[ServerPlan](each) for each in served]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from erlib import clusterer, config, openvino, stack, sweep, triton
 
@@ -28,6 +30,30 @@ def router(profile: config.Profile) -> Path:
 def tokenizer(profile: config.Profile) -> Path:
     """``tokenizer.json`` of the engines."""
     return openvino.checkpoint(profile.engines) / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def llama2_like(tmp_path_factory) -> Path:
+    """A tokenizer with Llama 2's parts (SentencePiece pieces, bytes for what it has no piece for), but few pieces."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    words = ["▁", "▁t", "he", "▁the", "▁c", "at", "▁cat"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *words]
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "c"), ("a", "t"), ("▁c", "at")]
+    bpe = models.BPE(
+        {piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in ("<unk>", "<s>", "</s>")])
+    directory = tmp_path_factory.mktemp("llama-2")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    end = {"__type": "AddedToken", "content": "</s>"}  # as Llama 2 writes it
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    return directory
 
 
 @pytest.fixture(scope="session")

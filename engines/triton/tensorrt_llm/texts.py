@@ -1,0 +1,108 @@
+"""What the Python models of TensorRT-LLM's repositories share (copied beside each): requests, and tokens as text."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from tokenizers import Tokenizer, decoders
+
+
+class BadRequest(ValueError):
+    """The request cannot be served; the message goes to the client."""
+
+
+class Texts:
+    """A tokenizer's two ways: prompts to ids, ids to text.
+
+    Text is bytes that only together are UTF-8, because a character may be cut between two tokens.
+    """
+
+    def __init__(self, directory):
+        self.tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
+        end = json.loads((Path(directory) / "tokenizer_config.json").read_text())["eos_token"]
+        self.end_id = self.tokenizer.token_to_id(end if isinstance(end, str) else end["content"])
+        if self.end_id is None:
+            raise ValueError(f"{directory}: the end of sequence, {end!r}, is no token of tokenizer.json")
+        self.token_bytes = _token_bytes(self.tokenizer)
+
+    def read(self, request):
+        """Ids of a request's prompt, how many tokens it asks for, and which one ends the answer (-1: none)."""
+        try:
+            prompt = value(request, "text_input").decode("utf-8")
+        except UnicodeDecodeError:
+            raise BadRequest("text_input is not valid UTF-8") from None
+        if not prompt.strip():
+            raise BadRequest("text_input is empty")
+        max_tokens = int(value(request, "max_tokens"))
+        if max_tokens < 1:
+            raise BadRequest(f"max_tokens must be at least 1, not {max_tokens}")
+        return self.tokenizer.encode(prompt).ids, max_tokens, int(value(request, "end_id", self.end_id))
+
+    def response(self, tokens):
+        """Tokens on their way to a client."""
+        text = b"".join(self.token_bytes[token] for token in tokens)
+        return pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor("text_output", np.array([[text]], dtype=np.object_)),
+                pb_utils.Tensor("output_ids", np.array([tokens], dtype=np.int32)),
+            ]
+        )
+
+
+class TokenCounter:
+    """Tokens handed to clients; all processes of a model share it."""
+
+    def __init__(self):
+        self.family = pb_utils.MetricFamily(  # kept, because a metric does not outlive it
+            name="expert_generated_tokens",
+            description="tokens handed to clients",
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+        self.increment = self.family.Metric(labels={"model": "ensemble"}).increment
+
+
+def parameters(args):
+    """What ``config.pbtxt`` says to the model."""
+    said = json.loads(args["model_config"])["parameters"]
+    return {key: value["string_value"] for key, value in said.items()}
+
+
+def value(request, name, default=None):
+    """The one value of an input."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        if default is None:
+            raise BadRequest(f"the request has no input {name!r}")
+        return default
+    values = tensor.as_numpy().reshape(-1)
+    if len(values) != 1:
+        raise BadRequest(f"{name} must hold exactly one value, not {len(values)}")
+    return values[0]
+
+
+def error(message):
+    """A response that says why there is none."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+
+
+def _token_bytes(tokenizer):
+    """Bytes of every token, of a byte-level BPE (Llama 3) or a SentencePiece one with byte fallback (Llama 2)."""
+    to_bytes = _byte_level() if isinstance(tokenizer.decoder, decoders.ByteLevel) else _sentencepiece
+    special = {added.content for added in tokenizer.get_added_tokens_decoder().values()}
+    pieces = (tokenizer.id_to_token(token) or "" for token in range(tokenizer.get_vocab_size()))
+    return [piece.encode() if piece in special else to_bytes(piece) for piece in pieces]
+
+
+def _sentencepiece(piece):
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+
+
+def _byte_level():
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(byte): byte for byte in printable}
+    for offset, byte in enumerate(byte for byte in range(256) if byte not in printable):
+        byte_of[chr(256 + offset)] = byte
+    return lambda piece: bytes(byte_of[char] for char in piece)
