@@ -1,8 +1,9 @@
 """Stand-in for what a DGX has and a test machine has not: ``nvidia-smi``, ``hf``, and ``docker`` with NVIDIA's image.
 
 Started under each of these names. Downloads write a checkpoint's description and a tokenizer, conversions pass it on,
-``trtllm-build`` writes an engine's description with files of the right size (holes), and ``mpirun`` starts the real
-Triton on the real repository, in which a stand-in takes the engine's place. What was started is noted in ``calls``.
+``trtllm-build`` writes an engine's description with files of the right size (holes), and ``mpirun`` or ``tritonserver``
+starts the real Triton on the real repository, in which a stand-in takes the engine's or the LLM API's place. What was
+started is noted in ``calls``.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def nvidia_smi(argv):
 
 
 def hf(argv):
-    from erlib import tensorrt_llm
+    from erlib import engines, tensorrt_llm
 
     assert argv[0] == "download"
     target = Path(options(argv)["--local-dir"])
@@ -37,7 +38,9 @@ def hf(argv):
         (target / "train.parquet").touch()
         return
     (model,) = (model for model, name in tensorrt_llm.CHECKPOINTS.items() if name == argv[1])
-    (target / "config.json").write_text(json.dumps({"model": model}))
+    shape = engines.shape(model)
+    sizes = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "vocab_size": shape.vocabulary}
+    (target / "config.json").write_text(json.dumps({"model": model, **sizes}))
     (target / "model.safetensors").touch()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(os.environ["STANDIN_TOKENIZER"]) / name, target)
@@ -50,7 +53,7 @@ def docker(argv):
             if name == "--env":
                 os.environ.update([value.split("=", 1)])
         program, *rest = argv[at + 1 :]
-        {"python3": convert, "trtllm-build": build, "mpirun": serve}[program](rest)
+        {"python3": convert, "trtllm-build": build, "mpirun": serve, "tritonserver": serve_llm_api}[program](rest)
 
 
 def convert(argv):
@@ -102,20 +105,38 @@ def build(argv):
 
 def serve(argv):
     """The first rank only: the others would hold parts of an engine that is not there."""
+    from erlib import repository
+
+    words = argv[argv.index("tritonserver") + 1 :]
+
+    def put_standin(models):
+        engine = models / repository.ENGINE_MODEL
+        text = (engine / "config.pbtxt").read_text().replace('backend: "tensorrtllm"', 'backend: "python"')
+        step = os.environ.get("STANDIN_STEP_S", "0.002")
+        text += f'parameters {{ key: "step_s" value {{ string_value: "{step}" }} }}\n'
+        (engine / "config.pbtxt").write_text(text)
+        (engine / "1" / "model.py").symlink_to(TESTS / "standin_tensorrt_llm.py")
+
+    triton_server(words[: words.index(":")] if ":" in words else words, put_standin)
+
+
+def serve_llm_api(argv):
+    def put_standin(models):
+        (models / "ensemble" / "1" / "tensorrt_llm.py").symlink_to(TESTS / "standin_llm_api.py")
+
+    triton_server(argv, put_standin)
+
+
+def triton_server(words, put_standin):
+    """The real one, on a copy of the repository with a stand-in in it."""
     from erlib import repository, triton
 
     triton.preflight()
-    words = argv[argv.index("tritonserver") + 1 :]
-    words = words[: words.index(":")] if ":" in words else words
     known = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)
     models = HOME / f"models-{known['http-port']}"
     shutil.rmtree(models, ignore_errors=True)
     shutil.copytree(known["model-repository"], models)
-    engine = models / repository.ENGINE_MODEL
-    text = (engine / "config.pbtxt").read_text().replace('backend: "tensorrtllm"', 'backend: "python"')
-    step = os.environ.get("STANDIN_STEP_S", "0.002")
-    (engine / "config.pbtxt").write_text(f'{text}parameters {{ key: "step_s" value {{ string_value: "{step}" }} }}\n')
-    (engine / "1" / "model.py").symlink_to(TESTS / "standin_tensorrt_llm.py")
+    put_standin(models)
     server = repository.RepositoryServer("standin", models, int(known["http-port"]), HOME, (), known["http-address"])
     launch = server.launch
     os.environ.update(launch.environment)

@@ -159,3 +159,17 @@ def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
     assert len(again) == len(seen)
     assert {call[0] for call in calls()[before:]} == {"nvidia-smi"}
     processes.require_free_ports(range(wanted.serving.base_port, wanted.serving.base_port + 30), "127.0.0.2")
+
+
+def test_the_llm_api_needs_a_download_and_one_process(dgx):
+    profile, calls = dgx
+    wanted = profile(**{"tensorrt_llm.flow": "llmapi", "paper2.configs": ["p2.A"]})
+    seen = sweep.run(wanted, sweep.load(wanted, "p2"))
+    assert set(seen["source"]) == {"measured"}
+    assert set(seen["status"]) == {"ok"}
+    assert seen["user"].nunique() == 2
+    assert built(calls()) == []
+    (served,) = [call for call in calls() if call[:2] == ["docker", "run"]]
+    image = next(i for i, word in enumerate(served) if word.startswith("nvcr.io/"))
+    assert served[image + 1] == "tritonserver"
+    assert served[served.index("--env") + 1] == "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7"
