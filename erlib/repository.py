@@ -243,7 +243,7 @@ class RepositoryServer(triton.TritonServer):
             f"--grpc-address={self.host}", f"--grpc-port={self.grpc_port}",
             f"--metrics-address={self.host}", f"--metrics-port={self.metrics_port}",
             "--disable-auto-complete-config",
-            f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+            *triton.python_backend_options(shm_prefix),
         ]  # fmt: skip
 
     def start(self) -> None:

@@ -56,6 +56,17 @@ def model_code(backend: str) -> list[Path]:
     return [MODEL_CODE / backend / "model.py", MODEL_CODE / "inflight.py"]
 
 
+def python_backend_options(shm_prefix: str) -> list[str]:
+    """Options for the processes of Python models.
+
+    A model that needs more than the default 30 s to load, as on a busy machine, would make the server wait for ever.
+    """
+    return [
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        "--backend-config=python,stub-timeout-seconds=600",
+    ]
+
+
 def preflight() -> None:
     """Check everything that would make ``tritonserver`` hang or corrupt data instead of failing.
 
@@ -180,7 +191,7 @@ class TritonServer:
                 "--exit-timeout-secs=2",
                 "--allow-gpu-metrics=false",
                 "--pinned-memory-pool-byte-size=0",
-                f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+                *python_backend_options(self.shm_prefix),
             ],
             self.log,
             env=_environment(),
