@@ -184,6 +184,9 @@ class TensorRTSettings(_Strict):
     gpus: PositiveInt | None = Field(None, description="GPUs to use (None: all that this machine has)")
     checkpoints: _Path | None = Field(None, description="checkpoints as downloaded (None: data/cache/checkpoints)")
     work: _Path | None = Field(None, description="what is made of them (None: engines/build/tensorrt_llm)")
+    preflight: Literal["stop", "warn"] = Field(
+        "stop", description="what a problem found before the start does (warn: where you know better than the check)"
+    )
 
 
 class EngineSettings(_Strict):

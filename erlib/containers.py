@@ -55,6 +55,10 @@ class Image(BaseModel):
     image: str
     tag: str
     digest: str | None
+    driver: str
+    """The oldest that its CUDA runs on."""
+    size_gb: float
+    """Of the download."""
     scripts: dict[str, str]
     """Example scripts by name; relative paths are below the working directory."""
 

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import yaml
@@ -30,6 +30,8 @@ GPUS = 8
 TABLE1_WEIGHTS_UNIT: dict[Paper, tuple[float, float]] = {"p1": (1e9, 1), "p2": (1000 * 2**20, 0.1)}
 """Bytes in what a paper's Table I calls a GB of weights, and the last digit that it prints. Paper 1's are decimal,
 paper 2's the thousands of MiB that TensorRT-LLM logs when it loads an engine."""
+MAX_STEP_TOKENS = 8192
+"""Prompt and decoded tokens of one engine step, for which activations are sized."""
 P2_MAX_INPUT_TOKENS = 1021
 """Longest prompt of the MLPerf Llama-2-70B lengths (paper 2, Fig. 2)."""
 _SLACK_TOKENS = 8
@@ -120,8 +122,9 @@ def most_kv_tokens(
     tensor_parallel: int,
     weight_bytes: float | None = None,
     workspace_bytes: float = WORKSPACE_BYTES,
+    gpu_bytes: float = H100_BYTES,
 ) -> int:
-    """Tokens that fit beside an instance's weights (by default parameters times bytes) on its H100s.
+    """Tokens that fit beside an instance's weights (by default parameters times bytes) on its GPUs, by default H100s.
 
     For systems whose KV cache is not stated. Those that paper 2 prints for its baselines are 8 to 28 % smaller.
 
@@ -131,14 +134,142 @@ def most_kv_tokens(
         If the GPUs have no room for a single token.
     """
     weights = shape(model).parameters * BYTES_PER_VALUE[dtype] if weight_bytes is None else weight_bytes
-    free = KV_SHARE * (tensor_parallel * (H100_BYTES - workspace_bytes) - weights)
+    free = KV_SHARE * (tensor_parallel * (gpu_bytes - workspace_bytes) - weights)
     tokens = math.floor(free / shape(model).kv_bytes_per_token(kv_dtype))
     if tokens < 1:
         raise ConfigError(
             f"{model} in {dtype} has {weights / 1e9:.0f} GB of weights, which leave no memory of "
-            f"{tensor_parallel} x H100 to a KV cache"
+            f"{tensor_parallel} x {'H100' if gpu_bytes == H100_BYTES else f'{gpu_bytes / 1e9:.0f} GB'} to a KV cache"
         )
     return tokens
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """What one instance takes of each of its GPUs, in bytes."""
+
+    weights: float
+    activations: float
+    kv_cache: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.activations + self.kv_cache
+
+
+def gpu_memory(system: PaperSystem) -> GpuMemory:
+    """Memory of one instance per GPU: weights as loaded, activations, and the KV cache as stated.
+
+    Activations are those of the MLP, the widest part of a layer, with input, residual and output, in FP16: an estimate,
+    since TensorRT decides which of them share memory.
+    """
+    width, model = system.tensor_parallel, shape(system.model)
+    per_token = 2 * (2 * model.intermediate / width + 3 * model.hidden)
+    return GpuMemory(
+        weights=model.loaded_bytes(system.dtype, width) / width,
+        activations=MAX_STEP_TOKENS * per_token,
+        kv_cache=system.kv_cache_gb * 1e9 / width,
+    )
+
+
+def on_gpus(
+    configuration: Configuration, n_gpus: int, gpu_bytes: float = H100_BYTES, has_fp8: bool = True
+) -> tuple[Configuration, list[str]]:
+    """As much of a paper's system as a smaller machine carries, and what is lost.
+
+    Instances get GPUs of their own, experts one each, as in the papers. Where GPUs are too few, instances first become
+    narrower (TP8, TP4, ...) as long as the weights fit, then fewer. The KV cache gets what is free beside weights and
+    activations, but never more than the paper prints. The batch size shrinks with it, but not below the number of
+    longest sequences that it holds.
+
+    Parameters
+    ----------
+    configuration : Configuration
+    n_gpus : int
+    gpu_bytes : float
+        What an engine can have of one GPU.
+    has_fp8 : bool
+        Whether the GPUs multiply FP8.
+
+    Returns
+    -------
+    tuple of Configuration and list of str
+        The very same configuration and no loss where everything fits. One expert alone has nothing to be routed to:
+        its gateways do not classify.
+
+    Raises
+    ------
+    ConfigError
+        If the GPUs cannot carry it at all; says why.
+    """
+    name, printed = configuration.id, configuration.system
+    if "fp8" in (printed.dtype, printed.kv_dtype) and not has_fp8:
+        raise ConfigError(f"{name}: these GPUs have no FP8 (compute capability 8.9 or higher has), and it is in FP8")
+    longest = _paper_sequence_tokens("p1" if name.startswith("p1") else "p2")
+    for instances, width in _narrower(printed, n_gpus):
+        narrow = printed.model_copy(update={"instances": instances, "tensor_parallel": width})
+        needed = gpu_memory(narrow)
+        try:
+            room = most_kv_tokens(
+                printed.model, printed.dtype, printed.kv_dtype, width,
+                weight_bytes=needed.weights * width, workspace_bytes=needed.activations, gpu_bytes=gpu_bytes,
+            )  # fmt: skip
+        except ConfigError:
+            continue
+        tokens = min(kv_tokens(printed), room)
+        if tokens >= longest:
+            return _fitted(configuration, narrow, tokens, longest)
+    weights_gb = shape(printed.model).loaded_bytes(printed.dtype) / 1e9
+    together = "" if printed.tensor_parallel == 1 else f", together {n_gpus} of them," * (n_gpus > 1)
+    raise ConfigError(
+        f"{name}: {weights_gb:.0f} GB of weights, activations and one sequence of {longest:,} tokens do not fit a GPU "
+        f"of {gpu_bytes / 1e9:.0f} GB{together or (', and the papers give each expert one GPU' if n_gpus > 1 else '')}"
+    )
+
+
+def _narrower(printed: PaperSystem, n_gpus: int) -> list[tuple[int, int]]:
+    """Instances and their GPUs, the best first: as many instances as can be, each as wide as can be."""
+    widths = [printed.tensor_parallel >> halvings for halvings in range(printed.tensor_parallel.bit_length())]
+    pairs = itertools.product(range(printed.instances, 0, -1), widths)
+    return [(instances, width) for instances, width in pairs if instances * width <= n_gpus]
+
+
+def _fitted(
+    configuration: Configuration, narrow: PaperSystem, tokens: int, longest: int
+) -> tuple[Configuration, list[str]]:
+    name, printed, before = configuration.id, configuration.system, kv_tokens(configuration.system)
+    routed = configuration.routing == "expert_router"
+    losses: list[str] = []
+    changed: dict[str, Any] = {}
+    if narrow.instances < printed.instances:
+        what = "experts" if routed else "instances"
+        losses.append(f"{name}: {narrow.instances} instead of {printed.instances} {what}")
+        if routed and narrow.instances == 1:
+            losses.append(f"{name}: one expert has nothing to be routed to; its gateways do not classify")
+            changed["routing"] = "replicas"
+    if narrow.tensor_parallel < printed.tensor_parallel:
+        losses.append(f"{name}: TP{narrow.tensor_parallel} instead of TP{printed.tensor_parallel}")
+    batch_size = min(printed.batch_size, max(round(printed.batch_size * tokens / before), tokens // longest))
+    if tokens < before:
+        losses.append(f"{name}: KV cache of {tokens:,} instead of {before:,} tokens per instance")
+    if batch_size < printed.batch_size:
+        losses[-1] += f", batch size {batch_size} instead of {printed.batch_size}"
+    if not losses:
+        return configuration, []
+    model = shape(printed.model)
+    system = narrow.model_copy(
+        update={
+            "batch_size": batch_size,
+            "weights_gb": model.loaded_bytes(printed.dtype, narrow.tensor_parallel) / 1e9,
+            # half a token more, lest rounding takes one away
+            "kv_cache_gb": (tokens + 0.5) * model.kv_bytes_per_token(printed.kv_dtype) / 1e9,
+            "kv_tokens": None,
+        }
+    )
+    title = configuration.title.replace(f"TP{printed.tensor_parallel}", f"TP{narrow.tensor_parallel}")
+    title = title.replace(f"{printed.instances} x ", f"{narrow.instances} x ")
+    changed |= {"paper": system, "stands_beside": None, "title": title}
+    return configuration.model_copy(update=changed), losses
 
 
 def table1(paper: Paper) -> pd.DataFrame:

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+CONTEXT_BYTES = 620_000_000
+"""Of a GPU's memory, what driver and CUDA keep: an H100 of 81,559 MiB leaves TensorRT-LLM 84.9 GB."""
+_CGROUPS = Path("/sys/fs/cgroup")
+_ANSWER_S = 20
 
 
 @dataclass(frozen=True)
@@ -15,15 +26,85 @@ class Gpu:
     driver: str
     compute_capability: float
 
+    @property
+    def usable_bytes(self) -> int:
+        """What an engine can have of it."""
+        return self.memory_bytes - CONTEXT_BYTES
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether its tensor cores multiply FP8: Ada and Hopper do, Ampere does not."""
+        return self.compute_capability >= 8.9
+
+
+H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559 * 2**20, "", 9.0)
+"""One of the papers' eight."""
+
 
 def gpus() -> list[Gpu]:
     """GPUs of this machine; none without a driver."""
-    asked = "--query-gpu=name,memory.total,driver_version,compute_cap"
-    try:
-        reply = subprocess.run(
-            ["nvidia-smi", asked, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    rows = [[field.strip() for field in line.split(",")] for line in reply.stdout.splitlines() if line.strip()]
+    rows = _ask_driver("name,memory.total,driver_version,compute_cap")
     return [Gpu(name, int(mib) * 2**20, driver, float(capability)) for name, mib, driver, capability in rows]
+
+
+def gpu_bytes_in_use() -> list[int]:
+    """Memory that somebody has on each GPU, in bytes."""
+    return [int(mib) * 2**20 for mib, *_ in _ask_driver("memory.used")]
+
+
+def _ask_driver(columns: str) -> list[list[str]]:
+    command = ["nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader,nounits"]
+    try:
+        reply = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_ANSWER_S)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[field.strip() for field in line.split(",")] for line in reply.stdout.splitlines() if line.strip()]
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def free_memory_bytes() -> int:
+    """Host memory that can still be had: what the kernel calls available, or less where a control group has a limit."""
+    free = [psutil.virtual_memory().available]
+    for limit, used in _group_limits():
+        try:
+            free.append(int(limit.read_text()) - int(used.read_text()))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return max(0, min(free))
+
+
+def _group_limits() -> Iterator[tuple[Path, Path]]:
+    """Files with limit and use of this process' control groups (versions 1 and 2) and of those around them."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = _CGROUPS / controllers
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        inside = root / group.lstrip("/")
+        for directory in (inside, *inside.parents):
+            yield directory / files[0], directory / files[1]
+            if directory == root:
+                break
+
+
+def free_disk_bytes(directory: Path) -> int:
+    """Free space for what will be written to `directory`, which need not exist yet."""
+    return shutil.disk_usage(_existing(directory)).free
+
+
+def file_system(directory: Path) -> int:
+    """Number of the file system that `directory` lies on, or will lie on."""
+    return _existing(directory).stat().st_dev
+
+
+def _existing(directory: Path) -> Path:
+    return next(path for path in (directory, *directory.parents) if path.exists())

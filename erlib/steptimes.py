@@ -284,6 +284,7 @@ class Gpu:
 
 H100 = Gpu("H100 SXM", 989e12, 1979e12, 3.35e12, 450e9)
 H200 = Gpu("H200 SXM", 989e12, 1979e12, 4.8e12, 450e9)
+A100 = Gpu("A100 SXM 80 GB", 312e12, 312e12, 2.039e12, 300e9)  # no FP8: computes it as FP16 would
 
 
 class Roofline(StepTimes):

@@ -24,6 +24,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -47,7 +48,7 @@ CALIBRATION = "cnn_dailymail"
 """Calibration texts, the tools' own default; a directory of this name beside the checkpoints, so no hub is asked."""
 AWQ_SAMPLES = 32
 """Calibration texts of AWQ, which searches: to more, ``quantize.py`` caps itself; ``hf_ptq.py`` would take them all."""
-MAX_NUM_TOKENS = 8192
+MAX_NUM_TOKENS = engines.MAX_STEP_TOKENS
 """Tokens per step. Where it is not set, 0.8 to 0.10 size their activations for batch size times longest prompt."""
 MODELOPT = "0.37.0"
 """The version that TensorRT-LLM 1.2.1 pins."""
@@ -59,6 +60,7 @@ _ALGORITHMS: dict[tuple[str, str], tuple[str | None, str | None]] = {
     ("fp8", "fp8"): ("FP8", "FP8"),
     ("int4", "fp16"): ("W4A16_AWQ", None),
 }
+_ANSWER_S = 300
 _QFORMAT = {"fp8": "fp8", "int4": "int4_awq"}
 
 
@@ -412,6 +414,26 @@ class Plan:
         return Command(purpose, program, tuple(_words(options)), makes, tool)
 
 
+def ask_tools(tools: Sequence[str], runner: Runner) -> tuple[dict[str, str], dict[str, str]]:
+    """What tools of an image print when asked for ``--help``, by tool; and of those that failed, why."""
+    helps, failures = {}, {}
+
+    def ask(tool: str) -> None:
+        program = runner.image.program(tool, runner.places.work)
+        asking = Command("ask", program, ("--help",), runner.places.work, tool)
+        try:
+            answer = subprocess.run(
+                runner.argv(asking), capture_output=True, text=True, check=True, timeout=_ANSWER_S
+            )
+            helps[tool] = answer.stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            failures[tool] = (getattr(error, "stderr", "") or str(error)).strip()[-300:]
+
+    with ThreadPoolExecutor() as pool:  # each imports TensorRT-LLM, which takes half a minute
+        list(pool.map(ask, tools))
+    return helps, failures
+
+
 def _words(options: Mapping[str, Any]) -> list[str]:
     """Command-line words; True is an option without a value."""
     return [word for name, value in options.items() for word in ((name,) if value is True else (name, str(value)))]
@@ -491,14 +513,9 @@ def _check(args: argparse.Namespace) -> int:
 def _refresh(args: argparse.Namespace) -> int:
     contract, image, places = option_tables.load_contract(args.version), load_image(args.version), _places(args)
     runner = Runner(args.runner, image, places)
-    helps = {}
-    for tool in contract.tools:
-        asking = Command("ask", image.program(tool, places.work), ("--help",), places.work, tool)
-        try:
-            answer = subprocess.run(runner.argv(asking), capture_output=True, text=True, check=True)
-            helps[tool] = answer.stdout
-        except (OSError, subprocess.CalledProcessError) as error:
-            print(f"{tool}: not asked: {(getattr(error, 'stderr', '') or str(error)).strip()[-300:]}", file=sys.stderr)
+    helps, failures = ask_tools(list(contract.tools), runner)
+    for tool, why in failures.items():
+        print(f"{tool}: not asked: {why}", file=sys.stderr)
     if not helps:
         return 1
     evidence = "--help of the installed tools" if args.runner == "bare" else f"--help in {image.reference}"
