@@ -137,13 +137,24 @@ def _fetch_newsgroups(directory: Path) -> None:
 # --- C4 ---------------------------------------------------------------------------------------------------------
 
 
-def _c4(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
+def c4_is_cached(settings: config.CorpusSettings) -> bool:
+    """Whether C4 need not be streamed from the hub."""
+    splits: tuple[Split, Split] = ("train", "holdout")
+    return all(_c4_part(settings, split)[2].exists() for split in splits)
+
+
+def _c4_part(settings: config.CorpusSettings, split: Split) -> tuple[str, int, Path]:
+    """Part of C4, documents, and where they are kept."""
     if settings.documents is None:
         raise CorpusError("C4 has 365 million documents: set corpus.documents (c-BTM fitted on one shard, 356317)")
     share = 1 - settings.holdout if split == "train" else settings.holdout
     wanted = max(1, round(settings.documents * share))
     part = "train" if split == "train" else "validation"
-    directory = paths.CACHE / "corpora" / f"c4-{config.digest(part, wanted)}"
+    return part, wanted, paths.CACHE / "corpora" / f"c4-{config.digest(part, wanted)}"
+
+
+def _c4(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
+    part, wanted, directory = _c4_part(settings, split)
     if not directory.exists():
         with paths.building(directory) as partial:
             _stream_c4(partial / "c4.jsonl", part, wanted)

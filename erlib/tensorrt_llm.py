@@ -116,16 +116,23 @@ def plan(profile: Profile, configuration: Configuration) -> Plan:
     return Plan(configuration, longest, places(profile), profile.tensorrt_llm.flow)
 
 
-def needed(profile: Profile) -> list[Plan]:
+def needed(profile: Profile, configurations: Sequence[Configuration] | None = None) -> list[Plan]:
     """Plans of all engines that a profile's experiments load, each once.
+
+    Parameters
+    ----------
+    profile : Profile
+    configurations : sequence of Configuration, optional
+        By default those that the experiments name, as the papers print them.
 
     Raises
     ------
     ConfigError
         If the profile's flow cannot express a system.
     """
-    names = [*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config]
-    configurations = [*map(config.load_configuration, names), *engines.preliminary_configurations(profile)]
+    if configurations is None:
+        names = [*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config]
+        configurations = [*map(config.load_configuration, names), *engines.preliminary_configurations(profile)]
     found: dict[Path, Plan] = {}
     for configuration in configurations:
         made = plan(profile, configuration)
