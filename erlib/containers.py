@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -80,10 +80,15 @@ def load_image(version: str) -> Image:
     ConfigError
         If ``data/tensorrt_llm_images.yaml`` names none.
     """
-    images = yaml.safe_load(IMAGES.read_text())
+    images = _read(IMAGES)
     if version not in images:
         raise ConfigError(f"no image for TensorRT-LLM {version} in {IMAGES}; it has {', '.join(images)}")
     return Image(**images[version])
+
+
+@functools.cache
+def _read(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text())
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ ASSUMPTIONS = {
     "build": f"{BUILD_S / 60:.0f} minutes, and {BUILD_BYTES_PER_S / 1e6:.0f} MB/s of weights per GPU",
     "start": f"{START_S:.0f} s, and {LOAD_BYTES_PER_S / 1e9:.0f} GB/s of weights, all instances together",
     "load": "engines alone, from tables of H100 kernel times or a roofline; gateways and clients cost nothing; "
-    f"{POINT_S:.0f} s between points; paper 2's answers as long as MLPerf's",
+    f"{POINT_S:.0f} s between points; paper 2's answers as long as MLPerf's (its models may write on, up to the limit)",
     "disk": f"checkpoint as downloaded; converted checkpoint and engine as large as the weights; image times "
     f"{IMAGE_ON_DISK:.0f} where docker unpacks it; {RECORD_BYTES_PER_TOKEN:.0f} bytes of records per token",
     "host memory": f"{HOST_BYTES_PER_PARAMETER:g} bytes per parameter to convert (300 GB for 70B)",
@@ -139,8 +139,8 @@ def turns(profile: Profile, workload: str) -> tuple[Turn, ...]:
     """What each user sends: paper 1's base prompt and its continuation, one prompt in the other experiments."""
     settings = profile.workload
     if workload == "p1":
-        prompt, answer = settings.p1_input_tokens, settings.p1_output_tokens
-        return tuple(Turn(before, (answer,)) for before in (prompt, prompt + answer))
+        base, answer = settings.p1_input_tokens, settings.p1_output_tokens
+        return tuple(Turn(prompt, (answer,)) for prompt in (base, base + answer))
     if workload == "preliminary":
         return (Turn(settings.p1_input_tokens, (settings.preliminary_output_tokens,)),)
     prompt = float(np.mean(prompts.paper_input_tokens("p2", settings, 1000)))

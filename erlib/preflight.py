@@ -291,8 +291,8 @@ def _nothing_left(fit: Fitted) -> Iterable[str]:
 
 def _runner(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
     kind = profile.tensorrt_llm.runner
-    programs = ["trtllm-build", "tritonserver", "mpirun"] if kind == "bare" else [kind]
-    if builds.missing(plans):
+    programs: list[str] = ["trtllm-build", "tritonserver", "mpirun"] if kind == "bare" else [kind]
+    if any(step.purpose == "fetch" for _, step in builds.missing(plans)):
         programs.append("hf")
     for program in programs:
         if not shutil.which(program):
@@ -382,7 +382,7 @@ def _options(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
         )
 
 
-# --- the hub --------------------------------------------------------------------------------------------------------
+# --- the hub ------------------------------------------------------------------------------------------------------
 
 
 def _hub(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
@@ -449,7 +449,7 @@ def _where(name: str, directory: Path | None) -> str:
     return f"{name}{texts} into {directory}"
 
 
-# --- warnings -------------------------------------------------------------------------------------------------------
+# --- warnings -----------------------------------------------------------------------------------------------------
 
 
 def _warnings(report: Report) -> Iterable[str]:

@@ -8,7 +8,7 @@ import re
 import shlex
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,8 +16,8 @@ import pandas as pd
 from tabulate import tabulate
 
 from erlib import builds, config, engines, estimates, hardware, paths, preflight, repository, tensorrt_llm
-from erlib.config import Configuration, Profile
-from erlib.containers import Command, Runner
+from erlib.config import Configuration
+from erlib.containers import Command, Places, Runner
 from erlib.engines import Paper
 from erlib.preflight import Fitted, Report
 from erlib.tensorrt_llm import Plan
@@ -37,30 +37,29 @@ def text(report: Report, notebooks: Sequence[tuple[str, str]]) -> str:
         Name, and whether and why it would run.
     """
     fitted, profile = report.fitted, report.fitted.profile
+    steps = _Steps(fitted)
+    sweeps = estimates.sweeps(profile, fitted.load, fitted.preliminary, fitted.gpu)
     sections = {
         "Machine": _machine(report),
         "Systems": _systems(fitted),
         "Memory of each GPU": _memory(fitted),
         "Table I of the papers": _tables(),
-        "Steps": _steps(report),
-        "Commands": _commands(report),
+        "Steps": _table_of_steps(steps),
+        "Commands": _commands(report, steps),
         "Servers": _servers(fitted),
-        "Load": _load(fitted),
-        "Time and disk": _totals(report),
+        "Load": _load(sweeps),
+        "Time and disk": _totals(report, steps, sweeps),
         "Notebooks": _table([list(row) for row in notebooks], ["notebook", "would"]),
         "Problems": _closing(report),
     }
     title = f"Plan of profile {profile.name}: {profile.description}"
-    lines = ["\n".join(textwrap.wrap(title, WIDTH)), _NOTHING]
+    lines = [_wrapped(title), "Printing it starts, downloads and writes nothing."]
     for number, (heading, body) in enumerate(sections.items(), 1):
         lines.append(f"{number}. {heading}\n{'=' * (len(heading) + len(str(number)) + 2)}\n\n{body}")
     return "\n\n".join(lines)
 
 
-_NOTHING = "Nothing is started, downloaded or written by printing it."
-
-
-# --- what there is --------------------------------------------------------------------------------------------------
+# --- what there is ------------------------------------------------------------------------------------------------
 
 
 def _machine(report: Report) -> str:
@@ -86,7 +85,9 @@ def _machine(report: Report) -> str:
         ),
     ]
     for version, runner in preflight.runners(fitted.plans, report.asked).items():
-        state = "" if runner.kind == "bare" else ", here" if runner.is_ready else f", {runner.image.size_gb:g} GB to load"
+        state = (
+            "" if runner.kind == "bare" else ", here" if runner.is_ready else f", {runner.image.size_gb:g} GB to load"
+        )
         rows.append([f"TensorRT-LLM {version}", f"{runner.kind}: {runner.image.reference}{state}"])
     return tabulate(rows, tablefmt="plain")
 
@@ -129,10 +130,12 @@ def _memory(fitted: Fitted) -> str:
              f"{total:.1f}", f"{room - total:.1f}", f"{room - total - gateways:.1f}" if hosts else ""]
         )  # fmt: skip
     headers = ["GB (10^9 bytes)", "weights", "activations", "KV cache", "together", "left", "left beside gateways"]
+    tight = [row[0] for row in rows if str(row[-1]).startswith("-")]
+    beside = f" By this arithmetic {', '.join(tight)} would have no room for those." if tight else ""
     said = (
         f"One {fitted.gpu.name} has {fitted.gpu.memory_bytes / 1e9:.1f} GB, {room:.1f} of them for an engine. The "
-        f"papers' gateways take {gateways:g} GB of each GPU, ours run on the CPU. Activations are an estimate; the "
-        "server gives the KV cache less if they turn out larger. Of the preliminary systems, the largest."
+        f"papers' gateways take {gateways:g} GB of each GPU, ours run on the CPU.{beside} Activations are an estimate; "
+        "the server gives the KV cache less if they turn out larger. Of the preliminary systems, the largest."
     )
     return f"{_table(rows, headers, numbers=True)}\n\n{_wrapped(said)}"
 
@@ -158,11 +161,11 @@ def _tables() -> str:
     return "\n\n".join(parts)
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------
+# --- steps --------------------------------------------------------------------------------------------------------
 
 
 class _Steps:
-    """Commands of all plans, each once, and what they are for; builds that differ in batch size alone stand together."""
+    """Commands of all plans, each once, and what for; builds that differ in batch size alone stand together."""
 
     def __init__(self, fitted: Fitted):
         self.users: defaultdict[Path, list[str]] = defaultdict(list)
@@ -179,59 +182,64 @@ class _Steps:
                 group = self.groups.setdefault(re.sub(r"-bs\d+-", "-bs*-", str(command.makes)), [])
                 if all(command.makes != other.makes for _, other in group):
                     group.append((plan, command))
-        self.missing = {command.makes for _, command in builds.missing(fitted.plans)}
+        self.missing = builds.missing(fitted.plans)
+        self._to_make = {command.makes for _, command in self.missing}
 
     def used_by(self, group: Sequence[tuple[Plan, Command]]) -> str:
         return ", ".join(dict.fromkeys(name for _, command in group for name in self.users[command.makes]))
 
     def state(self, group: Sequence[tuple[Plan, Command]]) -> str:
-        todo = sum(command.makes in self.missing for _, command in group)
+        todo = sum(command.makes in self._to_make for _, command in group)
         if todo in (0, len(group)):
             return "to do" if todo else "done"
         return f"{todo} to do"
 
 
-def _steps(report: Report) -> str:
-    steps, rows = _Steps(report.fitted), []
+def _table_of_steps(steps: _Steps) -> str:
+    rows = []
     for group in steps.groups.values():
-        plan, command = group[0]
+        _, command = group[0]
         costs = [estimates.of_step(*each) for each in group]
         sizes = sorted(each.system.batch_size for each, _ in group)
         name = re.sub(r"-bs\d+-.*", "", command.makes.name)
         what = f"{name}, batch size {', '.join(map(str, sizes))}" if command.purpose == "build" else name
-        minutes = sum(cost.seconds for cost in costs) / 60
         rows.append(
             [command.purpose, what, steps.used_by(group), f"{sum(cost.disk_bytes for cost in costs) / 1e9:,.0f}",
-             f"{minutes:,.0f}" + ("" if all(cost.measured for cost in costs) else " *"), steps.state(group)]
+             _minutes(costs), steps.state(group)]
         )  # fmt: skip
     headers = ["step", "makes", "for", "GB", "minutes", ""]
-    table = tabulate(rows, headers, tablefmt="simple", disable_numparse=True, maxcolwidths=[None, 52, 30, None, None, None],
-                     colalign=("left", "left", "left", "right", "right", "left"))  # fmt: skip
+    table = tabulate(
+        rows, headers, tablefmt="simple", disable_numparse=True, maxcolwidths=[None, 52, 30, None, None, None],
+        colalign=("left", "left", "left", "right", "right", "left"),
+    )  # fmt: skip
     return f"{table}\n\n* an estimate that nobody has measured; without it: as long as it took here"
 
 
-def _commands(report: Report) -> str:
-    fitted, places = report.fitted, tensorrt_llm.places(report.asked)
-    steps = _Steps(fitted)
-    runners = preflight.runners(fitted.plans, report.asked)
+def _minutes(costs: Sequence[estimates.Cost]) -> str:
+    minutes = sum(cost.seconds for cost in costs) / 60
+    star = "" if all(cost.measured for cost in costs) else " *"
+    return (f"{minutes:,.0f}" if minutes >= 1 else "< 1") + star
+
+
+def _commands(report: Report, steps: _Steps) -> str:
+    places, runners = tensorrt_llm.places(report.asked), preflight.runners(report.fitted.plans, report.asked)
     lines = [f"CHECKPOINTS={shlex.quote(str(places.checkpoints))}", f"WORK={shlex.quote(str(places.work))}"]
-    lines += ["mkdir -p $CHECKPOINTS $WORK && cd $WORK", ""]
+    lines += ["mkdir -p $CHECKPOINTS $WORK && cd $WORK"]
     for version, runner in runners.items():
         if runner.kind != "bare":
-            lines += [_folded(words, report) for words in runner.setup]
-            lines += [f"{_in_image(version, runners)}() {{ \\", _folded(runner.start(()), report, 2) + ' "$@"', "}", ""]
+            lines += ["", *(_folded(words, places) for words in runner.setup)]
+            lines += [f"{_in_image(version, runners)}() {{", _folded([*runner.start(()), '"$@"'], places, 2), "}"]
     named = ""
     for group in steps.groups.values():
         plan, command = group[0]
-        name = steps.used_by(group)
-        if name != named:
+        if (name := steps.used_by(group)) != named:
             lines += ["", f"# {name}"]
             named = name
-        prefix = _in_image(plan.version, runners) + " " if command.tool and runners[plan.version].kind != "bare" else ""
-        lines += _loop(group, prefix, report)
-        if command.purpose == "build" and (printed := [each for each, _ in group if _is_printed(each)]):
-            lines += [_folded(each.commands[-1].argv, report) for each in printed]
-    return "\n".join(lines).replace("\n\n\n", "\n\n")
+        in_image = command.tool and runners[plan.version].kind != "bare"
+        lines.append(_loop(group, [_in_image(plan.version, runners)] if in_image else [], places))
+        if command.purpose == "build":
+            lines += [_folded(each.commands[-1].argv, places) for each, _ in group if _is_printed(each)]
+    return "\n".join(lines)
 
 
 def _in_image(version: str, runners: dict[str, Runner]) -> str:
@@ -244,50 +252,47 @@ def _is_printed(plan: Plan) -> bool:
     return name in config.config_ids() and config.load_configuration(name).system == plan.system
 
 
-def _loop(group: Sequence[tuple[Plan, Command]], prefix: str, report: Report) -> list[str]:
+def _loop(group: Sequence[tuple[Plan, Command]], prefix: Sequence[str], places: Places) -> str:
     plan, command = group[0]
     if len(group) == 1:
-        return [prefix + _folded(command.argv, report)]
-    size = str(plan.system.batch_size)
+        return _folded([*prefix, *command.argv], places)
+    size = plan.system.batch_size
     words = [word.replace(f"-bs{size}-", "-bs${batch_size}-") for word in command.argv]
     words[words.index("--max_batch_size") + 1] = "$batch_size"
     sizes = " ".join(str(each.system.batch_size) for each, _ in group)
-    return [f"for batch_size in {sizes}; do", "  " + prefix + _folded(words, report, 2), "done"]
+    return "\n".join([f"for batch_size in {sizes}; do", _folded([*prefix, *words], places, 2), "done"])
 
 
-def _folded(words: Iterable[str], report: Report, indent: int = 0) -> str:
-    """A command as one would type it, cut before options, with names for the two directories."""
-    places = tensorrt_llm.places(report.asked)
+def _folded(words: Iterable[str], places: Places, indent: int = 0) -> str:
+    """A command as one would type it, cut between options, with names for the two directories."""
     names = {str(places.checkpoints): "$CHECKPOINTS", str(places.work): "$WORK"}
     pieces: list[str] = []
-    for word in map(str, words):
-        shown = word if "$batch_size" in word or "${batch_size}" in word else shlex.quote(word)
+    for word in words:
+        shown = word if "$" in word else shlex.quote(word)
         for path, name in names.items():
             shown = shown.replace(path, name)
-        if pieces and not word.startswith("-") and pieces[-1].startswith("-") and " " not in pieces[-1]:
-            pieces[-1] += f" {shown}"  # an option and its value stay together
+        follows_option = pieces and re.fullmatch(r"--?[\w-]+", pieces[-1])
+        if follows_option and not word.startswith("-"):
+            pieces[-1] += f" {shown}"
         else:
             pieces.append(shown)
-    return _lines(pieces, " " * indent)
-
-
-def _lines(pieces: Sequence[str], margin: str) -> str:
-    lines, line = [], margin if margin else ""
+    margin, lines = " " * indent, [""]
     for piece in pieces:
-        if line.strip() and len(line) + len(piece) + 3 > WIDTH:
-            lines.append(f"{line} \\")
-            line = f"{margin}    {piece}"
+        if lines[-1] and len(margin + lines[-1] + piece) + 3 > WIDTH:
+            lines[-1] += " \\"
+            lines.append(f"    {piece}")
         else:
-            line = f"{line} {piece}" if line.strip() else f"{margin}{piece}"
-    return "\n".join([*lines, line]).strip() if not margin else "\n".join([*lines, line]).rstrip()
+            lines[-1] += f" {piece}" if lines[-1] else piece
+    return "\n".join(margin + line for line in lines)
 
 
-# --- servers ------------------------------------------------------------------------------------------------------------
+# --- servers ------------------------------------------------------------------------------------------------------
 
 
 def _servers(fitted: Fitted) -> str:
-    settings, rows, launches = fitted.profile.serving, [], []
+    settings, rows = fitted.profile.serving, []
     first = settings.base_port + 1 + settings.gateways
+    alike: defaultdict[tuple[int, int], list[Configuration]] = defaultdict(list)
     for one in fitted.load:
         hosts = one.routing in ("expert_router", "replicas")
         count, width = one.system.instances, one.system.tensor_parallel
@@ -296,14 +301,14 @@ def _servers(fitted: Fitted) -> str:
             [one.id, count, _gpu_list(count, width), settings.base_port if hosts else "", gateways if hosts else "",
              *(_every(first + offset, count) for offset in range(TritonServer.PORTS))]
         )  # fmt: skip
-        launches.append(_launch(fitted, one, first))
+        alike[count, width].append(one)
     headers = ["", "servers", "CUDA_VISIBLE_DEVICES", "NGINX", "gateways", "HTTP", "gRPC", "metrics"]
-    table = _table(rows, headers)
     said = (
-        f"On {settings.host}. Systems without NGINX are asked at their gRPC ports directly. Those of the preliminary "
-        "experiment are served like the first. Repositories are rendered before each start."
+        f"All on {settings.host}. Systems without NGINX are asked at their gRPC ports directly. Each system's "
+        "repository is rendered before it is started; those of the preliminary experiment are served as the first."
     )
-    return "\n\n".join([table, _wrapped(said), *launches])
+    launches = [_launch(fitted, group, first) for group in alike.values()]
+    return "\n\n".join([_table(rows, headers), _wrapped(said), *launches])
 
 
 def _gpu_list(count: int, width: int) -> str:
@@ -316,26 +321,24 @@ def _every(first: int, count: int) -> str:
     return f"{first}, +{TritonServer.PORTS} ... {first + (count - 1) * TritonServer.PORTS}" if count > 1 else str(first)
 
 
-def _launch(fitted: Fitted, one: Configuration, port: int) -> str:
-    """Launch command of the first server; its siblings differ in few places."""
-    profile, count = fitted.profile, one.system.instances
+def _launch(fitted: Fitted, group: Sequence[Configuration], port: int) -> str:
+    """Launch command of the first server of systems that differ in their repository alone, and how siblings differ."""
+    profile, one = fitted.profile, group[0]
     plan = tensorrt_llm.plan(profile, one)
     plans = repository.server_plans(plan, profile.tensorrt_llm.runner, fitted.n_gpus)
     launch = plans[0].server(f"{one.id}-0", port, Path(), profile.serving.host).launch
-    ranks = _split(launch.command)
-    shown = [word for rank in ranks[:2] for word in rank]
-    words = [*(f"{name}={value}" for name, value in launch.environment.items()), *shown]
-    places = tensorrt_llm.places(profile)
-    pieces = [word.replace(str(places.checkpoints), "$CHECKPOINTS").replace(str(places.work), "$WORK") for word in words]
-    notes = []
-    if len(ranks) > 2:
-        notes.append(f"ranks 2 to {len(ranks) - 1} follow, as rank 1, each with a shared-memory prefix of its own")
-    if count > 1:
-        notes.append(f"servers 1 to {count - 1}: the same on the GPUs and ports above")
-    return "\n".join([f"# {one.id}, server 0", _lines(pieces, ""), *(f"#   {note}" for note in notes)])
+    first, *others = _ranks(launch.command)
+    words = [*(f"{name}={value}" for name, value in launch.environment.items()), *first, *(others[0] if others else [])]
+    words = [word.replace(str(plans[0].repository), str(plans[0].repository.with_name("$CONFIG"))) for word in words]
+    lines = [f"# {', '.join(each.id for each in group)}: the first server", _folded(words, plan.places)]
+    if len(others) > 1:
+        lines.append(f"# ... and so on to rank {len(others)}, each with a shared-memory prefix of its own")
+    if len(plans) > 1:
+        lines.append(f"# the other {len(plans) - 1}: the same, on the GPUs and ports above")
+    return "\n".join(lines)
 
 
-def _split(command: Sequence[str]) -> list[list[str]]:
+def _ranks(command: Sequence[str]) -> list[list[str]]:
     """One list of words per rank; the first also has what comes before."""
     ranks: list[list[str]] = [[]]
     for word in command:
@@ -345,12 +348,11 @@ def _split(command: Sequence[str]) -> list[list[str]]:
     return ranks
 
 
-# --- time -----------------------------------------------------------------------------------------------------------------
+# --- time ---------------------------------------------------------------------------------------------------------
 
 
-def _load(fitted: Fitted) -> str:
+def _load(sweeps: Sequence[estimates.Sweep]) -> str:
     rows = []
-    sweeps = estimates.sweeps(fitted.profile, fitted.load, fitted.preliminary, fitted.gpu)
     together: defaultdict[str, list[estimates.Sweep]] = defaultdict(list)
     for each in sweeps:
         preliminary = each.experiment == "preliminary"
@@ -372,21 +374,21 @@ def _hours(group: Sequence[estimates.Sweep]) -> list[str]:
     return [f"{longest / 60:.1f}", f"{sum(each.seconds or 0 for each in group) / 3600:.1f}"]
 
 
-def _totals(report: Report) -> str:
+def _totals(report: Report, steps: _Steps, sweeps: Sequence[estimates.Sweep]) -> str:
     fitted = report.fitted
-    missing = builds.missing(fitted.plans)
     hours: defaultdict[str, float] = defaultdict(float)
-    for plan, command in missing:
+    for plan, command in steps.missing:
         hours[command.purpose] += estimates.of_step(plan, command).seconds / 3600
     for runner in preflight.runners(fitted.plans, report.asked).values():
         if not runner.is_ready:
             hours["fetch"] += runner.image.size_gb * 1e9 / estimates.DOWNLOAD_BYTES_PER_S / 3600
-    sweeps = estimates.sweeps(fitted.profile, fitted.load, fitted.preliminary, fitted.gpu)
     if all(each.seconds is not None for each in sweeps):
         hours["load"] = sum(each.seconds or 0 for each in sweeps) / 3600
     rows = [[what, f"{value:.1f}"] for what, value in hours.items()]
     rows.append(["together", f"{sum(hours.values()):.1f}"])
-    disk = [[str(where), f"{size / 1e9:,.0f}"] for where, size in preflight.disk_needs(report.asked, fitted.plans).items()]
+    disk = [
+        [str(where), f"{size / 1e9:,.0f}"] for where, size in preflight.disk_needs(report.asked, fitted.plans).items()
+    ]
     assumed = "\n".join(
         textwrap.fill(f"{what}: {how}", WIDTH, initial_indent="  ", subsequent_indent="    ")
         for what, how in estimates.ASSUMPTIONS.items()
@@ -401,15 +403,24 @@ def _totals(report: Report) -> str:
 
 
 def _closing(report: Report) -> str:
-    parts = []
-    if report.warnings:
-        parts.append(_listed("To be known:", report.warnings))
-    if report.problems:
-        parts.append(_listed("A run would stop here because:", report.problems))
-    return "\n\n".join(parts) or "None: without --dry-run this runs."
+    parts = [
+        _listed("To be known:", report.warnings),
+        _listed("A run would stop here because:", report.problems) or "Nothing stops it: without --dry-run it runs.",
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
-# --- layout -----------------------------------------------------------------------------------------------------------------
+def opening(report: Report) -> str:
+    """What a run says before it begins, or stops: what is lost, what is to be known, what is in the way."""
+    parts = [
+        _listed("What is lost against the papers:", report.fitted.losses),
+        _listed("To be known:", report.warnings),
+        _listed("Nothing was started, because:", report.problems),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+# --- layout -------------------------------------------------------------------------------------------------------
 
 
 def _table(rows: Sequence[Sequence[Any]], headers: Sequence[str], numbers: bool = False) -> str:
@@ -434,13 +445,3 @@ def _listed(heading: str, lines: Sequence[str]) -> str:
         for number, line in enumerate(lines, 1)
     ]  # fmt: skip
     return "\n".join([heading, *items])
-
-
-def problems(report: Report) -> str:
-    """The closing list alone, for a run that stops."""
-    return _closing(report)
-
-
-def basics(profile: Profile) -> str:
-    """Problems that any profile may have, as a list; empty if there are none."""
-    return _listed("cannot start:", preflight.basics(profile))

@@ -429,9 +429,7 @@ def ask_tools(tools: Sequence[str], runner: Runner) -> tuple[dict[str, str], dic
         program = runner.image.program(tool, runner.places.work)
         asking = Command("ask", program, ("--help",), runner.places.work, tool)
         try:
-            answer = subprocess.run(
-                runner.argv(asking), capture_output=True, text=True, check=True, timeout=_ANSWER_S
-            )
+            answer = subprocess.run(runner.argv(asking), capture_output=True, text=True, check=True, timeout=_ANSWER_S)
             helps[tool] = answer.stdout
         except (OSError, subprocess.SubprocessError) as error:
             failures[tool] = (getattr(error, "stderr", "") or str(error)).strip()[-300:]

@@ -18,9 +18,8 @@ from typing import Any
 
 import yaml
 
-from erlib import config, paths
+from erlib import config, paths, preflight, runbook
 
-LEAST_FREE_GB = 4
 _REASON = re.compile(r"[a-z]+( \w+)?: ")
 """How erlib's one-line reasons begin: ``sweep: 4 of 4 points found``."""
 
@@ -33,15 +32,23 @@ def main() -> int:
         overrides = dict(_override(item) for group in args.set for item in group)
         profile = config.load_profile(args.profile, overrides)
         chosen = _selection(args.only, args.start)
+        report = preflight.check(profile) if profile.serving.backend == "tensorrt_llm" else None
+        if report:  # on the GPUs that there are
+            profile, overrides = report.fitted.profile, overrides | report.fitted.overrides
         steps = _steps(profile, {"profile": args.profile, "overrides": overrides})
         steps = [step for step in steps if step.notebook in chosen]
+        left_out = report.fitted.left_out if report else {}
         if args.dry_run:
-            for step in steps:
-                reason = step.reason_to_run(force=bool(args.only))
-                print(f"{step.name}: {'run: ' + reason if reason else 'skip: nothing it reads has changed'}")
+            plan = [(step.name, step.what_would_be(bool(args.only), left_out)) for step in steps]
+            print(runbook.text(report, plan) if report else "\n".join(f"{name}: {what}" for name, what in plan))
             return 0
+        if report:
+            print(runbook.opening(report), file=sys.stderr if report.problems else sys.stdout)
+            if report.problems:
+                print("--dry-run shows the whole plan", file=sys.stderr)
+                return 2
         with _alone(profile):
-            return _run(steps, profile, force=bool(args.only))
+            return _run([step for step in steps if step.name not in left_out], profile, force=bool(args.only))
     except config.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -79,17 +86,16 @@ def _run(steps: list[Step], profile: config.Profile, force: bool) -> int:
 
 @contextlib.contextmanager
 def _alone(profile: config.Profile) -> Iterator[None]:
-    """Refuse to start without disk space, or beside another run of the same profile."""
+    """Refuse to start beside another run of the same profile, or without what any run needs."""
     run_dir = paths.run_dir(profile.name)
     run_dir.mkdir(parents=True, exist_ok=True)
-    free_gb = shutil.disk_usage(run_dir).free / 1e9
-    if free_gb < LEAST_FREE_GB:
-        raise config.ConfigError(f"{free_gb:.1f} GB free at {run_dir}; a run needs {LEAST_FREE_GB} GB")
     with (run_dir / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise config.ConfigError(f"another run of profile {profile.name!r} is going on; wait for it") from None
+        if problems := preflight.basics(profile):
+            raise config.ConfigError("\n".join(problems))
         yield
 
 
@@ -140,6 +146,13 @@ class Step:
             return f"changed: {', '.join(changed)}"
         gone = [name for name in before["wrote"] if not Path(name).exists()]
         return f"{_short(Path(gone[0]))} is gone" if gone else ""
+
+    def what_would_be(self, force: bool, left_out: dict[str, str]) -> str:
+        """Whether it would run, and why."""
+        if self.name in left_out:
+            return f"leave out: {left_out[self.name]}"
+        reason = self.reason_to_run(force)
+        return f"run: {reason}" if reason else "skip: nothing it reads has changed"
 
     def _reads(self) -> dict[str, str]:
         """All inputs by content; what earlier notebooks made stands for itself by when they ran."""
