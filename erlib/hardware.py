@@ -13,7 +13,7 @@ import psutil
 
 CONTEXT_BYTES = 620_000_000
 """Of a GPU's memory, what driver and CUDA keep: an H100 of 81,559 MiB leaves TensorRT-LLM 84.9 GB."""
-_CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _ANSWER_S = 20
 
 
@@ -80,14 +80,14 @@ def free_memory_bytes() -> int:
 def _group_limits() -> Iterator[tuple[Path, Path]]:
     """Files with limit and use of this process' control groups (versions 1 and 2) and of those around them."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root = _CGROUPS / controllers
+        root = CGROUPS / controllers
         files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
         inside = root / group.lstrip("/")
         for directory in (inside, *inside.parents):
