@@ -8,9 +8,10 @@ Modules are listed in the order in which data flows through them; each imports o
     engines, openvino, quality                arithmetic of a configuration; its engine, built; what its format costs
     containers, option_tables, tensorrt_llm   where plans run; what tools accept; the DGX's engines, planned and checked
     hardware, builds                          what this machine has; plans carried out
-    steptimes, batching                       how long a step lasts on H100s; which requests share one
+    steptimes, batching, estimates            how long a step lasts on H100s; who shares one; how long all takes
     wire, triton, repository                  messages; one server; one that has TensorRT-LLM's model repository
     gateway, nginx, stack                     the routing gateway; the balancer; all of it
+    preflight, runbook                        what would stop a run; the whole plan of one on GPUs, as text
     openai_api                                OpenAI's HTTP interface to it
     users, threaded_users                     the user simulator; the papers' user simulator
     records, sweep, metrics                   the record of each request; resumable sweeps; TTFT, TPOT, throughput

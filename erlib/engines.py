@@ -208,15 +208,7 @@ def on_gpus(
     longest = _paper_sequence_tokens("p1" if name.startswith("p1") else "p2")
     for instances, width in _narrower(printed, n_gpus):
         narrow = printed.model_copy(update={"instances": instances, "tensor_parallel": width})
-        needed = gpu_memory(narrow)
-        try:
-            room = most_kv_tokens(
-                printed.model, printed.dtype, printed.kv_dtype, width,
-                weight_bytes=needed.weights * width, workspace_bytes=needed.activations, gpu_bytes=gpu_bytes,
-            )  # fmt: skip
-        except ConfigError:
-            continue
-        tokens = min(kv_tokens(printed), room)
+        tokens = _kv_tokens_beside(narrow, gpu_bytes)
         if tokens >= longest:
             return _fitted(configuration, narrow, tokens, longest)
     weights_gb = shape(printed.model).loaded_bytes(printed.dtype) / 1e9
@@ -225,6 +217,25 @@ def on_gpus(
         f"{name}: {weights_gb:.0f} GB of weights, activations and one sequence of {longest:,} tokens do not fit a GPU "
         f"of {gpu_bytes / 1e9:.0f} GB{together or (', and the papers give each expert one GPU' if n_gpus > 1 else '')}"
     )
+
+
+def _kv_tokens_beside(system: PaperSystem, gpu_bytes: float) -> int:
+    """KV tokens of an instance: as printed if they fit beside the estimated activations, else what is safely free.
+
+    Safely, because a server whose KV cache comes out smaller than asked for does not start.
+    """
+    memory, printed = gpu_memory(system), kv_tokens(system)
+
+    def room(workspace_bytes: float) -> int:
+        try:
+            return most_kv_tokens(
+                system.model, system.dtype, system.kv_dtype, system.tensor_parallel,
+                memory.weights * system.tensor_parallel, workspace_bytes, gpu_bytes,
+            )  # fmt: skip
+        except ConfigError:
+            return 0
+
+    return printed if room(memory.activations) >= printed else min(printed, room(WORKSPACE_BYTES))
 
 
 def _narrower(printed: PaperSystem, n_gpus: int) -> list[tuple[int, int]]:

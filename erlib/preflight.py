@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
@@ -33,7 +33,7 @@ from erlib import (
     processes,
     tensorrt_llm,
 )
-from erlib.config import ConfigError, Configuration, Profile
+from erlib.config import ConfigError, Configuration, Profile, RunnerKind
 from erlib.containers import Runner, load_image
 from erlib.hardware import Gpu
 from erlib.processes import StartError
@@ -106,6 +106,21 @@ class Fitted:
     def configurations(self) -> list[Configuration]:
         return [*self.load, *self.preliminary]
 
+    def named(self, names: Sequence[str]) -> list[Configuration]:
+        """Systems of the load and overhead experiments.
+
+        Raises
+        ------
+        ConfigError
+            If one of them cannot be carried; says why.
+        """
+        known = {one.id: one for one in self.load}
+        for name in names:
+            if name not in known:
+                reasons = [reason for reason in [*self.refused, *self.losses] if reason.startswith(f"{name}: ")]
+                raise ConfigError(reasons[0] if reasons else f"{name} is not among the profile's configurations")
+        return [known[name] for name in names]
+
     @property
     def plans(self) -> list[Plan]:
         """How their engines come about, each once."""
@@ -153,7 +168,8 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
     for one in engines.preliminary_configurations(profile):
         whole = one.system.tensor_parallel == engines.GPUS
         if result := fit(one, n_gpus if whole else min(n_gpus // 2, one.system.tensor_parallel)):
-            preliminary.append(result)
+            sizes = {"batch_size": one.system.batch_size}  # what the experiment varies
+            preliminary.append(result.model_copy(update={"paper": result.system.model_copy(update=sizes)}))
     if losses[said:]:  # thirty systems say the same
         losses[said:] = [
             f"preliminary experiment: TP8 stands for all {n_gpus} GPUs and TP4 for half of them, "
@@ -311,7 +327,8 @@ def _remedy(program: str, kind: str) -> str:
         return "it comes with huggingface_hub: start with ./run_all.sh, which puts this environment on PATH"
     if kind == "bare":
         return "runner bare needs TensorRT-LLM and Triton installed here; choose docker, apptainer or enroot"
-    return f"install it, or choose another with --set tensorrt_llm.runner=... (docker, apptainer, enroot), not {kind}"
+    others = " or ".join(f"--set tensorrt_llm.runner={other}" for other in get_args(RunnerKind)[1:] if other != kind)
+    return f"install it, or choose {others}"
 
 
 def _host(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
@@ -461,7 +478,7 @@ def _warnings(report: Report) -> Iterable[str]:
             )
         if runner.kind == "enroot" and runner.image.digest:
             yield f"enroot takes tags only: {runner.image.tag} is not held to its digest"
-    yield from (f"not run: {reason}" for reason in report.fitted.refused)
+    yield from (f"not run: {reason}" for reason in report.fitted.refused if reason not in " ".join(report.problems))
     gpu = report.fitted.gpu
     if report.gpus and "H100" not in gpu.name:
         yield f"the papers had H100s, these are {gpu.name}: times are not the papers'"

@@ -135,7 +135,7 @@ def _memory(fitted: Fitted) -> str:
     said = (
         f"One {fitted.gpu.name} has {fitted.gpu.memory_bytes / 1e9:.1f} GB, {room:.1f} of them for an engine. The "
         f"papers' gateways take {gateways:g} GB of each GPU, ours run on the CPU.{beside} Activations are an estimate; "
-        "the server gives the KV cache less if they turn out larger. Of the preliminary systems, the largest."
+        "a server whose KV cache comes out smaller than this is not used. Of the preliminary systems, the largest."
     )
     return f"{_table(rows, headers, numbers=True)}\n\n{_wrapped(said)}"
 
@@ -334,7 +334,8 @@ def _launch(fitted: Fitted, group: Sequence[Configuration], port: int) -> str:
     if len(others) > 1:
         lines.append(f"# ... and so on to rank {len(others)}, each with a shared-memory prefix of its own")
     if len(plans) > 1:
-        lines.append(f"# the other {len(plans) - 1}: the same, on the GPUs and ports above")
+        others_are = "the second" if len(plans) == 2 else f"the other {len(plans) - 1}"
+        lines.append(f"# {others_are}: the same, on the GPUs and ports above")
     return "\n".join(lines)
 
 

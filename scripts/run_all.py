@@ -274,7 +274,10 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--profile", default="laptop", metavar="NAME|FILE.yaml", help="laptop (default), smoke, or a YAML file"
+        "--profile",
+        default="laptop",
+        metavar="NAME|FILE.yaml",
+        help="laptop (default), smoke, dgx-h100, or a YAML file",
     )
     parser.add_argument(
         "--only", nargs="+", action="append", default=[], metavar="NOTEBOOK", help="run these, changed or not"
@@ -283,7 +286,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="change a profile key"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would run, and why, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would run, and why, and stop; on GPUs, the whole plan"
+    )
     return parser.parse_args()
 
 

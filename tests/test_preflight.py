@@ -314,6 +314,13 @@ def test_one_gpu_has_nothing_to_route_to(profile):
     assert "p1.R: on one GPU the same as p1.C, left out" in fitted.losses
 
 
+def test_systems_are_found_by_name_or_their_absence_is_explained(profile):
+    fitted = preflight.fitted(profile(), [A100] * 8)
+    assert [one.id for one in fitted.named(["p2.E", "p1.A"])] == ["p2.E", "p1.A"]
+    with pytest.raises(ConfigError, match=r"p1\.D: these GPUs have no FP8"):
+        fitted.named(["p1.A", "p1.D"])
+
+
 def test_an_a100_has_no_fp8(profile):
     fitted = preflight.fitted(profile(), [A100] * 8)
     assert {reason[:4] for reason in fitted.refused if "have no FP8" in reason} >= {"p1.D", "p2.B", "p2.C"}
@@ -325,6 +332,7 @@ def test_the_preliminary_experiment_compares_all_gpus_with_half_of_them(profile)
     fitted = preflight.fitted(profile(), [hardware.H100] * 4)
     widths = {one.id.split("-")[1]: one.system.tensor_parallel for one in fitted.preliminary}
     assert widths == {"tp8": 4, "tp4": 2}
+    assert {one.system.batch_size for one in fitted.preliminary} == set(profile().preliminary.batch_sizes)
     assert sum("preliminary experiment" in loss for loss in fitted.losses) == 1
 
 
