@@ -159,10 +159,11 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
 
     names = dict.fromkeys([*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config])
     load = [one for name in names if (one := fit(config.load_configuration(name), n_gpus))]
-    same = {one.stands_beside: one.id for one in map(config.load_configuration, names) if one.stands_beside}
     if n_gpus == 1:  # then a baseline in turn is the very system that it stands beside
-        losses += [f"{baseline}: on one GPU the same as {beside}, left out" for beside, baseline in same.items()]
-        load = [one for one in load if one.id not in same.values()]
+        beside = {name: config.load_configuration(name).stands_beside for name in names}
+        same = {one.id for one in load if beside[one.id] in {other.id for other in load}}
+        losses += [f"{name}: on one GPU the same as {beside[name]}, left out" for name in sorted(same)]
+        load = [one for one in load if one.id not in same]
     said = len(losses)
     preliminary = []
     for one in engines.preliminary_configurations(profile):
@@ -175,21 +176,20 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
             f"preliminary experiment: TP8 stands for all {n_gpus} GPUs and TP4 for half of them, "
             "with as much KV cache as they have"
         ]
-    overrides, left_out = _consequences(profile, n_gpus, load, preliminary)
+    overrides, left_out = _consequences(profile, load, preliminary)
     if n_gpus < engines.GPUS:
         losses.append(
             f"load: the papers' user levels on {n_gpus} of {engines.GPUS} GPUs, so each carries up to "
             f"{engines.GPUS / n_gpus:.3g} times the papers' load"
         )
-    if "clusterer.n_clusters" in overrides:
-        losses.append(f"clusterer: {n_gpus} clusters instead of {profile.clusterer.n_clusters}, one for each expert")
-    return Fitted(
-        _with(profile, overrides), gpu, n_gpus, load, preliminary, losses, refused, overrides, left_out
-    )  # fmt: skip
+    if experts := overrides.get("clusterer.n_clusters"):
+        losses.append(f"clusterer: {experts} clusters instead of {profile.clusterer.n_clusters}, one for each expert")
+    changed = _with(profile, overrides)
+    return Fitted(changed, gpu, n_gpus, load, preliminary, losses, refused, overrides, left_out)
 
 
 def _consequences(
-    profile: Profile, n_gpus: int, load: Sequence[Configuration], preliminary: Sequence[Configuration]
+    profile: Profile, load: Sequence[Configuration], preliminary: Sequence[Configuration]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Profile keys that change with what fits, and notebooks that are left out."""
     fits = {configuration.id for configuration in load}
@@ -199,9 +199,10 @@ def _consequences(
         if kept != sweep.configs:
             overrides[key] = kept
     left_out = {}
-    routed = [one.system.instances for one in load if one.routing == "expert_router"]
-    if routed and max(routed) < engines.GPUS:
-        overrides["clusterer.n_clusters"] = max(routed)
+    experts = max((one.system.instances for one in load if one.routing == "expert_router"), default=None)
+    if experts and experts != profile.clusterer.n_clusters:
+        overrides["clusterer.n_clusters"] = experts
+    if experts and experts < engines.GPUS:
         left_out["07_paper_scale"] = "simulates and emulates the papers' eight experts, for which there are no clusters"
     if not preliminary:
         left_out["04_preliminary_sweep"] = "no system of the preliminary experiment fits"
@@ -249,7 +250,7 @@ def check(profile: Profile) -> Report:
     plans = fit.plans
     checks: list[Callable[[], Iterable[str]]] = [
         lambda: _gpus(profile, here, plans),
-        lambda: _nothing_left(fit),
+        lambda: _fit(fit),
         lambda: _runner(profile, plans),
         lambda: _host(profile, plans),
         lambda: _disk(profile, plans),
@@ -295,10 +296,15 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
-def _nothing_left(fit: Fitted) -> Iterable[str]:
+def _fit(fit: Fitted) -> Iterable[str]:
     for key, sweep in {"paper1.configs": fit.profile.paper1, "paper2.configs": fit.profile.paper2}.items():
         if not sweep.configs:
             yield f"none of {key} fits the GPUs or the flow (reasons above): choose others, or larger GPUs"
+    if fit.profile.clusterer.pickles and (experts := fit.overrides.get("clusterer.n_clusters")):
+        yield (
+            f"there are {experts} experts, for which the clusterer of clusterer.pickles has no {experts} clusters: "
+            "--set clusterer.pickles=null fits one"
+        )
     if fit.profile.tensorrt_llm.flow != "engine":
         for reason in fit.refused:
             if "cannot express" in reason:

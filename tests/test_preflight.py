@@ -223,6 +223,19 @@ def test_a_flow_that_cannot_express_a_system_says_so(machine, profile):
     assert preflight.check(without).problems == []
 
 
+def test_a_ready_made_clusterer_needs_as_many_clusters_as_there_are_experts(machine, profile):
+    (machine / "gpus").write_text(f"{H100}\n" * 4)
+    assert "there are 4 experts" in problem(profile(clusterer__pickles="https://host/c4/8"))
+    (machine / "gpus").write_text(f"{H100}\n" * 8)
+    assert preflight.check(profile(clusterer__pickles="https://host/c4/8")).problems == []
+
+
+def test_gpus_that_carry_nothing_are_told(machine, profile):
+    (machine / "gpus").write_text("NVIDIA A10, 23028, 590.44.01, 8.6\n" * 2)
+    found = "\n".join(preflight.check(profile()).problems)
+    assert "none of paper1.configs fits" in found
+
+
 def test_whoever_knows_better_is_only_warned(machine, profile):
     (machine / "gpus").write_text(f"{H100.replace('590.44.01', '570.1')}\n" * 8)
     report = preflight.check(profile(tensorrt_llm__preflight="warn"))
@@ -319,6 +332,14 @@ def test_systems_are_found_by_name_or_their_absence_is_explained(profile):
     assert [one.id for one in fitted.named(["p2.E", "p1.A"])] == ["p2.E", "p1.A"]
     with pytest.raises(ConfigError, match=r"p1\.D: these GPUs have no FP8"):
         fitted.named(["p1.A", "p1.D"])
+
+
+def test_what_is_fitted_once_stays_so(profile):
+    """Notebooks load the profile with the overrides, and fit it again."""
+    once = preflight.fitted(profile(), [hardware.H100] * 4)
+    again = preflight.fitted(once.profile, [hardware.H100] * 4)
+    assert (again.profile, again.load, again.overrides) == (once.profile, once.load, {})
+    assert again.left_out == once.left_out
 
 
 def test_an_a100_has_no_fp8(profile):
