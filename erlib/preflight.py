@@ -392,7 +392,7 @@ def _options(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
         mine, contract = [plan for plan in plans if plan.version == version], option_tables.load_contract(version)
         tools = list(dict.fromkeys(command.tool for plan in mine for command in plan.commands if command.tool))
         if runner.is_ready and (runner.kind != "bare" or shutil.which("trtllm-build")):
-            helps, failures = tensorrt_llm.ask_tools(tools, runner)
+            helps, failures = tensorrt_llm.ask_tools([tool for tool in tools if _is_there(tool, runner)], runner)
             yield from (
                 f"{tool} --help fails in {runner.image.tag} ({_last_line(why)}): look what is wrong with the image"
                 for tool, why in failures.items()
@@ -403,6 +403,12 @@ def _options(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
             for plan in mine
             for misfit in plan.misfits(contract)
         )
+
+
+def _is_there(tool: str, runner: Runner) -> bool:
+    """Whether a tool comes with the image, or has been fetched already."""
+    script = Path(runner.image.scripts.get(tool, "/"))
+    return script.is_absolute() or (runner.places.work / script).exists()
 
 
 # --- the hub ------------------------------------------------------------------------------------------------------

@@ -179,6 +179,12 @@ def test_the_tools_in_the_image_have_the_last_word(machine, profile):
     assert preflight.check(profile()).problems == []
 
 
+def test_a_tool_that_is_still_to_be_fetched_is_not_asked(machine, profile):
+    (machine / "help" / "hf_ptq.py").unlink()
+    without = profile(tensorrt_llm__flow="llmapi", paper1__configs=["p1.D"])
+    assert preflight.check(without).problems == []
+
+
 def test_a_tool_that_does_not_start_in_the_image_is_named(machine, profile):
     (machine / "help" / "quantize.py").unlink()
     assert "quantize.py --help fails in 26.07-trtllm-python-py3" in problem(profile())
