@@ -18,7 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from erlib import processes, tensorrt_llm
-from erlib.config import Profile, RunnerKind
+from erlib.config import Configuration, Profile, RunnerKind
 from erlib.containers import Command, Runner, load_image
 from erlib.tensorrt_llm import Plan
 
@@ -86,8 +86,8 @@ def build(plans: Sequence[Plan], kind: RunnerKind) -> None:
             raise StepFailed(f"{plan.configuration.id}: not what the plan asks for; remove it and run again:\n{wrong}")
 
 
-def report(profile: Profile) -> pd.DataFrame:
-    """Engines of a profile's experiments on GPUs: built first, if ``serving.backend`` asks for them.
+def report(profile: Profile, configurations: Sequence[Configuration]) -> pd.DataFrame:
+    """Engines of some configurations on GPUs: built first, if ``serving.backend`` asks for them.
 
     Returns
     -------
@@ -95,7 +95,7 @@ def report(profile: Profile) -> pd.DataFrame:
         One row per engine: the first configuration that loads it, what it is, ``commands`` (how many steps lead to
         it), ``minutes`` (of those that have been run here; NaN if none has), ``missing`` (steps that have not).
     """
-    plans = tensorrt_llm.needed(profile)
+    plans = tensorrt_llm.needed(profile, configurations)
     if profile.serving.backend == "tensorrt_llm":
         build(plans, profile.tensorrt_llm.runner)
     rows = []

@@ -39,6 +39,7 @@ from erlib import (
     nginx,
     openvino,
     paths,
+    preflight,
     processes,
     prompts,
     records,
@@ -52,7 +53,7 @@ from erlib import (
     users,
     wire,
 )
-from erlib.config import Configuration, Mix, Profile, Routing
+from erlib.config import ConfigError, Configuration, Mix, Profile, Routing
 from erlib.prompts import Workload
 from erlib.triton import ServerPlan
 from erlib.users import Client
@@ -152,7 +153,7 @@ def load(profile: Profile, paper: Literal["p1", "p2"]) -> list[Series]:
     settings = profile.paper1 if paper == "p1" else profile.paper2
     pool = workload(profile, paper)
     series = []
-    for target in systems(profile, _configurations(settings.configs)):
+    for target in systems(profile, configurations(profile, settings.configs)):
         mixes = settings.mixes if target.routing == "expert_router" else settings.mixes[:1]
         series.append(Series(paper, "load", target, pool, settings.users, settings.repeats, mixes))
     return series
@@ -165,7 +166,7 @@ def preliminary(profile: Profile) -> list[Series]:
     """
     settings = profile.preliminary
     pool = workload(profile, "preliminary")
-    targets = systems(profile, engines.preliminary_configurations(profile), "preliminary")
+    targets = systems(profile, preliminary_configurations(profile), "preliminary")
     return [
         Series("p2", "preliminary", target, pool, settings.users, settings.repeats, ["uniform"]) for target in targets
     ]
@@ -177,7 +178,7 @@ def overhead(profile: Profile) -> list[Series]:
     pool = workload(profile, "p2")
     short = pool.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP)
     pool = dataclasses.replace(pool, frame=short)
-    (target,) = systems(profile, _configurations([settings.config]))
+    (target,) = systems(profile, configurations(profile, [settings.config]))
     paper: Literal["p1", "p2"] = "p1" if settings.config.startswith("p1") else "p2"
     return [Series(paper, "overhead", target, pool, settings.users, settings.repeats, ["uniform"])]
 
@@ -213,17 +214,46 @@ def _on_cores(
 
 def _on_gpus(profile: Profile, configurations: Sequence[Configuration]) -> list[list[ServerPlan]]:
     settings = profile.tensorrt_llm
-    n_gpus = settings.gpus or len(hardware.gpus())
     plans = [tensorrt_llm.plan(profile, configuration) for configuration in configurations]
-    served = [repository.server_plans(plan, settings.runner, n_gpus) for plan in plans]
+    served = [repository.server_plans(plan, settings.runner, _fitted(profile).n_gpus) for plan in plans]
     builds.build(plans, settings.runner)
     for plan, (first, *_) in zip(plans, served, strict=True):
         repository.render(plan, plan.source, first.repository)
     return [list[ServerPlan](each) for each in served]
 
 
-def _configurations(names: Sequence[str]) -> list[Configuration]:
+def configurations(profile: Profile, names: Sequence[str]) -> list[Configuration]:
+    """Configurations by name; on GPUs as :func:`erlib.preflight.fitted` gives them to those that there are.
+
+    Raises
+    ------
+    ConfigError
+        If the GPUs cannot carry one of them; says why.
+    """
+    if profile.serving.backend == "tensorrt_llm":
+        return _fitted(profile).named(names)
     return [config.load_configuration(name) for name in names]
+
+
+def preliminary_configurations(profile: Profile) -> list[Configuration]:
+    """Systems of paper 2's search for its baselines, likewise."""
+    if profile.serving.backend == "tensorrt_llm":
+        return _fitted(profile).preliminary
+    return engines.preliminary_configurations(profile)
+
+
+def all_configurations(profile: Profile) -> list[Configuration]:
+    """Systems of all experiments of a profile."""
+    named = dict.fromkeys([*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config])
+    return [*configurations(profile, list(named)), *preliminary_configurations(profile)]
+
+
+def _fitted(profile: Profile) -> preflight.Fitted:
+    if not (gpus := hardware.gpus()):
+        raise ConfigError(
+            f"profile {profile.name!r} needs GPUs, and nvidia-smi finds none; --profile laptop needs none"
+        )
+    return preflight.fitted(profile, gpus)
 
 
 def workload(profile: Profile, paper: prompts.Paper) -> Workload:

@@ -13,7 +13,7 @@ def main() -> int:
     args = _arguments()
     try:
         profile = config.load_profile(args.profile)
-        (system,) = sweep.systems(profile, [config.load_configuration(args.configuration)])
+        (system,) = sweep.systems(profile, sweep.configurations(profile, [args.configuration]))
         return _serve(profile, system, args.openai)
     except (config.ConfigError, processes.StartError) as error:
         print(f"error: {error}", file=sys.stderr)

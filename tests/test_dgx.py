@@ -107,12 +107,23 @@ def test_a_missing_tool_is_named(dgx, monkeypatch):
         builds.build([plan], "docker")
 
 
-def test_too_few_gpus_are_told_before_anything_is_built(dgx, monkeypatch):
+def test_what_does_not_fit_is_told_before_anything_is_built(dgx, monkeypatch):
     profile, calls = dgx
     monkeypatch.setenv("STANDIN_GPUS", "1")
-    with pytest.raises(config.ConfigError, match=r"p1\.C needs 8 GPUs; there are 1"):
-        sweep.load(profile(**{"paper1.configs": ["p1.C"]}), "p1")
+    with pytest.raises(config.ConfigError, match=r"p1\.A: 138 GB of weights.* do not fit a GPU of 85 GB"):
+        sweep.load(profile(**{"paper1.configs": ["p1.A"]}), "p1")
+    monkeypatch.setenv("STANDIN_GPUS", "0")
+    with pytest.raises(config.ConfigError, match=r"nvidia-smi finds none"):
+        sweep.load(profile(**{"paper1.configs": ["p1.A"]}), "p1")
     assert built(calls()) == []
+
+
+def test_four_gpus_carry_four_experts(dgx, monkeypatch):
+    profile, _ = dgx
+    monkeypatch.setenv("STANDIN_GPUS", "4")
+    wanted = profile(**{"paper1.configs": ["p1.C"], "clusterer.n_clusters": 4})
+    (series,) = sweep.load(wanted, "p1")
+    assert [plan.gpus for plan in series.system.servers] == [(0,), (1,), (2,), (3,)]
 
 
 def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
