@@ -31,6 +31,7 @@ CALIBRATION_BYTES, TOOLKIT_BYTES = 2.5e9, 0.1e9
 IMAGE_ON_DISK = 3.0
 RECORD_BYTES_PER_TOKEN = 4.0
 HOST_BYTES_PER_PARAMETER = 4.3
+FP8_BYTES_PER_PARAMETER = 3.0
 
 ASSUMPTIONS = {
     "download": f"{DOWNLOAD_BYTES_PER_S / 1e6:.0f} MB/s",
@@ -44,6 +45,8 @@ ASSUMPTIONS = {
     "disk": f"checkpoint as downloaded; converted checkpoint and engine as large as the weights; image times "
     f"{IMAGE_ON_DISK:.0f} where docker unpacks it; {RECORD_BYTES_PER_TOKEN:.0f} bytes of records per token",
     "host memory": f"{HOST_BYTES_PER_PARAMETER:g} bytes per parameter to convert (300 GB for 70B)",
+    "GPU memory": f"{FP8_BYTES_PER_PARAMETER:g} bytes per parameter to calibrate FP8 (TensorRT-LLM: over 210 GB "
+    "for 70B)",
 }
 """What each kind of estimate rests on, in words."""
 
@@ -89,6 +92,11 @@ def _step(plan: Plan, command: Command) -> tuple[float, float]:
 def host_memory_bytes(plan: Plan) -> float:
     """Host memory that converting a plan's checkpoint takes."""
     return HOST_BYTES_PER_PARAMETER * engines.shape(plan.system.model).parameters
+
+
+def calibration_bytes(plan: Plan) -> float:
+    """Memory that calibrating a plan's FP8 weights takes of all GPUs together."""
+    return FP8_BYTES_PER_PARAMETER * engines.shape(plan.system.model).parameters
 
 
 def start_s(configuration: Configuration) -> float:

@@ -287,6 +287,15 @@ def _gpus(profile: Profile, gpus: Sequence[Gpu], plans: Sequence[Plan]) -> Itera
                 f"driver {old[0]} is older than {needed}, which {runner.image.tag} is made for: update it (or, where "
                 "NVIDIA supports this branch by forward compatibility, --set tensorrt_llm.preflight=warn)"
             )
+    fp8 = [plan for plan, step in builds.missing(plans) if step.purpose == "quantise" and plan.system.dtype == "fp8"]
+    room = sum(gpu.usable_bytes for gpu in gpus)
+    if fp8 and room < (needed_bytes := max(map(estimates.calibration_bytes, fp8))):
+        names = ", ".join(dict.fromkeys(plan.configuration.id for plan in fp8))
+        yield (
+            f"calibrating the largest FP8 checkpoint takes about {needed_bytes / 1e9:.0f} GB of GPU memory, there are "
+            f"{room / 1e9:.0f} GB (for {names}): quantise on a larger machine and copy tensorrt_llm.work here, or "
+            "leave those out (paper1.configs, paper2.configs, preliminary.dtypes)"
+        )
     for index, used in enumerate(hardware.gpu_bytes_in_use()[: wanted or len(gpus)]):
         if used > IN_USE_BYTES:
             yield f"somebody uses {used / 1e9:.1f} GB of GPU {index}: nvidia-smi shows who; wait, or end it"

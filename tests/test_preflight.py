@@ -160,6 +160,13 @@ def test_a_gpu_that_somebody_uses_is_named(machine, profile):
     assert preflight.check(profile(tensorrt_llm__gpus=2)).problems == []
 
 
+def test_gpus_that_serve_but_cannot_calibrate_are_told(machine, profile):
+    (machine / "gpus").write_text(f"{H100}\n" * 2)
+    assert "about 212 GB of GPU memory, there are 170 GB (for p1.D, p2.B, p2.C" in problem(profile())
+    left = profile(paper2__configs=["p2.A", "p2.D"], preliminary__dtypes=["int4"])
+    assert preflight.check(left).problems == []  # 13B still fits
+
+
 def test_a_user_who_may_not_use_docker_is_told_how(machine, profile):
     (machine / "refuses").touch()
     assert re.search(r"permission denied .*usermod -aG docker", problem(profile()))
