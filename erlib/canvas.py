@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from erlib import config, engines, paths, sweep
+from erlib import config, engines, hardware, paths, sweep
 
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, _, _ = OKABE_ITO
@@ -113,7 +113,7 @@ def save(
     """
     directory = paths.FIGURES / profile / source / paper
     directory.mkdir(parents=True, exist_ok=True)
-    host = host or sweep.machine()
+    host = host or hardware.machine()
     footer = " · ".join(part for part in (evidence or f"{source} on {host}", f"profile {profile}", note) if part)
     lines = textwrap.fill(footer, width=int(fig.get_figwidth() * 23))
     fig.text(0.005, -0.02, lines, va="top", ha="left", fontsize=6, color="#777777")

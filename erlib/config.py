@@ -166,6 +166,18 @@ class ServingSettings(_Strict):
         None, description="another host that runs the users, as ssh knows it, with this repository at the same place"
     )
     request_timeout_s: PositiveFloat = 600
+    cluster: str | None = Field(
+        None, description="Ray cluster whose nodes run everything: auto, or HOST:PORT of its head (None: this machine)"
+    )
+    cluster_users: Literal["apart", "anywhere"] = Field(
+        "apart", description="in a cluster, users get a node without experts, or do with any"
+    )
+
+    @model_validator(mode="after")
+    def _has_one_place_for_users(self) -> ServingSettings:
+        if self.cluster and self.users_on:
+            raise ValueError("users get a node of the cluster: set either serving.cluster or serving.users_on")
+        return self
 
     @model_validator(mode="after")
     def _is_reachable(self) -> ServingSettings:

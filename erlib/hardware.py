@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -108,3 +109,13 @@ def file_system(directory: Path) -> int:
 
 def _existing(directory: Path) -> Path:
     return next(path for path in (directory, *directory.parents) if path.exists())
+
+
+def machine() -> str:
+    """Cores, processor and memory, e.g. ``2 x AMD EPYC 7763, 24 GB``."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return f"{len(os.sched_getaffinity(0))} x {model}, {psutil.virtual_memory().total / 2**30:.0f} GB"

@@ -62,6 +62,8 @@ def find() -> Path:
 class Nginx:
     """Round robin over `upstreams` on one port; see :meth:`start`."""
 
+    title = "NGINX"
+
     def __init__(self, port: int, upstreams: Sequence[str], work_dir: Path, host: str = "127.0.0.1"):
         self.host, self.port = host, port
         self.log = work_dir / "nginx.log"

@@ -6,15 +6,16 @@ import asyncio
 import signal
 import subprocess
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import grpc
 import grpc.aio
 
-from erlib import processes, triton, wire
+from erlib import hardware, processes, triton, wire
 from erlib.config import Routing, ServingSettings
 from erlib.nginx import Nginx
 from erlib.processes import StartError
@@ -25,6 +26,165 @@ _CANARY = "How long does a letter take from one end of the country to the other?
 
 Classifier = Literal["ours", "stock"]
 """How gateways evaluate the router's model: as :mod:`erlib.clusterer` does, or as scikit-learn does when unpickled."""
+
+Result = TypeVar("Result")
+
+
+class Gateway:
+    """One process of :mod:`erlib.gateway`, which reaches all `experts`.
+
+    Parameters
+    ----------
+    index : int
+        Which of the instances this is.
+    host, port : str, int
+        Where it listens.
+    experts : sequence of str
+        gRPC addresses, one per cluster, in order.
+    clusterer : Path or None
+        Directory of the router's model, if the policy has one.
+    policy : str
+        As :mod:`erlib.gateway` takes it.
+    log_dir : Path
+    niceness : int
+        How far it stands back where cores are short.
+    """
+
+    def __init__(
+        self, index: int, host: str, port: int, experts: Sequence[str], clusterer: Path | None, policy: str,
+        log_dir: Path, niceness: int,
+    ):  # fmt: skip
+        self.title = f"gateway {index}"
+        self.host, self.port = host, port
+        self.log = log_dir / f"gateway-{index}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._niceness = niceness
+        self._command = processes.python(
+            "-m", "erlib.gateway", "--port", str(port), "--host", host, "--experts", ",".join(experts),
+            "--clusterer", clusterer or "", "--policy", policy, "--index", str(index),
+        )  # fmt: skip
+
+    @property
+    def url(self) -> str:
+        """``host:port`` of its gRPC endpoint."""
+        return f"{self.host}:{self.port}"
+
+    def start(self) -> None:
+        """Start the process; see :meth:`wait_ready`."""
+        self.process = processes.spawn(self._command, self.log, niceness=self._niceness)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until it listens.
+
+        Raises
+        ------
+        StartError
+            If it exits or does not listen within `timeout_s`.
+        """
+        assert self.process is not None
+        processes.wait_until(
+            lambda: processes.listening(self.port, self.host), self.process, self.title, self.log, timeout_s
+        )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which host runs what of a stack; hosts are indices into `addresses`."""
+
+    addresses: tuple[str, ...]
+    """Where the parts of each host listen."""
+    servers: tuple[int, ...]
+    """Host of each server."""
+    gateways: tuple[int, ...]
+    """Host of each gateway."""
+    nginx: int
+    log_dirs: tuple[str, ...]
+    """Directory of each host's logs, below the stack's."""
+
+
+class Share:
+    """What one host runs of a stack: all of it, or a part."""
+
+    def __init__(self, host: str, servers: Sequence[TritonServer], gateways: Sequence[Gateway], nginx: Nginx | None):
+        self.host = host
+        self.servers = servers
+        self._gateways = gateways
+        self._nginx = nginx
+        self._parts: list[TritonServer | Gateway] = [*servers, *gateways]
+
+    @property
+    def title(self) -> str:
+        """What messages call it: everything in it."""
+        return ", ".join(part.title for part in (*self._parts, *([self._nginx] if self._nginx else [])))
+
+    def start(self) -> None:
+        """Start servers and gateways, which do not wait for each other.
+
+        Raises
+        ------
+        StartError
+            If anything is missing or a port is in use.
+        """
+        triton.preflight()
+        ports = [port for server in self.servers for port in (server.http_port, server.grpc_port, server.metrics_port)]
+        ports += [gateway.port for gateway in self._gateways]
+        processes.require_free_ports([*ports, *([self._nginx.port] if self._nginx else [])], self.host)
+        for part in self._parts:
+            part.log.parent.mkdir(parents=True, exist_ok=True)
+            part.start()
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until servers and gateways are up, each at most `timeout_s`, then start NGINX if it is here.
+
+        Raises
+        ------
+        StartError
+            If one of them is not.
+        """
+        for part in self._parts:
+            part.wait_ready(timeout_s)
+        if self._nginx:
+            self._nginx.start()
+
+    def verify(self) -> None:
+        """Check what shows only once the servers have answered; see :meth:`erlib.triton.TritonServer.verify`."""
+        for server in self.servers:
+            server.verify()
+
+    def counters(self) -> dict[str, float]:
+        """What the servers of this host together have counted since they started."""
+        total: dict[str, float] = {}
+        for server in self.servers:
+            for name, value in server.counters().items():
+                total[name] = total.get(name, 0) + value
+        return total
+
+    def require_alive(self) -> None:
+        """Check that no process has died.
+
+        Raises
+        ------
+        StartError
+            Naming the one that has.
+        """
+        for part in (*self._parts, *([self._nginx] if self._nginx else [])):
+            if part.process is not None and part.process.poll() is not None:
+                how = f"died with code {part.process.returncode}; {part.log} ends:\n{processes.tail(part.log)}"
+                raise StartError(f"{part.title} {how}")
+        for server in self.servers:
+            if not server.has_backend():
+                raise StartError(f"the engine of Triton server {server.label} died (out of memory?); see {server.log}")
+
+    def stop(self) -> None:
+        """Stop what has been started, front to back, so that nobody sends to a server that is gone."""
+        if self._nginx and self._nginx.process:
+            processes.stop([self._nginx.process])
+        processes.stop([gateway.process for gateway in self._gateways if gateway.process])
+        # Triton takes seconds to unload a model; nobody is served any more and the engine holds nothing worth saving.
+        processes.stop([server.process for server in self.servers if server.process], grace_s=0)
+        for server in self.servers:
+            if server.process:  # one that never started must not sweep up another's memory
+                server.clean_up()
 
 
 class Stack:
@@ -46,6 +206,8 @@ class Stack:
         Logs are kept here; everything else that a run leaves is removed.
     classifier : {"ours", "stock"}
         How the gateways of ``expert_router`` classify.
+    placement : Placement, optional
+        Of as many servers and gateways; by default everything is on this host, at ``settings.host``.
 
     Raises
     ------
@@ -66,35 +228,64 @@ class Stack:
         clusterer: Path | None,
         log_dir: Path,
         classifier: Classifier = "ours",
+        placement: Placement | None = None,
     ):
-        self.label = label
-        self._settings = settings
-        self._log_dir = log_dir
         has_gateways = routing in ("expert_router", "replicas")
-        self._gateway_ports = [settings.base_port + 1 + i for i in range(settings.gateways if has_gateways else 0)]
+        if placement is None:
+            gateways = (0,) * (settings.gateways if has_gateways else 0)
+            placement = Placement((settings.host,), (0,) * len(servers), gateways, 0, ("",))
+        addresses, directories = placement.addresses, [log_dir / name for name in placement.log_dirs]
         first = settings.base_port + 1 + settings.gateways
         self.servers = [
-            plan.server(f"{label}-{i}", first + i * TritonServer.PORTS, log_dir, settings.host)
-            for i, plan in enumerate(servers)
+            plan.server(f"{label}-{i}", first + i * TritonServer.PORTS, directories[host], addresses[host])
+            for i, (plan, host) in enumerate(zip(servers, placement.servers, strict=True))
         ]
         self.harness_niceness = max(0, -min(plan.niceness for plan in servers))
         """How far what is around the engines stands back."""
         self._warm_up_streams = [plan.max_batch_size for plan in servers]
+        self._start_timeout_s = settings.start_timeout_s
         classify = {"ours": "classify", "stock": "stock"}[classifier]
-        self._policy = classify if routing == "expert_router" else "replicas"
-        self._clusterer = clusterer
-        gateways = [f"{settings.host}:{port}" for port in self._gateway_ports]
-        self._nginx = Nginx(settings.base_port, gateways, log_dir, settings.host) if has_gateways else None
-        self._gateways: list[subprocess.Popen[bytes]] = []
+        policy = classify if routing == "expert_router" else "replicas"
+        experts = [server.url for server in self.servers]
+        self._gateways = [
+            Gateway(
+                i, addresses[host], settings.base_port + 1 + i, experts, clusterer, policy, directories[host],
+                self.harness_niceness,
+            )
+            for i, host in enumerate(placement.gateways)
+        ]  # fmt: skip
+        self._nginx: Nginx | None = None
+        if has_gateways:
+            host = placement.nginx
+            upstreams = [gateway.url for gateway in self._gateways]
+            self._nginx = Nginx(settings.base_port, upstreams, directories[host], addresses[host])
+        self._shares = [
+            Share(
+                address,
+                _on(host, self.servers, placement.servers),
+                _on(host, self._gateways, placement.gateways),
+                self._nginx if host == placement.nginx else None,
+            )
+            for host, address in enumerate(addresses)
+        ]
+
+    def each(self, do: Callable[[Share], Result]) -> list[Result]:
+        """Let every host do something with its share."""
+        return [do(share) for share in self._shares]
 
     @property
     def targets(self) -> list[str]:
         """Addresses that users connect to: NGINX, or the servers themselves where the baseline bypasses it."""
         return [self._nginx.url] if self._nginx else [server.url for server in self.servers]
 
+    @property
+    def machines(self) -> str:
+        """What it runs on."""
+        return hardware.machine()
+
     def counters(self) -> dict[str, float]:
         """What all servers together have counted since they started; see :meth:`erlib.triton.TritonServer.counters`."""
-        counted = [server.counters() for server in self.servers]
+        counted = [counters for counters in self.each(Share.counters) if counters]
         return {name: sum(one[name] for one in counted) for name in counted[0]}
 
     def require_alive(self) -> None:
@@ -105,12 +296,7 @@ class Stack:
         StartError
             Naming the one that has.
         """
-        for process, what, log in self._all():
-            if process is not None and process.poll() is not None:
-                raise StartError(f"{what} died with code {process.returncode}; {log} ends:\n{processes.tail(log)}")
-        for server in self.servers:
-            if not server.has_backend():
-                raise StartError(f"the engine of Triton server {server.label} died (out of memory?); see {server.log}")
+        self.each(Share.require_alive)
 
     def __enter__(self) -> Self:
         self._trap_sigterm()
@@ -127,52 +313,24 @@ class Stack:
         self._stop()
 
     def _start(self) -> None:
-        settings = self._settings
-        triton.preflight()
-        ports = [port for server in self.servers for port in (server.http_port, server.grpc_port, server.metrics_port)]
-        if self._nginx:
-            ports += [self._nginx.port, *self._gateway_ports]
-        processes.require_free_ports(ports, settings.host)
-        self._log_dir.mkdir(parents=True, exist_ok=True)
-        for server in self.servers:
-            server.start()
-        self._gateways = [
-            processes.spawn(
-                processes.python(
-                    "-m", "erlib.gateway", "--port", str(port), "--host", settings.host,
-                    "--experts", ",".join(server.url for server in self.servers),
-                    "--clusterer", self._clusterer or "", "--policy", self._policy, "--index", str(index),
-                ),
-                self._gateway_log(index),
-                niceness=self.harness_niceness,
-            )
-            for index, port in enumerate(self._gateway_ports)
-        ]  # fmt: skip
-        for server in self.servers:
-            server.wait_ready(settings.start_timeout_s)
-        for index, (gateway, port) in enumerate(zip(self._gateways, self._gateway_ports, strict=True)):
-            processes.wait_until(
-                lambda port=port: processes.listening(port, settings.host),  # type: ignore[misc]
-                gateway, f"gateway {index}", self._gateway_log(index), settings.start_timeout_s,
-            )  # fmt: skip
-        if self._nginx:
-            self._nginx.start()
+        timeout_s = self._start_timeout_s
+        self.each(Share.start)
+        self.each(lambda share: share.wait_ready(timeout_s))
         # In a thread of its own, because a notebook's main thread already runs an event loop.
         self._in_thread(self._canaries())
-        for server in self.servers:
-            server.verify()
+        self.each(Share.verify)
 
     async def _canaries(self) -> None:
         """Let every server fill its batch once (which also compiles its kernels), then ask through the front door."""
         await asyncio.gather(
             *(
-                _ask(server.url, f"server {server.label}", streams, self._settings.start_timeout_s)
+                _ask(server.url, f"server {server.label}", streams, self._start_timeout_s)
                 for server, streams in zip(self.servers, self._warm_up_streams, strict=True)
             )
         )
         if self._nginx:
-            ways = len(self._gateway_ports)
-            await _ask(self._nginx.url, "NGINX and the gateways", ways, self._settings.start_timeout_s)
+            ways = len(self._gateways)
+            await _ask(self._nginx.url, "NGINX and the gateways", ways, self._start_timeout_s)
 
     @staticmethod
     def _in_thread(coroutine: Coroutine[None, None, None]) -> None:
@@ -191,25 +349,7 @@ class Stack:
             raise failure[0]
 
     def _stop(self) -> None:
-        # Front to back, so that nobody sends to a server that is gone.
-        if self._nginx and self._nginx.process:
-            processes.stop([self._nginx.process])
-        processes.stop(self._gateways)
-        # Triton takes seconds to unload a model; nobody is served any more and the engine holds nothing worth saving.
-        processes.stop([server.process for server in self.servers if server.process], grace_s=0)
-        for server in self.servers:
-            if server.process:  # one that never started must not sweep up another's memory
-                server.clean_up()
-
-    def _gateway_log(self, index: int) -> Path:
-        return self._log_dir / f"gateway-{index}.log"
-
-    def _all(self) -> Iterator[tuple[subprocess.Popen[bytes] | None, str, Path]]:
-        yield from ((server.process, f"Triton server {server.label}", server.log) for server in self.servers)
-        gateways = enumerate(self._gateways)
-        yield from ((process, f"gateway {index}", self._gateway_log(index)) for index, process in gateways)
-        if self._nginx:
-            yield self._nginx.process, "NGINX", self._nginx.log
+        self.each(Share.stop)
 
     @staticmethod
     def _trap_sigterm() -> None:
@@ -220,6 +360,10 @@ class Stack:
                 raise SystemExit(128 + number)
 
             signal.signal(signal.SIGTERM, leave)
+
+
+def _on(host: int, parts: Sequence[Result], hosts: Sequence[int]) -> list[Result]:
+    return [part for part, its in zip(parts, hosts, strict=True) if its == host]
 
 
 async def _ask(url: str, what: str, streams: int, timeout_s: float) -> None:

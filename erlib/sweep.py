@@ -8,13 +8,12 @@ one whose inputs have changed gets another name, and the old file is left alone.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import inspect
 import json
-import os
-import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,13 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import psutil
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from erlib import (
     batching,
     builds,
+    cluster,
     clusterer,
     config,
     containers,
@@ -53,6 +52,7 @@ from erlib import (
     users,
     wire,
 )
+from erlib.cluster import ClusterStack, ClusterUsers
 from erlib.config import ConfigError, Configuration, Mix, Profile, Routing
 from erlib.prompts import Workload
 from erlib.triton import ServerPlan
@@ -305,10 +305,10 @@ def points(profile: Profile, series: Series) -> list[Point]:
     base = [
         series.system.description,
         series.client,
-        _code_digest(series.system.backend),
+        _code_digest(series.system.backend, bool(profile.serving.cluster)),
         profile.seed,
         [profile.serving.gateways, profile.serving.user_processes],
-        profile.serving.users_on,
+        [profile.serving.users_on, bool(profile.serving.cluster), profile.serving.cluster_users],
         provenance()["host"],
         provenance()["versions"],
     ]
@@ -371,20 +371,36 @@ def read(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
 
 
 def _measure(profile: Profile, series: Series, todo: list[Point], progress: tqdm) -> None:
+    """Measure `todo`; where a cluster loses a node, go on with what is left of it at the point that it spoilt."""
+    while todo:
+        try:
+            _measure_points(profile, series, todo, progress)
+        except cluster.NodeLost as loss:
+            progress.write(f"{series.system.config}: {loss}; placed anew on the nodes that are left")
+        todo = [point for point in todo if not point.path.exists()]
+
+
+@contextlib.contextmanager
+def _served(profile: Profile, series: Series) -> Iterator[tuple[stack.Stack, users.UserSimulator | ClusterUsers]]:
+    """System and users of a series, here or in a cluster."""
+    serving, system = profile.serving, series.system
+    log_dir = paths.run_dir(profile.name) / "logs" / system.config
+    n_processes = serving.user_processes if series.client == "asyncio" else 1
+    what = (system.config, system.servers, system.routing, serving, system.router, log_dir, system.classifier)
+    who = (system.tokenizer, n_processes, log_dir / "users.log", series.client)
+    if serving.cluster:
+        with ClusterStack(*what) as placed, ClusterUsers(placed, *who) as apart:
+            yield placed, apart
+    else:
+        with stack.Stack(*what) as here, users.UserSimulator(*who, here.harness_niceness, serving.users_on) as beside:
+            yield here, beside
+
+
+def _measure_points(profile: Profile, series: Series, todo: list[Point], progress: tqdm) -> None:
     serving, system = profile.serving, series.system
     label = system.config
-    log_dir = paths.run_dir(profile.name) / "logs" / label
     progress.set_description(f"{label}: starting")
-    user_log = log_dir / "users.log"
-    user_processes = serving.user_processes if series.client == "asyncio" else 1
-    with (
-        stack.Stack(
-            label, system.servers, system.routing, serving, system.router, log_dir, system.classifier
-        ) as serving_stack,
-        users.UserSimulator(
-            system.tokenizer, user_processes, user_log, series.client, serving_stack.harness_niceness, serving.users_on
-        ) as simulator,
-    ):
+    with _served(profile, series) as (serving_stack, simulator):
         for point in todo:
             progress.set_description(f"{label} {point.mix} {point.users} users, repeat {point.repeat}")
             serving_stack.require_alive()
@@ -395,7 +411,8 @@ def _measure(profile: Profile, series: Series, todo: list[Point], progress: tqdm
             serving_stack.require_alive()
             counted = {name: value - before[name] for name, value in serving_stack.counters().items()}
             _verify(point, series, seen.answers, round(counted["expert_generated_tokens"]))
-            records.write(_rows(profile, series, point, seen, counted, started), point.path)
+            rows = _rows(profile, series, point, seen, counted, started, serving_stack.machines)
+            records.write(rows, point.path)
             progress.update(point.users)
 
 
@@ -440,6 +457,7 @@ def _rows(
     seen: users.Observation,
     counted: Mapping[str, float],
     started: str,
+    machines: str,
 ) -> Iterator[dict[str, Any]]:
     system = series.system
     shared = {
@@ -464,6 +482,7 @@ def _rows(
         "seed": profile.seed,
         "started": started,
         **provenance(),
+        "host": machines,
     }
     if system.source == "emulated":
         shared |= {
@@ -494,7 +513,7 @@ def provenance() -> dict[str, str]:
     """Columns of every record that say which code on which machine made it."""
     return {
         "git_commit": git_commit(),
-        "host": machine(),
+        "host": hardware.machine(),
         "versions": json.dumps({name: importlib.metadata.version(name) for name in _PACKAGES}),
     }
 
@@ -514,18 +533,8 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def machine() -> str:
-    """Cores, processor and memory, e.g. ``2 x AMD EPYC 7763, 24 GB``."""
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return f"{len(os.sched_getaffinity(0))} x {model}, {psutil.virtual_memory().total / 2**30:.0f} GB"
-
-
 @functools.cache
-def _code_digest(backend: str) -> str:
+def _code_digest(backend: str, in_cluster: bool) -> str:
     """Hash of the code on the measured path, blind to comments, docstrings and layout."""
     modules = [wire, processes, triton, gateway, nginx, stack, users]
     if backend == repository.ENGINE_MODEL:
@@ -533,6 +542,8 @@ def _code_digest(backend: str) -> str:
         files = [file for file in sorted(repository.TEMPLATES.rglob("*")) if file.is_file()]
     else:
         files = triton.model_code(backend)
+    if in_cluster:
+        modules += [cluster]
     if backend == "emulated":
         modules += [engines, steptimes, batching, stock, threaded_users]
     files += [Path(inspect.getfile(module)) for module in modules]

@@ -159,6 +159,11 @@ class TritonServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"Triton server {self.label}"
+
+    @property
     def url(self) -> str:
         """``host:port`` of the gRPC endpoint."""
         return f"{self.host}:{self.grpc_port}"
