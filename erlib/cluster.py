@@ -320,7 +320,7 @@ class ClusterStack(stack.Stack):
         asked = demands(servers, living)
         seats = place(living, asked, settings.cluster_users)
         self.users_node = seats.users
-        self._nodes = sorted(set(seats.servers), key=living.index)
+        self._nodes = [node for node in living if node in seats.servers]
         self._demands = [
             _total(demand for demand, its in zip(asked, seats.servers, strict=True) if its == node)
             for node in self._nodes
