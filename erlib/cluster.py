@@ -40,6 +40,10 @@ _OBITUARY_S = 5
 _WATCH_S = 1.0
 _STOP_S = 30
 
+_ENDED_BY_THE_KERNEL = {"RAY_kill_child_processes_on_worker_exit": "0"}
+"""An actor's children get SIGTERM when it ends, as :mod:`erlib.processes` wants it. Ray would kill them, and an NGINX
+that is killed leaves its worker behind, a Triton its shared memory."""
+
 Demand = Mapping[str, float]
 """What one server asks of its node, by Ray's names of resources."""
 Kept = TypeVar("Kept")
@@ -232,6 +236,7 @@ class _Remote(Generic[Kept]):
                 num_gpus=demand.get("GPU", 0),
                 resources={name: amount for name, amount in demand.items() if name not in ("CPU", "GPU")},
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+                runtime_env={"env_vars": _ENDED_BY_THE_KERNEL},
             )
             .remote(kept)
         )
