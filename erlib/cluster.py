@@ -355,8 +355,8 @@ class ClusterStack(stack.Stack):
     @property
     def machines(self) -> str:
         counted = Counter(self.each(lambda share: hardware.machine()))
-        sharing = " shared" if self._one_machine else ""
-        experts = [f"{count} nodes of{sharing} {machine}" for machine, count in counted.items()]
+        how = "sharing" if self._one_machine else "of"
+        experts = [f"{count} node{'s' * (count > 1)} {how} {machine}" for machine, count in counted.items()]
         return "; ".join([*experts, f"users on {self.users_machine}"])
 
     def require_nodes(self) -> None:
