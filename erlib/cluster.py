@@ -36,7 +36,7 @@ EXPERTS, USERS = "experts", "users"
 _VERDICT_S = 120
 """By when Ray has said whether a node that does not answer is lost; its own limit is about a minute."""
 _OBITUARY_S = 5
-"""The same where it already knows that an actor died."""
+"""The same where it already knows that an actor is gone."""
 _WATCH_S = 1.0
 _STOP_S = 30
 
@@ -113,7 +113,7 @@ def place(nodes: Sequence[Node], demands: Sequence[Demand], users: Literal["apar
     return Seats(_complete(seats), min(reserved or nodes, key=lambda node: seated[node.id]))
 
 
-def demands(plans: Sequence[ServerPlan], nodes: Sequence[Node]) -> list[Demand]:
+def demands_of(plans: Sequence[ServerPlan], nodes: Sequence[Node]) -> list[Demand]:
     """What each server asks for in this cluster."""
     counted = any(node.resources.get(EXPERTS) for node in nodes)
 
@@ -162,7 +162,7 @@ def _list(resources: Demand) -> str:
 # --- the cluster --------------------------------------------------------------------------------------------------
 
 
-def nodes(address: str) -> list[Node]:
+def living_nodes(address: str) -> list[Node]:
     """Living nodes of the cluster at `address` (``auto``, or ``HOST:PORT`` of its head).
 
     Raises
@@ -188,7 +188,7 @@ def nodes(address: str) -> list[Node]:
 
 def n_gpus(address: str) -> int:
     """GPUs of all nodes together."""
-    return int(sum(node.resources.get("GPU", 0) for node in nodes(address)))
+    return int(sum(node.resources.get("GPU", 0) for node in living_nodes(address)))
 
 
 class _Keeper(Generic[Kept]):
@@ -268,10 +268,11 @@ class _Remote(Generic[Kept]):
                 f"{self.node.name} does not answer within {timeout_s:.0f} s: is what it should run there, "
                 f"{self._what}, more than other jobs leave of its resources?"
             ) from None
-        except ray.exceptions.RayActorError as error:  # it knows of a lost actor before it knows of a lost node
+        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
             reason = error
-        known = isinstance(reason, ray.exceptions.ActorDiedError)
-        deadline = time.monotonic() + (_OBITUARY_S if known else _VERDICT_S)
+        # Ray knows of a lost actor before it knows of a lost node.
+        unsure = isinstance(reason, ray.exceptions.ActorUnavailableError)
+        deadline = time.monotonic() + (_VERDICT_S if unsure else _OBITUARY_S)
         while time.monotonic() < deadline:
             self.require_node()
             time.sleep(_WATCH_S / 4)
@@ -285,7 +286,7 @@ class _Remote(Generic[Kept]):
         NodeLost
             If not.
         """
-        if self.node.id not in {node.id for node in nodes(self._cluster)}:
+        if self.node.id not in {node.id for node in living_nodes(self._cluster)}:
             raise NodeLost(f"node {self.node.name} is lost, and with it {self._what}")
 
     def end(self) -> None:
@@ -321,8 +322,8 @@ class ClusterStack(stack.Stack):
     ):
         assert settings.cluster is not None
         self.address = settings.cluster
-        living = nodes(self.address)
-        asked = demands(servers, living)
+        living = living_nodes(self.address)
+        asked = demands_of(servers, living)
         seats = place(living, asked, settings.cluster_users)
         self.users_node = seats.users
         self._nodes = [node for node in living if node in seats.servers]

@@ -96,8 +96,8 @@ def test_servers_ask_for_gpus_or_seats_or_cores():
     on_cores = triton.ServerPlan("openvino", {"threads": "2"}, 8)
     emulated = triton.ServerPlan("emulated", {}, 8)
     plain, counted = [node("a")], [node("a"), node("b", experts=2)]
-    assert cluster.demands([on_gpus, on_cores, emulated], plain) == [{"GPU": 4}, {"CPU": 2}, {"CPU": 1}]
-    assert cluster.demands([on_gpus, on_cores], counted) == [{"GPU": 4}, EXPERT]
+    assert cluster.demands_of([on_gpus, on_cores, emulated], plain) == [{"GPU": 4}, {"CPU": 2}, {"CPU": 1}]
+    assert cluster.demands_of([on_gpus, on_cores], counted) == [{"GPU": 4}, EXPERT]
 
 
 def test_users_have_one_place():
@@ -240,7 +240,7 @@ def test_resources_that_another_job_holds_are_an_error(own, several_nodes, token
         def is_running(self) -> bool:
             return True
 
-    cluster.nodes(several_nodes.address)
+    cluster.living_nodes(several_nodes.address)
     holder = ray.remote(Job).options(num_cpus=0, resources={"experts": 4}).remote()
     ray.get(holder.is_running.remote())
     impatient = own.serving.model_copy(update={"start_timeout_s": 10.0})
