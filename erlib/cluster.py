@@ -375,8 +375,12 @@ class ClusterStack(stack.Stack):
         for node, demand, share in zip(self._nodes, self._demands, self._shares, strict=True):
             self._hosts.append(_Remote(node, demand, share, share.title, self.address))
         inputs = self._inputs
-        for host in self._hosts:
-            host.result(host.begin(lambda share: _settle(share, inputs)), self._start_timeout_s)
+        try:
+            for host in self._hosts:
+                host.result(host.begin(lambda share: _settle(share, inputs)), self._start_timeout_s)
+        except BaseException:
+            self._end()  # nothing runs yet that would have to be stopped
+            raise
         try:
             super()._start()
         except StartError:
@@ -387,7 +391,11 @@ class ClusterStack(stack.Stack):
         import ray
 
         replies = [host.begin(Share.stop) for host in self._hosts]
-        ray.wait(replies, num_returns=len(replies), timeout=_STOP_S) if replies else None
+        if replies:
+            ray.wait(replies, num_returns=len(replies), timeout=_STOP_S)
+        self._end()
+
+    def _end(self) -> None:
         for host in self._hosts:
             host.end()
         self._hosts = []
