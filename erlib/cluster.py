@@ -24,6 +24,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 from erlib import hardware, paths, stack
 from erlib.config import Routing, ServingSettings
+from erlib.hardware import Gpu
 from erlib.processes import StartError
 from erlib.repository import RepositoryPlan, RepositoryServer
 from erlib.stack import Classifier, Share
@@ -186,9 +187,19 @@ def living_nodes(address: str) -> list[Node]:
     return sorted(found, key=lambda node: (node.name, node.id))
 
 
-def n_gpus(address: str) -> int:
-    """GPUs of all nodes together."""
-    return int(sum(node.resources.get("GPU", 0) for node in living_nodes(address)))
+def gpus(address: str | None) -> list[Gpu]:
+    """GPUs of this machine or, in a cluster, of all nodes for experts, taken to be of the kind that this node has.
+
+    Raises
+    ------
+    StartError
+        If there is no cluster at `address`.
+    """
+    here = hardware.gpus()
+    if not address or not here:
+        return here
+    serving = [node.resources for node in living_nodes(address) if not node.resources.get(USERS)]
+    return here[:1] * int(sum(resources.get("GPU", 0) for resources in serving))
 
 
 class _Keeper(Generic[Kept]):

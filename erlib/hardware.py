@@ -118,4 +118,4 @@ def machine() -> str:
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
             break
-    return f"{len(os.sched_getaffinity(0))} x {model}, {psutil.virtual_memory().total / 2**30:.0f} GB"
+    return f"{cores()} x {model}, {psutil.virtual_memory().total / 2**30:.0f} GB"

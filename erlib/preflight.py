@@ -22,6 +22,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from erlib import (
     builds,
+    cluster,
     config,
     corpus,
     engines,
@@ -242,8 +243,17 @@ def runners(plans: Sequence[Plan], profile: Profile) -> dict[str, Runner]:
 
 
 def check(profile: Profile) -> Report:
-    """Find everything that would stop `profile`'s TensorRT-LLM experiments on this machine, or make them other ones."""
-    here = hardware.gpus()
+    """Find everything that would stop `profile`'s TensorRT-LLM experiments on this machine, or make them other ones.
+
+    Raises
+    ------
+    ConfigError
+        If the profile wants a cluster and there is none.
+    """
+    try:
+        here = cluster.gpus(profile.serving.cluster)
+    except StartError as error:
+        raise ConfigError(str(error)) from None
     assumed = here or [hardware.H100] * (profile.tensorrt_llm.gpus or engines.GPUS)
     fit = fitted(profile, assumed)
     report = Report(profile, fit, here)

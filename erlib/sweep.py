@@ -249,7 +249,7 @@ def all_configurations(profile: Profile) -> list[Configuration]:
 
 
 def _fitted(profile: Profile) -> preflight.Fitted:
-    if not (gpus := hardware.gpus()):
+    if not (gpus := cluster.gpus(profile.serving.cluster)):
         raise ConfigError(
             f"profile {profile.name!r} needs GPUs, and nvidia-smi finds none; --profile laptop needs none"
         )

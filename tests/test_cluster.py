@@ -18,7 +18,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from erlib import cluster, config, paths, processes, prompts, records, sweep, triton
+from erlib import cluster, config, hardware, paths, processes, prompts, records, sweep, triton
 from erlib.cluster import Node
 from erlib.repository import RepositoryPlan
 
@@ -98,6 +98,17 @@ def test_servers_ask_for_gpus_or_seats_or_cores():
     plain, counted = [node("a")], [node("a"), node("b", experts=2)]
     assert cluster.demands_of([on_gpus, on_cores, emulated], plain) == [{"GPU": 4}, {"CPU": 2}, {"CPU": 1}]
     assert cluster.demands_of([on_gpus, on_cores], counted) == [{"GPU": 4}, EXPERT]
+
+
+def test_gpus_are_those_of_all_nodes_for_experts(monkeypatch):
+    monkeypatch.setattr(hardware, "gpus", lambda: [hardware.H100] * 4)
+    monkeypatch.setattr(
+        cluster, "living_nodes", lambda address: [node("a", GPU=4), node("b", GPU=4), node("c", GPU=4, users=1)]
+    )
+    assert cluster.gpus(None) == [hardware.H100] * 4
+    assert cluster.gpus("auto") == [hardware.H100] * 8
+    monkeypatch.setattr(hardware, "gpus", list)
+    assert cluster.gpus("auto") == []
 
 
 def test_users_have_one_place():
