@@ -452,6 +452,8 @@ class _OpenAiUser(asyncio.Protocol):
             }
         ).encode()
         self.stream = Stream(time.monotonic_ns(), asyncio.get_running_loop().create_future())
+        self._head = b""
+        self._refused = False
 
     def connection_made(self, transport: Any) -> None:
         self.stream.abandon = lambda: (transport.abort(), self.stream.end())[1]
@@ -463,11 +465,20 @@ class _OpenAiUser(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now_ns = time.monotonic_ns()
         stream = self.stream
-        # An event may come in pieces; all but its last, unfinished part is read.
-        complete, _, stream.unread = (stream.unread + data).rpartition(b"\n\n")
-        if b"sent-ns " in complete or b" 200 " not in complete[:16]:
-            stream.note(now_ns, complete or data)
-        if b"[DONE]" in complete:
+        stream.unread += data
+        if not self._head:
+            self._head, found, stream.unread = stream.unread.partition(b"\r\n\r\n")
+            if not found:
+                self._head, stream.unread = b"", self._head
+                return
+            self._refused = b" 200 " not in self._head[:16]
+        if self._refused:
+            stream.note(now_ns, stream.unread or self._head)
+            return
+        events, _, stream.unread = stream.unread.rpartition(b"\n\n")
+        if b"sent-ns " in events or b'"error"' in events:
+            stream.note(now_ns, events)
+        if b"[DONE]" in events:
             stream.end()
 
     def connection_lost(self, exc: Exception | None) -> None:
