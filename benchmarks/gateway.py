@@ -3,11 +3,11 @@
 One engine that only keeps time answers everybody; users, engine and proxy share this machine, and the pace leaves it
 time. For each way from users to engine and each number of streams, one after the other:
 
-- *burst*: all streams begin at once. Time to first token has a floor: the CPU time that the burst takes of all
-  processes, over the number of cores, if they were never idle.
-- *quiet*: the streams run, nobody comes or goes. CPU of the proxy's processes over tokens.
+- *burst*: all streams begin at once. CPU of the proxy's processes per request, its first token included. The last
+  first token has a floor: what the burst takes of CPU, in all processes, over the number of cores.
+- *quiet*: the streams run, nobody comes or goes. CPU of the proxy's processes per token.
 - *steady*: the streams run, and short requests come one by one. Their time to first token; the running streams' time
-  from engine to user, and between tokens; CPU per request: what is left when the tokens have had theirs.
+  from engine to user, and between tokens.
 
 Added is the difference to the same users and engine without a proxy, in the same run. Beside it stand the machine's own
 limits: its idle share, what other processes took, how late users and engine were.
@@ -48,10 +48,10 @@ from erlib.processes import StartError
 LEVELS = (1, 10, 100, 300, 1000)
 BASE_PORT = 39000
 TOKENS_PER_S = 2000
-"""Of all streams together: what two cores relay with time left."""
+"""Of all streams together; what two cores relay with time left. (LiteLLM takes more than two for it.)"""
 SHORTEST_PACE_S = 0.02
 ARRIVALS_PER_S = 25
-QUIET_S, STEADY_S, SETTLE_S = 8.0, 16.0, 1.0
+QUIET_S, STEADY_S, SETTLE_S = 6.0, 12.0, 1.0
 TIMEOUT_S = 60
 LAG_PROBE_S = 0.01
 PROMPT_WORDS = 335  # of the papers' base prompts
@@ -149,12 +149,12 @@ def _all_times(times: Any) -> float:
 
 
 async def point(
-    way: Way, engine: Engine, n_streams: int, prompts: Iterator[str], durations_s: tuple[float, float]
+    way: Way, engine: Engine, n_streams: int, tokens_per_s: float, prompts: Iterator[str], seconds: Sequence[float]
 ) -> dict[str, Any]:
     """Burst, quiet, steady with `n_streams`; one row of the table, not yet compared with anything."""
-    pace_s = max(SHORTEST_PACE_S, n_streams / TOKENS_PER_S)
+    pace_s = max(SHORTEST_PACE_S, n_streams / tokens_per_s)
     engine.report(pace_s)
-    quiet_s, steady_s = durations_s
+    quiet_s, steady_s = seconds
     async with Users(way.url, way.protocol) as users:
         for _ in range(WARM_UP_REQUESTS):
             await asyncio.wait_for((await users.request(next(prompts), 1)).ended, TIMEOUT_S)
@@ -186,8 +186,8 @@ async def point(
         **_percentiles("token", _took_ms(alive, steady), 50, 99),
         **_percentiles("gap", _gaps_ms(alive, steady), 1, 50, 99),
         **_percentiles("quiet_gap", _gaps_ms(alive, quiet), 1, 50, 99),
-        "cpu_us_per_token": (per_token_s := quiet.relays_s / max(1, _n_tokens(alive, quiet))) * 1e6,
-        "cpu_us_per_request": (steady.relays_s - per_token_s * _n_tokens(alive, steady)) / len(arrivals) * 1e6,
+        "cpu_us_per_token": quiet.relays_s / max(1, _n_tokens(alive, quiet)) * 1e6,
+        "cpu_us_per_request": burst.relays_s / n_streams * 1e6,
         **_percentiles("burst_ttft", _first_ms(alive), 50, 95, 100),
         "burst_floor_ms": burst.all_s / (os.cpu_count() or 1) * 1e3,
         "idle": steady.idle,
@@ -273,7 +273,7 @@ def _levels(
             for n_streams in options.levels:
                 progress.set_description(f"{name}, {n_streams}")
                 try:
-                    row = asyncio.run(point(way, engine, n_streams, prompts, options.seconds))
+                    row = asyncio.run(point(way, engine, n_streams, options.tokens_per_s, prompts, options.seconds))
                 except (TimeoutError, OSError, PointFailed) as error:
                     row = {"streams": n_streams, "note": str(error) or "a warm-up request was not answered in time"}
                 yield {"way": name, **row}
@@ -371,6 +371,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="their baseline comes along")
     parser.add_argument("--levels", nargs="+", type=int, default=LEVELS, help="numbers of concurrent streams")
+    parser.add_argument("--tokens-per-s", type=float, default=TOKENS_PER_S, help="of all streams together")
     parser.add_argument("--seconds", nargs=2, type=float, default=(QUIET_S, STEADY_S), metavar=("QUIET", "STEADY"))
     parser.add_argument("--base-port", type=int, default=BASE_PORT)
     parser.add_argument("--profile", default="laptop", help="whose clusterer and corpus")
