@@ -18,6 +18,7 @@ import psutil
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
+_AUTOGROUP = Path("/proc/self/autogroup")
 
 
 class StartError(RuntimeError):
@@ -41,7 +42,7 @@ def spawn(
 
     def follow_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        os.nice(niceness)
+        _stand_back(niceness)
         if os.getppid() != parent:  # it died between fork and prctl
             os._exit(1)
 
@@ -55,6 +56,25 @@ def spawn(
             preexec_fn=follow_parent,  # noqa: PLW1509  (touches no lock, and nothing else sets a death signal)
             **{"stdin": subprocess.DEVNULL, "stdout": file, **popen},
         )
+
+
+def _stand_back(niceness: int) -> None:
+    """Lower this process' priority, and that of its session, by `niceness`.
+
+    Where the kernel schedules sessions as groups (``kernel.sched_autogroup_enabled``), a process' own niceness counts
+    among its session alone, which here is the process and its children.
+    """
+    os.nice(niceness)
+    deadline = time.monotonic() + 2
+    while niceness and time.monotonic() < deadline:
+        try:
+            _AUTOGROUP.write_text(str(niceness))
+        except BlockingIOError:  # only root may change several within a tenth of a second
+            time.sleep(0.05)
+        except OSError:  # a kernel without groups, or a container that hides them
+            return
+        else:
+            return
 
 
 def python(*arguments: str | Path) -> list[str | Path]:

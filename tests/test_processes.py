@@ -62,3 +62,19 @@ def test_waiting_ends_at_the_deadline(tmp_path):
             processes.wait_until(lambda: False, process, "it", tmp_path / "log", 0.2)
     finally:
         processes.stop([process])
+
+
+def test_niceness_counts_among_processes_of_different_sessions(tmp_path):
+    core = min(os.sched_getaffinity(0))
+    busy = f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    rivals = [processes.spawn(processes.python("-c", busy), tmp_path / "log", niceness=n) for n in (0, 10)]
+    try:
+        time.sleep(0.5)
+        before = [sum(psutil.Process(rival.pid).cpu_times()[:2]) for rival in rivals]
+        time.sleep(2)
+        first, second = (
+            sum(psutil.Process(rival.pid).cpu_times()[:2]) - ago for rival, ago in zip(rivals, before, strict=True)
+        )
+    finally:
+        processes.stop(rivals, grace_s=0)
+    assert first > 2 * second
