@@ -105,8 +105,8 @@ class Interval:
     end_ns: int = 0
     relays_s: float = 0.0
     all_s: float = 0.0
-    idle: float = 0.0
-    others: float = 0.0
+    idle: float = float("nan")
+    others: float = float("nan")
     lags_ms: list[float] = field(default_factory=list)
 
     async def __aenter__(self) -> Self:
@@ -120,8 +120,9 @@ class Interval:
         self._watch.cancel()
         relays, ends, idle, total = (after - before for after, before in zip(self._read(), self._before, strict=True))
         self.relays_s, self.all_s = relays, relays + ends
-        self.idle = idle / total
-        self.others = max(0.0, 1 - self.idle - self.all_s / total)
+        if total:  # counted in hundredths of a second, of which a short interval may have none
+            self.idle = idle / total
+            self.others = max(0.0, 1 - self.idle - self.all_s / total)
 
     def _read(self) -> tuple[float, float, float, float]:
         relays = sum(map(_cpu_s, self.relays))
