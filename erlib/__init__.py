@@ -10,7 +10,9 @@ Modules are listed in the order in which data flows through them; each imports o
     hardware, builds                          what this machine has; plans carried out
     steptimes, batching, estimates            how long a step lasts on H100s; who shares one; how long all takes
     wire, triton, repository                  messages; one server; one that has TensorRT-LLM's model repository
-    gateway, nginx, stack                     the routing gateway; the balancer; all of it
+    experts, limits, telemetry                replicas and their breakers; what a peer may ask; what is seen of requests
+    service, gateway                          what the routing gateway does with a request; the gateway as a process
+    nginx, stack                              the balancer; all of it
     users, threaded_users                     the user simulator; the papers' user simulator
     cluster                                   stack and users on the nodes of a Ray cluster
     preflight, runbook                        what would stop a run; the whole plan of one on GPUs, as text

@@ -1,130 +1,47 @@
-"""The routing gateway (papers, section III-A): a reverse proxy that classifies a prompt and relays the answer.
+"""One routing gateway as a process (papers, section III-A); the papers run sixteen behind NGINX.
 
-It speaks the same gRPC service as the experts, reads nothing of a request but its prompt and nothing of a response:
-tokens pass through as raw bytes. One process is one instance; the papers run sixteen behind NGINX.
-
-Run as ``python -m erlib.gateway --port PORT --experts HOST:PORT,... --clusterer DIR [--policy POLICY --index I]``.
-
-Metadata, all times in ns: a client may send ``er-sent-ns`` (its CLOCK_MONOTONIC, meaningful on one host). When it has
-forwarded the prompt, the gateway answers with ``er-gateway`` (which instance), ``er-expert`` and the spans
-``er-queue-ns`` (client's send to prompt read), ``er-vectorise-ns``, ``er-svd-ns``, ``er-kmeans-ns`` and
-``er-forward-ns`` (classified to written to the expert); at the end follows ``er-first-byte-ns`` (written to the
-expert's first response). On a stream that carries several requests they describe the first one.
+Run as ``python -m erlib.gateway --port PORT --experts HOST:PORT,... --clusterer DIR`` (``--help`` has the rest). What
+it does with a request is :mod:`erlib.service`'s.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
+import logging
+import math
 import signal
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
+import numpy as np
+import prometheus_client
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
-from erlib import wire
+from erlib import experts, wire
 from erlib.clusterer import Clusterer
+from erlib.limits import Limits
+from erlib.service import Distances, Gateway, Route
+from erlib.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from erlib import stock
-
-Route = Callable[[str], tuple[int, Sequence[int]]]
-"""Prompt -> expert and (vectorise, svd, k-means) ns."""
-
-
-class Gateway(grpc.GenericRpcHandler):
-    """All methods of the inference service: streaming inference is routed, the rest goes to the first expert."""
-
-    def __init__(self, route: Route, experts: Sequence[str], index: int):
-        self._route = route
-        self._index = index
-        channels = [grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) for url in experts]
-        self._streams = [channel.stream_stream(wire.STREAM_INFER) for channel in channels]
-        self._first = channels[0]
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        method = handler_call_details.method
-        if method == wire.STREAM_INFER:
-            return grpc.stream_stream_rpc_method_handler(self._stream_infer)
-        if method.startswith(f"/{wire.SERVICE}/"):
-            return grpc.unary_unary_rpc_method_handler(self._pass_to_first(method))
-        return None
-
-    def _pass_to_first(self, method: str) -> Callable[..., Any]:
-        async def relay(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-            try:
-                return await self._first.unary_unary(method)(request, timeout=context.time_remaining())
-            except grpc.aio.AioRpcError as error:
-                await context.abort(error.code(), error.details() or "")
-                raise
-
-        return relay
-
-    async def _stream_infer(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        requests: set[asyncio.Task[None]] = set()
-        one_writer = asyncio.Lock()  # gRPC takes one write at a time; requests of one stream interleave
-        try:
-            while (message := await context.read()) is not grpc.aio.EOF:
-                task = asyncio.create_task(self._serve(message, context, one_writer, first=not requests))
-                requests.add(task)
-            if requests:
-                await asyncio.gather(*requests)
-        finally:  # the client has cancelled: so do we, which frees the experts' slots
-            for task in requests:
-                task.cancel()
-
-    async def _serve(
-        self, message: bytes, context: grpc.aio.ServicerContext, one_writer: asyncio.Lock, first: bool
-    ) -> None:
-        request_id = ""
-        try:
-            request_id, prompt = wire.prompt_of(message)
-        except wire.BadRequest as error:
-            await self._write(context, one_writer, wire.encode_error(str(error), request_id))
-            return
-        t_read = time.monotonic_ns()
-        expert, (vectorise_ns, svd_ns, kmeans_ns) = self._route(prompt)
-        t_classified = time.monotonic_ns()
-        call = self._streams[expert](timeout=context.time_remaining())
-        try:
-            try:
-                await call.write(message)
-                await call.done_writing()
-            finally:
-                t_forwarded = time.monotonic_ns()
-                if first:  # only now, because it would have delayed the prompt
-                    sent = str(dict(context.invocation_metadata() or ()).get("er-sent-ns", ""))
-                    spans = {"queue": t_read - int(sent)} if sent.isdigit() else {}
-                    spans |= {"vectorise": vectorise_ns, "svd": svd_ns, "kmeans": kmeans_ns}
-                    spans |= {"forward": t_forwarded - t_classified}
-                    times = [(f"er-{span}-ns", str(ns)) for span, ns in spans.items()]
-                    who = [("er-gateway", str(self._index)), ("er-expert", str(expert))]
-                    await context.send_initial_metadata((*who, *times))
-            t_first = 0
-            async for response in call:
-                t_first = t_first or time.monotonic_ns()
-                await self._write(context, one_writer, response)
-            if first:
-                context.set_trailing_metadata((("er-first-byte-ns", str(max(0, t_first - t_forwarded))),))
-        except grpc.aio.AioRpcError as error:
-            reason = f"expert {expert} failed: {error.code().name}: {error.details()}"
-            await self._write(context, one_writer, wire.encode_error(reason, request_id))
-        finally:
-            call.cancel()
-
-    @staticmethod
-    async def _write(context: grpc.aio.ServicerContext, one_writer: asyncio.Lock, message: bytes) -> None:
-        async with one_writer:
-            await context.write(message)
 
 
 def classify_with(model: Clusterer | stock.Router) -> Route:
     """The papers' policy: the expert of the prompt's cluster."""
     return model.route
+
+
+def distances_with(model: Clusterer) -> Distances:
+    """Euclidean distances in the space in which `model` classifies."""
+    return lambda prompt: np.linalg.norm(model.centres - model.transform([prompt]), axis=1).tolist()
 
 
 def replicas(n_experts: int, index: int) -> Route:
@@ -137,26 +54,106 @@ def replicas(n_experts: int, index: int) -> Route:
     return lambda prompt: (next(turn) % n_experts, (0, 0, 0))
 
 
-async def serve(route: Route, experts: Sequence[str], port: int, host: str, index: int) -> None:
-    """Serve until SIGTERM or SIGINT, then let running streams end for up to two seconds."""
-    server = grpc.aio.server(options=[*wire.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((Gateway(route, experts, index),))
-    if server.add_insecure_port(f"{host}:{port}") == 0:
-        raise SystemExit(f"port {port} is in use")
+@contextlib.asynccontextmanager
+async def serving(
+    gateway: Gateway,
+    address: str,
+    *,
+    credentials: grpc.ServerCredentials | None = None,
+    max_streams: int | None = None,
+    silence_s: float = 30.0,
+    drain_s: float = 30.0,
+) -> AsyncIterator[int]:
+    """Serve at `address`; gives the port. In the end, new requests are refused and old ones have time to end.
+
+    Parameters
+    ----------
+    gateway : Gateway
+    address : str
+        ``host:port``; port 0 takes a free one.
+    credentials : ServerCredentials, optional
+        For TLS; None: plain text.
+    max_streams : int, optional
+        Calls of all clients at a time; more are refused as RESOURCE_EXHAUSTED.
+    silence_s : float
+        An expert that owes an answer and is silent for so long is asked whether it is alive.
+    drain_s : float
+        At most so long do old requests have.
+
+    Raises
+    ------
+    RuntimeError
+        If the port is in use.
+    """
+    options = [
+        *wire.CHANNEL_OPTIONS,
+        ("grpc.max_receive_message_length", gateway.limits.message_bytes),
+        ("grpc.so_reuseport", 0),
+    ]
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=max_streams)
+    server.add_generic_rpc_handlers((gateway,))
+    standing = health.aio.HealthServicer()
+    await standing.set(wire.SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(standing, server)
+    reflection.enable_server_reflection((wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     await server.start()
+    watching = asyncio.create_task(experts.watch(gateway.experts, silence_s))
+    try:
+        yield port
+    finally:
+        watching.cancel()
+        await standing.enter_graceful_shutdown()
+        stopped = asyncio.create_task(server.stop(drain_s))  # no new connections from now on
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(gateway.drain(), drain_s)
+        await server.stop(None)  # streams that their clients only keep open
+        await stopped
+        for expert in gateway.experts:
+            for replica in expert.replicas:
+                await replica.close()
+
+
+async def _run_until_signalled(args: argparse.Namespace, route: Route, distances: Distances | None) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    await stopping.wait()
-    await server.stop(grace=2)
+    behind = experts.connect(args.experts, args.index, _expert_credentials(args))
+    telemetry = Telemetry(behind, args.log_prompts)
+    if args.metrics_port:
+        prometheus_client.start_http_server(args.metrics_port, args.host, telemetry.registry)
+    limits = Limits(args.max_prompt_bytes, args.max_streams_per_peer, args.max_requests_per_s)
+    gateway = Gateway(route, behind, args.index, distances, limits, telemetry, args.behind_proxy)
+    settings = {"max_streams": args.max_streams, "silence_s": args.silence_s, "drain_s": args.drain_s}
+    address = f"{args.host}:{args.port}"
+    async with serving(gateway, address, credentials=_server_credentials(args), **settings):
+        await stopping.wait()
 
 
-def main() -> None:
-    """Entry point of one gateway process."""
+def _server_credentials(args: argparse.Namespace) -> grpc.ServerCredentials | None:
+    if not args.tls_certificate:
+        return None
+    authority = args.tls_client_ca.read_bytes() if args.tls_client_ca else None
+    pair = (args.tls_key.read_bytes(), args.tls_certificate.read_bytes())
+    return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
+
+
+def _expert_credentials(args: argparse.Namespace) -> grpc.ChannelCredentials | None:
+    if not args.expert_ca:
+        return None
+    key, certificate = (
+        path.read_bytes() if path else None for path in (args.expert_client_key, args.expert_client_certificate)
+    )
+    return grpc.ssl_channel_credentials(args.expert_ca.read_bytes(), key, certificate)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m erlib.gateway", description="one routing gateway instance")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--experts", required=True, help="comma-separated gRPC addresses, one per cluster, in order")
+    parser.add_argument("--host", default="127.0.0.1", help="other than loopback: see the TLS options")
+    parser.add_argument(
+        "--experts", required=True, help="comma-separated gRPC addresses, one per cluster, in order; replicas: A|B"
+    )
     parser.add_argument("--clusterer", type=Path, required=True, help="directory of clusterer.build or stock.build")
     parser.add_argument(
         "--policy",
@@ -165,16 +162,46 @@ def main() -> None:
         help="stock: classify with the unpickled scikit-learn pipeline that stock.build left in --clusterer",
     )
     parser.add_argument("--index", type=int, default=0, help="which of the instances this is")
-    args = parser.parse_args()
-    experts = args.experts.split(",")
+    parser.add_argument("--silence-s", type=float, default=30.0, help="after which an expert is asked if it is alive")
+    parser.add_argument("--drain-s", type=float, default=30.0, help="time for running requests after SIGTERM")
+
+    limits = parser.add_argument_group("limits, of this instance")
+    limits.add_argument("--max-prompt-bytes", type=int, default=Limits.prompt_bytes)
+    limits.add_argument("--max-streams", type=int, help="of all clients")
+    limits.add_argument("--max-streams-per-peer", type=float, default=math.inf)
+    limits.add_argument("--max-requests-per-s", type=float, default=math.inf, help="per peer")
+    limits.add_argument("--behind-proxy", action="store_true", help="x-real-ip names the peer")
+
+    seen = parser.add_argument_group("seen from outside")
+    seen.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there")
+    seen.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    seen.add_argument("--log-prompts", action="store_true", help="debug lines hold the prompts' text")
+
+    tls = parser.add_argument_group("TLS (PEM files)")
+    tls.add_argument("--tls-certificate", type=Path, help="of this gateway; without it, plain text is spoken")
+    tls.add_argument("--tls-key", type=Path)
+    tls.add_argument("--tls-client-ca", type=Path, help="clients must have a certificate that it signed")
+    tls.add_argument("--expert-ca", type=Path, help="speak TLS to the experts, whose certificates it signed")
+    tls.add_argument("--expert-client-certificate", type=Path, help="to show them")
+    tls.add_argument("--expert-client-key", type=Path)
+    return parser
+
+
+def main() -> None:
+    """Entry point of one gateway process."""
+    args = _parser().parse_args()
+    logging.basicConfig(level=args.log_level.upper(), format="%(message)s")
+    n_experts = len(args.experts.split(","))
+    distances = None
     if args.policy == "replicas":
-        route = replicas(len(experts), args.index)
+        route = replicas(n_experts, args.index)
     else:
         model = _stock(args.clusterer) if args.policy == "stock" else Clusterer.load(args.clusterer)
-        if model.n_clusters != len(experts):
-            raise SystemExit(f"{model.n_clusters} clusters need as many experts; --experts names {len(experts)}")
+        if model.n_clusters != n_experts:
+            raise SystemExit(f"{model.n_clusters} clusters need as many experts; --experts names {n_experts}")
         route = classify_with(model)
-    asyncio.run(serve(route, experts, args.port, args.host, args.index))
+        distances = distances_with(model) if isinstance(model, Clusterer) else None
+    asyncio.run(_run_until_signalled(args, route, distances))
 
 
 def _stock(directory: Path) -> stock.Router:

@@ -33,8 +33,10 @@ from erlib import (
     config,
     containers,
     engines,
+    experts,
     gateway,
     hardware,
+    limits,
     nginx,
     openvino,
     paths,
@@ -43,9 +45,11 @@ from erlib import (
     prompts,
     records,
     repository,
+    service,
     stack,
     steptimes,
     stock,
+    telemetry,
     tensorrt_llm,
     threaded_users,
     triton,
@@ -536,7 +540,7 @@ def _git(*arguments: str) -> str:
 @functools.cache
 def _code_digest(backend: str, in_cluster: bool) -> str:
     """Hash of the code on the measured path, blind to comments, docstrings and layout."""
-    modules = [wire, processes, triton, gateway, nginx, stack, users]
+    modules = [wire, processes, triton, experts, limits, telemetry, service, gateway, nginx, stack, users]
     if backend == repository.ENGINE_MODEL:
         modules += [containers, repository]
         files = [file for file in sorted(repository.TEMPLATES.rglob("*")) if file.is_file()]

@@ -8,11 +8,13 @@ not know which of them it talks to. One response is one token.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from tritonclient.grpc import service_pb2 as pb
 
 SERVICE = "inference.GRPCInferenceService"
+INFER = f"/{SERVICE}/ModelInfer"
 STREAM_INFER = f"/{SERVICE}/ModelStreamInfer"
 MODEL_NAME = "ensemble"
 
@@ -29,6 +31,10 @@ NEVER_STOP = -1
 
 class BadRequest(ValueError):
     """A request that no expert can serve; the message says what is wrong with it."""
+
+
+class UnknownModel(BadRequest):
+    """A request for a model that is not served."""
 
 
 class Response(NamedTuple):
@@ -56,21 +62,22 @@ def encode_request(prompt: str, max_tokens: int, end_id: int | None = None, requ
     return request.SerializeToString()
 
 
-def prompt_of(message: bytes) -> tuple[str, str]:
+def prompt_of(message: bytes, max_prompt_bytes: int = MAX_PROMPT_BYTES) -> tuple[str, str]:
     """Request id and prompt of a serialised request: all that the gateway needs to know.
 
     Raises
     ------
+    UnknownModel
+        If it asks for a model other than ``ensemble``.
     BadRequest
-        If the message is not a request for ``ensemble`` with one non-empty UTF-8 ``text_input`` of at most
-        ``MAX_PROMPT_BYTES``.
+        If the message is not a request with one non-empty UTF-8 ``text_input`` of at most `max_prompt_bytes`.
     """
     try:
         request = pb.ModelInferRequest.FromString(message)
     except Exception:
         raise BadRequest("not a KServe v2 ModelInferRequest") from None
     if request.model_name != MODEL_NAME:
-        raise BadRequest(f"unknown model {request.model_name!r}: the gateway serves {MODEL_NAME!r}")
+        raise UnknownModel(f"unknown model {request.model_name!r}: the gateway serves {MODEL_NAME!r}")
     position = next((i for i, tensor in enumerate(request.inputs) if tensor.name == "text_input"), None)
     if position is None:
         raise BadRequest("the request has no input 'text_input'")
@@ -87,8 +94,8 @@ def prompt_of(message: bytes) -> tuple[str, str]:
         values = _bytes_elements(request.raw_input_contents[raw_position])
     if len(values) != 1:
         raise BadRequest(f"text_input must hold exactly one prompt, not {len(values)}")
-    if len(values[0]) > MAX_PROMPT_BYTES:
-        raise BadRequest(f"the prompt has {len(values[0]):,} bytes; at most {MAX_PROMPT_BYTES:,} are taken")
+    if len(values[0]) > max_prompt_bytes:
+        raise BadRequest(f"the prompt has {len(values[0]):,} bytes; at most {max_prompt_bytes:,} are taken")
     try:
         prompt = values[0].decode("utf-8")
     except UnicodeDecodeError:
@@ -110,6 +117,26 @@ def decode_response(message: bytes) -> Response:
         elif tensor.name == "output_ids":
             tokens = struct.unpack(f"<{len(raw) // 4}i", raw)
     return Response("", text, tokens)
+
+
+def is_error(message: bytes) -> bool:
+    """Whether a serialised response message reports an error, told by its first byte.
+
+    Serialisers write fields in the order of their numbers, and ``error_message`` is the first.
+    """
+    return message[:1] == b"\x0a"
+
+
+def with_parameters(message: bytes, parameters: Mapping[str, int | str], streamed: bool = True) -> bytes:
+    """A serialised response with more response parameters; what else it holds, unknown fields included, stays."""
+    reply = (pb.ModelStreamInferResponse if streamed else pb.ModelInferResponse).FromString(message)
+    target = (reply.infer_response if streamed else reply).parameters
+    for name, value in parameters.items():
+        if isinstance(value, int):
+            target[name].int64_param = value
+        else:
+            target[name].string_param = value
+    return reply.SerializeToString()
 
 
 def encode_error(message: str, request_id: str = "") -> bytes:

@@ -1,0 +1,189 @@
+"""The experts behind a gateway: replicas of each, the least busy one first, a dead one left alone until it works again.
+
+Every replica has a circuit breaker. *Closed*: requests go to it. If something fails there, a canary is sent, and if
+that fails too, and nothing else has come from the replica meanwhile, the breaker *opens*: no request goes there, and
+those that it still holds are ended. *Half-open*: from time to time another canary asks, and the first to be answered
+closes the breaker. So no client's request is spent on finding out, and a request that is itself at fault does no harm.
+
+The canary is an inference, because Triton goes on saying "ready" when the process that runs the model is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2 as pb
+
+from erlib import wire
+
+CANARY = wire.encode_request(
+    "How long does a letter take from one end of the country to the other?", 1, wire.NEVER_STOP
+)
+FRONT_TIMEOUT_S = 10.0
+"""A server that does not even say whether it is ready within this time is not."""
+CANARY_TIMEOUT_S = 60.0
+"""A canary that takes longer waits in a queue, as far as one can tell."""
+PROBE_AFTER_S, PROBE_AT_MOST_AFTER_S = 0.25, 2.0
+"""Pause between the first two canaries to a dead replica; it doubles up to the second value."""
+ABANDON_AFTER_S = 5.0
+"""A replica that has been dead for so long has lost the requests that it holds."""
+
+CHANNEL_OPTIONS = [
+    *wire.CHANNEL_OPTIONS,
+    # The defaults let a restarted expert wait up to two minutes for the next attempt to connect.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+class Call(Protocol):
+    """What a replica needs to know of a request that it holds."""
+
+    def cancel(self) -> bool:
+        """End it."""
+        ...
+
+
+class Replica:
+    """One server of an expert, as one gateway sees it.
+
+    Parameters
+    ----------
+    url : str
+        ``host:port``.
+    credentials : ChannelCredentials, optional
+        For TLS; None: plain text.
+    """
+
+    def __init__(self, url: str, credentials: grpc.ChannelCredentials | None = None):
+        self.url = url
+        self.is_up = True
+        self.responses = 0
+        """How many good responses it has given: whether this still grows shows that it lives."""
+        self.calls: dict[Call, None] = {}
+        """What it is busy with, oldest first."""
+        self._channel = (
+            grpc.aio.insecure_channel(url, options=CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(url, credentials, options=CHANNEL_OPTIONS)
+        )
+        self.stream_infer = self._channel.stream_stream(wire.STREAM_INFER)
+        self.infer = self._channel.unary_unary(wire.INFER)
+        self._examination: asyncio.Task[None] | None = None
+        self._seen_silent: tuple[Call, int] | None = None
+
+    def ask(self, method: str) -> grpc.aio.UnaryUnaryMultiCallable:
+        """A method of the inference service that is no inference."""
+        return self._channel.unary_unary(f"/{wire.SERVICE}/{method}")
+
+    @contextmanager
+    def busy_with(self, call: Call) -> Iterator[None]:
+        """Count `call` as outstanding, and cancel it in the end, which does nothing to one that is complete."""
+        self.calls[call] = None
+        try:
+            yield
+        finally:
+            del self.calls[call]
+            call.cancel()
+
+    def suspect(self, infer: bool = True) -> None:
+        """Find out, in the background, whether it works; without `infer`: whether it answers at all."""
+        if self._examination is None or self._examination.done():
+            self._examination = asyncio.create_task(self._examine(infer))
+
+    def suspect_if_silent(self) -> None:
+        """Called at intervals: suspect it if it has given nothing since the last time, to a request it had then."""
+        oldest = next(iter(self.calls), None)
+        now = None if oldest is None else (oldest, self.responses)
+        if now is not None and now == self._seen_silent:
+            self.suspect(infer=False)  # it may be busy: a canary would only stand in line, too
+        self._seen_silent = now
+
+    async def close(self) -> None:
+        """End everything."""
+        if self._examination is not None:
+            self._examination.cancel()
+        await self._channel.close()
+
+    async def _examine(self, infer: bool) -> None:
+        responses = self.responses
+        abandon_at_s = asyncio.get_running_loop().time() + ABANDON_AFTER_S
+        pause_s = PROBE_AFTER_S
+        while True:
+            works = await self._works(infer)
+            if works or self.responses != responses:
+                self.is_up = True
+                return
+            if works is None and self.is_up:
+                return
+            if works is False:
+                self.is_up = False
+                infer = True
+                if asyncio.get_running_loop().time() >= abandon_at_s:
+                    for call in list(self.calls):
+                        call.cancel()
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, PROBE_AT_MOST_AFTER_S)
+
+    async def _works(self, infer: bool) -> bool | None:
+        """Whether it is ready and, with `infer`, answers a canary; None: the canary is still waiting."""
+        try:
+            reply = await self.ask("ServerReady")(b"", timeout=FRONT_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return False
+        if not (pb.ServerReadyResponse.FromString(reply).ready and infer):
+            return pb.ServerReadyResponse.FromString(reply).ready
+        canary = self.stream_infer(iter([CANARY]), timeout=CANARY_TIMEOUT_S)
+        try:
+            return not any([wire.is_error(response) async for response in canary])
+        except grpc.aio.AioRpcError as error:
+            return None if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else False
+        finally:
+            canary.cancel()
+
+
+class Expert:
+    """One expert: servers of the same model.
+
+    Parameters
+    ----------
+    replicas : sequence of Replica
+    first : int
+        Where equally busy replicas begin to take turns; different for each gateway, so that not all begin at the same.
+    """
+
+    def __init__(self, replicas: Sequence[Replica], first: int = 0):
+        self.replicas = list(replicas)
+        self._turn = itertools.count(first)
+
+    def choose(self, besides: Replica | None = None) -> Replica | None:
+        """The replica with the fewest outstanding requests, of those that are up and not `besides`, if any.
+
+        A gateway counts its own requests only.
+        """
+        turn = next(self._turn)
+        n = len(self.replicas)
+        in_turn = (self.replicas[(turn + i) % n] for i in range(n))
+        up = [replica for replica in in_turn if replica.is_up and replica is not besides]
+        return min(up, key=lambda replica: len(replica.calls), default=None)
+
+
+def connect(addresses: str, first: int = 0, credentials: grpc.ChannelCredentials | None = None) -> list[Expert]:
+    """The experts at `addresses`: separated by commas, replicas of one by ``|``, e.g. ``"a:1|b:1,c:1"``."""
+    return [Expert([Replica(url, credentials) for url in one.split("|")], first) for one in addresses.split(",")]
+
+
+async def watch(experts: Sequence[Expert], silence_s: float) -> None:
+    """Suspect every replica that owes somebody an answer and has said nothing for one to two times `silence_s`."""
+    while True:
+        await asyncio.sleep(silence_s)
+        for expert in experts:
+            for replica in expert.replicas:
+                replica.suspect_if_silent()

@@ -1,0 +1,403 @@
+"""The routing gateway's service: it classifies each prompt and relays the answer.
+
+It speaks the same gRPC service as the experts, reads nothing of a request but its prompt and nothing of a response:
+messages pass through as raw bytes, with the client's metadata and what is left of its deadline.
+
+Metadata, all times in ns: a client may send ``er-sent-ns`` (its CLOCK_MONOTONIC, meaningful on one host). When it has
+forwarded the prompt, the gateway answers with ``er-gateway`` (which instance), ``er-expert`` and the spans
+``er-queue-ns`` (client's send to prompt read), ``er-vectorise-ns``, ``er-svd-ns``, ``er-kmeans-ns`` and
+``er-forward-ns`` (classified to written to the expert); at the end follows ``er-first-byte-ns`` (written to the
+expert's first response). On a stream that carries several requests they describe the first one.
+
+A client that sends ``er-explain`` gets all that, with ``er-replica`` and ``er-distances`` (to the clusters' centres),
+as parameters of each request's first response and once more as trailing metadata.
+
+A request that fails gets one in-stream error, as Triton sends it, which begins with the status code's name; or, as
+with Triton, the stream ends with that status where the client's metadata have ``triton_grpc_error: true``. A request
+whose server fails before the first response is tried once more on another replica; after it, never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from grpc import StatusCode
+from tritonclient.grpc import service_pb2 as pb
+
+from erlib import wire
+from erlib.experts import Expert, Replica
+from erlib.limits import Limits, Peers, Refused, peer_of
+from erlib.telemetry import Request, Telemetry, logger
+
+Route = Callable[[str], tuple[int, Sequence[int]]]
+"""Prompt -> expert and (vectorise, svd, k-means) ns."""
+Distances = Callable[[str], Sequence[float]]
+"""Prompt -> its distance to each cluster's centre."""
+
+_QUESTIONS = ["ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig", "RepositoryIndex"]
+"""Methods that any live server is asked to answer. Those that would change a server are not offered."""
+_SERVER_AT_FAULT = {StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS}
+_NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip")
+"""What metadata that concern one hop alone begin with."""
+_FAREWELL_S = 0.2
+
+_Done = TypeVar("_Done")
+
+
+class Failure(Exception):
+    """Why a request ends, other than well."""
+
+    def __init__(self, code: StatusCode, details: str):
+        super().__init__(f"{code.name}: {details}")
+        self.code, self.details = code, details
+
+
+class _Caller:
+    """The client's side of a call: who it is, what it asked for, and one writer at a time."""
+
+    def __init__(self, context: grpc.aio.ServicerContext, behind_proxy: bool):
+        self.context = context
+        self.metadata: dict[str, str | bytes] = dict(context.invocation_metadata() or ())
+        self.peer = peer_of(context.peer(), self.metadata, behind_proxy)
+        self.forwarded = tuple(item for item in self.metadata.items() if not item[0].startswith(_NOT_FORWARDED))
+        self.explain = "er-explain" in self.metadata
+        self.ends_on_error = self.metadata.get("triton_grpc_error") == "true"
+        self._has_begun = False
+        self._one_writer = asyncio.Lock()  # gRPC takes one write at a time; requests of one stream interleave
+
+    async def begin(self, metadata: Mapping[str, object]) -> None:
+        """Send initial metadata, if nothing has been sent yet."""
+        async with self._one_writer:
+            if not self._has_begun:
+                self._has_begun = True
+                await self.context.send_initial_metadata(_pairs(metadata))
+
+    async def write(self, message: bytes) -> None:
+        async with self._one_writer:
+            self._has_begun = True
+            await self.context.write(message)
+
+
+class Gateway(grpc.GenericRpcHandler):
+    """All methods of the inference service that ask: inference is routed, the rest goes to any live server.
+
+    Parameters
+    ----------
+    route : Route
+    experts : sequence of Expert
+        In the order of the clusters.
+    index : int
+        Which of the instances this is.
+    distances : Distances, optional
+        For clients that ask for an explanation.
+    limits : Limits
+    telemetry : Telemetry, optional
+    behind_proxy : bool
+        Whether ``x-real-ip`` can be believed.
+    """
+
+    def __init__(
+        self,
+        route: Route,
+        experts: Sequence[Expert],
+        index: int = 0,
+        distances: Distances | None = None,
+        limits: Limits = Limits(),  # noqa: B008  (immutable)
+        telemetry: Telemetry | None = None,
+        behind_proxy: bool = False,
+    ):
+        self.experts = list(experts)
+        self.limits = limits
+        self.telemetry = telemetry or Telemetry(experts)
+        self._route = route
+        self._index = index
+        self._distances = distances
+        self._peers = Peers(limits)
+        self._behind_proxy = behind_proxy
+        self._is_draining = False
+        self._requests = 0
+        self._streams = 0
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        method = handler_call_details.method
+        if method == wire.STREAM_INFER:
+            return grpc.stream_stream_rpc_method_handler(self._stream_infer)
+        service, _, name = method.removeprefix("/").partition("/")
+        answer = {
+            "ModelInfer": self._infer,
+            "ModelStatistics": self._statistics,
+            "ServerLive": self._live,
+            **{question: partial(self._ask, question) for question in _QUESTIONS},
+        }.get(name)
+        return grpc.unary_unary_rpc_method_handler(answer) if service == wire.SERVICE and answer else None
+
+    async def drain(self) -> None:
+        """Take no more requests; returns when those that are there are done."""
+        self._is_draining = True
+        while self._requests:
+            await asyncio.sleep(0.02)
+        if self._streams:
+            await asyncio.sleep(_FAREWELL_S)  # for their status; what is still there then is merely kept open
+
+    # --- inference ---
+
+    async def _stream_infer(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        caller = _Caller(context, self._behind_proxy)
+        try:
+            with self._admitted(caller):
+                await self._read_requests(caller)
+            return
+        except Failure as one:
+            failure = one
+        except ExceptionGroup as group:  # of a client that wants its stream to end with the first failure
+            failures, others = group.split(Failure)
+            if failures is None or others is not None:
+                raise
+            failure = next(one for one in failures.exceptions if isinstance(one, Failure))
+        await context.abort(failure.code, failure.details)
+
+    async def _read_requests(self, caller: _Caller) -> None:
+        in_flight = asyncio.Semaphore(self.limits.in_flight_per_stream)
+        first = True
+        async with asyncio.TaskGroup() as requests:  # cancelled with this call, which frees the experts' slots
+            while (message := await caller.context.read()) is not grpc.aio.EOF:
+                await in_flight.acquire()
+                task = requests.create_task(self._answer(message, Request("stream", caller.peer), caller, first))
+                task.add_done_callback(lambda _: in_flight.release())
+                first = False
+
+    async def _answer(self, message: bytes, request: Request, caller: _Caller, first: bool) -> None:
+        """Do one request of a stream; `first`: it is the one that the call's metadata describe."""
+        try:
+            await self._run(message, request, caller, partial(self._relay, message, request, caller, first))
+        except Failure as failure:
+            if first and request.expert >= 0:
+                await caller.begin(self._who(request))
+            if caller.ends_on_error:
+                raise
+            await caller.write(wire.encode_error(str(failure), request.id))
+        finally:
+            if first:
+                self._set_trailing_metadata(caller, request)
+
+    async def _infer(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        caller = _Caller(context, self._behind_proxy)
+        request = Request("unary", caller.peer)
+        try:
+            with self._admitted(caller):
+                return await self._run(message, request, caller, partial(self._forward, message, request, caller))
+        except Failure as failure:
+            self._set_trailing_metadata(caller, request)
+            await context.abort(failure.code, failure.details)
+            raise
+
+    @contextlib.contextmanager
+    def _admitted(self, caller: _Caller) -> Iterator[None]:
+        try:
+            with self._peers.stream(caller.peer), self.telemetry.streams.track_inprogress():
+                self._streams += 1
+                try:
+                    yield
+                finally:
+                    self._streams -= 1
+        except Refused as refusal:
+            raise Failure(StatusCode.RESOURCE_EXHAUSTED, str(refusal)) from None
+
+    async def _run(
+        self,
+        message: bytes,
+        request: Request,
+        caller: _Caller,
+        attempt: Callable[[Replica, bool], Awaitable[_Done]],
+    ) -> _Done:
+        """Route one request and let `attempt` do it; it is counted, whatever its end.
+
+        Raises
+        ------
+        Failure
+        """
+        self._requests += 1
+        try:
+            return await self._route_and_try(message, request, caller, attempt)
+        except Failure as failure:
+            request.code = failure.code.name
+            raise
+        except asyncio.CancelledError:
+            request.code = StatusCode.CANCELLED.name
+            raise
+        except Exception:
+            logger.exception("request %r", request.id)
+            request.code = StatusCode.INTERNAL.name
+            raise Failure(StatusCode.INTERNAL, "the gateway failed; its log says why") from None
+        finally:
+            self._requests -= 1
+            self.telemetry.note(request)
+
+    async def _route_and_try(
+        self,
+        message: bytes,
+        request: Request,
+        caller: _Caller,
+        attempt: Callable[[Replica, bool], Awaitable[_Done]],
+    ) -> _Done:
+        if self._is_draining:
+            raise Failure(StatusCode.UNAVAILABLE, "this gateway is shutting down")
+        try:
+            self._peers.charge(caller.peer)
+            request.id, request.prompt = wire.prompt_of(message, self.limits.prompt_bytes)
+        except Refused as refusal:
+            raise Failure(StatusCode.RESOURCE_EXHAUSTED, str(refusal)) from None
+        except wire.UnknownModel as error:
+            raise Failure(StatusCode.NOT_FOUND, str(error)) from None
+        except wire.BadRequest as error:
+            raise Failure(StatusCode.INVALID_ARGUMENT, str(error)) from None
+        sent = str(caller.metadata.get("er-sent-ns", ""))
+        if sent.isdecimal():
+            request.spans_ns["queue"] = request.t_read_ns - int(sent)
+        request.expert, spans_ns = self._route(request.prompt)
+        request.t_routed_ns = time.monotonic_ns()
+        request.spans_ns |= zip(("vectorise", "svd", "kmeans"), spans_ns, strict=True)
+
+        expert = self.experts[request.expert]
+        replica = expert.choose()
+        if replica is None:
+            n = len(expert.replicas)
+            raise Failure(StatusCode.UNAVAILABLE, f"expert {request.expert} is down (all {n} of its servers)")
+        other = expert.choose(besides=replica)
+        try:
+            return await attempt(replica, other is not None)
+        except Failure as failure:
+            other = expert.choose(besides=replica)
+            if other is None or request.responses or failure.code is not StatusCode.UNAVAILABLE:
+                raise
+        request.retries += 1
+        return await attempt(other, False)
+
+    async def _relay(
+        self, prompt: bytes, request: Request, caller: _Caller, first: bool, replica: Replica, has_spare: bool
+    ) -> None:
+        """Stream a replica's answer to the client, as it comes."""
+        request.replica = replica.url
+        call = replica.stream_infer(timeout=caller.context.time_remaining(), metadata=caller.forwarded)
+        with replica.busy_with(call), _blaming(replica, request):
+            try:
+                await call.write(prompt)
+                await call.done_writing()
+            except asyncio.InvalidStateError:
+                pass  # it is over already: reading says why
+            t_forwarded_ns = time.monotonic_ns()
+            request.spans_ns["forward"] = t_forwarded_ns - request.t_routed_ns
+            if first:
+                await caller.begin(self._who(request))  # only now, because it would have delayed the prompt
+            async for message in call:
+                response, failed = message, wire.is_error(message)
+                if not request.responses:
+                    request.spans_ns["first_byte"] = time.monotonic_ns() - t_forwarded_ns
+                    if failed and has_spare:
+                        replica.suspect()
+                        raise Failure(StatusCode.UNAVAILABLE, "its first word was an error")
+                    if caller.explain:
+                        response = wire.with_parameters(response, self._explanation(request))
+                request.responses += 1
+                if failed:
+                    request.refused_by_expert = True
+                    replica.suspect()
+                else:
+                    replica.responses += 1
+                await caller.write(response)
+            request.trailing_metadata = tuple(await call.trailing_metadata())
+
+    async def _forward(
+        self, message: bytes, request: Request, caller: _Caller, replica: Replica, has_spare: bool
+    ) -> bytes:
+        """A replica's one answer to a unary request."""
+        request.replica = replica.url
+        call = replica.infer(message, timeout=caller.context.time_remaining(), metadata=caller.forwarded)
+        with replica.busy_with(call), _blaming(replica, request):
+            response = await call
+            request.spans_ns["first_byte"] = time.monotonic_ns() - request.t_routed_ns
+            request.responses += 1
+            replica.responses += 1
+            request.trailing_metadata = tuple(await call.trailing_metadata())
+            if caller.explain:
+                response = wire.with_parameters(response, self._explanation(request), streamed=False)
+            self._set_trailing_metadata(caller, request)
+            return response
+
+    # --- what a client is told about its request ---
+
+    def _who(self, request: Request) -> dict[str, int | str]:
+        return {"er-gateway": self._index, "er-expert": request.expert, **request.span_metadata}
+
+    def _explanation(self, request: Request) -> dict[str, int | str]:
+        told = self._who(request) | {"er-replica": request.replica}
+        if self._distances is not None:
+            told["er-distances"] = ",".join(f"{distance:.6g}" for distance in self._distances(request.prompt))
+        return told
+
+    def _set_trailing_metadata(self, caller: _Caller, request: Request) -> None:
+        if caller.explain and request.expert >= 0:
+            ours = self._explanation(request)
+        else:
+            ours = {name: ns for name, ns in request.span_metadata.items() if name == "er-first-byte-ns"}
+        caller.context.set_trailing_metadata((*request.trailing_metadata, *_pairs(ours)))
+
+    # --- everything else ---
+
+    async def _live(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        return pb.ServerLiveResponse(live=True).SerializeToString()
+
+    async def _ask(self, question: str, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Ask one server after the other until one answers."""
+        last = Failure(StatusCode.UNAVAILABLE, "all experts are down")
+        for expert in [] if self._is_draining else self.experts:
+            replica = expert.choose()
+            if replica is None:
+                continue
+            try:
+                return await replica.ask(question)(message, timeout=context.time_remaining())
+            except grpc.aio.AioRpcError as error:
+                last = Failure(error.code(), error.details() or "")
+                if error.code() is not StatusCode.UNAVAILABLE:
+                    break
+                replica.suspect()
+        await context.abort(last.code, last.details)
+        raise last
+
+    async def _statistics(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Statistics of all live servers, one entry each."""
+        servers = [replica for expert in self.experts for replica in expert.replicas if replica.is_up]
+        calls = [replica.ask("ModelStatistics")(message, timeout=context.time_remaining()) for replica in servers]
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        good = [reply for reply in replies if isinstance(reply, bytes)]
+        if not good:
+            await self._ask("ModelStatistics", message, context)
+        return b"".join(good)  # serialised messages one behind the other are one that has the elements of all
+
+
+@contextlib.contextmanager
+def _blaming(replica: Replica, request: Request) -> Iterator[None]:
+    """What goes wrong between a replica and us, as what the client is told."""
+    who = f"expert {request.expert}"
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        if error.code() in _SERVER_AT_FAULT:
+            replica.suspect()
+        raise Failure(error.code(), f"{who} failed: {error.details()}") from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # our client has gone
+            raise
+        raise Failure(StatusCode.UNAVAILABLE, f"{who} has fallen silent and is given up") from None
+
+
+def _pairs(metadata: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, str(value)) for name, value in metadata.items())

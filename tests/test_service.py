@@ -1,0 +1,418 @@
+"""A gateway changes nothing that passes through it, and answers what a Triton client asks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_client
+import tritonclient.grpc.aio as triton_client_aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from standin_expert import eventually, front, response, setting, standin
+from tritonclient.grpc import service_pb2 as pb
+
+from erlib import wire
+
+PROMPT = wire.encode_request("0 hello", 5, request_id="7")
+CAT = "a 猫 and a 🦁".encode()
+
+# --- relay ------------------------------------------------------------------------------------------------------
+
+
+def relayed(responses: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """What the client gets, and what the expert got."""
+
+    async def run():
+        async with standin(lambda _: responses) as expert, front(expert.url) as gateway:
+            got = [message async for message in gateway.stream(PROMPT)]
+            return got, [seen.message for seen in expert.requests]
+
+    return asyncio.run(run())
+
+
+RESPONSES = {
+    "none": [],
+    "one": [response(b"a", 1)],
+    "empty messages": [b"", b"", b""],
+    "empty text": [response(b"", 1), response(b"", 2)],
+    "NUL": [b"\x00", response(b"\x00a\x00", 1), b"\x00\x00"],
+    "characters cut in the middle": [response(CAT[i : i + 1], i) for i in range(len(CAT))],
+    "no protobuf at all": [bytes(range(256)), b"\xff" * 1000],
+    "large": [response(b"x" * (5 << 20), 1), response(b"y" * (9 << 20), 2)],
+    "many": [response(str(i).encode(), i) for i in range(2000)],
+}
+
+
+@pytest.mark.parametrize("responses", RESPONSES.values(), ids=RESPONSES)
+def test_every_byte_arrives_in_order(responses):
+    got, expert_got = relayed(responses)
+    assert got == responses
+    assert expert_got == [PROMPT]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.binary(max_size=300) | st.text().map(str.encode), max_size=30))
+def test_whatever_the_expert_sends_arrives_as_it_was(responses):
+    assert relayed(responses)[0] == responses
+
+
+def test_a_request_reaches_the_expert_as_it_was_sent():
+    """Unknown fields, parameters, other inputs, sequence ids: all that the gateway knows nothing of."""
+    request = pb.ModelInferRequest.FromString(PROMPT)
+    request.parameters["sequence_id"].int64_param = 3
+    request.parameters["custom"].string_param = "x"
+    request.inputs.add(name="top_k", datatype="INT32", shape=[1, 1])
+    request.raw_input_contents.append(b"\x05\x00\x00\x00")
+    request.outputs.add(name="text_output")
+    unknown = request.SerializeToString() + b"\xfa\x3f\x03abc" + b"\xf8\x3f\x07"  # fields 1023
+    reordered = b"\xfa\x3f\x03abc" + PROMPT
+
+    async def run():
+        async with setting(1) as (gateway, (expert,)):
+            for message in (unknown, reordered):
+                assert len([one async for one in gateway.stream(message)]) == 3
+            return [seen.message for seen in expert.requests]
+
+    assert asyncio.run(run()) == [unknown, reordered]
+
+
+def test_metadata_pass_both_ways():
+    sent = (("traceparent", "00-ab"), ("token-bin", b"\x00\xfe"), ("er-sent-ns", "5"), ("triton_grpc_error", "false"))
+
+    async def run():
+        async with setting(1) as (gateway, (expert,)):
+            call = gateway.stream(PROMPT, metadata=sent)
+            assert len([one async for one in call]) == 3
+            unary = gateway.channel.unary_unary(wire.INFER)(PROMPT, metadata=sent)
+            await unary
+            return (
+                [seen.metadata for seen in expert.requests],
+                [dict(await one.trailing_metadata()) for one in (call, unary)],
+            )
+
+    there, back = asyncio.run(run())
+    for metadata in there:
+        assert metadata.items() >= {
+            ("traceparent", "00-ab"),
+            ("token-bin", b"\x00\xfe"),
+            ("triton_grpc_error", "false"),
+        }
+        assert not any(name.startswith("er-") for name in metadata)
+    for metadata in back:
+        assert metadata["from-expert"] == "yes"
+        assert metadata["binary-bin"] == b"\x00\xff"
+
+
+def test_many_requests_share_one_stream_and_each_keeps_its_order():
+    n = 60
+
+    async def run():
+        async with setting(1, 1, 1) as (gateway, _):
+            messages = [
+                wire.encode_request(f"{i % 3} n={i % 7} gap=0.00{i % 4}", 1, request_id=str(i)) for i in range(n)
+            ]
+            return [pb.ModelStreamInferResponse.FromString(one) async for one in gateway.stream(*messages)]
+
+    numbers: dict[str, list[int]] = {}
+    for reply in asyncio.run(run()):
+        token = int.from_bytes(reply.infer_response.raw_output_contents[1], "little")
+        numbers.setdefault(reply.infer_response.id, []).append(token)
+    assert numbers == {str(i): list(range(i % 7)) for i in range(n) if i % 7}
+
+
+def test_one_bad_request_of_a_stream_does_not_disturb_the_others():
+    bad = [b"\xff\xff", wire.encode_request("  ", 1), wire.encode_request("0 fail_after=1", 1, request_id="f")]
+
+    async def run():
+        async with setting(1) as (gateway, _):
+            good = [wire.encode_request("0 n=9 gap=0.01", 1, request_id=f"good {i}") for i in range(2)]
+            stream = gateway.stream(good[0], *bad, good[1])
+            return [pb.ModelStreamInferResponse.FromString(one) async for one in stream]
+
+    replies = asyncio.run(run())
+    errors = sorted(reply.error_message for reply in replies if reply.error_message)
+    assert [error.partition(":")[0] for error in errors] == ["INVALID_ARGUMENT", "INVALID_ARGUMENT", "UNAVAILABLE"]
+    ids = [reply.infer_response.id for reply in replies if not reply.error_message]
+    assert [ids.count(name) for name in ("good 0", "good 1", "f")] == [9, 9, 1]
+
+
+# --- deadlines and cancellation ---------------------------------------------------------------------------------
+
+
+def test_the_deadline_is_passed_on_less_the_time_spent():
+    def slow(prompt):
+        time.sleep(0.2)
+        return 0, (0, 0, 0)
+
+    async def run():
+        async with setting(1, route=slow) as (gateway, (expert,)):
+            await gateway.ask("0 n=1", timeout=5)
+            await gateway.ask("0 n=1")
+            await gateway.channel.unary_unary(wire.INFER)(PROMPT, timeout=5)
+            return [seen.time_remaining_s for seen in expert.requests]
+
+    streamed, unlimited, unary = asyncio.run(run())
+    for remaining_s in (streamed, unary):  # gRPC rounds to two or three digits
+        assert 4.0 < remaining_s < 4.85
+    assert unlimited is None
+
+
+def test_a_passed_deadline_ends_the_request_everywhere():
+    async def run():
+        async with setting(1) as (gateway, (expert,)):
+            for prompt in ("0 first=60", "0 n=1000 gap=0.05"):
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await gateway.ask(prompt, timeout=0.3)
+                assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            await eventually(lambda: [seen.end for seen in expert.requests] == ["cancelled"] * 2, 1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("orders", ["first=60", "n=10000 gap=0.01", "n=100000"])
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_a_client_that_leaves_is_noticed_by_the_expert_within_100_ms(orders, how):
+    async def run():
+        async with setting(1) as (gateway, (expert,)):
+            late_ms = []
+            for i in range(5):
+                channel = grpc.aio.insecure_channel(gateway.url, options=wire.CHANNEL_OPTIONS)
+                call = channel.stream_stream(wire.STREAM_INFER)()
+                await call.write(wire.encode_request(f"0 {orders}", 1))
+                if "first" not in orders:
+                    await call.read()
+                await eventually(lambda i=i: len(expert.requests) == i + 1)
+                await asyncio.sleep(0.01 * i)
+                left_s = time.monotonic()
+                if how == "cancel":
+                    call.cancel()
+                else:
+                    await channel.close()
+                await eventually(lambda: all(seen.end == "cancelled" for seen in expert.requests), 2)
+                late_ms.append((expert.requests[-1].t_end_s - left_s) * 1e3)
+                await channel.close()
+            return late_ms
+
+    assert max(asyncio.run(run())) < 100
+
+
+@pytest.mark.parametrize("code", ["CANCELLED", "UNAVAILABLE", "RESOURCE_EXHAUSTED"])
+@pytest.mark.parametrize("as_status", [True, False])
+def test_an_expert_that_gives_up_is_noticed_by_the_client_within_100_ms(code, as_status):
+    """As an in-stream error, behind the responses that came before it, or, if asked for, as the stream's status."""
+    metadata = (("triton_grpc_error", "true"),) if as_status else ()
+
+    async def run():
+        async with setting(1) as (gateway, (expert,)):
+            call = gateway.stream(wire.encode_request(f"0 n=9 fail_after=3 code={code}", 1), metadata=metadata)
+            got = []
+            try:
+                async for one in call:
+                    got.append(wire.decode_response(one))
+                noticed_s = time.monotonic()
+            except grpc.aio.AioRpcError as error:
+                noticed_s = time.monotonic()
+                got.append(wire.Response(f"{error.code().name}: {error.details()}", b"", ()))
+            status = await call.code()
+            return got, status, noticed_s - expert.requests[0].t_end_s
+
+    got, status, late_s = asyncio.run(run())
+    assert [one.text for one in got] == [b"tt"] * 3 + [b""]
+    assert got[-1].error == f"{code}: expert 0 failed: as ordered"
+    assert status is (grpc.StatusCode[code] if as_status else grpc.StatusCode.OK)
+    assert late_s < 0.1
+
+
+# --- what else a client may ask ---------------------------------------------------------------------------------
+
+
+def test_unary_inference_is_routed_and_its_status_is_the_experts():
+    reply = pb.ModelInferResponse(model_name="ensemble", id="9").SerializeToString() + b"\xfa\x3f\x03abc"
+
+    async def run():
+        async with standin() as zero, standin(lambda _: [reply]) as one, front(f"{zero.url},{one.url}") as gateway:
+            infer = gateway.channel.unary_unary(wire.INFER)
+            assert await infer(wire.encode_request("1", 1)) == reply
+            assert (len(zero.requests), len(one.requests)) == (0, 1)
+            for prompt, code in (("1 fail_after=0 code=UNIMPLEMENTED", "UNIMPLEMENTED"), (" ", "INVALID_ARGUMENT")):
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await infer(wire.encode_request(prompt, 1))
+                assert error.value.code() is grpc.StatusCode[code]
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await infer(PROMPT.replace(b"ensemble", b"assemble"))
+            assert error.value.code() is grpc.StatusCode.NOT_FOUND
+
+    asyncio.run(run())
+
+
+def test_questions_are_answered_by_any_live_server_and_orders_by_none():
+    async def run():
+        async with setting(1, 1) as (gateway, stand_ins):
+            ask = {
+                name: gateway.channel.unary_unary(f"/{wire.SERVICE}/{name}")
+                for name in [method.name for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods]
+            }
+            metadata = pb.ModelMetadataResponse.FromString(await ask["ModelMetadata"](b""))
+            assert metadata.platform == stand_ins[0].url
+            for orders in ("0", "1", "1"):
+                await gateway.ask(orders)
+            statistics = pb.ModelStatisticsResponse.FromString(await ask["ModelStatistics"](b""))
+            assert [model.inference_count for model in statistics.model_stats] == [1, 2]
+            for name in ("RepositoryModelUnload", "SystemSharedMemoryRegister", "TraceSetting", "LogSettings"):
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await ask[name](b"")
+                assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert not {"RepositoryModelUnload", "TraceSetting"} & {q for one in stand_ins for q in one.questions}
+
+    asyncio.run(run())
+
+
+def test_health_and_reflection_are_the_standard_services():
+    async def run():
+        async with setting(1) as (gateway, _):
+            stub = health_pb2_grpc.HealthStub(gateway.channel)
+            for name in ("", wire.SERVICE):
+                reply = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+            def reflect():
+                with grpc.insecure_channel(gateway.url) as channel:
+                    database = ProtoReflectionDescriptorDatabase(channel)
+                    return list(database.get_services()), database.FindFileContainingSymbol(wire.SERVICE)
+
+            services, file = await asyncio.to_thread(reflect)
+            assert {wire.SERVICE, "grpc.health.v1.Health"} <= set(services)
+            assert "ModelStreamInfer" in [method.name for method in file.service[0].method]
+
+    asyncio.run(run())
+
+
+def _inputs(client, prompt: str) -> list:
+    inputs = []
+    for name, value, datatype in (
+        ("text_input", np.array([[prompt.encode()]], dtype=np.object_), "BYTES"),
+        ("max_tokens", np.array([[7]], np.int32), "INT32"),
+    ):
+        inputs.append(client.InferInput(name, [1, 1], datatype))
+        inputs[-1].set_data_from_numpy(value)
+    return inputs
+
+
+def test_tritons_own_client_works_unchanged():
+    def use(url: str) -> list[tuple[str, str]]:
+        replies, done = [], threading.Event()
+
+        def callback(result, error):
+            replies.append((result.get_response().id, "") if error is None else ("", error.message()))
+            if len(replies) == 7:
+                done.set()
+
+        with triton_client.InferenceServerClient(url) as client:
+            assert client.is_server_live()
+            assert client.is_server_ready()
+            assert client.is_model_ready("ensemble")
+            assert client.get_server_metadata().name == "triton"
+            assert client.get_model_metadata("ensemble").name == "ensemble"
+            client.get_model_config("ensemble")
+            assert client.get_inference_statistics("ensemble").model_stats[0].name == "ensemble"
+            client.start_stream(callback)
+            for number in range(2):
+                client.async_stream_infer("ensemble", _inputs(triton_client, f"{number} n=3"), request_id=str(number))
+            client.async_stream_infer("ensemble", _inputs(triton_client, " "), request_id="bad")
+            assert done.wait(10)
+        return sorted(replies)
+
+    async def run():
+        async with setting(1, 1) as (gateway, _):
+            return await asyncio.to_thread(use, gateway.url)
+
+    assert asyncio.run(run()) == [("", "INVALID_ARGUMENT: text_input is empty")] + [("0", "")] * 3 + [("1", "")] * 3
+
+
+def test_tritons_own_asyncio_client_works_unchanged():
+    async def run():
+        async with setting(1, 1) as (gateway, _), triton_client_aio.InferenceServerClient(gateway.url) as client:
+            assert await client.is_model_ready("ensemble")
+
+            async def requests():
+                for number in range(4):
+                    yield {"model_name": "ensemble", "inputs": _inputs(triton_client_aio, f"{number % 2} n=5")}
+
+            return [(result is None, error) async for result, error in client.stream_infer(requests())]
+
+    assert asyncio.run(run()) == [(False, None)] * 20
+
+
+# --- explanations -----------------------------------------------------------------------------------------------
+
+
+def test_who_asks_is_told_how_the_request_was_routed():
+    async def run():
+        distances = {"distances": lambda prompt: [float(len(prompt)), 0.25]}
+        async with setting(1, 2, **distances) as (gateway, stand_ins):
+            messages = [wire.encode_request(prompt, 1, request_id=prompt[:1]) for prompt in ("1 n=2", "0   n=2")]
+            call = gateway.stream(*messages, metadata=(("er-explain", "1"), ("er-sent-ns", str(time.monotonic_ns()))))
+            replies = [pb.ModelStreamInferResponse.FromString(one).infer_response async for one in call]
+            trailing = dict(await call.trailing_metadata())
+            silent = [pb.ModelStreamInferResponse.FromString(one) async for one in gateway.stream(messages[0])]
+            return replies, trailing, silent, [one.url for one in stand_ins]
+
+    replies, trailing, silent, urls = asyncio.run(run())
+    first = {reply.id: reply.parameters for reply in reversed(replies)}
+    assert first["1"]["er-expert"].int64_param == 1
+    assert first["0"]["er-expert"].int64_param == 0
+    assert first["0"]["er-replica"].string_param == urls[0]
+    assert first["1"]["er-replica"].string_param in urls[1:]
+    assert first["1"]["er-distances"].string_param == "5,0.25"
+    assert first["0"]["er-distances"].string_param == "7,0.25"
+    assert [first["1"][f"er-{span}-ns"].int64_param for span in ("vectorise", "svd", "kmeans")] == [1, 2, 3]
+    assert all(first["1"][f"er-{span}-ns"].int64_param > 0 for span in ("queue", "forward", "first-byte"))
+    explained = [reply for reply in replies if reply.parameters]
+    assert len(explained) == 2
+    assert trailing["er-expert"] == "1"
+    assert trailing["er-distances"] == "5,0.25"
+    assert trailing["er-first-byte-ns"] == str(first["1"]["er-first-byte-ns"].int64_param)
+    assert not any(reply.infer_response.parameters for reply in silent)
+
+
+def test_an_explained_response_keeps_what_is_unknown():
+    strange = response(b"a", 1) + b"\xfa\x3f\x03abc"
+
+    async def run():
+        async with standin(lambda _: [strange]) as expert, front(expert.url) as gateway:
+            return [one async for one in gateway.stream(PROMPT, metadata=(("er-explain", "1"),))]
+
+    (got,) = asyncio.run(run())
+    assert b"\xfa\x3f\x03abc" in got
+    assert wire.decode_response(got) == wire.decode_response(strange)
+
+
+def test_distances_are_those_to_the_centres(router):
+    from erlib import gateway
+    from erlib.clusterer import Clusterer
+
+    model = Clusterer.load(router)
+    prompt = "The goalie stopped thirty shots and the team went home with two points"
+    distances = gateway.distances_with(model)(prompt)
+    assert len(distances) == model.n_clusters
+    assert int(np.argmin(distances)) == model.route(prompt)[0]
+
+
+def test_a_router_that_fails_is_an_internal_error_of_that_request_alone(caplog):
+    async def run():
+        async with setting(1) as (gateway, _):
+            (failed,) = await gateway.ask("no number at all")
+            return failed, await gateway.ask("0 n=2")
+
+    failed, good = asyncio.run(run())
+    assert failed.error == "INTERNAL: the gateway failed; its log says why"
+    assert len(good) == 2
+    assert "invalid literal" in caplog.text
