@@ -23,3 +23,9 @@ Modules are listed in the order in which data flows through them; each imports o
     canvas, figures, workbench                looks and provenance; the papers' figures and tables; our own
     evidence, predicates, claims, gallery     what the papers claim, checked; all of it on one page
 """
+
+import os
+
+# We fork only to start other programs. gRPC, which would rather have a fork go on with gRPC, may crash it on its way
+# there; it has to be told before it is imported.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -74,7 +74,9 @@ class Replica:
             if credentials is None
             else grpc.aio.secure_channel(url, credentials, options=CHANNEL_OPTIONS)
         )
-        self.stream_infer = self._channel.stream_stream(wire.STREAM_INFER)
+        # On the wire, a stream of one request. gRPC sends it in one go, and if the server is lost, it says so, where it
+        # would sometimes tell a call that is still writing nothing but "Internal error from Core".
+        self.stream_infer = self._channel.unary_stream(wire.STREAM_INFER)
         self.infer = self._channel.unary_unary(wire.INFER)
         self._examination: asyncio.Task[None] | None = None
         self._seen_silent: tuple[Call, int] | None = None
@@ -140,7 +142,7 @@ class Replica:
             return False
         if not (pb.ServerReadyResponse.FromString(reply).ready and infer):
             return pb.ServerReadyResponse.FromString(reply).ready
-        canary = self.stream_infer(iter([CANARY]), timeout=CANARY_TIMEOUT_S)
+        canary = self.stream_infer(CANARY, timeout=CANARY_TIMEOUT_S)
         try:
             return not any([wire.is_error(response) async for response in canary])
         except grpc.aio.AioRpcError as error:

@@ -33,6 +33,9 @@ from erlib.telemetry import Telemetry
 if TYPE_CHECKING:
     from erlib import stock
 
+_SETTLE_S = 0.5
+"""The last requests' status has been sent within this time."""
+
 
 def classify_with(model: Clusterer | stock.Router) -> Route:
     """The papers' policy: the expert of the prompt's cluster."""
@@ -104,10 +107,13 @@ async def serving(
     finally:
         watching.cancel()
         await standing.enter_graceful_shutdown()
-        stopped = asyncio.create_task(server.stop(drain_s))  # no new connections from now on
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(gateway.drain(), drain_s)
-        await server.stop(None)  # streams that their clients only keep open
+        gateway.drain()
+        stopped = asyncio.create_task(server.stop(drain_s))  # no new streams from now on
+        idle_s = 0.0
+        while not stopped.done() and idle_s < _SETTLE_S:
+            await asyncio.wait({stopped}, timeout=0.05)
+            idle_s = 0.0 if gateway.is_busy else idle_s + 0.05
+        await server.stop(None)  # what is left are streams that their clients merely keep open
         await stopped
         for expert in gateway.experts:
             for replica in expert.replicas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,34 +12,55 @@ from pathlib import Path
 from erlib import processes
 from erlib.processes import StartError
 
-# Every limit whose default would cut a long streaming run short is set: 60 s read timeouts (a queued request may wait
-# longer for its first token), 128 concurrent streams, 1,000 requests a connection, retries.
+# Every limit whose default would break a long streaming run of many users is set, with the reason beside it.
 _CONFIG = """\
 worker_processes 1;  # one worker, so that round robin is exact
+worker_rlimit_nofile {open_files};  # a stream takes a connection to its gateway; 1,024 by default
 daemon off;
 pid "{run}/nginx.pid";
 error_log stderr warn;
-events {{ worker_connections 16384; }}
+events {{ worker_connections 16384; }}  # clients' and gateways' together
 http {{
   access_log off;
   client_body_temp_path "{run}/body"; proxy_temp_path "{run}/proxy"; fastcgi_temp_path "{run}/fastcgi";
   uwsgi_temp_path "{run}/uwsgi"; scgi_temp_path "{run}/scgi";
   upstream gateways {{
+    # max_fails=0: a gateway that is being restarted refuses connections, which costs nothing. To leave it alone for ten
+    # seconds after the first, as by default, would leave nobody where one after the other is restarted.
 {servers}
-    keepalive 1024;
+    keepalive 1024;  # idle connections kept: a burst of streams finds them open
+    keepalive_requests 1000000000;  # 1,000 by default, then the connection is closed
+    keepalive_timeout 1h;  # 60 s by default
   }}
   server {{
     listen {host}:{port} http2;
-    http2_max_concurrent_streams 8192;
-    keepalive_requests 1000000000;
-    keepalive_timeout 24h;
-    client_max_body_size 64m;
-    client_body_timeout 24h;
-    grpc_read_timeout 24h;
-    grpc_send_timeout 24h;
-    grpc_next_upstream off;
-    grpc_socket_keepalive on;
+    http2_max_concurrent_streams 8192;  # 128 by default: the next stream of a client's connection would wait
+    keepalive_requests 1000000000;  # 1,000 streams by default, then the client's connection is closed
+    keepalive_timeout 24h;  # 75 s by default: a client that thinks longer would have to connect again
+    client_header_timeout 60s;  # the default: metadata come at once
+    client_body_timeout 24h;  # 60 s by default: a stream that stays open sends nothing between its requests
+    client_max_body_size 0;  # 1 MB by default; the body is all requests of a stream. Gateways limit each of them
+    send_timeout 1h;  # 60 s by default: a slow client may take longer to make room for the next write
+    grpc_connect_timeout 5s;  # 60 s by default: a gateway that does not answer is left to the others sooner
+    grpc_read_timeout 24h;  # 60 s by default: a queued request may wait longer for its first token
+    grpc_send_timeout 24h;  # 60 s by default: as for client_body_timeout
+    grpc_buffer_size 64k;  # 4k by default: metadata that explain a routing decision must fit
+    grpc_socket_keepalive on;  # a gateway's host that has gone is noticed
+    # A gateway that refuses the connection has seen nothing of the request: the next one gets it. Nothing that was sent
+    # is sent again, whatever happens to it: a POST is not, unless "non_idempotent" stood here.
+    grpc_next_upstream error timeout;
+    grpc_next_upstream_tries 0;
+    grpc_set_header x-real-ip $remote_addr;  # the gateways' limits are per client
     location / {{ grpc_pass grpc://gateways; }}
+    # What NGINX itself has to refuse is said in gRPC's terms: UNAVAILABLE.
+    error_page 502 503 504 = /unavailable;
+    location = /unavailable {{
+      internal;
+      default_type application/grpc;
+      add_header grpc-status 14 always;
+      add_header grpc-message "no gateway answers" always;
+      return 204;
+    }}
   }}
 }}
 """
@@ -72,7 +94,8 @@ class Nginx:
             run=self._run,
             host=host,
             port=port,
-            servers="\n".join(f"    server {upstream};" for upstream in upstreams),
+            open_files=min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+            servers="\n".join(f"    server {upstream} max_fails=0;" for upstream in upstreams),
         )
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -6,8 +6,8 @@ messages pass through as raw bytes, with the client's metadata and what is left 
 Metadata, all times in ns: a client may send ``er-sent-ns`` (its CLOCK_MONOTONIC, meaningful on one host). When it has
 forwarded the prompt, the gateway answers with ``er-gateway`` (which instance), ``er-expert`` and the spans
 ``er-queue-ns`` (client's send to prompt read), ``er-vectorise-ns``, ``er-svd-ns``, ``er-kmeans-ns`` and
-``er-forward-ns`` (classified to written to the expert); at the end follows ``er-first-byte-ns`` (written to the
-expert's first response). On a stream that carries several requests they describe the first one.
+``er-forward-ns`` (classified to handed to gRPC for the expert); at the end follows ``er-first-byte-ns`` (from there to
+the expert's first response). On a stream that carries several requests they describe the first one.
 
 A client that sends ``er-explain`` gets all that, with ``er-replica`` and ``er-distances`` (to the clusters' centres),
 as parameters of each request's first response and once more as trailing metadata.
@@ -46,7 +46,6 @@ _QUESTIONS = ["ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "M
 _SERVER_AT_FAULT = {StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS}
 _NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip")
 """What metadata that concern one hop alone begin with."""
-_FAREWELL_S = 0.2
 
 _Done = TypeVar("_Done")
 
@@ -69,6 +68,7 @@ class _Caller:
         self.forwarded = tuple(item for item in self.metadata.items() if not item[0].startswith(_NOT_FORWARDED))
         self.explain = "er-explain" in self.metadata
         self.ends_on_error = self.metadata.get("triton_grpc_error") == "true"
+        self.in_flight = 0
         self._has_begun = False
         self._one_writer = asyncio.Lock()  # gRPC takes one write at a time; requests of one stream interleave
 
@@ -122,8 +122,7 @@ class Gateway(grpc.GenericRpcHandler):
         self._peers = Peers(limits)
         self._behind_proxy = behind_proxy
         self._is_draining = False
-        self._requests = 0
-        self._streams = 0
+        self._callers: set[_Caller] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         method = handler_call_details.method
@@ -138,13 +137,14 @@ class Gateway(grpc.GenericRpcHandler):
         }.get(name)
         return grpc.unary_unary_rpc_method_handler(answer) if service == wire.SERVICE and answer else None
 
-    async def drain(self) -> None:
-        """Take no more requests; returns when those that are there are done."""
+    def drain(self) -> None:
+        """From now on do what streams that are already open have asked for, and no more."""
         self._is_draining = True
-        while self._requests:
-            await asyncio.sleep(0.02)
-        if self._streams:
-            await asyncio.sleep(_FAREWELL_S)  # for their status; what is still there then is merely kept open
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any stream waits for something; one that its client merely keeps open does not."""
+        return any(caller.in_flight for caller in self._callers)
 
     # --- inference ---
 
@@ -164,18 +164,20 @@ class Gateway(grpc.GenericRpcHandler):
         await context.abort(failure.code, failure.details)
 
     async def _read_requests(self, caller: _Caller) -> None:
-        in_flight = asyncio.Semaphore(self.limits.in_flight_per_stream)
+        room = asyncio.Semaphore(self.limits.in_flight_per_stream)
         first = True
         async with asyncio.TaskGroup() as requests:  # cancelled with this call, which frees the experts' slots
             while (message := await caller.context.read()) is not grpc.aio.EOF:
-                await in_flight.acquire()
+                await room.acquire()
                 task = requests.create_task(self._answer(message, Request("stream", caller.peer), caller, first))
-                task.add_done_callback(lambda _: in_flight.release())
+                task.add_done_callback(lambda _: room.release())
                 first = False
 
     async def _answer(self, message: bytes, request: Request, caller: _Caller, first: bool) -> None:
         """Do one request of a stream; `first`: it is the one that the call's metadata describe."""
         try:
+            if self._is_draining and not first:
+                raise Failure(StatusCode.UNAVAILABLE, "this gateway is shutting down")
             await self._run(message, request, caller, partial(self._relay, message, request, caller, first))
         except Failure as failure:
             if first and request.expert >= 0:
@@ -202,11 +204,11 @@ class Gateway(grpc.GenericRpcHandler):
     def _admitted(self, caller: _Caller) -> Iterator[None]:
         try:
             with self._peers.stream(caller.peer), self.telemetry.streams.track_inprogress():
-                self._streams += 1
+                self._callers.add(caller)
                 try:
                     yield
                 finally:
-                    self._streams -= 1
+                    self._callers.remove(caller)
         except Refused as refusal:
             raise Failure(StatusCode.RESOURCE_EXHAUSTED, str(refusal)) from None
 
@@ -223,7 +225,7 @@ class Gateway(grpc.GenericRpcHandler):
         ------
         Failure
         """
-        self._requests += 1
+        caller.in_flight += 1
         try:
             return await self._route_and_try(message, request, caller, attempt)
         except Failure as failure:
@@ -237,7 +239,7 @@ class Gateway(grpc.GenericRpcHandler):
             request.code = StatusCode.INTERNAL.name
             raise Failure(StatusCode.INTERNAL, "the gateway failed; its log says why") from None
         finally:
-            self._requests -= 1
+            caller.in_flight -= 1
             self.telemetry.note(request)
 
     async def _route_and_try(
@@ -247,8 +249,6 @@ class Gateway(grpc.GenericRpcHandler):
         caller: _Caller,
         attempt: Callable[[Replica, bool], Awaitable[_Done]],
     ) -> _Done:
-        if self._is_draining:
-            raise Failure(StatusCode.UNAVAILABLE, "this gateway is shutting down")
         try:
             self._peers.charge(caller.peer)
             request.id, request.prompt = wire.prompt_of(message, self.limits.prompt_bytes)
@@ -285,13 +285,9 @@ class Gateway(grpc.GenericRpcHandler):
     ) -> None:
         """Stream a replica's answer to the client, as it comes."""
         request.replica = replica.url
-        call = replica.stream_infer(timeout=caller.context.time_remaining(), metadata=caller.forwarded)
+        call = replica.stream_infer(prompt, timeout=caller.context.time_remaining(), metadata=caller.forwarded)
         with replica.busy_with(call), _blaming(replica, request):
-            try:
-                await call.write(prompt)
-                await call.done_writing()
-            except asyncio.InvalidStateError:
-                pass  # it is over already: reading says why
+            await asyncio.sleep(0)  # in which the call is handed to gRPC
             t_forwarded_ns = time.monotonic_ns()
             request.spans_ns["forward"] = t_forwarded_ns - request.t_routed_ns
             if first:

@@ -87,6 +87,9 @@ class StandIn(grpc.GenericRpcHandler):
         self.questions: list[str] = []
         self.url = ""
         self.is_ready = True
+        self.slots = 10**9
+        """Streams at a time; more are refused as by a server whose queue is full."""
+        self._busy = 0
         self.broken = ""
         """If not empty: the in-stream error that every inference gets, as from a server whose backend is dead."""
 
@@ -147,9 +150,16 @@ class StandIn(grpc.GenericRpcHandler):
                 seen.t_end_s = time.monotonic()
 
     async def _answer(self, message: bytes, context: grpc.aio.ServicerContext, seen: Seen) -> None:
-        if self.broken:
-            await context.write(wire.encode_error(self.broken))
+        if self.broken or self._busy >= self.slots:
+            await context.write(wire.encode_error(self.broken or "Exceeds maximum queue size"))
             return
+        self._busy += 1
+        try:
+            await self._do(message, context, seen)
+        finally:
+            self._busy -= 1
+
+    async def _do(self, message: bytes, context: grpc.aio.ServicerContext, seen: Seen) -> None:
         if self.answer is not None:
             for one in self.answer(message):
                 await context.write(one)
@@ -234,13 +244,19 @@ async def front(
 
 
 @asynccontextmanager
-async def setting(*n_replicas: int, **arguments) -> AsyncIterator[tuple[Front, list[StandIn]]]:
-    """A gateway in front of so many replicas of each expert; gives it and all stand-ins."""
+async def setting(
+    *n_replicas: int, before: Sequence[str] = (), **arguments
+) -> AsyncIterator[tuple[Front, list[StandIn]]]:
+    """A gateway in front of so many replicas of each expert; gives it and all stand-ins.
+
+    Expert 0 has those at the addresses `before`, too, as its first replicas.
+    """
     async with AsyncExitStack() as exits:
         groups = [[await exits.enter_async_context(standin()) for _ in range(n)] for n in n_replicas]
-        addresses = ",".join("|".join(one.url for one in group) for group in groups)
-        before = await exits.enter_async_context(front(addresses, **arguments))
-        yield before, [one for group in groups for one in group]
+        urls = [[one.url for one in group] for group in groups]
+        urls[0] = [*before, *urls[0]]
+        addresses = ",".join("|".join(group) for group in urls)
+        yield await exits.enter_async_context(front(addresses, **arguments)), [one for group in groups for one in group]
 
 
 async def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> float:

@@ -1,0 +1,666 @@
+"""What breaks, when, what should come of it and what does: every request ends with exactly one status.
+
+Each test notes what it has seen; together they are the fault matrix, written to ``data/runs/fault_matrix.md`` (or
+below ``ERLIB_HOME``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import psutil
+import pytest
+from conftest import BASE_PORT
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from standin_expert import eventually, first_word, setting, standin
+from tabulate import tabulate
+
+from erlib import experts, gateway, paths, processes, service, wire
+from erlib.limits import Limits
+from erlib.nginx import Nginx
+
+STANDIN = Path(__file__).with_name("standin_expert.py")
+NGINX_PORT = BASE_PORT + 400
+
+# --- how requests end -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Outcome:
+    """One request as its client saw it."""
+
+    expert: int
+    responses: int = 0
+    ends: list[str] = dataclasses.field(default_factory=list)
+    """What told the client that the request is over: in-stream errors and the call's status, if not OK."""
+    took_s: float = 0.0
+    longest_gap_s: float = 0.0
+
+    @property
+    def end(self) -> str:
+        """The one terminal status; ``OK`` is a call that ends well behind all its responses."""
+        assert len(self.ends) <= 1, f"more than one end: {self.ends}"
+        return self.ends[0].partition(":")[0] if self.ends else "OK"
+
+
+async def request(channel: grpc.aio.Channel, prompt: str, **arguments) -> Outcome:
+    """Send one prompt on a stream of its own and see how that ends."""
+    outcome = Outcome(int(prompt.split(maxsplit=1)[0]))
+    began_s = last_s = time.monotonic()
+    call = channel.unary_stream(wire.STREAM_INFER)(wire.encode_request(prompt, 1), **arguments)
+    try:
+        async for message in call:
+            outcome.longest_gap_s = max(outcome.longest_gap_s, time.monotonic() - last_s)
+            last_s = time.monotonic()
+            response = wire.decode_response(message)
+            if response.error:
+                outcome.ends.append(response.error)
+            else:
+                outcome.responses += 1
+    except grpc.aio.AioRpcError as error:
+        outcome.ends.append(f"{error.code().name}: {error.details()}")
+    outcome.took_s = time.monotonic() - began_s
+    return outcome
+
+
+def start(channel: grpc.aio.Channel, *prompts: str, **arguments) -> list[asyncio.Task[Outcome]]:
+    """Send all prompts now."""
+    return [asyncio.create_task(request(channel, prompt, **arguments)) for prompt in prompts]
+
+
+async def ended(tasks: list[asyncio.Task[Outcome]], within_s: float = 20.0) -> list[Outcome]:
+    """All outcomes: a request that does not end within `within_s` fails the test."""
+    return list(await asyncio.wait_for(asyncio.gather(*tasks), within_s))
+
+
+def ends(outcomes: list[Outcome], expert: int | None = None) -> dict[str, int]:
+    """How many requests (of one expert) ended how."""
+    return dict(Counter(one.end for one in outcomes if expert in (None, one.expert)))
+
+
+# --- the matrix -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def matrix() -> Iterator[list[dict[str, str]]]:
+    """Rows of the fault matrix; written down when all tests of this module are through."""
+    rows: list[dict[str, str]] = []
+    yield rows
+    paths.RUNS.mkdir(parents=True, exist_ok=True)
+    (paths.RUNS / "fault_matrix.md").write_text(tabulate(rows, headers="keys", tablefmt="github") + "\n")
+
+
+@pytest.fixture
+def note(matrix):
+    """Write a row: what was done, what should come of it, and how the requests ended."""
+
+    def write(fault: str, phase: str, expectation: str, outcomes: list[Outcome], remark: str = "") -> None:
+        seen = ", ".join(f"{n} {end}" for end, n in sorted(ends(outcomes).items()))
+        row = {"fault": fault, "phase": phase, "expectation": expectation}
+        matrix.append(row | {"requests": str(len(outcomes)), "seen": "; ".join(filter(None, [seen, remark]))})
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Breakers act within a second."""
+    monkeypatch.setattr(experts, "ABANDON_AFTER_S", 0.5)
+    monkeypatch.setattr(experts, "FRONT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(experts, "PROBE_AFTER_S", 0.05)
+    monkeypatch.setattr(experts, "PROBE_AT_MOST_AFTER_S", 0.2)
+
+
+# --- experts that are processes of their own, to be killed ------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Process:
+    """A stand-in expert as a process."""
+
+    def __init__(self, log: Path, port: int | None = None):
+        self.url = f"127.0.0.1:{port or free_port()}"
+        self.log = log
+        self.start()
+
+    def start(self) -> None:
+        self.process = processes.spawn([sys.executable, STANDIN, self.url], self.log, env={"PYTHONPATH": _PYTHONPATH})
+
+    def wait_ready(self) -> None:
+        port = int(self.url.rpartition(":")[2])
+        processes.wait_until(lambda: processes.listening(port), self.process, "stand-in", self.log, 60)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+_PYTHONPATH = os.pathsep.join([str(STANDIN.parent), str(paths.ROOT), os.environ.get("PYTHONPATH", "")])
+
+
+@contextlib.contextmanager
+def process_experts(n: int, log: Path) -> Iterator[list[Process]]:
+    running = [Process(log) for _ in range(n)]
+    try:
+        for one in running:
+            one.wait_ready()
+        yield running
+    finally:
+        processes.stop([one.process for one in running], grace_s=0)
+
+
+STEADY = ["1 n=20 gap=0.02", "2 n=20 gap=0.02"]
+"""Requests to two other experts, which nothing should disturb."""
+UNDISTURBED = {"OK": 2}
+
+
+@pytest.mark.parametrize("spare", [0, 1], ids=["alone", "with a spare replica"])
+@pytest.mark.parametrize(
+    ("phase", "prompt"),
+    [("before connecting", "0"), ("before the first response", "0 first=1.5"), ("mid-stream", "0 n=30 gap=0.05")],
+)
+def test_a_killed_expert_harms_only_its_own_requests(phase, prompt, spare, note, tmp_path):
+    """kill -9. What has had no response goes to a spare replica; what has had one ends UNAVAILABLE, not repeated."""
+
+    async def run(victim: Process) -> list[Outcome]:
+        async with setting(spare, 1, 1, before=[victim.url]) as (door, stand_ins):
+            if phase == "before connecting":
+                victim.kill()
+            tasks = start(door.channel, *[prompt] * 10, *STEADY)
+            if phase != "before connecting":
+                at_victim = door.gateway.experts[0].replicas[0].calls
+                await eventually(lambda: len(at_victim) == (5 if spare else 10))
+                await asyncio.sleep(0.3)
+                victim.kill()
+            outcomes = await ended(tasks, 10)
+            if spare:
+                assert len(stand_ins[0].requests) == (5 if phase == "mid-stream" else 10)
+            return outcomes
+
+    with process_experts(1, tmp_path / "experts.log") as (victim,):
+        outcomes = asyncio.run(run(victim))
+    lost = (5 if phase == "mid-stream" else 0) if spare else 10
+    assert ends(outcomes, 0) == {end: n for end, n in {"OK": 10 - lost, "UNAVAILABLE": lost}.items() if n}
+    assert ends(outcomes[10:]) == UNDISTURBED
+    assert all(one.took_s < 1.4 for one in outcomes if one.end == "UNAVAILABLE")
+    note(
+        f"expert killed, {'one spare replica' if spare else 'the only replica'}", phase,
+        f"{lost} of its 10 requests end UNAVAILABLE, the 2 of others complete", outcomes,
+    )  # fmt: skip
+
+
+def test_a_dead_expert_comes_back_without_costing_a_request(note, tmp_path):
+    """The breaker opens with the first failure, refuses at once, and closes when a canary has been answered."""
+
+    async def run(victim: Process) -> list[Outcome]:
+        async with setting(0, 1, before=[victim.url]) as (door, _):
+            replica = door.gateway.experts[0].replicas[0]
+            assert ends(await ended(start(door.channel, "0"))) == {"OK": 1}
+            victim.kill()
+            first = await ended(start(door.channel, "0"))
+            await eventually(lambda: not replica.is_up)
+            refused = await ended(start(door.channel, *["0"] * 20))
+            assert all(one.took_s < 0.2 for one in refused)
+            victim.start()
+            await eventually(lambda: replica.is_up, 20)
+            return first + refused + await ended(start(door.channel, *["0"] * 20))
+
+    with process_experts(1, tmp_path / "experts.log") as (victim,):
+        outcomes = asyncio.run(run(victim))
+    assert ends(outcomes[:21]) == {"UNAVAILABLE": 21}
+    assert ends(outcomes[21:]) == {"OK": 20}
+    note("expert killed and restarted", "between requests", "21 UNAVAILABLE while it is gone, then 20 OK", outcomes)
+
+
+@pytest.mark.parametrize("spare", [0, 1], ids=["alone", "with a spare replica"])
+def test_a_dead_backend_behind_a_healthy_front_is_found_by_the_canary(spare, note):
+    """The server goes on saying that it is ready, as Triton does, and every inference fails."""
+
+    async def run():
+        async with setting(1 + spare, 1, 1) as (door, stand_ins):
+            replica = door.gateway.experts[0].replicas[0]
+            stand_ins[0].broken = "Stub process is not healthy"
+            before = []
+            while replica.is_up:  # while the canary is under way, requests get the server's own error
+                before += await ended(start(door.channel, "0"))
+            after = await ended(start(door.channel, *["0"] * 10, *STEADY))
+            stand_ins[0].broken = ""
+            await eventually(lambda: replica.is_up)
+            repaired = await ended(start(door.channel, *["0"] * 10))
+            assert sum(len(one.requests) for one in stand_ins[: 1 + spare]) >= 10
+            return before, after, repaired
+
+    before, after, repaired = asyncio.run(run())
+    assert len(before) <= 10
+    assert ends(before) == ({"OK": len(before)} if spare else {"Stub process is not healthy": len(before)})
+    assert ends(after, 0) == {"OK" if spare else "UNAVAILABLE": 10}
+    assert ends(after[10:]) == UNDISTURBED
+    assert ends(repaired) == {"OK": 10}
+    note(
+        f"dead backend, {'one spare replica' if spare else 'the only replica'}", "before the first response",
+        "all OK" if spare else "the server's error until a canary has failed, then UNAVAILABLE; OK once repaired",
+        before + after + repaired,
+    )  # fmt: skip
+
+
+def test_an_error_that_is_the_requests_own_fault_does_not_open_the_breaker(note):
+    async def run():
+        async with setting(1) as (door, (expert,)):
+            outcomes = []
+            for _ in range(20):
+                outcomes += await ended(start(door.channel, "0 error=too-long", "0"))
+                assert door.gateway.experts[0].replicas[0].is_up
+            assert len(expert.seen) > len(expert.requests)  # canaries have been sent
+            return outcomes
+
+    outcomes = asyncio.run(run())
+    assert ends(outcomes) == {"too-long": 20, "OK": 20}
+    note("expert refuses a request", "before the first response", "20 refused as it says, 20 others OK", outcomes)
+
+
+def test_a_full_queue_refuses_some_and_opens_no_breaker(note):
+    """What streams goes on; a spare replica takes what the first refuses."""
+
+    async def run(spare: int):
+        async with setting(1 + spare) as (door, stand_ins):
+            stand_ins[0].slots = 5
+            outcomes = await ended(start(door.channel, *["0 n=20 gap=0.02"] * 12))
+            assert all(replica.is_up for replica in door.gateway.experts[0].replicas)
+            return outcomes
+
+    alone, with_spare = asyncio.run(run(0)), asyncio.run(run(1))
+    assert ends(alone) == {"OK": 5, "Exceeds maximum queue size": 7}
+    assert ends(with_spare) == {"OK": 12}
+    note("full queue, the only replica", "before the first response", "7 of 12 refused as it says", alone)
+    note("full queue, one spare replica", "before the first response", "all OK", with_spare)
+
+
+def test_a_slow_expert_is_waited_for(note):
+    """Slow is not dead: it answers when asked whether it is ready."""
+
+    async def run():
+        async with setting(1, 1, 1, silence_s=0.1) as (door, (expert, *_)):
+            tasks = start(door.channel, *["0 first=1.5"] * 5, "0 n=3 gap=0.7", *STEADY)
+            await eventually(lambda: "ServerReady" in expert.questions)
+            outcomes = await ended(tasks)
+            assert door.gateway.experts[0].replicas[0].is_up
+            assert len(expert.seen) == 6  # no canary, which would only stand in line
+            return outcomes
+
+    outcomes = asyncio.run(run())
+    assert ends(outcomes) == {"OK": 8}
+    note("expert slow", "before the first response, mid-stream", "all OK", outcomes)
+
+
+@pytest.mark.parametrize("phase", ["before the first response", "mid-stream"])
+def test_a_frozen_expert_is_given_up_and_taken_back(phase, note, tmp_path):
+    """SIGSTOP: its connections stay, but it does not even say whether it is ready. A deadline is kept anyway."""
+    prompt = "0 first=0.5" if phase == "before the first response" else "0 n=60 gap=0.05"
+
+    async def run(victim: Process):
+        async with setting(0, 1, 1, before=[victim.url], silence_s=0.5) as (door, _):
+            replica = door.gateway.experts[0].replicas[0]
+            tasks = start(door.channel, *[prompt] * 5, *STEADY) + start(door.channel, prompt, timeout=0.8)
+            await eventually(lambda: len(replica.calls) == 6)
+            await asyncio.sleep(0.2)
+            victim.signal(signal.SIGSTOP)
+            outcomes = await ended(tasks, 10)
+            assert not replica.is_up
+            victim.signal(signal.SIGCONT)
+            await eventually(lambda: replica.is_up)
+            return outcomes, await ended(start(door.channel, *["0"] * 5))
+
+    with process_experts(1, tmp_path / "experts.log") as (victim,):
+        outcomes, later = asyncio.run(run(victim))
+    assert ends(outcomes, 0) == {"UNAVAILABLE": 5, "DEADLINE_EXCEEDED": 1}
+    assert ends(outcomes[5:7]) == UNDISTURBED
+    assert ends(later) == {"OK": 5}
+    note(
+        "expert frozen, then thawed", phase,
+        "5 UNAVAILABLE, 1 with a deadline DEADLINE_EXCEEDED; 2 of others and 5 later ones OK", outcomes + later,
+    )  # fmt: skip
+
+
+# --- clients ----------------------------------------------------------------------------------------------------
+
+
+class Line:
+    """A way to a server on which answers may be made to trickle, and which may be cut."""
+
+    def __init__(self, url: str):
+        self.url = ""
+        self.bytes_per_s = 1e9
+        self._to = url.split(":")
+        self._connections: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> Line:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Reset all connections."""
+        for connection in self._connections:
+            connection.transport.abort()
+
+    async def _serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        there = socket.socket()
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # else megabytes wait here
+        there.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(there, (self._to[0], int(self._to[1])))
+        server, to_server = await asyncio.open_connection(sock=there, limit=4096)
+        self._connections += [to_server, to_client]
+        with contextlib.suppress(ConnectionError):
+            await asyncio.gather(self._pass(client, to_server, False), self._pass(server, to_client, True))
+
+    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, slowly: bool) -> None:
+        while data := await source.read(1 if slowly and self.bytes_per_s < 1000 else 65536):
+            sink.write(data)
+            if slowly:
+                await asyncio.sleep(len(data) / self.bytes_per_s)
+
+
+def test_a_slow_client_slows_nobody_else_and_fills_no_memory(note):
+    """It takes 1 byte per second of 200 MB. Its expert's responses wait where they are made."""
+
+    async def run():
+        async with setting(1) as (door, (expert,)), Line(door.url) as line:
+            alone = await ended(start(door.channel, *["0 n=50 gap=0.01"] * 20))
+            before = psutil.Process().memory_info().rss
+            async with grpc.aio.insecure_channel(line.url, options=wire.CHANNEL_OPTIONS) as channel:
+                await channel.channel_ready()
+                slow = start(channel, "0 n=2000 bytes=100000", timeout=4)
+                await eventually(lambda: len(expert.requests) == 21)
+                line.bytes_per_s = 1
+                await asyncio.sleep(1)
+                beside = await ended(start(door.channel, *["0 n=50 gap=0.01"] * 20))
+                sent = expert.requests[20].sent
+                grown = psutil.Process().memory_info().rss - before
+                (outcome,) = await ended(slow)
+            return alone, beside, outcome, sent, grown
+
+    alone, beside, outcome, sent, grown = asyncio.run(run())
+    assert ends(beside) == {"OK": 20}
+    assert outcome.end == "DEADLINE_EXCEEDED"
+    assert sent < 200  # of 2,000: the rest was never made
+    assert grown < 50e6
+    assert max(one.longest_gap_s for one in beside) < max(one.longest_gap_s for one in alone) + 0.1
+    note(
+        "client takes 1 byte/s", "mid-stream", "20 others OK and no slower; its own ends with its deadline",
+        [*beside, outcome], f"{sent} of 2,000 responses made, memory {grown / 1e6:+.0f} MB",
+    )  # fmt: skip
+
+
+def test_a_client_that_vanishes_frees_the_experts_slot(note):
+    """Its connection is reset, as when its process is killed."""
+
+    async def run():
+        async with setting(1) as (door, (expert,)), Line(door.url) as line:
+            channel = grpc.aio.insecure_channel(line.url, options=wire.CHANNEL_OPTIONS)
+            tasks = start(channel, *["0 n=1000 gap=0.01"] * 5)
+            others = start(door.channel, *["0 n=50 gap=0.01"] * 5)
+            await eventually(lambda: len(expert.requests) == 10)
+            await asyncio.sleep(0.2)
+            line.cut()
+            took_s = await eventually(lambda: [seen.end for seen in expert.requests].count("cancelled") == 5)
+            await channel.close()
+            for task in tasks:
+                task.cancel()
+            return took_s, await ended(others)
+
+    took_s, others = asyncio.run(run())
+    assert took_s < 0.2  # one sample, and the machine may be busy; see test_service for the 100 ms
+    assert ends(others) == {"OK": 5}
+    note("client gone", "mid-stream", "its 5 are cancelled at the expert within 100 ms, 5 others OK", others)
+
+
+def test_a_flooding_client_is_not_read_faster_than_it_is_served(note):
+    """It sends 20,000 requests on one stream and reads no answer."""
+
+    async def run():
+        limits = Limits(in_flight_per_stream=50)
+        async with setting(1, limits=limits) as (door, (expert,)):
+            async with grpc.aio.insecure_channel(door.url, options=wire.CHANNEL_OPTIONS) as channel:
+                flood = channel.stream_stream(wire.STREAM_INFER)()
+                message = wire.encode_request("0 n=20 bytes=10000 " + "x" * 1000, 1)
+
+                async def send() -> None:
+                    for _ in range(20_000):
+                        await flood.write(message)
+
+                sending = asyncio.create_task(send())
+                await eventually(lambda: len(expert.requests) >= 50)
+                before = psutil.Process().memory_info().rss
+                others = await ended(start(door.channel, *["0 n=50 gap=0.01"] * 20))
+                at_once = len(door.gateway.experts[0].replicas[0].calls)
+                grown = psutil.Process().memory_info().rss - before
+                assert not sending.done()
+                sending.cancel()
+                flood.cancel()
+            await eventually(lambda: not door.gateway.experts[0].replicas[0].calls)
+            return others, at_once, grown
+
+    others, at_once, grown = asyncio.run(run())
+    assert at_once <= 50
+    assert grown < 50e6
+    assert ends(others) == {"OK": 20}
+    note(
+        "client floods", "sending", "at most 50 of its requests in flight, 20 others OK", others, f"{at_once} in flight"
+    )
+
+
+# --- the gateway's own end --------------------------------------------------------------------------------------
+
+
+def test_draining_lets_requests_end_and_takes_no_more(note):
+    async def run():
+        async with standin() as expert, AsyncExitStack() as exits:
+            routing = service.Gateway(first_word, experts.connect(expert.url))
+            url = f"127.0.0.1:{await exits.enter_async_context(gateway.serving(routing, '127.0.0.1:0'))}"
+            async with grpc.aio.insecure_channel(url) as channel, grpc.aio.insecure_channel(url) as late_channel:
+                idle = channel.stream_stream(wire.STREAM_INFER)()  # a stream that its client keeps open
+                await idle.write(wire.encode_request("0 n=1", 1))
+                await idle.read()
+                health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+                assert (await health.read()).status == health_pb2.HealthCheckResponse.SERVING
+                running = start(channel, *["0 n=40 gap=0.02"] * 5)
+                await eventually(lambda: len(routing.experts[0].replicas[0].calls) == 5)
+                closing = asyncio.create_task(exits.aclose())
+                assert (await health.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+                await idle.write(wire.encode_request("0 n=1", 1))
+                late = wire.decode_response(await idle.read())
+                assert late.error == "UNAVAILABLE: this gateway is shutting down"
+                refused = await ended(start(late_channel, "0"))
+                outcomes = await ended(running)
+                began_s = time.monotonic()
+                await closing
+                assert time.monotonic() - began_s < 1  # an idle stream is not waited for
+                return outcomes, refused
+
+    outcomes, refused = asyncio.run(run())
+    assert ends(outcomes) == {"OK": 5}
+    assert ends(refused) == {"UNAVAILABLE": 1}
+    note("gateway drained", "mid-stream", "5 running ones OK, a new one UNAVAILABLE", outcomes + refused)
+
+
+# --- with NGINX in front ----------------------------------------------------------------------------------------
+
+
+class House:
+    """Two experts, three gateways that take them in turn, and NGINX: all processes."""
+
+    def __init__(self, logs: Path, expert_processes: list[Process]):
+        self._logs = logs
+        self.experts = expert_processes
+        self._ports = [NGINX_PORT + 1 + i for i in range(3)]
+        self.nginx = Nginx(NGINX_PORT, [f"127.0.0.1:{port}" for port in self._ports], logs)
+        self.gateways = [self._gateway(i) for i in range(3)]
+        for i in range(3):
+            self._wait(i)
+        self.nginx.start()
+
+    async def restart(self, index: int, number: int) -> None:
+        """End a gateway by a signal and start it anew; returns when it listens."""
+        self.gateways[index].send_signal(number)
+        await asyncio.to_thread(self.gateways[index].wait, 20)
+        self.gateways[index] = self._gateway(index)  # not in a thread: a child ends with the thread that began it
+        await eventually(lambda: processes.listening(self._ports[index]) or self.gateways[index].poll() is not None, 60)
+        assert self.gateways[index].poll() is None
+
+    def stop(self) -> None:
+        processes.stop([self.nginx.process, *self.gateways], grace_s=3)
+
+    def _gateway(self, index: int):
+        command = ["-m", "erlib.gateway", "--port", str(self._ports[index]), "--policy", "replicas", "--clusterer", ""]
+        command += ["--experts", ",".join(one.url for one in self.experts), "--index", str(index)]
+        return processes.spawn(processes.python(*command), self._logs / f"gateway-{index}.log")
+
+    def _wait(self, index: int) -> None:
+        log = self._logs / f"gateway-{index}.log"
+        listening = lambda: processes.listening(self._ports[index])  # noqa: E731
+        processes.wait_until(listening, self.gateways[index], "gateway", log, 60)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    logs = tmp_path_factory.mktemp("house")
+    processes.require_free_ports(range(NGINX_PORT, NGINX_PORT + 4))
+    with process_experts(2, logs / "experts.log") as running:
+        built = House(logs, running)
+        yield built
+        built.stop()
+
+
+_AT_ONCE = [*wire.CHANNEL_OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 100)]
+
+
+def through(house: House) -> grpc.aio.Channel:
+    """A channel to NGINX that connects again at once."""
+    return grpc.aio.insecure_channel(house.nginx.url, options=_AT_ONCE)
+
+
+async def steadily(channel: grpc.aio.Channel, prompt: str, every_s: float, stop: asyncio.Event) -> list[Outcome]:
+    """A request every `every_s` until `stop` is set; all outcomes."""
+    tasks: list[asyncio.Task[Outcome]] = []
+    while not stop.is_set():
+        tasks += start(channel, prompt)
+        await asyncio.sleep(every_s)
+    return await ended(tasks)
+
+
+def test_a_gateway_killed_under_nginx_takes_only_its_own_streams_along(house, note):
+    async def run():
+        async with through(house) as channel:
+            running = start(channel, *["0 n=40 gap=0.05"] * 30)
+            await asyncio.sleep(1)
+            house.gateways[1].kill()
+            house.gateways[1].wait()
+            later = await ended(start(channel, *["0"] * 30))
+            outcomes = await ended(running)
+            await house.restart(1, signal.SIGKILL)
+            return outcomes, later
+
+    running, later = asyncio.run(run())
+    seen = ends(running)
+    assert seen.pop("OK") == 20
+    assert sum(seen.values()) == 10
+    assert set(seen) <= {"UNAVAILABLE", "INTERNAL"}  # NGINX resets a stream whose response it cannot complete
+    assert ends(later) == {"OK": 30}
+    note("gateway killed under NGINX", "mid-stream", "its 10 of 30 end with one status each, the others OK", running)
+    note("gateway killed under NGINX", "before connecting", "the other gateways do it: all OK", later)
+
+
+def test_no_gateway_at_all_is_unavailable(house, note):
+    async def run():
+        for gateway_process in house.gateways:
+            gateway_process.kill()
+            gateway_process.wait()
+        async with through(house) as channel:
+            outcomes = await ended(start(channel, *["0"] * 5))
+        for index in range(3):
+            await house.restart(index, signal.SIGKILL)
+        return outcomes
+
+    outcomes = asyncio.run(run())
+    assert ends(outcomes) == {"UNAVAILABLE": 5}
+    note("all gateways killed under NGINX", "before connecting", "UNAVAILABLE", outcomes)
+
+
+def test_nginx_is_reloaded_and_gateways_are_restarted_under_load_without_a_failure(house, note):
+    """SIGHUP to NGINX, SIGTERM to one gateway after the other: nobody notices."""
+
+    async def run():
+        stop = asyncio.Event()
+        async with through(house) as channel:
+            long = start(channel, *["0 n=50 gap=0.05"] * 10)
+            load = asyncio.create_task(steadily(channel, "0 n=5 gap=0.02", 0.02, stop))
+            await asyncio.sleep(0.5)
+            house.nginx.process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(0.5)
+            for index in range(3):
+                await house.restart(index, signal.SIGTERM)
+            house.nginx.process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(0.5)
+            stop.set()
+            return await ended(long) + await load
+
+    outcomes = asyncio.run(run())
+    assert ends(outcomes) == {"OK": len(outcomes)}
+    note("NGINX reloaded, gateways restarted one by one (SIGTERM)", "under load", "all OK", outcomes)
+
+
+def test_everything_is_killed_and_restarted_under_load(house, note):
+    """NGINX, gateways and experts, by SIGKILL: every request has one end, and in the end all is as before."""
+
+    async def run():
+        stop = asyncio.Event()
+        async with through(house) as channel:
+            load = asyncio.create_task(steadily(channel, "0 n=5 gap=0.02", 0.02, stop))
+            await asyncio.sleep(0.3)
+            for expert in house.experts:
+                expert.kill()
+            await asyncio.sleep(0.3)
+            processes.stop([house.nginx.process], grace_s=0)  # its worker, which would live on, too
+            for index in range(3):
+                await house.restart(index, signal.SIGKILL)
+            for expert in house.experts:
+                expert.start()
+            for expert in house.experts:
+                await asyncio.to_thread(expert.wait_ready)
+            house.nginx.start()
+            await asyncio.sleep(3)
+            stop.set()
+            during = await load
+            return during, await ended(start(channel, *["0"] * 30))
+
+    during, later = asyncio.run(run())
+    assert set(ends(during)) <= {"OK", "UNAVAILABLE", "INTERNAL"}
+    assert ends(during)["OK"] > 20
+    assert ends(later) == {"OK": 30}
+    note("everything killed and restarted", "under load", "one status each", during)
+    note("everything killed and restarted", "afterwards", "all OK", later)
