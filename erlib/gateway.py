@@ -88,12 +88,11 @@ async def serving(
     RuntimeError
         If the port is in use.
     """
-    options = [
-        *wire.CHANNEL_OPTIONS,
-        ("grpc.max_receive_message_length", gateway.limits.message_bytes),
-        ("grpc.so_reuseport", 0),
-    ]
-    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=max_streams)
+    options = dict(wire.CHANNEL_OPTIONS) | {
+        "grpc.max_receive_message_length": gateway.limits.message_bytes,
+        "grpc.so_reuseport": 0,
+    }
+    server = grpc.aio.server(options=list(options.items()), maximum_concurrent_rpcs=max_streams)
     server.add_generic_rpc_handlers((gateway,))
     standing = health.aio.HealthServicer()
     await standing.set(wire.SERVICE, health_pb2.HealthCheckResponse.SERVING)

@@ -61,7 +61,7 @@ class Gateway:
         self._niceness = niceness
         self._command = processes.python(
             "-m", "erlib.gateway", "--port", str(port), "--host", host, "--experts", ",".join(experts),
-            "--clusterer", clusterer or "", "--policy", policy, "--index", str(index),
+            "--clusterer", clusterer or "", "--policy", policy, "--index", str(index), "--behind-proxy",
         )  # fmt: skip
 
     @property
@@ -208,6 +208,8 @@ class Stack:
         How the gateways of ``expert_router`` classify.
     placement : Placement, optional
         Of as many servers and gateways; by default everything is on this host, at ``settings.host``.
+    replicas : sequence of int, optional
+        How many of `servers`, in their order, each expert has; by default one.
 
     Raises
     ------
@@ -229,6 +231,7 @@ class Stack:
         log_dir: Path,
         classifier: Classifier = "ours",
         placement: Placement | None = None,
+        replicas: Sequence[int] | None = None,
     ):
         has_gateways = routing in ("expert_router", "replicas")
         if placement is None:
@@ -246,7 +249,8 @@ class Stack:
         self._start_timeout_s = settings.start_timeout_s
         classify = {"ours": "classify", "stock": "stock"}[classifier]
         policy = classify if routing == "expert_router" else "replicas"
-        experts = [server.url for server in self.servers]
+        urls = iter(server.url for server in self.servers)
+        experts = ["|".join(itertools.islice(urls, n)) for n in replicas or [1] * len(servers)]
         self._gateways = [
             Gateway(
                 i, addresses[host], settings.base_port + 1 + i, experts, clusterer, policy, directories[host],

@@ -1,0 +1,238 @@
+"""A gateway as a process: limits, TLS, metrics, logs, and where it listens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from standin_expert import eventually, setting, standin
+from test_faults import ends, free_port, request, start
+
+from erlib import processes, wire
+from erlib.limits import Limits, Peers, peer_of
+
+PROMPT = "0 the colour of my secret is octarine"
+
+# --- limits -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_one_that_is_not_is_served():
+    async def run():
+        async with setting(1, limits=Limits(prompt_bytes=1000)) as (door, (expert,)):
+            refused = await request(door.channel, "0 " + "x" * 999)
+            huge = await request(door.channel, "0 " + "x" * 2_000_000)
+            served = await request(door.channel, "0 " + "x" * 998)
+            assert len(expert.requests) == 1
+            return refused, huge, served
+
+    refused, huge, served = asyncio.run(run())
+    assert refused.ends == ["INVALID_ARGUMENT: the prompt has 1,001 bytes; at most 1,000 are taken"]
+    assert huge.end == "RESOURCE_EXHAUSTED"  # by gRPC, which does not even read it
+    assert served.end == "OK"
+
+
+def test_a_peer_may_hold_so_many_streams_and_another_peer_is_not_affected():
+    def of(peer):
+        return {"metadata": (("x-real-ip", peer),)}
+
+    async def run():
+        async with setting(1, limits=Limits(streams_per_peer=3), behind_proxy=True) as (door, (expert,)):
+            held = start(door.channel, *["0 n=20 gap=0.05"] * 3, **of("10.0.0.1"))
+            await eventually(lambda: len(expert.requests) == 3)
+            more = await asyncio.gather(*start(door.channel, *["0"] * 4, **of("10.0.0.1")))
+            other = await asyncio.gather(*start(door.channel, "0", **of("10.0.0.2")))
+            held = await asyncio.gather(*held)
+            again = await asyncio.gather(*start(door.channel, "0", **of("10.0.0.1")))
+            return [ends(outcomes) for outcomes in (held, more, other, again)]
+
+    assert asyncio.run(run()) == [{"OK": 3}, {"RESOURCE_EXHAUSTED": 4}, {"OK": 1}, {"OK": 1}]
+
+
+def test_a_peer_may_send_so_many_requests_per_second_over_all_its_streams():
+    async def run():
+        async with setting(1, limits=Limits(requests_per_s=5)) as (door, _):
+            messages = [wire.encode_request("0 n=1", 1)] * 4
+            one_stream = [wire.decode_response(one).error async for one in door.stream(*messages)]
+            others = await asyncio.gather(*start(door.channel, *["0"] * 4))
+            await asyncio.sleep(0.5)
+            later = await asyncio.gather(*start(door.channel, *["0"] * 2))
+            return one_stream, ends(others), ends(later)
+
+    one_stream, others, later = asyncio.run(run())
+    assert one_stream == [""] * 4
+    assert others == {"OK": 1, "RESOURCE_EXHAUSTED": 3}
+    assert later == {"OK": 2}
+
+
+def test_a_gateway_may_hold_so_many_streams_of_all_peers():
+    async def run():
+        async with setting(1, max_streams=3) as (door, (expert,)):
+            held = start(door.channel, *["0 n=20 gap=0.03"] * 3)
+            await eventually(lambda: len(expert.requests) == 3)
+            more = await asyncio.gather(*start(door.channel, *["0"] * 4))
+            return ends(await asyncio.gather(*held)), ends(more)
+
+    assert asyncio.run(run()) == ({"OK": 3}, {"RESOURCE_EXHAUSTED": 4})
+
+
+def test_peers_that_come_and_go_leave_nothing_behind(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("erlib.limits.time.monotonic", lambda: next(clock) * 1e-3)
+    peers = Peers(Limits(requests_per_s=1000))
+    for number in range(20_000):
+        with peers.stream(f"peer {number}"):
+            peers.charge(f"peer {number}")
+    assert len(peers._accounts) < 3000
+
+
+@pytest.mark.parametrize(
+    ("address", "behind_proxy", "peer"),
+    [
+        ("ipv4:10.1.2.3:5000", False, "10.1.2.3"),
+        ("ipv6:%5B::1%5D:5000", False, "[::1]"),
+        ("ipv4:127.0.0.1:5000", True, "192.0.2.7"),
+        ("unix:", False, "unix:"),
+    ],
+)
+def test_a_peer_is_a_host_or_whom_the_proxy_names(address, behind_proxy, peer):
+    assert peer_of(address, {"x-real-ip": "192.0.2.7"}, behind_proxy) == peer
+
+
+# --- the process ------------------------------------------------------------------------------------------------
+
+
+def _command(port: int) -> list[str | Path]:
+    return processes.python("-m", "erlib.gateway", "--port", str(port), "--clusterer", "", "--policy", "replicas")
+
+
+@contextlib.contextmanager
+def gateway_process(log: Path, expert: str, *options: str | Path) -> Iterator[tuple[str, psutil.Process]]:
+    """A gateway process in front of one expert; gives its address."""
+    port = free_port()
+    process = processes.spawn([*_command(port), "--experts", expert, *options], log)
+    try:
+        processes.wait_until(lambda: processes.listening(port), process, "gateway", log, 60)
+        yield f"127.0.0.1:{port}", psutil.Process(process.pid)
+    finally:
+        processes.stop([process])
+
+
+def test_metrics_and_log_lines_tell_what_happened_but_not_what_was_asked(tmp_path):
+    log, metrics_port = tmp_path / "gateway.log", free_port()
+
+    async def use(url: str) -> None:
+        async with grpc.aio.insecure_channel(url) as channel:
+            outcomes = await asyncio.gather(*start(channel, *[PROMPT] * 3, "0 fail_after=1", "0 error=no", "  0"))
+            assert ends(outcomes) == {"OK": 4, "UNAVAILABLE": 1, "no": 1}
+            await channel.unary_unary(wire.INFER)(wire.encode_request("0", 1))
+
+    async def run() -> str:
+        async with standin() as expert:
+            options = ["--metrics-port", str(metrics_port), "--log-level", "debug"]
+            with gateway_process(log, expert.url, *options) as (url, process):
+                await use(url)
+                listeners = [one.laddr.ip for one in process.net_connections("tcp") if one.status == "LISTEN"]
+                assert len(listeners) == 2
+                assert {ip.removeprefix("::ffff:") for ip in listeners} == {"127.0.0.1"}  # unless told otherwise
+                read = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+                with await asyncio.to_thread(read, f"http://127.0.0.1:{metrics_port}/metrics") as reply:
+                    return reply.read().decode()
+
+    text = asyncio.run(run())
+    seen = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert seen["er_requests_total", "0", "stream"] == 6
+    assert seen["er_requests_total", "0", "unary"] == 1
+    assert seen["er_errors_total", "0", "UNAVAILABLE"] == 1
+    assert seen["er_errors_total", "0", "EXPERT"] == 1
+    assert seen["er_tokens_total", "0"] == 4 * 3 + 1 + 1
+    assert seen["er_streams",] == 0
+    assert seen["er_span_seconds_count", "first_byte"] == 7
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    assert len(lines) == 7
+    assert sorted(line["code"] for line in lines) == ["OK"] * 6 + ["UNAVAILABLE"]
+    assert {line["prompt_chars"] for line in lines} >= {len(PROMPT)}
+    assert all(line["peer"] == "127.0.0.1" and line["total_ns"] > 0 for line in lines)
+    assert "octarine" not in log.read_text() + text
+
+
+def test_prompts_are_logged_if_asked_for(tmp_path):
+    async def run() -> None:
+        async with standin() as expert:
+            with gateway_process(tmp_path / "log", expert.url, "--log-level", "debug", "--log-prompts") as (url, _):
+                async with grpc.aio.insecure_channel(url) as channel:
+                    await request(channel, PROMPT)
+
+    asyncio.run(run())
+    assert json.loads((tmp_path / "log").read_text().splitlines()[-1])["prompt"] == PROMPT
+
+
+@pytest.fixture(scope="module")
+def pems(tmp_path_factory) -> Path:
+    """A directory with an authority, a certificate of this host's and one of a client's."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl, which makes the certificates, is not installed")
+    directory = tmp_path_factory.mktemp("pems")
+
+    def make(name: str, *more: str) -> None:
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        command += ["-days", "2", "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem", *more]
+        subprocess.run(command, cwd=directory, check=True, capture_output=True)
+
+    make("authority")
+    for name in ("host", "client"):
+        make(name, "-CA", "authority.pem", "-CAkey", "authority.key", "-addext", "subjectAltName=IP:127.0.0.1")
+    make("stranger")
+    return directory
+
+
+def test_tls_is_spoken_with_clients_and_experts_and_only_with_those_who_can_prove_who_they_are(pems, tmp_path):
+    """mTLS on both sides."""
+    pem = {path.name: path.read_bytes() for path in pems.iterdir()}
+    server = grpc.ssl_server_credentials([(pem["host.key"], pem["host.pem"])], pem["authority.pem"], True)
+
+    async def one(url: str, credentials: grpc.ChannelCredentials | None) -> str:
+        channel = (
+            grpc.aio.secure_channel(url, credentials) if credentials else grpc.aio.insecure_channel(url)
+        )  # fmt: skip
+        async with channel:
+            return (await request(channel, "0", timeout=10)).end
+
+    async def run() -> list[str]:
+        async with standin(credentials=server) as expert:
+            ours = ["--tls-certificate", pems / "host.pem", "--tls-key", pems / "host.key"]
+            ours += ["--tls-client-ca", pems / "authority.pem", "--expert-ca", pems / "authority.pem"]
+            ours += ["--expert-client-certificate", pems / "client.pem", "--expert-client-key", pems / "client.key"]
+            with gateway_process(tmp_path / "log", expert.url, *ours) as (url, _):
+                known = grpc.ssl_channel_credentials(pem["authority.pem"], pem["client.key"], pem["client.pem"])
+                stranger = grpc.ssl_channel_credentials(pem["authority.pem"], pem["stranger.key"], pem["stranger.pem"])
+                nobody = grpc.ssl_channel_credentials(pem["authority.pem"])
+                return [await one(url, credentials) for credentials in (known, stranger, nobody, None)]
+
+    assert asyncio.run(run()) == ["OK", "UNAVAILABLE", "UNAVAILABLE", "UNAVAILABLE"]
+
+
+def test_a_port_in_use_is_said(tmp_path):
+    async def run() -> None:
+        async with standin() as expert:
+            command = [*_command(int(expert.url.rpartition(":")[2])), "--experts", "127.0.0.1:1"]
+            process = processes.spawn(command, tmp_path / "log")
+            assert await asyncio.to_thread(process.wait, 60) != 0
+
+    asyncio.run(run())
+    assert "bind" in (tmp_path / "log").read_text()
