@@ -125,6 +125,7 @@ async def _run_until_signalled(args: argparse.Namespace, route: Route, distances
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     behind = experts.connect(args.experts, args.index, _expert_credentials(args))
     telemetry = Telemetry(behind, args.log_prompts)
+    telemetry.watch(asyncio.get_running_loop())
     if args.metrics_port:
         prometheus_client.start_http_server(args.metrics_port, args.host, telemetry.registry)
     limits = Limits(args.max_prompt_bytes, args.max_streams_per_peer, args.max_requests_per_s)

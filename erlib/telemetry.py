@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from erlib.experts import Expert
 
@@ -62,6 +63,7 @@ class Telemetry:
     def __init__(self, experts: Sequence[Expert], log_prompts: bool = False):
         self._log_prompts = log_prompts
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, CPU, open files
 
         def counter(name: str, what: str, *labels: str) -> Counter:
             return Counter(f"er_{name}", what, labels, registry=self.registry)
@@ -82,6 +84,11 @@ class Telemetry:
             for replica in expert.replicas:
                 outstanding.labels(number, replica.url).set_function(partial(len, replica.calls))
                 up.labels(number, replica.url).set_function(partial(getattr, replica, "is_up"))
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Count the tasks of `loop` whenever somebody asks."""
+        tasks = Gauge("er_tasks", "asyncio tasks", registry=self.registry)
+        tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
 
     def note(self, request: Request) -> None:
         """Count a request that has ended, whatever its end."""
