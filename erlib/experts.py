@@ -176,6 +176,10 @@ class Expert:
         up = [replica for replica in in_turn if replica.is_up and replica is not besides]
         return min(up, key=lambda replica: len(replica.calls), default=None)
 
+    def has_other(self, replica: Replica) -> bool:
+        """Whether another one than `replica` is up."""
+        return any(other.is_up for other in self.replicas if other is not replica)
+
 
 def connect(addresses: str, first: int = 0, credentials: grpc.ChannelCredentials | None = None) -> list[Expert]:
     """The experts at `addresses`: separated by commas, replicas of one by ``|``, e.g. ``"a:1|b:1,c:1"``."""

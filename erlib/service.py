@@ -58,14 +58,19 @@ class Failure(Exception):
         self.code, self.details = code, details
 
 
+class _ClientGone(Exception):
+    """Nobody listens any more; gRPC is about to cancel the call."""
+
+
 class _Caller:
     """The client's side of a call: who it is, what it asked for, and one writer at a time."""
 
     def __init__(self, context: grpc.aio.ServicerContext, behind_proxy: bool):
         self.context = context
-        self.metadata: dict[str, str | bytes] = dict(context.invocation_metadata() or ())
+        sent = tuple(context.invocation_metadata() or ())
+        self.metadata: dict[str, str | bytes] = dict(sent)
         self.peer = peer_of(context.peer(), self.metadata, behind_proxy)
-        self.forwarded = tuple(item for item in self.metadata.items() if not item[0].startswith(_NOT_FORWARDED))
+        self.forwarded = tuple((name, value) for name, value in sent if not name.startswith(_NOT_FORWARDED))
         self.explain = "er-explain" in self.metadata
         self.ends_on_error = self.metadata.get("triton_grpc_error") == "true"
         self.in_flight = 0
@@ -77,12 +82,18 @@ class _Caller:
         async with self._one_writer:
             if not self._has_begun:
                 self._has_begun = True
-                await self.context.send_initial_metadata(_pairs(metadata))
+                try:
+                    await self.context.send_initial_metadata(_pairs(metadata))
+                except grpc.aio.BaseError as error:
+                    raise _ClientGone from error
 
     async def write(self, message: bytes) -> None:
         async with self._one_writer:
             self._has_begun = True
-            await self.context.write(message)
+            try:
+                await self.context.write(message)
+            except grpc.aio.BaseError as error:
+                raise _ClientGone from error
 
 
 class Gateway(grpc.GenericRpcHandler):
@@ -180,11 +191,14 @@ class Gateway(grpc.GenericRpcHandler):
                 raise Failure(StatusCode.UNAVAILABLE, "this gateway is shutting down")
             await self._run(message, request, caller, partial(self._relay, message, request, caller, first))
         except Failure as failure:
-            if first and request.expert >= 0:
-                await caller.begin(self._who(request))
             if caller.ends_on_error:
                 raise
-            await caller.write(wire.encode_error(str(failure), request.id))
+            with contextlib.suppress(_ClientGone):
+                if first and request.expert >= 0:
+                    await caller.begin(self._who(request))
+                await caller.write(wire.encode_error(str(failure), request.id))
+        except _ClientGone:
+            pass
         finally:
             if first:
                 self._set_trailing_metadata(caller, request)
@@ -231,7 +245,7 @@ class Gateway(grpc.GenericRpcHandler):
         except Failure as failure:
             request.code = failure.code.name
             raise
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, _ClientGone):
             request.code = StatusCode.CANCELLED.name
             raise
         except Exception:
@@ -270,9 +284,8 @@ class Gateway(grpc.GenericRpcHandler):
         if replica is None:
             n = len(expert.replicas)
             raise Failure(StatusCode.UNAVAILABLE, f"expert {request.expert} is down (all {n} of its servers)")
-        other = expert.choose(besides=replica)
         try:
-            return await attempt(replica, other is not None)
+            return await attempt(replica, expert.has_other(replica))
         except Failure as failure:
             other = expert.choose(besides=replica)
             if other is None or request.responses or failure.code is not StatusCode.UNAVAILABLE:
@@ -352,7 +365,9 @@ class Gateway(grpc.GenericRpcHandler):
 
     async def _ask(self, question: str, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Ask one server after the other until one answers."""
-        last = Failure(StatusCode.UNAVAILABLE, "all experts are down")
+        last = Failure(
+            StatusCode.UNAVAILABLE, "this gateway is shutting down" if self._is_draining else "no expert is up"
+        )
         for expert in [] if self._is_draining else self.experts:
             replica = expert.choose()
             if replica is None:

@@ -64,7 +64,7 @@ class Seen:
     """One request as the stand-in saw it."""
 
     message: bytes
-    metadata: dict[str, str | bytes]
+    metadata: list[tuple[str, str | bytes]]
     time_remaining_s: float | None
     sent: int = 0
     end: str = ""
@@ -184,7 +184,7 @@ class StandIn(grpc.GenericRpcHandler):
 
 
 def _seen(message: bytes, context: grpc.aio.ServicerContext) -> Seen:
-    return Seen(message, dict(context.invocation_metadata() or ()), context.time_remaining())
+    return Seen(message, list(context.invocation_metadata() or ()), context.time_remaining())
 
 
 @asynccontextmanager
