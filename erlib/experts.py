@@ -18,6 +18,7 @@ from typing import Protocol
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
 from erlib import wire
@@ -138,10 +139,13 @@ class Replica:
         """Whether it is ready and, with `infer`, answers a canary; None: the canary is still waiting."""
         try:
             reply = await self.ask("ServerReady")(b"", timeout=FRONT_TIMEOUT_S)
-        except grpc.aio.AioRpcError:
-            return False
-        if not (pb.ServerReadyResponse.FromString(reply).ready and infer):
-            return pb.ServerReadyResponse.FromString(reply).ready
+            is_ready = pb.ServerReadyResponse.FromString(reply).ready
+        except DecodeError:
+            is_ready = False
+        except grpc.aio.AioRpcError as error:
+            is_ready = error.code() is grpc.StatusCode.UNIMPLEMENTED  # an answer, too
+        if not (is_ready and infer):
+            return is_ready
         canary = self.stream_infer(CANARY, timeout=CANARY_TIMEOUT_S)
         try:
             return not any([wire.is_error(response) async for response in canary])
