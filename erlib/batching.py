@@ -38,11 +38,25 @@ class System:
     kv_block_tokens: int = 64
     max_step_tokens: int = 8192
     """Prompt and decoded tokens of one step; a prompt is never cut in two (chunked context off)."""
+    added: tuple[int, ...] = ()
+    """Experts that have one more replica, each as often as it has one more."""
 
     def __post_init__(self) -> None:
         sizes = (self.instances, self.batch_size, self.kv_tokens, self.kv_block_tokens, self.max_step_tokens)
         if min(sizes) < 1:
             raise CannotServe(f"{self.config}: all sizes must be at least 1, not {sizes}")
+        if self.added and (
+            self.routing != "expert_router" or not 0 <= min(self.added) <= max(self.added) < self.instances
+        ):
+            raise CannotServe(
+                f"{self.config}: replicas are added to experts 0 to {self.instances - 1} of a system that classifies, "
+                f"not to {self.added}"
+            )
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The expert of each engine instance."""
+        return (*range(self.instances), *self.added)
 
 
 def paper_system(name: str, calibration: Calibration | None = None, answer_limit: int | None = None) -> System:
@@ -150,8 +164,13 @@ class Engine(Generic[R]):
         self._ending: dict[int, list[R]] = {}
 
     @property
+    def outstanding(self) -> int:
+        """Requests that wait or are under way."""
+        return len(self.waiting) + self.sequences
+
+    @property
     def is_idle(self) -> bool:
-        return not self.sequences and not self.waiting
+        return not self.outstanding
 
     def blocks(self, request: R) -> int:
         """KV blocks to reserve, so that the request never has to be evicted."""

@@ -144,9 +144,11 @@ class Request:
     turn: str
     prompt: Prompt
     input_tokens: int
-    server: int
+    expert: int
     sent_s: float
     done: simpy.Event
+    server: int = -1
+    """Which instance: of the expert's replicas the one with the fewest requests outstanding when it is forwarded."""
     queued_s: float = 0.0
     routed_s: float = 0.0
     first_step: int = -1
@@ -360,10 +362,11 @@ def trace(
         )
     env, client = simpy.Environment(), _Client(around)
     steps = system.steps
-    apart = min(steps.at_full_speed, steps.limits.instances) >= system.instances
+    apart = min(steps.at_full_speed, steps.limits.instances) >= len(system.experts)
     machine = None if apart else _SharedMachine(env, steps.slowdown)
     sender = simpy.Resource(env) if around.per_request_s else None
-    servers = [client.server(Engine(system)) for _ in range(system.instances)]
+    servers = [client.server(Engine(system)) for _ in system.experts]
+    replicas = {expert: [i for i, its in enumerate(system.experts) if its == expert] for expert in system.experts}
     gateway = None
     if system.routing in ("expert_router", "replicas"):
         gateway = simpy.Resource(env, capacity=around.gateway_streams or len(drawn))
@@ -373,8 +376,8 @@ def trace(
     def user(number: int) -> _Process:
         for turn, prompt in zip(("base", "continuation"), prompts_of[number], strict=False):
             turns_taken = len(requests) if system.routing == "replicas" else number
-            server = prompt.cluster if classifies else turns_taken % system.instances
-            request = Request(number, turn, prompt, prompt.input_tokens, server, env.now, env.event())
+            expert = prompt.cluster if classifies else turns_taken % system.instances
+            request = Request(number, turn, prompt, prompt.input_tokens, expert, env.now, env.event())
             requests.append(request)
             if sender is not None:
                 with sender.request() as my_turn:
@@ -392,6 +395,7 @@ def trace(
             yield env.timeout(max(0.0, taken_s - env.now))
 
     def answer(request: Request) -> Generator[simpy.Event, Any, float]:
+        request.server = min(replicas[request.expert], key=lambda server: servers[server].engine.outstanding)
         client.open(env.now, 1)
         servers[request.server].submit(request)
         taken_s = yield request.done
@@ -482,7 +486,7 @@ def simulate(
             "user": request.user,
             "turn": request.turn,
             "cluster": request.prompt.cluster,
-            "expert": request.server,
+            "expert": request.expert,
             "prompt": request.prompt.prompt,
             "input_tokens": request.input_tokens,
             "output_tokens": request.output_tokens,
