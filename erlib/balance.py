@@ -7,6 +7,7 @@ expert's, and a prompt goes to whichever replica of its expert has the fewest re
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from erlib import batching, config, metrics, prompts, simulation
 from erlib.config import Mix, Profile
+from erlib.prompts import Prompt
 
 BETTER = {"response_p99_s": -1, "session_tokens_per_s": 1, "ttft_mean_s": -1}
 """What is looked at, and whether more (1) or less (-1) of it is better."""
@@ -53,6 +55,9 @@ def run(
 ) -> pd.DataFrame:
     """Simulate the normal mix with 0 to `most_added` replicas, and the uniform mix without any.
 
+    Both mixes ask for the same prompts and answers in the same order, so that they differ in nothing but whose experts
+    have to answer.
+
     Parameters
     ----------
     profile : Profile
@@ -71,17 +76,18 @@ def run(
     """
     full = config.at_paper_scale(profile)
     workload = replace(simulation.textless_workload(full, "p2"), sigma=profile.workload.sigma)
-    shares = prompts.mix_shares("normal", workload.n_clusters, workload.sigma)
+    shares = {mix: prompts.mix_shares(mix, workload.n_clusters, workload.sigma) for mix in typing.get_args(Mix)}
     arms: list[tuple[Mix, int]] = [("uniform", 0), *(("normal", added) for added in range(most_added + 1))]
     rows = []
     for users_now in tqdm(users, desc="replicas", unit="level", delay=2, leave=False):
         for repeat in range(profile.paper_scale.repeats):
-            drawn = {mix: prompts.draw(workload, users_now, mix, profile.seed, repeat) for mix, _ in arms}
+            asked = prompts.draw(workload, users_now, "uniform", profile.seed, repeat)
+            drawn = {mix: _whose(asked, shares[mix], np.random.default_rng([profile.seed, repeat])) for mix in shares}
             for name in configs:
                 system = batching.paper_system(name, answer_limit=full.workload.p2_max_output_tokens)
                 for mix, added in arms:
                     about = {"source": "simulated-hardware", "point_hash": f"{added} added"}
-                    wider = replace(system, added=hottest(shares, added))
+                    wider = replace(system, added=hottest(shares["normal"], added))
                     answered = simulation.simulate(
                         wider, drawn[mix], paper="p2", mix=mix, repeat=repeat, seed=profile.seed, columns=about
                     )
@@ -89,6 +95,14 @@ def run(
                     rows.append(summary.assign(added=added, gpus=len(wider.experts)))
     table = pd.concat(rows, ignore_index=True)
     return table.assign(session_tokens_per_s_per_gpu=table["session_tokens_per_s"] / table["gpus"])
+
+
+def _whose(asked: Sequence[Prompt], shares: npt.NDArray[np.float64], rng: np.random.Generator) -> list[Prompt]:
+    """The same prompts, dealt out to the clusters by `shares`."""
+    clusters = np.repeat(np.arange(len(shares)), prompts.partition(len(asked), shares, rng))
+    return [
+        prompt._replace(cluster=int(cluster)) for prompt, cluster in zip(asked, rng.permutation(clusters), strict=True)
+    ]
 
 
 def needed(table: pd.DataFrame) -> pd.DataFrame:

@@ -302,8 +302,8 @@ def load(
     makers: dict[str, Callable[[], Router]] = {
         "classify": lambda: ByCluster(Clusterer.load(directory)),
         "stock": lambda: _stock(directory),
-        "embeddings": lambda: nearest_centre(directory),
-        "neighbours": lambda: neighbours(directory),
+        "embeddings": lambda: nearest_centre(directory, Embedder(directory)),
+        "neighbours": lambda: neighbours(directory, Embedder(directory)),
         "replicas": lambda: RoundRobin(n_experts, index),
         "random": lambda: Random(n_experts, index),
         "least_loaded": lambda: LeastLoaded(_counted(outstanding), index),
@@ -328,13 +328,12 @@ def _counted(outstanding: Sequence[int] | None) -> Sequence[int]:
     return outstanding
 
 
-def nearest_centre(directory: Path) -> NearestCentre:
+def nearest_centre(directory: Path, embed: Embed) -> NearestCentre:
     """The k-means router in a directory that :func:`build` made."""
-    embed = Embedder(directory)
     return NearestCentre(embed, np.load(directory / _EXAMPLES)["centres"])
 
 
-def neighbours(directory: Path) -> Neighbours:
+def neighbours(directory: Path, embed: Embed) -> Neighbours:
     """The nearest-neighbour router in a directory that :func:`build` made.
 
     Raises
@@ -342,7 +341,7 @@ def neighbours(directory: Path) -> Neighbours:
     RouterError
         If the corpus that it was made from has no labels.
     """
-    embed, made = Embedder(directory), np.load(directory / _EXAMPLES)
+    made = np.load(directory / _EXAMPLES)
     if "experts" not in made:
         raise RouterError("neighbours vote with labelled examples, and the corpus has no labels")
     return Neighbours(embed, made["examples"], made["experts"], len(made["centres"]))

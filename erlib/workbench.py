@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from erlib import ablation, canvas, config, figures, metrics, validation
+from erlib import ablation, balance, canvas, comparison, config, figures, metrics, validation
 from erlib.canvas import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from erlib.sweep import MissingRecords
 
@@ -77,6 +77,144 @@ def routing_overhead(records: pd.DataFrame, profile: config.Profile) -> Figure:
     return figures.finish(
         fig, table, used, profile, "workbench", "routing_overhead", caption=caption, reference=SECTION_VI
     )
+
+
+# --- other routers, more replicas --------------------------------------------------------------------------------
+
+NO_COUNTERPART = "Workbench: the papers have no counterpart"
+CHANGE_LOOKS = {
+    "dropped_words": ("a tenth of the words dropped", BLUE, "o"),
+    "reordered": ("passages reordered", SKY, "s"),
+    "typos": ("typing errors in a tenth of the words", GREEN, "^"),
+    "growth": ("prompt and answer, 250 to 1,150 words", VERMILION, "D"),
+    "growth_short": ("prompt and answer, 35 to 935 words", ORANGE, "v"),
+}
+
+
+def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Routers beside each other: agreement with topics, balance, stability, latency.
+
+    Parameters
+    ----------
+    table : DataFrame
+        What :func:`erlib.comparison.of_profile` returned.
+    profile : Profile
+    """
+    fig, grid = plt.subplots(2, 2, figsize=(7.2, 5.2), sharey=True)
+    agreement, balanced, kept, latency = grid.ravel()
+    place = np.arange(len(table))
+    for shift, (metric, label, colour) in zip(
+        (-0.19, 0.19), (("nmi", "NMI", BLUE), ("purity", "purity", SKY)), strict=True
+    ):
+        values = table[metric] if metric in table else np.full(len(table), np.nan)
+        agreement.barh(place + shift, values, height=0.36, color=colour, label=label)
+    agreement.set(title="Agreement with topics", xlim=(0, 1))
+    agreement.legend(loc="lower right")
+
+    balanced.axvline(1, color=GREY, linewidth=0.8, zorder=0)
+    balanced.hlines(place, table["smallest"], table["largest"], color=PURPLE, linewidth=2)
+    balanced.plot(table["smallest"], place, "<", color=PURPLE, label="smallest")
+    balanced.plot(table["largest"], place, ">", color=PURPLE, label="largest")
+    balanced.set(title="Balance: requests of an expert over the mean", xlim=(0, None))
+    balanced.legend(loc="lower left")
+
+    n_experts = profile.clusterer.n_clusters
+    kept.axvline(100 / n_experts, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+    for change, (label, colour, marker) in CHANGE_LOOKS.items():
+        kept.plot(100 * table[change], place, marker, color=colour, label=label, ls="", clip_on=False)
+    kept.set(title="Stability: prompts that keep their expert [%]", xlim=(0, 100))
+
+    dodge = dict(zip(comparison.LATENCY_WORDS, (-0.25, 0.0, 0.25), strict=True))
+    for (words, shift), colour in zip(dodge.items(), (SKY, BLUE, PURPLE), strict=True):
+        middle, most = table[f"p50_ms_{words}"], table[f"p99_ms_{words}"]
+        latency.hlines(place + shift, middle, most, color=colour, linewidth=1.1)
+        latency.plot(middle, place + shift, "o", color=colour, label=f"{words:,} words", ms=4)
+    latency.set(title="Latency of a decision, p50 to p99 [ms]", xscale="log")
+    latency.legend(loc="lower right")
+
+    for ax in grid.ravel():
+        for row in place[table["reason"] != ""]:
+            ax.text(0.03, row, "not there", transform=ax.get_yaxis_transform(), va="center", color=GREY, fontsize=6.5)
+        ax.grid(axis="y", visible=False)
+    agreement.set_yticks(place, [comparison.NAMES[name].replace(", ", ",\n", 1) for name in table["router"]])
+    agreement.set_ylim(len(table) - 0.5, -0.5)
+    fig.legend(*kept.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    missing = table.loc[table["reason"] != "", "reason"].unique()
+    tried = table[table["reason"] == ""].iloc[0]
+    caption = (
+        f"Routers behind the same gateway, {n_experts} experts, {tried['documents']:.0f} held-out documents. Agreement "
+        "with the corpus' topics, which cannot be complete where topics are more than experts; nearest examples have "
+        "been told the topics of training documents, k-means has not. Stability: the same text changed by rule, no "
+        "model paraphrases; passages are "
+        f"{comparison.PASSAGE_WORDS} words long; an answer is the text by which the document goes on "
+        f"({tried['conversations_growth']:.0f} conversations that begin with 250 words, "
+        f"{tried['conversations_growth_short']:.0f} that begin with 35). Dotted: chance. The sentence embedding reads "
+        "256 word pieces and no more, so that a long prompt cannot move it by growing. Latency: one thread, one prompt "
+        f"at a time, {comparison.LATENCY_PROMPTS} prompts each, without network or queue; for least loaded all experts "
+        f"are equally idle.{' Not there: ' + '; '.join(missing) + '.' if len(missing) else ''}"
+    )
+    canvas.save(
+        *(fig, profile.name, "measured", "workbench", "router_comparison", table, caption, NO_COUNTERPART),
+        command=canvas.command(profile, "06_routing_overhead"),
+    )
+    plt.close(fig)
+    return fig
+
+
+REPLICA_METRICS = {
+    "response_p99_s": ("P99 response time", "seconds"),
+    "session_tokens_per_s": ("Session throughput", "tokens/s"),
+}
+
+
+def replicas(table: pd.DataFrame, profile: config.Profile) -> Figure:
+    """p99 and throughput of the normal mix against GPUs added, beside the uniform mix without any.
+
+    Parameters
+    ----------
+    table : DataFrame
+        What :func:`erlib.balance.run` returned.
+    profile : Profile
+    """
+    configs, levels = sorted(table["config"].unique()), sorted(table["users"].unique())
+    means = table.groupby(["config", "mix", "users", "added"])[[*REPLICA_METRICS]].mean()
+    needed = balance.needed(table)
+    fig, grid = plt.subplots(len(configs), len(REPLICA_METRICS), figsize=(7.2, 2.4 * len(configs)), squeeze=False)
+    shades = plt.get_cmap("viridis")(np.linspace(0.75, 0.1, len(levels)))
+    for axes, name in zip(grid, configs, strict=True):
+        for ax, (metric, (title, ylabel)) in zip(axes, REPLICA_METRICS.items(), strict=True):
+            for users, colour in zip(levels, shades, strict=True):
+                normal = means.loc[name, "normal", users][metric]
+                ax.axhline(means.loc[name, "uniform", users][metric].item(), color=colour, linestyle=":", linewidth=1)
+                ax.plot(normal.index, normal, "o-", color=colour, ms=3.5, label=f"{users:,} users")
+                enough = needed.loc[(name, users), metric]
+                if not pd.isna(enough):
+                    ax.plot(enough, normal[enough], "o", ms=9, mfc="none", mec=colour, mew=1.2)
+            system = canvas.name_of(name).partition(" (")[0]
+            ax.set(title=f"{system}: {title[0].lower()}{title[1:]}", ylabel=ylabel, ylim=(0, None))
+            ax.set_xticks(normal.index)
+    for ax in grid[-1]:
+        ax.set_xlabel("GPUs added for replicas of the hottest experts")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    ring = plt.Line2D([], [], marker="o", mfc="none", mec=GREY, ms=9, ls="")
+    handles += [plt.Line2D([], [], color=GREY, linestyle=":"), ring]
+    labels += ["uniform mix, 8 GPUs", "first as good as that"]
+    fig.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    caption = (
+        f"How many replicas of the hottest experts bring paper 2's normal mix (width {profile.workload.sigma:g} "
+        "clusters) to what the uniform mix gets from eight GPUs: p99 response time and session throughput of "
+        "simulated H100s against GPUs added, one more engine each, to the expert with the most demand per engine; a "
+        "prompt goes to the replica with the fewest requests outstanding. Both papers propose such replicas and try "
+        f"none. Means over {table['repeat'].nunique()} repeats; engines only, no harness. With few users the longest "
+        "answers decide p99, and replicas cannot shorten them."
+    )
+    canvas.save(
+        *(fig, profile.name, "simulated-hardware", "workbench", "replicas", table, caption, NO_COUNTERPART),
+        command=canvas.command(profile, "06_routing_overhead"),
+        host="8 x H100 and those added, in virtual time",
+    )
+    plt.close(fig)
+    return fig
 
 
 # --- what did the papers measure? -------------------------------------------------------------------------------
@@ -250,7 +388,7 @@ def simulation_trust(
         *(fig, profile.name, "simulated-hardware", "workbench", "simulation_trust"),
         pd.concat(data, ignore_index=True),
         caption,
-        "Workbench: the papers have no counterpart",
+        NO_COUNTERPART,
         records=measured["point_hash"].unique().tolist(),
         command=canvas.command(profile, "07_paper_scale"),
         host=hosts,
