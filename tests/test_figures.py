@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from erlib import canvas, config, engines, figures, metrics, paths, workbench
+from erlib import balance, canvas, comparison, config, engines, figures, metrics, paths, workbench
 from tests import synthetic
 
 matplotlib.use("agg")
@@ -271,3 +271,41 @@ def test_the_notebook_draws_every_item_of_its_paper(paper: str) -> None:
     assert source.count("figures.architecture(") == source.count("figures.table1_models(") == 1
     timed = [name for name in vars(figures) if name.startswith(paper)]
     assert timed and all(f"figures.{name}(" in source for name in timed)
+
+
+def test_replicas_are_drawn_from_the_simulations_table(home: Path) -> None:
+    profile = config.load_profile("smoke")
+    table = balance.run(profile, configs=["p2.E"], users=[30, 60], most_added=1)
+    workbench.replicas(table, profile)
+    folder = home.parents[1] / "smoke" / "simulated-hardware" / "workbench"
+    assert len(pd.read_csv(folder / "replicas.csv")) == len(table)
+    about = json.loads((folder / "replicas.json").read_text())
+    assert about["source"] == "simulated-hardware" and "--profile smoke --only 06" in about["command"]
+    assert "measured" not in about["footer"]
+
+
+def test_a_router_that_is_not_there_has_a_row_and_its_reason_in_the_caption(
+    profile: config.Profile, home: Path
+) -> None:
+    measured = [
+        "documents",
+        "nmi",
+        "purity",
+        "smallest",
+        "largest",
+        "conversations_growth",
+        "conversations_growth_short",
+    ]
+    measured += [*comparison.KEPT, *(f"p{p}_ms_{words}" for p in (50, 99) for words in comparison.LATENCY_WORDS)]
+    table = pd.DataFrame([dict.fromkeys(measured, 0.1 + i / 8) for i in range(len(comparison.NAMES))])
+    table.insert(0, "router", list(comparison.NAMES))
+    table.insert(1, "reason", ["", "", "no wheel", "", "", ""])
+    table.loc[table["reason"] != "", measured] = np.nan
+    fig = workbench.router_comparison(table, profile)
+    rows = [label.get_text() for label in fig.axes[0].get_yticklabels()]
+    assert len(rows) == len(comparison.NAMES) and "nearest examples" in rows[2]
+    assert [text.get_text() for text in fig.axes[0].texts] == ["not there"]
+    about = json.loads((home / "workbench" / "router_comparison.json").read_text())
+    assert "no wheel" in about["caption"] and about["footer"].startswith("measured on")
+    assert "--only 06_routing_overhead" in about["command"]
+    assert not plt.get_fignums()
