@@ -20,6 +20,7 @@ Modules are listed in the order in which data flows through them; each imports o
     records, sweep, metrics                   the record of each request; resumable sweeps; TTFT, TPOT, throughput
     simulation, emulation, ablation           H100s in virtual time; in real time; what the papers' harness does
     fitting, validation                       step times of measured engines; the simulation beside others' numbers
+    comparison, balance                       other routers beside c-BTM's; replicas that level the load
     canvas, figures, workbench                looks and provenance; the papers' figures and tables; our own
     evidence, predicates, claims, gallery     what the papers claim, checked; all of it on one page
 """

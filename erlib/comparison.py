@@ -146,8 +146,8 @@ def compare(
         decide = _decider(router, embed)
         experts = np.array([decide(text) for text in texts])
         row |= clusterer.evaluate(experts, router.n_experts, labels)
-        for change, versions in pairs.items():
-            row[change] = _stay(decide, versions, seed)
+        for number, (change, versions) in enumerate(pairs.items()):
+            row[change] = _stay(decide, versions, np.random.default_rng([seed, number]))
         row |= {f"conversations_{growth}": len(pairs[growth]) for growth in GROWTH}
         for words, prompts in timed.items():
             ms = _latencies_ms(router, prompts)
@@ -162,7 +162,7 @@ def _decider(router: Router, embed: Callable[[routers.Embed, str], clusterer.Flo
     return lambda text: router.route(text)[0]
 
 
-def _stay(decide: Callable[[str], int], versions: Sequence[tuple[str, str]], seed: int) -> float:
+def _stay(decide: Callable[[str], int], versions: Sequence[tuple[str, str]], rng: np.random.Generator) -> float:
     """Share of the texts that come to the same expert before and after.
 
     All are asked about in random order, as if they came from many users: a router that takes turns would otherwise keep
@@ -171,7 +171,7 @@ def _stay(decide: Callable[[str], int], versions: Sequence[tuple[str, str]], see
     if not versions:
         return np.nan
     every = [text for both in versions for text in both]
-    order = np.random.default_rng(seed).permutation(len(every))
+    order = rng.permutation(len(every))
     experts = np.empty(len(every), dtype=np.int64)
     experts[order] = [decide(every[i]) for i in order]
     return float(np.mean(experts[::2] == experts[1::2]))

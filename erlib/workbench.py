@@ -115,14 +115,14 @@ def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
     balanced.hlines(place, table["smallest"], table["largest"], color=PURPLE, linewidth=2)
     balanced.plot(table["smallest"], place, "<", color=PURPLE, label="smallest")
     balanced.plot(table["largest"], place, ">", color=PURPLE, label="largest")
-    balanced.set(title="Balance: requests of an expert over the mean", xlim=(0, None))
+    balanced.set(title="Balance: requests over the mean", xlim=(0, None))
     balanced.legend(loc="lower left")
 
     n_experts = profile.clusterer.n_clusters
     kept.axvline(100 / n_experts, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     for change, (label, colour, marker) in CHANGE_LOOKS.items():
         kept.plot(100 * table[change], place, marker, color=colour, label=label, ls="", clip_on=False)
-    kept.set(title="Stability: prompts that keep their expert [%]", xlim=(0, 100))
+    kept.set(title="Stability: prompts that stay [%]", xlim=(0, 100))
 
     dodge = dict(zip(comparison.LATENCY_WORDS, (-0.25, 0.0, 0.25), strict=True))
     for (words, shift), colour in zip(dodge.items(), (SKY, BLUE, PURPLE), strict=True):
@@ -138,7 +138,7 @@ def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
         ax.grid(axis="y", visible=False)
     agreement.set_yticks(place, [comparison.NAMES[name].replace(", ", ",\n", 1) for name in table["router"]])
     agreement.set_ylim(len(table) - 0.5, -0.5)
-    fig.legend(*kept.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.legend(*kept.get_legend_handles_labels(), title="Stability under", loc="outside upper center", ncols=3)
     missing = table.loc[table["reason"] != "", "reason"].unique()
     tried = table[table["reason"] == ""].iloc[0]
     caption = (
