@@ -218,7 +218,7 @@ def of_profile(profile: Profile) -> pd.DataFrame:
         **_embedding_routers(profile),
         "replicas": routers.RoundRobin(n),
         "random": routers.Random(n, profile.seed),
-        "least_loaded": routers.LeastLoaded([0] * n),
+        "least_loaded": routers.LeastLoaded(n, lambda: [0] * n),
     }
     reasons = {name: router for name, router in entries.items() if isinstance(router, str)}
     code = [Path(__file__), Path(routers.__file__)]

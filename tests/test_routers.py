@@ -33,7 +33,7 @@ def embed(text: str) -> Embedded:
 
 @given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=9), first=st.integers(0, 20))
 def test_least_loaded_never_asks_a_busier_expert(counts: list[int], first: int) -> None:
-    router = routers.LeastLoaded(counts, first)
+    router = routers.LeastLoaded(len(counts), lambda: counts, first)
     for _ in range(60):
         expert, _ = router.route("")
         assert counts[expert] == min(counts)
@@ -42,7 +42,7 @@ def test_least_loaded_never_asks_a_busier_expert(counts: list[int], first: int) 
 
 
 def test_least_loaded_takes_turns_among_equals() -> None:
-    router = routers.LeastLoaded([0, 3, 0, 0])
+    router = routers.LeastLoaded(4, lambda: [0, 3, 0, 0])
     assert Counter(router.route("")[0] for _ in range(9)) == {0: 3, 2: 3, 3: 3}
 
 
@@ -107,14 +107,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_classify_is_the_clusterer(directory: Path) -> None:
-    route = routers.load("classify", directory, 4)
+    route = routers.load("classify", directory, 4).route
     prompts = texts.topical(40, seed=1)[0]
     assert [route(prompt)[0] for prompt in prompts] == list(Clusterer.load(directory).predict(prompts))
 
 
 def test_what_reads_nothing_needs_no_directory(tmp_path: Path) -> None:
     for policy in ("replicas", "random", "least_loaded"):
-        route = routers.load(policy, tmp_path, 4, 1, outstanding=[0, 0, 0, 0])
+        route = routers.load(policy, tmp_path, 4, 1, outstanding=lambda: [0, 0, 0, 0]).route
         assert {route("")[0] for _ in range(200)} == set(range(4))
 
 
@@ -180,7 +180,7 @@ def test_embeddings_have_length_one_and_read_256_word_pieces(embeddings: Path) -
 
 @pytest.mark.parametrize("policy", ["embeddings", "neighbours"])
 def test_embedding_routers_tell_topics_apart(embeddings: Path, policy: str) -> None:
-    route = routers.load(policy, embeddings, 2)
+    route = routers.load(policy, embeddings, 2).route
     kitchen = {route(text)[0] for text in ("How do I bake bread?", "Butter and onions, please.")}
     space = {route(text)[0] for text in ("When did the probe reach Mars?", "Astronauts in orbit.")}
     assert len(kitchen) == len(space) == 1 and kitchen != space
