@@ -18,7 +18,7 @@ import numpy as np
 
 from erlib import config, corpus, stock
 from erlib.clusterer import Clusterer
-from erlib.gateway import Route
+from erlib.routers import Route
 
 WORDS = 335
 

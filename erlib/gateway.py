@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import logging
 import math
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -24,37 +22,19 @@ import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from erlib import experts, wire
-from erlib.clusterer import Clusterer
+from erlib import experts, routers, wire
+from erlib.clusterer import Clusterer, ClustererError
 from erlib.limits import Limits
-from erlib.service import Distances, Gateway, Route
+from erlib.service import Distances, Gateway
 from erlib.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from erlib import stock
 
 _SETTLE_S = 0.5
 """The last requests' status has been sent within this time."""
 
 
-def classify_with(model: Clusterer | stock.Router) -> Route:
-    """The papers' policy: the expert of the prompt's cluster."""
-    return model.route
-
-
 def distances_with(model: Clusterer) -> Distances:
     """Euclidean distances in the space in which `model` classifies."""
     return lambda prompt: np.linalg.norm(model.centres - model.transform([prompt]), axis=1).tolist()
-
-
-def replicas(n_experts: int, index: int) -> Route:
-    """Baseline without classification: experts in turn.
-
-    Gateway `index` begins at expert `index`, so that gateways behind a round-robin balancer, which start out in step,
-    do not all begin at the same expert.
-    """
-    turn = itertools.count(index)
-    return lambda prompt: (next(turn) % n_experts, (0, 0, 0))
 
 
 @contextlib.asynccontextmanager
@@ -119,17 +99,30 @@ async def serving(
                 await replica.close()
 
 
-async def _run_until_signalled(args: argparse.Namespace, route: Route, distances: Distances | None) -> None:
+def _router(args: argparse.Namespace, behind: Sequence[experts.Expert]) -> routers.Router:
+    def outstanding() -> list[int]:
+        return [sum(len(replica.calls) for replica in expert.replicas) for expert in behind]
+
+    try:
+        return routers.load(args.policy, args.clusterer, len(behind), args.index, outstanding)
+    except ClustererError as error:
+        raise SystemExit(f"--policy {args.policy}: {error}") from None
+
+
+async def _run_until_signalled(args: argparse.Namespace) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     behind = experts.connect(args.experts, args.index, _expert_credentials(args))
+    router = _router(args, behind)
+    model = router.model if isinstance(router, routers.ByCluster) else None
+    distances = distances_with(model) if isinstance(model, Clusterer) else None
     telemetry = Telemetry(behind, args.log_prompts)
     telemetry.watch(asyncio.get_running_loop())
     if args.metrics_port:
         prometheus_client.start_http_server(args.metrics_port, args.host, telemetry.registry)
     limits = Limits(args.max_prompt_bytes, args.max_streams_per_peer, args.max_requests_per_s)
-    gateway = Gateway(route, behind, args.index, distances, limits, telemetry, args.behind_proxy)
+    gateway = Gateway(router.route, behind, args.index, distances, limits, telemetry, args.behind_proxy)
     settings = {"max_streams": args.max_streams, "silence_s": args.silence_s, "drain_s": args.drain_s}
     address = f"{args.host}:{args.port}"
     async with serving(gateway, address, credentials=_server_credentials(args), **settings):
@@ -160,12 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--experts", required=True, help="comma-separated gRPC addresses, one per cluster, in order; replicas: A|B"
     )
-    parser.add_argument("--clusterer", type=Path, required=True, help="directory of clusterer.build or stock.build")
+    parser.add_argument(
+        "--clusterer", type=Path, required=True, help="directory of clusterer.build, stock.build or routers.build"
+    )
     parser.add_argument(
         "--policy",
-        choices=["classify", "stock", "replicas"],
+        choices=routers.POLICIES,
         default="classify",
-        help="stock: classify with the unpickled scikit-learn pipeline that stock.build left in --clusterer",
+        help="how an expert is chosen, see erlib.routers.load",
     )
     parser.add_argument("--index", type=int, default=0, help="which of the instances this is")
     parser.add_argument("--silence-s", type=float, default=30.0, help="after which an expert is asked if it is alive")
@@ -197,23 +192,7 @@ def main() -> None:
     """Entry point of one gateway process."""
     args = _parser().parse_args()
     logging.basicConfig(level=args.log_level.upper(), format="%(message)s")
-    n_experts = len(args.experts.split(","))
-    distances = None
-    if args.policy == "replicas":
-        route = replicas(n_experts, args.index)
-    else:
-        model = _stock(args.clusterer) if args.policy == "stock" else Clusterer.load(args.clusterer)
-        if model.n_clusters != n_experts:
-            raise SystemExit(f"{model.n_clusters} clusters need as many experts; --experts names {n_experts}")
-        route = classify_with(model)
-        distances = distances_with(model) if isinstance(model, Clusterer) else None
-    asyncio.run(_run_until_signalled(args, route, distances))
-
-
-def _stock(directory: Path) -> stock.Router:
-    from erlib import stock  # brings scikit-learn along, which the others do without
-
-    return stock.load(directory)
+    asyncio.run(_run_until_signalled(args))
 
 
 if __name__ == "__main__":

@@ -34,10 +34,9 @@ from tritonclient.grpc import service_pb2 as pb
 from erlib import wire
 from erlib.experts import Expert, Replica
 from erlib.limits import Limits, Peers, Refused, peer_of
+from erlib.routers import Route
 from erlib.telemetry import Request, Telemetry, logger
 
-Route = Callable[[str], tuple[int, Sequence[int]]]
-"""Prompt -> expert and (vectorise, svd, k-means) ns."""
 Distances = Callable[[str], Sequence[float]]
 """Prompt -> its distance to each cluster's centre."""
 
