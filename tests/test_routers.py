@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tritonclient.grpc import service_pb2 as pb
 
 from erlib import config, paths, processes, routers, wire
 from erlib.clusterer import Clusterer, ClustererError
@@ -201,11 +202,16 @@ async def _experts(ports: list[int], asked: Counter[int]) -> AsyncIterator[None]
                 asked[expert] += 1
                 if wire.prompt_of(message)[1] == "wait":
                     await asyncio.Event().wait()
-                yield message
+                yield pb.ModelStreamInferResponse(infer_response=pb.ModelInferResponse(id="1")).SerializeToString()
 
-        return grpc.method_handlers_generic_handler(
-            wire.SERVICE, {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(stream)}
-        )
+        async def ready(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+            return pb.ServerReadyResponse(ready=True).SerializeToString()
+
+        methods = {
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(stream),
+            "ServerReady": grpc.unary_unary_rpc_method_handler(ready),
+        }
+        return grpc.method_handlers_generic_handler(wire.SERVICE, methods)
 
     servers = []
     for expert, port in enumerate(ports):
