@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pandas as pd
 from tqdm import tqdm
 
-from erlib import clusterer, config, corpus, metrics, paths, routers, sweep
+from erlib import clusterer, config, corpus, hardware, metrics, paths, routers, sweep
 from erlib.clusterer import Clusterer
 from erlib.config import Profile
 from erlib.corpus import Corpus
@@ -222,7 +222,7 @@ def of_profile(profile: Profile) -> pd.DataFrame:
     }
     reasons = {name: router for name, router in entries.items() if isinstance(router, str)}
     code = [Path(__file__), Path(routers.__file__)]
-    digest = config.digest(*code, held_out.sha, directory.name, n, profile.seed, sweep.machine(), reasons)
+    digest = config.digest(*code, held_out.sha, directory.name, n, profile.seed, hardware.machine(), reasons)
     path = paths.run_dir(profile.name) / f"routers-{digest}.parquet"
     if path.exists():
         print(f"router comparison: reused {path.name} (same routers, texts, machine and code)")

@@ -45,6 +45,7 @@ from erlib import (
     prompts,
     records,
     repository,
+    routers,
     service,
     stack,
     steptimes,
@@ -540,7 +541,7 @@ def _git(*arguments: str) -> str:
 @functools.cache
 def _code_digest(backend: str, in_cluster: bool) -> str:
     """Hash of the code on the measured path, blind to comments, docstrings and layout."""
-    modules = [wire, processes, triton, experts, limits, telemetry, service, gateway, nginx, stack, users]
+    modules = [wire, processes, triton, routers, experts, limits, telemetry, service, gateway, nginx, stack, users]
     if backend == repository.ENGINE_MODEL:
         modules += [containers, repository]
         files = [file for file in sorted(repository.TEMPLATES.rglob("*")) if file.is_file()]
