@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pandas as pd
 from tqdm import tqdm
 
-from erlib import clusterer, config, corpus, hardware, metrics, paths, routers, sweep
+from erlib import clusterer, config, corpus, hardware, metrics, paths, routers
 from erlib.clusterer import Clusterer
 from erlib.config import Profile
 from erlib.corpus import Corpus
