@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import signal
@@ -125,6 +126,7 @@ async def _run_until_signalled(args: argparse.Namespace) -> None:
     gateway = Gateway(router.route, behind, args.index, distances, limits, telemetry, args.behind_proxy)
     settings = {"max_streams": args.max_streams, "silence_s": args.silence_s, "drain_s": args.drain_s}
     address = f"{args.host}:{args.port}"
+    gc.freeze()  # what is there now stays: no collection need look at it again
     async with serving(gateway, address, credentials=_server_credentials(args), **settings):
         await stopping.wait()
 

@@ -209,7 +209,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(cycles, tmp_path):
 
 # --- a thousand streams -----------------------------------------------------------------------------------------
 
-USERS, TOKENS, SLOW_MOTION = 1000, 50, 30.0
+USERS, TOKENS, SLOW_MOTION = 1000, 50, 10.0
 
 
 @pytest.mark.slow
