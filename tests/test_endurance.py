@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+import psutil
 import pytest
 from conftest import BASE_PORT
 from hypothesis import given, settings
@@ -235,7 +236,9 @@ def test_a_thousand_streams_outlive_an_expert_that_is_killed_at_half_time(profil
         def kill_at_half_time() -> None:
             while running.counters()["expert_generated_tokens"] - sum(counted) < USERS * TOKENS / 2:
                 time.sleep(0.2)
-            running.servers[victim].process.kill()
+            server = psutil.Process(running.servers[victim].process.pid)
+            for process in (server, *server.children()):  # the engine's process may outlive its server's
+                process.kill()
 
         killer = threading.Thread(target=kill_at_half_time)
         killer.start()
