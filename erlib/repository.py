@@ -29,7 +29,7 @@ from typing import Any
 import jinja2
 
 from erlib import config, engines, paths, processes, triton
-from erlib.config import ConfigError, Flow, RunnerKind, ServingSettings
+from erlib.config import ConfigError, Flow, RunnerKind
 from erlib.containers import Runner, load_image
 from erlib.processes import StartError
 from erlib.tensorrt_llm import Plan
@@ -308,35 +308,5 @@ def server_plans(plan: Plan, kind: RunnerKind, n_gpus: int) -> list[RepositoryPl
     shared = (ENGINE_MODEL, directories, system.batch_size, 0, repository)
     return [
         RepositoryPlan(*shared, tuple(range(i * width, (i + 1) * width)), runner, plan.flow)
-        for i in range(system.instances)
-    ]
-
-
-def servers(
-    plan: Plan, repository: Path, settings: ServingSettings, log_dir: Path, n_gpus: int = 8
-) -> list[RepositoryServer]:
-    """The servers of a configuration, each on GPUs of its own, all on one repository.
-
-    Ports are those that :class:`~erlib.stack.Stack` would give them: behind NGINX and the gateways, three each.
-
-    Raises
-    ------
-    ConfigError
-        If `n_gpus` are too few.
-    """
-    name, system = plan.configuration.id, plan.system
-    if (needed := system.instances * system.tensor_parallel) > n_gpus:
-        raise ConfigError(f"{name} needs {needed} GPUs; there are {n_gpus}")
-    first_port = settings.base_port + 1 + settings.gateways
-    return [
-        RepositoryServer(
-            f"{name}-{i}",
-            repository,
-            first_port + i * triton.TritonServer.PORTS,
-            log_dir,
-            range(i * system.tensor_parallel, (i + 1) * system.tensor_parallel),
-            settings.host,
-            flow=plan.flow,
-        )
         for i in range(system.instances)
     ]

@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from erlib import config, processes, repository, stack, triton, users, wire
 from erlib.processes import StartError
+from erlib.tensorrt_llm import Plan
 
 STANDIN = Path(__file__).with_name("standin_tensorrt_llm.py")
 STANDIN_LLM_API = Path(__file__).with_name("standin_llm_api.py")
@@ -141,9 +142,15 @@ def test_a_repository_is_replaced_as_a_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
+def served_on_gpus(plan: Plan, log_dir: Path) -> list[repository.RepositoryServer]:
+    """The servers of a system as a stack on eight GPUs would start them."""
+    settings, configuration = config.load_profile("dgx-h100").serving, plan.configuration
+    plans = repository.server_plans(plan, "bare", n_gpus=8)
+    return stack.Stack(configuration.id, plans, configuration.routing, settings, log_dir, log_dir).servers
+
+
 def test_one_expert_per_gpu(tmp_path):
-    settings = config.load_profile("dgx-h100").serving
-    servers = repository.servers(plan_of("p1.D"), tmp_path, settings, tmp_path)
+    servers = served_on_gpus(plan_of("p1.D"), tmp_path)
     assert [server.launch.environment for server in servers] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(8)]
     assert all(server.launch.command[:4] == ["mpirun", "--allow-run-as-root", "-n", "1"] for server in servers)
     assert not any("--model-control-mode=explicit" in server.launch.command for server in servers)
@@ -152,8 +159,7 @@ def test_one_expert_per_gpu(tmp_path):
 
 @pytest.mark.parametrize(("name", "gpus"), [("p1.A", ["0,1,2,3,4,5,6,7"]), ("p2.C", ["0,1,2,3", "4,5,6,7"])])
 def test_tensor_parallel_engines_have_a_leader(name, gpus, tmp_path):
-    settings = config.load_profile("dgx-h100").serving
-    launches = [server.launch for server in repository.servers(plan_of(name), tmp_path, settings, tmp_path)]
+    launches = [server.launch for server in served_on_gpus(plan_of(name), tmp_path)]
     assert [launch.environment["CUDA_VISIBLE_DEVICES"] for launch in launches] == gpus
     for launch in launches:
         assert launch.command[0] == "mpirun"
@@ -168,8 +174,7 @@ def test_tensor_parallel_engines_have_a_leader(name, gpus, tmp_path):
 
 @pytest.mark.parametrize(("name", "gpus"), [("p1.D", list("01234567")), ("p2.C", ["0,1,2,3", "4,5,6,7"])])
 def test_the_llm_api_starts_its_ranks_itself(name, gpus, tmp_path):
-    settings = config.load_profile("dgx-h100").serving
-    launches = [server.launch for server in repository.servers(plan_of(name, "llmapi"), tmp_path, settings, tmp_path)]
+    launches = [server.launch for server in served_on_gpus(plan_of(name, "llmapi"), tmp_path)]
     assert [launch.environment["CUDA_VISIBLE_DEVICES"] for launch in launches] == gpus
     for launch in launches:
         assert launch.command[0] == "tritonserver"
@@ -183,22 +188,9 @@ def test_the_llm_api_starts_its_ranks_itself(name, gpus, tmp_path):
     assert len(set(prefixes)) == len(prefixes) == len(launches)
 
 
-@pytest.mark.parametrize("name", NINE)
-def test_ports_are_those_of_the_stack(name, tmp_path):
-    settings = config.load_profile("dgx-h100").serving
-    configuration = config.load_configuration(name)
-    served = repository.servers(plan_of(name), tmp_path, settings, tmp_path)
-    plans = [triton.ServerPlan("tensorrt_llm", {}, 1)] * configuration.system.instances
-    known = stack.Stack(name, plans, configuration.routing, settings, tmp_path, tmp_path).servers
-    assert [(server.label, server.url, server.metrics_port) for server in served] == [
-        (server.label, server.url, server.metrics_port) for server in known
-    ]
-
-
-def test_too_few_gpus_are_said(tmp_path):
-    settings = config.load_profile("dgx-h100").serving
+def test_too_few_gpus_are_said():
     with pytest.raises(config.ConfigError, match=r"p1\.B needs 8 GPUs; there are 4"):
-        repository.servers(plan_of("p1.B"), tmp_path, settings, tmp_path, n_gpus=4)
+        repository.server_plans(plan_of("p1.B"), "bare", n_gpus=4)
 
 
 # --- in the real Triton -----------------------------------------------------------------------------------------
