@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import urllib.request
@@ -14,16 +15,19 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+import prometheus_client
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from standin_expert import eventually, setting, standin
 from test_faults import ends, free_port, request, start
 
-from erlib import processes, wire
+from erlib import experts, paths, processes, wire
 from erlib.limits import Limits, Peers, peer_of
+from erlib.telemetry import Request, Telemetry
 
 PROMPT = "0 the colour of my secret is octarine"
+METRIC = re.compile(r"\b(?:er|process)_\w+")
 
 # --- limits -----------------------------------------------------------------------------------------------------
 
@@ -136,6 +140,24 @@ async def metrics(port: int) -> dict[tuple[str, ...], float]:
         families = text_string_to_metric_families(reply.read().decode())
     samples = [sample for family in families for sample in family.samples]
     return {(sample.name, *sample.labels.values()): sample.value for sample in samples}
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are():
+    async def exposed() -> str:
+        telemetry = Telemetry(experts.connect("127.0.0.1:1|127.0.0.1:2,127.0.0.1:3"))
+        telemetry.watch(asyncio.get_running_loop())
+        failed = Request("stream", "peer", expert=0, responses=3, retries=1, code="UNAVAILABLE", spans_ns={"svd": 1})
+        telemetry.note(failed)
+        return prometheus_client.generate_latest(telemetry.registry).decode()
+
+    lines = asyncio.run(exposed()).splitlines()
+    known = {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
+    panels = json.loads((paths.ROOT / "docs" / "grafana.json").read_text())["panels"]
+    asked = {name for panel in panels for target in panel["targets"] for name in METRIC.findall(target["expr"])}
+    assert asked
+    assert asked <= known
+    of_ours = {name for name in known if name.startswith("er_") and not name.endswith(("_created", "_sum", "_count"))}
+    assert of_ours <= asked
 
 
 def test_metrics_and_log_lines_tell_what_happened_but_not_what_was_asked(tmp_path):
