@@ -374,9 +374,9 @@ class Stream:
             self.error = text.decode(errors="replace")[:300]
 
     def end(self, reason: str = "") -> None:
-        """The stream is over, with what is wrong about it."""
-        self.error = self.error or reason or ("" if self.arrived_ns else "ended without a token")
+        """The stream is over, with what is wrong about it; what happens to its connection later is not."""
         if not self.ended.done():
+            self.error = self.error or reason or ("" if self.arrived_ns else "ended without a token")
             self.ended.set_result(None)
 
 
@@ -456,6 +456,7 @@ class _OpenAiUser(asyncio.Protocol):
         self._refused = False
 
     def connection_made(self, transport: Any) -> None:
+        self._transport = transport
         self.stream.abandon = lambda: (transport.abort(), self.stream.end())[1]
         transport.write(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: paced\r\nauthorization: Bearer none\r\n"
@@ -480,6 +481,7 @@ class _OpenAiUser(asyncio.Protocol):
             stream.note(now_ns, events)
         if b"[DONE]" in events:
             stream.end()
+            self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.stream.end(f"connection lost: {exc}")

@@ -103,6 +103,14 @@ def test_a_point_says_what_the_way_and_the_machine_did(site, engine):
     assert 0 < row["ttft_p50_ms"] <= row["ttft_p95_ms"]
 
 
+def test_a_connection_that_is_closed_after_the_answer_is_no_error(site, engine):
+    with site.way("direct, OpenAI") as way:
+        streams = asyncio.run(_answers(way, ["one", "two"], 1))
+    for stream in streams:
+        stream.end("closed by the peer, much later")
+        assert stream.error == "" and len(stream.arrived_ns) == 1
+
+
 def test_ways_are_compared_with_their_own_protocol_at_the_same_level():
     table = pd.DataFrame(
         {
