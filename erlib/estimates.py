@@ -15,7 +15,6 @@ import numpy as np
 from erlib import builds, config, engines, prompts, steptimes
 from erlib.config import Configuration, Mix, Profile
 from erlib.containers import Command
-from erlib.engines import Paper
 from erlib.hardware import Gpu
 from erlib.steptimes import StepTimes
 from erlib.tensorrt_llm import CALIBRATION, Plan
@@ -204,11 +203,6 @@ def busiest_share(configuration: Configuration, profile: Profile, mix: Mix) -> f
     if configuration.routing != "expert_router":
         return 1 / configuration.system.instances
     return float(prompts.mix_shares(mix, configuration.system.instances, profile.workload.sigma).max())
-
-
-def workload_of(configuration: Configuration) -> Paper:
-    """Whose load experiment a configuration is in."""
-    return "p1" if configuration.id.startswith("p1") else "p2"
 
 
 # --- the whole profile --------------------------------------------------------------------------------------------
