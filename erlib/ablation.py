@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import product
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import psutil
 from scipy import stats
 
-from erlib import emulation, metrics, stock, sweep, users, wire
+from erlib import config, emulation, metrics, stock, sweep, users, wire
 from erlib.config import ConfigError, Profile
 from erlib.stack import Classifier
 from erlib.sweep import Series
@@ -39,7 +39,7 @@ METRICS = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s", "gateway_mean_s
 def plan(profile: Profile) -> list[Series]:
     """Four arms around the same engines: base prompts at their own length, short answers of forced length."""
     settings = profile.ablation
-    paper: Literal["p1", "p2"] = "p1" if settings.config.startswith("p1") else "p2"
+    paper = config.paper_of(settings.config)
     pool = emulation.workload(profile, paper)
     frame = pool.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP)
     pool = dataclasses.replace(pool, frame=frame)

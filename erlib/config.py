@@ -28,6 +28,7 @@ from pydantic import (
 
 from erlib import paths
 
+Paper = Literal["p1", "p2"]
 Dtype = Literal["fp16", "fp8", "int8", "int4"]
 Mix = Literal["uniform", "normal"]
 Routing = Literal["direct", "round_robin", "expert_router", "replicas"]
@@ -393,6 +394,11 @@ class Configuration(_Strict):
             return self.paper
         assert self.stands_beside is not None
         return load_configuration(self.stands_beside).system
+
+
+def paper_of(name: str) -> Paper:
+    """The paper that the configuration `name` is of or stands beside."""
+    return "p1" if name.startswith("p1.") else "p2"
 
 
 def config_ids() -> list[str]:

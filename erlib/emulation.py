@@ -12,13 +12,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from typing import Literal
 
 import pandas as pd
 import pyarrow as pa
 
 from erlib import batching, clusterer, config, metrics, openvino, prompts, records, simulation, steptimes, sweep
-from erlib.config import Profile
+from erlib.config import Paper, Profile
 from erlib.prompts import Workload
 from erlib.stack import Classifier
 from erlib.steptimes import Calibration
@@ -75,7 +74,7 @@ def system(
     )
 
 
-def workload(profile: Profile, paper: Literal["p1", "p2"]) -> Workload:
+def workload(profile: Profile, paper: Paper) -> Workload:
     """Prompts of the papers' own lengths, cut from the profile's corpus by the profile's router.
 
     Paper 2's answers get MLPerf's lengths: an engine that only keeps time never ends an answer itself.
@@ -91,7 +90,7 @@ def load(profile: Profile) -> list[Series]:
     settings = profile.emulation
     series = []
     for name in settings.configs:
-        paper: Literal["p1", "p2"] = "p1" if name.startswith("p1") else "p2"
+        paper = config.paper_of(name)
         target = system(profile, name, settings.slow_motion)
         series.append(
             Series(paper, "load", target, workload(profile, paper), settings.users, settings.repeats, ["uniform"])

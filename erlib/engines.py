@@ -13,9 +13,8 @@ import pandas as pd
 import yaml
 
 from erlib import config, paths
-from erlib.config import ConfigError, Configuration, Dtype, LaptopSystem, PaperSystem, Profile
+from erlib.config import ConfigError, Configuration, Dtype, LaptopSystem, Paper, PaperSystem, Profile
 
-Paper = Literal["p1", "p2"]
 Size = Literal["large", "small", "quality"]
 KvCache = Literal["f16", "u8"]
 
@@ -205,7 +204,7 @@ def on_gpus(
     name, printed = configuration.id, configuration.system
     if "fp8" in (printed.dtype, printed.kv_dtype) and not has_fp8:
         raise ConfigError(f"{name}: these GPUs have no FP8 (compute capability 8.9 or higher has), and it is in FP8")
-    longest = _paper_sequence_tokens("p1" if name.startswith("p1") else "p2")
+    longest = _paper_sequence_tokens(config.paper_of(name))
     for instances, width in _narrower(printed, n_gpus):
         narrow = printed.model_copy(update={"instances": instances, "tensor_parallel": width})
         tokens = _kv_tokens_beside(narrow, gpu_bytes)
@@ -429,7 +428,7 @@ def laptop_system(profile: Profile, configuration: Configuration, max_sequence_t
     """
     laptop, system = configuration.laptop, configuration.system
     if max_sequence_tokens is None:
-        max_sequence_tokens = longest_sequence_tokens(profile, "p1" if configuration.id.startswith("p1") else "p2")
+        max_sequence_tokens = longest_sequence_tokens(profile, config.paper_of(configuration.id))
     one_sequence = math.ceil(max_sequence_tokens / config.KV_BLOCK_TOKENS)
     if laptop.kv_blocks is not None and laptop.kv_blocks < one_sequence:
         raise ConfigError(

@@ -100,7 +100,7 @@ def _number(value: float) -> str:
 
 def _turns(turn: str, *configs: str) -> list[str]:
     """Paper 1 makes its claims for both prompts unless it names one; paper 2 has one."""
-    return [turn] if turn else ["base", "continuation"] if configs[0].startswith("p1") else ["base"]
+    return [turn] if turn else ["base", "continuation"] if config.paper_of(configs[0]) == "p1" else ["base"]
 
 
 @_predicate("{metric} of {left} {factor} ≤ that of {right} {users} {turn}")
@@ -459,7 +459,7 @@ def _weights_gb(name: str, dtype: config.Dtype | None = None) -> float:
 
 
 def _gpu_gb(name: str) -> float:
-    table = engines.table1("p1" if name.startswith("p1") else "p2").set_index("config")
+    table = engines.table1(config.paper_of(name)).set_index("config")
     return float(table["gpu_gb"][name])
 
 

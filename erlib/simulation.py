@@ -37,10 +37,9 @@ from tqdm import tqdm
 from erlib import batching, clusterer, config, engines, openvino, prompts, records, steptimes, sweep
 from erlib.batching import CannotServe, Engine, System
 from erlib.clusterer import Clusterer
-from erlib.config import ConfigError, Mix, Profile
+from erlib.config import ConfigError, Mix, Paper, Profile
 from erlib.prompts import Prompt, Workload
 
-Paper = Literal["p1", "p2"]
 Preset = Literal["hardware", "harness"]
 
 _CLUSTERS = 8

@@ -58,7 +58,7 @@ from erlib import (
     wire,
 )
 from erlib.cluster import ClusterStack, ClusterUsers
-from erlib.config import ConfigError, Configuration, Mix, Profile, Routing
+from erlib.config import ConfigError, Configuration, Mix, Paper, Profile, Routing
 from erlib.prompts import Workload
 from erlib.triton import ServerPlan
 from erlib.users import Client
@@ -117,7 +117,7 @@ class System:
 class Point:
     """One file of records."""
 
-    paper: Literal["p1", "p2"]
+    paper: Paper
     experiment: Experiment
     system: System
     mix: Mix
@@ -131,7 +131,7 @@ class Point:
 class Series:
     """All points of one system with one workload."""
 
-    paper: Literal["p1", "p2"]
+    paper: Paper
     experiment: Experiment
     system: System
     workload: Workload
@@ -149,7 +149,7 @@ class Series:
 # --- what is to be measured ---------------------------------------------------------------------------------------
 
 
-def load(profile: Profile, paper: Literal["p1", "p2"]) -> list[Series]:
+def load(profile: Profile, paper: Paper) -> list[Series]:
     """The papers' main experiment: all configurations of one paper under rising load.
 
     Mixes other than the first are measured only where requests are routed by cluster: to a baseline that ignores the
@@ -184,7 +184,7 @@ def overhead(profile: Profile) -> list[Series]:
     short = pool.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP)
     pool = dataclasses.replace(pool, frame=short)
     (target,) = systems(profile, configurations(profile, [settings.config]))
-    paper: Literal["p1", "p2"] = "p1" if settings.config.startswith("p1") else "p2"
+    paper = config.paper_of(settings.config)
     return [Series(paper, "overhead", target, pool, settings.users, settings.repeats, ["uniform"])]
 
 

@@ -69,7 +69,7 @@ def lengths(configuration: Configuration, workload: WorkloadSettings) -> tuple[i
 
     Paper 1's longest prompt is a continuation: base prompt (mean + 4 sd, as the workload draws them) and its answer.
     """
-    if configuration.id.startswith("p1"):
+    if config.paper_of(configuration.id) == "p1":
         answer = workload.p1_output_tokens
         prompt: float = workload.p1_input_tokens + 4 * workload.p1_input_sd + answer
     else:
