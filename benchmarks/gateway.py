@@ -9,12 +9,13 @@ time. For each way from users to engine and each number of streams, one after th
 - *steady*: the streams run, and short requests come one by one. Their time to first token; the running streams' time
   from engine to user, and between tokens.
 
-Added is the difference to the same users and engine without a proxy, in the same run. Beside it stand the machine's own
-limits: its idle share, what other processes took, how late users and engine were.
+Added is the difference to the same users and engine without a proxy, in the same round of the same run; printed is the
+median of all ``--repeats`` rounds, written is each. Beside it stand the machine's own limits: its idle share, what
+other processes took, how late users and engine were.
 
 Then: classification alone by length of prompt and vocabulary; memory and start of the gateways.
 
-    python -m benchmarks.gateway [--parts relay classify memory] [--ways NAME ...] [--levels N ...]
+    python -m benchmarks.gateway [--parts relay classify memory] [--ways NAME ...] [--levels N ...] [--repeats N]
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ VOCABULARIES = (40_000, 100_000, 400_000, 1_000_000)
 CLASSIFIED_PROMPTS = 100
 
 PRINTED = {
-    "way": "", "streams": "", "tokens_per_s": "tokens/s",
+    "way": "way", "streams": "streams", "tokens_per_s": "tokens/s",
     "added_ttft_p50_ms": "+TTFT p50", "added_ttft_p95_ms": "p95",
     "added_token_p50_ms": "+token p50", "added_token_p99_ms": "p99",
     "gap_p99_ms": "gap p99", "added_gap_p99_ms": "+gap p99",
@@ -252,14 +253,15 @@ def _percentiles(name: str, values: np.ndarray, *percents: int) -> dict[str, flo
 
 
 def relays(options: argparse.Namespace, site: Site, prompts: Sequence[str], work: Path) -> pd.DataFrame:
-    """All ways at all levels; a way that cannot be started here has a row that says why."""
+    """All ways at all levels, `repeats` times; a way that cannot be started here has rows that say why."""
     engine = Engine(site, work / "engine.log")
     ways = [name for name in WAYS if name in options.ways or name in {_baseline(way) for way in options.ways}]
     rows: list[dict[str, Any]] = []
     try:
-        with tqdm(total=len(ways) * len(options.levels), unit="point") as progress:
-            for name in ways:
-                rows += _levels(site, name, engine, options, itertools.cycle(prompts), progress)
+        with tqdm(total=options.repeats * len(ways) * len(options.levels), unit="point") as progress:
+            for repeat, name in itertools.product(range(options.repeats), ways):
+                levels = _levels(site, name, engine, options, itertools.cycle(prompts), progress)
+                rows += [{"repeat": repeat, **row} for row in levels]
     finally:
         processes.stop([engine.process], 3)
     return compared(pd.DataFrame(rows))
@@ -290,16 +292,22 @@ def _baseline(way: str) -> str:
 
 
 def compared(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` with columns ``added_*``: each way less its baseline at the same level."""
+    """`table` with columns ``added_*``: each way less its baseline at the same level of the same repeat."""
     if "ttft_p50_ms" not in table:
         return table
-    key = [table["way"].map(_baseline), table["streams"]]
-    base = table.set_index(["way", "streams"])
+    key = [table["way"].map(_baseline), table["streams"], table["repeat"]]
+    base = table.set_index(["way", "streams", "repeat"])
     for column in [name for name in table if re.fullmatch(r"(ttft|token|gap|quiet_gap|burst_ttft)_.*_ms", name)]:
         table[f"added_{column}"] = (
             table[column].to_numpy() - base[column].reindex(pd.MultiIndex.from_arrays(key)).to_numpy()
         )
     return table
+
+
+def medians(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns that are printed of `table`, with the median of all repeats."""
+    numbers = table.reindex(columns=list(PRINTED)).groupby(["way", "streams"], sort=False, dropna=False)
+    return numbers.median().reset_index().rename(columns=PRINTED)
 
 
 # --- classification, memory, start --------------------------------------------------------------------------------
@@ -385,6 +393,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="their baseline comes along")
     parser.add_argument("--levels", nargs="+", type=int, default=LEVELS, help="numbers of concurrent streams")
+    parser.add_argument("--repeats", type=int, default=1, help="rounds through all ways")
     parser.add_argument("--tokens-per-s", type=float, default=TOKENS_PER_S, help="of all streams together")
     parser.add_argument("--seconds", nargs=2, type=float, default=(QUIET_S, STEADY_S), metavar=("QUIET", "STEADY"))
     parser.add_argument("--base-port", type=int, default=BASE_PORT)
@@ -419,7 +428,7 @@ def main() -> None:
     pd.set_option("display.width", 250, "display.max_columns", None, "display.max_rows", None)
     for name, table in tables.items():
         table.to_csv(options.out / f"gateway-{name}.csv", index=False)
-        shown = table.reindex(columns=list(PRINTED)).rename(columns=PRINTED) if name == "relay" else table
+        shown = medians(table) if name == "relay" else table
         print(f"\n{name}\n{shown.to_string(index=False, float_format='{:.2f}'.format)}")
         for note in table.get("note", pd.Series(dtype=str)).dropna().unique():
             print(f"  {note}" * bool(note))

@@ -111,9 +111,10 @@ def test_a_connection_that_is_closed_after_the_answer_is_no_error(site, engine):
         assert stream.error == "" and len(stream.arrived_ns) == 1
 
 
-def test_ways_are_compared_with_their_own_protocol_at_the_same_level():
+def test_ways_are_compared_with_their_own_protocol_at_the_same_level_of_the_same_repeat():
     table = pd.DataFrame(
         {
+            "repeat": 0,
             "way": ["direct", "direct", "NGINX", "direct, OpenAI", "LiteLLM", "LiteLLM"],
             "streams": [1, 10, 10, 10, 10, 1],
             "ttft_p50_ms": [1.0, 2.0, 5.0, 3.0, 13.0, 9.0],
@@ -121,3 +122,7 @@ def test_ways_are_compared_with_their_own_protocol_at_the_same_level():
     )
     added = gateway.compared(table)["added_ttft_p50_ms"].tolist()
     assert added[:5] == [0, 0, 3, 0, 10] and np.isnan(added[5])
+    again = table.assign(repeat=1, ttft_p50_ms=[1.0, 4.0, 8.0, 3.0, 13.0, 9.0])
+    both = gateway.compared(pd.concat([table, again], ignore_index=True))
+    printed = gateway.medians(both).set_index(["way", "streams"])
+    assert printed.loc[("NGINX", 10), "+TTFT p50"] == 3.5  # the median of 5 - 2 and 8 - 4
