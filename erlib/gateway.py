@@ -43,6 +43,7 @@ async def serving(
     gateway: Gateway,
     address: str,
     *,
+    handlers: Sequence[grpc.GenericRpcHandler] = (),
     credentials: grpc.ServerCredentials | None = None,
     max_streams: int | None = None,
     silence_s: float = 30.0,
@@ -55,6 +56,8 @@ async def serving(
     gateway : Gateway
     address : str
         ``host:port``; port 0 takes a free one.
+    handlers : sequence of GenericRpcHandler
+        Of what is served beside it.
     credentials : ServerCredentials, optional
         For TLS; None: plain text.
     max_streams : int, optional
@@ -74,7 +77,7 @@ async def serving(
         "grpc.so_reuseport": 0,
     }
     server = grpc.aio.server(options=list(options.items()), maximum_concurrent_rpcs=max_streams)
-    server.add_generic_rpc_handlers((gateway,))
+    server.add_generic_rpc_handlers((gateway, *handlers))
     standing = health.aio.HealthServicer()
     await standing.set(wire.SERVICE, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(standing, server)
@@ -127,7 +130,12 @@ async def _run_until_signalled(args: argparse.Namespace) -> None:
     settings = {"max_streams": args.max_streams, "silence_s": args.silence_s, "drain_s": args.drain_s}
     address = f"{args.host}:{args.port}"
     gc.freeze()  # what is there now stays: no collection need look at it again
-    async with serving(gateway, address, credentials=_server_credentials(args), **settings):
+    handlers = []
+    if args.processor:
+        from erlib.processor import Processor  # needs the extra `envoy`
+
+        handlers.append(Processor(gateway))
+    async with serving(gateway, address, handlers=handlers, credentials=_server_credentials(args), **settings):
         await stopping.wait()
 
 
@@ -164,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         default="classify",
         help="how an expert is chosen, see erlib.routers.load",
     )
+    parser.add_argument("--processor", action="store_true", help="decide for Envoy, too (the extra `envoy`)")
     parser.add_argument("--index", type=int, default=0, help="which of the instances this is")
     parser.add_argument("--silence-s", type=float, default=30.0, help="after which an expert is asked if it is alive")
     parser.add_argument("--drain-s", type=float, default=30.0, help="time for running requests after SIGTERM")

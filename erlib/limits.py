@@ -34,6 +34,11 @@ class Limits:
     """Requests of one stream; more are not read before others are done, so that a flood stays with its sender."""
 
     @property
+    def are_per_peer(self) -> bool:
+        """Whether a peer may not have as much as it likes."""
+        return min(self.streams_per_peer, self.requests_per_s) < math.inf
+
+    @property
     def message_bytes(self) -> int:
         """Largest message: a prompt and what comes with it."""
         return self.prompt_bytes + (64 << 10)

@@ -151,6 +151,30 @@ class Gateway(grpc.GenericRpcHandler):
         """From now on do what streams that are already open have asked for, and no more."""
         self._is_draining = True
 
+    def direct(self, message: bytes, sent: str) -> tuple[Request, bool] | None:
+        """Decide where a request goes that somebody else takes there; `sent`: its ``er-sent-ns``.
+
+        Returns
+        -------
+        tuple of Request and bool, or None
+            With its expert, and whether that has a spare replica; None: it has to come through here, because something
+            about it is to be refused, or because what its peer holds open has to be counted.
+        """
+        if self._is_draining or self.limits.are_per_peer:
+            return None
+        request = Request("stream", "")
+        try:
+            self._classify(message, request, sent)
+        except Failure:
+            return None
+        expert = self.experts[request.expert]
+        replica = expert.choose()
+        return None if replica is None else (request, expert.has_other(replica))
+
+    def who(self, request: Request) -> dict[str, int | str]:
+        """What the client is told of its request when it has been forwarded."""
+        return {"er-gateway": self._index, "er-expert": request.expert, **request.span_metadata}
+
     @property
     def is_busy(self) -> bool:
         """Whether any stream waits for something; one that its client merely keeps open does not."""
@@ -194,7 +218,7 @@ class Gateway(grpc.GenericRpcHandler):
                 raise
             with contextlib.suppress(_ClientGone):
                 if first and request.expert >= 0:
-                    await caller.begin(self._who(request))
+                    await caller.begin(self.who(request))
                 await caller.write(wire.encode_error(str(failure), request.id))
         except _ClientGone:
             pass
@@ -262,22 +286,7 @@ class Gateway(grpc.GenericRpcHandler):
         caller: _Caller,
         attempt: Callable[[Replica, bool], Awaitable[_Done]],
     ) -> _Done:
-        try:
-            self._peers.charge(caller.peer)
-            request.id, request.prompt = wire.prompt_of(message, self.limits.prompt_bytes)
-        except Refused as refusal:
-            raise Failure(StatusCode.RESOURCE_EXHAUSTED, str(refusal)) from None
-        except wire.UnknownModel as error:
-            raise Failure(StatusCode.NOT_FOUND, str(error)) from None
-        except wire.BadRequest as error:
-            raise Failure(StatusCode.INVALID_ARGUMENT, str(error)) from None
-        sent = str(caller.metadata.get("er-sent-ns", ""))
-        if sent.isdecimal():
-            request.spans_ns["queue"] = request.t_read_ns - int(sent)
-        request.expert, spans_ns = self._route(request.prompt)
-        request.t_routed_ns = time.monotonic_ns()
-        request.spans_ns |= zip(("vectorise", "svd", "kmeans"), spans_ns, strict=True)
-
+        self._classify(message, request, str(caller.metadata.get("er-sent-ns", "")))
         expert = self.experts[request.expert]
         replica = expert.choose()
         if replica is None:
@@ -292,6 +301,28 @@ class Gateway(grpc.GenericRpcHandler):
         request.retries += 1
         return await attempt(other, False)
 
+    def _classify(self, message: bytes, request: Request, sent: str) -> None:
+        """Note in `request` which expert it is for; `sent`: the client's ``er-sent-ns``.
+
+        Raises
+        ------
+        Failure
+        """
+        try:
+            self._peers.charge(request.peer)
+            request.id, request.prompt = wire.prompt_of(message, self.limits.prompt_bytes)
+        except Refused as refusal:
+            raise Failure(StatusCode.RESOURCE_EXHAUSTED, str(refusal)) from None
+        except wire.UnknownModel as error:
+            raise Failure(StatusCode.NOT_FOUND, str(error)) from None
+        except wire.BadRequest as error:
+            raise Failure(StatusCode.INVALID_ARGUMENT, str(error)) from None
+        if sent.isdecimal():
+            request.spans_ns["queue"] = request.t_read_ns - int(sent)
+        request.expert, spans_ns = self._route(request.prompt)
+        request.t_routed_ns = time.monotonic_ns()
+        request.spans_ns |= zip(("vectorise", "svd", "kmeans"), spans_ns, strict=True)
+
     async def _relay(
         self, prompt: bytes, request: Request, caller: _Caller, first: bool, replica: Replica, has_spare: bool
     ) -> None:
@@ -303,7 +334,7 @@ class Gateway(grpc.GenericRpcHandler):
             t_forwarded_ns = time.monotonic_ns()
             request.spans_ns["forward"] = t_forwarded_ns - request.t_routed_ns
             if first:
-                await caller.begin(self._who(request))  # only now, because it would have delayed the prompt
+                await caller.begin(self.who(request))  # only now, because it would have delayed the prompt
             async for message in call:
                 response, failed = message, wire.is_error(message)
                 if not request.responses:
@@ -341,11 +372,8 @@ class Gateway(grpc.GenericRpcHandler):
 
     # --- what a client is told about its request ---
 
-    def _who(self, request: Request) -> dict[str, int | str]:
-        return {"er-gateway": self._index, "er-expert": request.expert, **request.span_metadata}
-
     def _explanation(self, request: Request) -> dict[str, int | str]:
-        told = self._who(request) | {"er-replica": request.replica}
+        told = self.who(request) | {"er-replica": request.replica}
         if self._distances is not None:
             told["er-distances"] = ",".join(f"{distance:.6g}" for distance in self._distances(request.prompt))
         return told
