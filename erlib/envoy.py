@@ -44,20 +44,8 @@ static_resources:
           generate_request_id: false  # experts see what the client has sent
           skip_xff_append: true
           server_header_transformation: PASS_THROUGH
-          access_log:
-          - name: envoy.access_loggers.http_grpc  # how requests end, which gateways cannot see
-            filter:
-              metadata_filter:
-                matcher: {{filter: {namespace}, path: [{{key: er-expert}}], value: {{present_match: true}}}}
-                match_if_key_not_found: false
-            typed_config:
-              "@type": type.googleapis.com/envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig
-              common_config:
-                log_name: requests
-                transport_api_version: V3
-                grpc_service: {{envoy_grpc: {{cluster_name: gateways}}}}
-              additional_response_headers_to_log: [grpc-status]
-              additional_response_trailers_to_log: [grpc-status]
+          access_log:  # tells each gateway how the requests have ended that it sent to experts
+{loggers}
           route_config:
             request_headers_to_remove: [x-forwarded-proto, x-envoy-expected-rq-timeout-ms]
             virtual_hosts:
@@ -76,16 +64,22 @@ static_resources:
                 request_headers_to_remove: [{cluster}, er-sent-ns, x-envoy-retry-on, x-envoy-retry-grpc-on]
                 response_headers_to_add:
 {told}
-              - match: {{path: {stream_infer}, headers: [{{name: er-explain, present_match: false}}]}}
-                route: &gateways
-                  cluster: gateways
-                  timeout: 0s
-                  # A gateway that refuses the connection has seen nothing of the request: another one gets it.
-                  retry_policy: {{retry_on: "connect-failure,refused-stream", num_retries: 16, {another_host}}}
+              - match:
+                  path: {stream_infer}
+                  headers:
+                  - {{name: {cluster}, string_match: {{prefix: gateway-}}}}
+                  - {{name: er-explain, present_match: false}}
+                route: {{cluster_header: {cluster}, timeout: 0s}}
                 request_headers_to_add: &peer
                 - header: {{key: x-real-ip, value: "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"}}
                   append_action: OVERWRITE_IF_EXISTS_OR_ADD
                 request_headers_to_remove: [{cluster}]
+              - match: {{path: {stream_infer}, headers: [{{name: er-explain, present_match: false}}]}}
+                route: &gateways  # until the processor has said where
+                  cluster: gateways
+                  timeout: 0s
+                  # A gateway that refuses the connection has seen nothing of the request: another one gets it.
+                  retry_policy: {{retry_on: "connect-failure,refused-stream", num_retries: 16, {another_host}}}
               - match: {{prefix: /}}
                 route: *gateways
                 request_headers_to_add: *peer
@@ -99,7 +93,9 @@ static_resources:
               "@type": type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor
               grpc_service:
                 envoy_grpc: {{cluster_name: gateways}}
-                retry_policy: {{num_retries: 16}}
+                retry_policy:  # at once: the default waits 1 s before the second time
+                  {{retry_on: "connect-failure,refused-stream", num_retries: 16, {another_host},
+                  retry_back_off: {{base_interval: 0.001s, max_interval: 0.01s}}}}
               message_timeout: 60s  # 200 ms by default: a burst of prompts takes longer to classify
               status_on_error: {{code: ServiceUnavailable}}  # which gRPC calls UNAVAILABLE
               mutation_rules: {{allow_envoy: true}}  # which requests are tried again
@@ -119,6 +115,21 @@ static_resources:
   clusters:
 {clusters}
 """
+
+_LOGGER = """\
+          - name: envoy.access_loggers.http_grpc
+            filter:
+              metadata_filter:
+                matcher: {{filter: {namespace}, path: [{{key: er-gateway}}], value: {{string_match: {{exact: "{i}"}}}}}}
+                match_if_key_not_found: false
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig
+              common_config:
+                log_name: gateway-{i}
+                transport_api_version: V3
+                grpc_service: {{envoy_grpc: {{cluster_name: gateway-{i}}}}}
+              additional_response_headers_to_log: [grpc-status]
+              additional_response_trailers_to_log: [grpc-status]"""
 
 _ANOTHER_HOST = """\
 host_selection_retry_max_attempts: 16, retry_host_predicate: [{name: envoy.retry_host_predicates.previous_hosts, \
@@ -184,10 +195,12 @@ class Envoy:
         self.log = work_dir / "envoy.log"
         self._file = work_dir / "envoy.yaml"
         clusters = [_cluster("gateways", "ROUND_ROBIN", gateways)]
+        clusters += [_cluster(f"gateway-{i}", "ROUND_ROBIN", [one]) for i, one in enumerate(gateways)]
         clusters += [_cluster(f"expert-{i}", "LEAST_REQUEST", one.split("|")) for i, one in enumerate(experts)]
         self.configuration = _CONFIG.format(
             host=host, port=port, stream_infer=wire.STREAM_INFER, cluster=CLUSTER, namespace=NAMESPACE,
             another_host=_ANOTHER_HOST, clusters="\n".join(clusters),
+            loggers="\n".join(_LOGGER.format(i=i, namespace=NAMESPACE) for i in range(len(gateways))),
             told="\n".join(_TOLD.format(name=name, value=value) for name, value in _VALUES.items()),
         )  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None

@@ -127,7 +127,7 @@ class Gateway(grpc.GenericRpcHandler):
         self.limits = limits
         self.telemetry = telemetry or Telemetry(experts)
         self._route = route
-        self._index = index
+        self.index = index
         self._distances = distances
         self._peers = Peers(limits)
         self._behind_proxy = behind_proxy
@@ -171,9 +171,17 @@ class Gateway(grpc.GenericRpcHandler):
         replica = expert.choose()
         return None if replica is None else (request, expert.has_other(replica))
 
+    def ended(self, request: Request) -> None:
+        """Count a request that somebody else took to its expert, and suspect the replicas that may have failed it."""
+        if request.retries or StatusCode[request.code] in _SERVER_AT_FAULT:
+            for replica in self.experts[request.expert].replicas:
+                if request.retries or request.replica in (replica.url, ""):
+                    replica.suspect()
+        self.telemetry.note(request)
+
     def who(self, request: Request) -> dict[str, int | str]:
         """What the client is told of its request when it has been forwarded."""
-        return {"er-gateway": self._index, "er-expert": request.expert, **request.span_metadata}
+        return {"er-gateway": self.index, "er-expert": request.expert, **request.span_metadata}
 
     @property
     def is_busy(self) -> bool:
