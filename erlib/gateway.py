@@ -23,9 +23,10 @@ import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from erlib import experts, routers, wire
+from erlib import envoy, experts, routers, wire
 from erlib.clusterer import Clusterer, ClustererError
 from erlib.limits import Limits
+from erlib.processes import StartError
 from erlib.service import Distances, Gateway
 from erlib.telemetry import Telemetry
 
@@ -132,7 +133,11 @@ async def _run_until_signalled(args: argparse.Namespace) -> None:
     gc.freeze()  # what is there now stays: no collection need look at it again
     handlers = []
     if args.processor:
-        from erlib.processor import Processor  # needs the extra `envoy`
+        try:
+            envoy.find()
+        except StartError as error:
+            raise SystemExit(f"--processor: {error}") from None
+        from erlib.processor import Processor  # only now: it needs the extra `envoy`
 
         handlers.append(Processor(gateway))
     async with serving(gateway, address, handlers=handlers, credentials=_server_credentials(args), **settings):

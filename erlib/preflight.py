@@ -26,6 +26,7 @@ from erlib import (
     config,
     corpus,
     engines,
+    envoy,
     estimates,
     hardware,
     nginx,
@@ -54,7 +55,7 @@ _ANSWER_S = 10
 
 
 def basics(profile: Profile) -> list[str]:
-    """Problems that any run on this machine would have: disk space, NGINX, ports."""
+    """Problems that any run on this machine would have: disk space, NGINX or Envoy, ports."""
     found = []
     free = hardware.free_disk_bytes(paths.run_dir(profile.name))
     if free < LEAST_FREE_BYTES:
@@ -63,7 +64,7 @@ def basics(profile: Profile) -> list[str]:
             "Make room, or set ERLIB_HOME to another disk"
         )
     checks: list[Callable[[], object]] = [
-        nginx.find,
+        envoy.find if profile.serving.front == "envoy" else nginx.find,
         lambda: processes.require_free_ports(ports(profile), profile.serving.host),
     ]
     for check in checks:

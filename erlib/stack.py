@@ -16,8 +16,9 @@ from typing import Literal, Self, TypeVar
 import grpc
 import grpc.aio
 
-from erlib import hardware, processes, triton, wire
+from erlib import envoy, hardware, processes, triton, wire
 from erlib.config import Routing, ServingSettings
+from erlib.envoy import Envoy
 from erlib.nginx import Nginx
 from erlib.processes import StartError
 from erlib.triton import ServerPlan, TritonServer
@@ -52,11 +53,13 @@ class Gateway:
     log_dir : Path
     niceness : int
         How far it stands back where cores are short.
+    options : sequence of str
+        More of what it takes.
     """
 
     def __init__(
         self, index: int, host: str, port: int, experts: Sequence[str], clusterer: Path | None, policy: str,
-        log_dir: Path, niceness: int,
+        log_dir: Path, niceness: int, options: Sequence[str] = (),
     ):  # fmt: skip
         self.title = f"gateway {index}"
         self.host, self.port = host, port
@@ -66,6 +69,7 @@ class Gateway:
         self._command = processes.python(
             "-m", "erlib.gateway", "--port", str(port), "--host", host, "--experts", ",".join(experts),
             "--clusterer", clusterer or "", "--policy", policy, "--index", str(index), "--behind-proxy",
+            *options,
         )  # fmt: skip
 
     @property
@@ -102,6 +106,7 @@ class Placement:
     gateways: tuple[int, ...]
     """Host of each gateway."""
     nginx: int
+    """Host of the balancer, whichever it is."""
     log_dirs: tuple[str, ...]
     """Directory of each host's logs, below the stack's."""
 
@@ -109,17 +114,19 @@ class Placement:
 class Share:
     """What one host runs of a stack: all of it, or a part."""
 
-    def __init__(self, host: str, servers: Sequence[TritonServer], gateways: Sequence[Gateway], nginx: Nginx | None):
+    def __init__(
+        self, host: str, servers: Sequence[TritonServer], gateways: Sequence[Gateway], front: Nginx | Envoy | None
+    ):
         self.host = host
         self.servers = servers
         self._gateways = gateways
-        self._nginx = nginx
+        self._front = front
         self._parts: list[TritonServer | Gateway] = [*servers, *gateways]
 
     @property
     def title(self) -> str:
         """What messages call it: everything in it."""
-        return ", ".join(part.title for part in (*self._parts, *([self._nginx] if self._nginx else [])))
+        return ", ".join(part.title for part in (*self._parts, *([self._front] if self._front else [])))
 
     def start(self) -> None:
         """Start servers and gateways, which do not wait for each other.
@@ -130,15 +137,17 @@ class Share:
             If anything is missing or a port is in use.
         """
         triton.preflight()
+        if isinstance(self._front, Envoy):
+            envoy.find()
         ports = [port for server in self.servers for port in (server.http_port, server.grpc_port, server.metrics_port)]
         ports += [gateway.port for gateway in self._gateways]
-        processes.require_free_ports([*ports, *([self._nginx.port] if self._nginx else [])], self.host)
+        processes.require_free_ports([*ports, *([self._front.port] if self._front else [])], self.host)
         for part in self._parts:
             part.log.parent.mkdir(parents=True, exist_ok=True)
             part.start()
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Wait until servers and gateways are up, each at most `timeout_s`, then start NGINX if it is here.
+        """Wait until servers and gateways are up, each at most `timeout_s`, then start what is in front if it is here.
 
         Raises
         ------
@@ -147,8 +156,8 @@ class Share:
         """
         for part in self._parts:
             part.wait_ready(timeout_s)
-        if self._nginx:
-            self._nginx.start()
+        if self._front:
+            self._front.start()
 
     def verify(self) -> None:
         """Check what shows only once the servers have answered; see :meth:`erlib.triton.TritonServer.verify`."""
@@ -171,7 +180,7 @@ class Share:
         StartError
             Naming the one that has.
         """
-        for part in (*self._parts, *([self._nginx] if self._nginx else [])):
+        for part in (*self._parts, *([self._front] if self._front else [])):
             if part.process is not None and part.process.poll() is not None:
                 how = f"died with code {part.process.returncode}; {part.log} ends:\n{processes.tail(part.log)}"
                 raise StartError(f"{part.title} {how}")
@@ -181,8 +190,8 @@ class Share:
 
     def stop(self) -> None:
         """Stop what has been started, front to back, so that nobody sends to a server that is gone."""
-        if self._nginx and self._nginx.process:
-            processes.stop([self._nginx.process])
+        if self._front and self._front.process:
+            processes.stop([self._front.process])
         processes.stop([gateway.process for gateway in self._gateways if gateway.process])
         # Triton takes seconds to unload a model; nobody is served any more and the engine holds nothing worth saving.
         processes.stop([server.process for server in self.servers if server.process], grace_s=0)
@@ -222,7 +231,7 @@ class Stack:
 
     Notes
     -----
-    Ports, from ``settings.base_port``: NGINX, the gateways, then three for each server.
+    Ports, from ``settings.base_port``: NGINX or Envoy, the gateways, then three for each server.
     """
 
     def __init__(
@@ -238,6 +247,7 @@ class Stack:
         replicas: Sequence[int] | None = None,
     ):
         has_gateways = routing in ("expert_router", "replicas")
+        has_envoy = settings.front == "envoy"
         if placement is None:
             gateways = (0,) * (settings.gateways if has_gateways else 0)
             placement = Placement((settings.host,), (0,) * len(servers), gateways, 0, ("",))
@@ -258,21 +268,24 @@ class Stack:
         self._gateways = [
             Gateway(
                 i, addresses[host], settings.base_port + 1 + i, experts, clusterer, policy, directories[host],
-                self.harness_niceness,
+                self.harness_niceness, ["--processor"] if has_envoy else [],
             )
             for i, host in enumerate(placement.gateways)
         ]  # fmt: skip
-        self._nginx: Nginx | None = None
+        self._front: Nginx | Envoy | None = None
         if has_gateways:
             host = placement.nginx
             upstreams = [gateway.url for gateway in self._gateways]
-            self._nginx = Nginx(settings.base_port, upstreams, directories[host], addresses[host])
+            if has_envoy:
+                self._front = Envoy(settings.base_port, upstreams, experts, directories[host], addresses[host])
+            else:
+                self._front = Nginx(settings.base_port, upstreams, directories[host], addresses[host])
         self._shares = [
             Share(
                 address,
                 _on(host, self.servers, placement.servers),
                 _on(host, self._gateways, placement.gateways),
-                self._nginx if host == placement.nginx else None,
+                self._front if host == placement.nginx else None,
             )
             for host, address in enumerate(addresses)
         ]
@@ -283,8 +296,8 @@ class Stack:
 
     @property
     def targets(self) -> list[str]:
-        """Addresses that users connect to: NGINX, or the servers themselves where the baseline bypasses it."""
-        return [self._nginx.url] if self._nginx else [server.url for server in self.servers]
+        """Addresses that users connect to: NGINX or Envoy, or the servers themselves where the baseline bypasses it."""
+        return [self._front.url] if self._front else [server.url for server in self.servers]
 
     @property
     def machines(self) -> str:
@@ -336,9 +349,9 @@ class Stack:
                 for server, streams in zip(self.servers, self._warm_up_streams, strict=True)
             )
         )
-        if self._nginx:
+        if self._front:
             ways = len(self._gateways)
-            await _ask(self._nginx.url, "NGINX and the gateways", ways, self._start_timeout_s)
+            await _ask(self._front.url, f"{self._front.title} and the gateways", ways, self._start_timeout_s)
 
     @staticmethod
     def _in_thread(coroutine: Coroutine[None, None, None]) -> None:

@@ -33,6 +33,7 @@ from erlib import (
     config,
     containers,
     engines,
+    envoy,
     experts,
     gateway,
     hardware,
@@ -310,9 +311,9 @@ def points(profile: Profile, series: Series) -> list[Point]:
     base = [
         series.system.description,
         series.client,
-        _code_digest(series.system.backend, bool(profile.serving.cluster)),
+        _code_digest(series.system.backend, bool(profile.serving.cluster), profile.serving.front),
         profile.seed,
-        [profile.serving.gateways, profile.serving.user_processes],
+        [profile.serving.gateways, profile.serving.user_processes, profile.serving.front],
         [profile.serving.users_on, bool(profile.serving.cluster), profile.serving.cluster_users],
         provenance()["host"],
         provenance()["versions"],
@@ -539,7 +540,7 @@ def _git(*arguments: str) -> str:
 
 
 @functools.cache
-def _code_digest(backend: str, in_cluster: bool) -> str:
+def _code_digest(backend: str, in_cluster: bool, front: str) -> str:
     """Hash of the code on the measured path, blind to comments, docstrings and layout."""
     modules = [wire, processes, triton, routers, experts, limits, telemetry, service, gateway, nginx, stack, users]
     if backend == repository.ENGINE_MODEL:
@@ -549,6 +550,8 @@ def _code_digest(backend: str, in_cluster: bool) -> str:
         files = triton.model_code(backend)
     if in_cluster:
         modules += [cluster]
+    if front == "envoy":
+        files += [Path(inspect.getfile(envoy)), Path(inspect.getfile(envoy)).with_name("processor.py")]
     if backend == "emulated":
         modules += [engines, steptimes, batching, stock, threaded_users]
     files += [Path(inspect.getfile(module)) for module in modules]

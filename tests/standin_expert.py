@@ -231,12 +231,21 @@ class Front:
 
 @asynccontextmanager
 async def front(
-    addresses: str, *, silence_s: float = 30.0, drain_s: float = 5.0, max_streams: int | None = None, **arguments
+    addresses: str,
+    *,
+    silence_s: float = 30.0,
+    drain_s: float = 5.0,
+    max_streams: int | None = None,
+    beside: Callable[[service.Gateway], Sequence[grpc.GenericRpcHandler]] = lambda _: (),
+    **arguments,
 ) -> AsyncIterator[Front]:
-    """A gateway in front of experts (replicas of one joined by ``|``), in this process, and a channel to it."""
+    """A gateway in front of experts (replicas of one joined by ``|``), in this process, and a channel to it.
+
+    What is served `beside` its inference service is made with it.
+    """
     behind = experts.connect(addresses)
     routing = service.Gateway(arguments.pop("route", first_word), behind, **arguments)
-    settings = {"silence_s": silence_s, "drain_s": drain_s, "max_streams": max_streams}
+    settings = {"silence_s": silence_s, "drain_s": drain_s, "max_streams": max_streams, "handlers": beside(routing)}
     async with gateway.serving(routing, "127.0.0.1:0", **settings) as port:
         url = f"127.0.0.1:{port}"
         async with grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:

@@ -15,8 +15,8 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from statistics import median
 
@@ -26,15 +26,26 @@ import psutil
 import pytest
 from conftest import BASE_PORT
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from standin_expert import eventually, first_word, setting, standin
+from standin_expert import Front, eventually, first_word, front, setting, standin
 from tabulate import tabulate
 
-from erlib import experts, gateway, paths, processes, service, wire
+from erlib import envoy, experts, gateway, paths, processes, service, wire
 from erlib.limits import Limits
 from erlib.nginx import Nginx
 
 STANDIN = Path(__file__).with_name("standin_expert.py")
-NGINX_PORT = BASE_PORT + 400
+NGINX_PORT, ENVOY_PORT = BASE_PORT + 400, BASE_PORT + 410
+
+
+def _why_no_envoy() -> str:
+    try:
+        envoy.find()
+    except processes.StartError as error:
+        return str(error)
+    return ""
+
+
+needs_envoy = pytest.mark.skipif(bool(_why_no_envoy()), reason=_why_no_envoy())
 
 # --- how requests end -------------------------------------------------------------------------------------------
 
@@ -514,17 +525,23 @@ def test_draining_lets_requests_end_and_takes_no_more(note):
 
 
 class House:
-    """Two experts, three gateways that take them in turn, and NGINX: all processes."""
+    """Two experts, three gateways that take them in turn, and NGINX or Envoy in front: all processes."""
 
-    def __init__(self, logs: Path, expert_processes: list[Process]):
+    def __init__(self, logs: Path, expert_processes: list[Process], front: type[Nginx | envoy.Envoy] = Nginx):
         self._logs = logs
         self.experts = expert_processes
-        self._ports = [NGINX_PORT + 1 + i for i in range(3)]
-        self.nginx = Nginx(NGINX_PORT, [f"127.0.0.1:{port}" for port in self._ports], logs)
+        port = NGINX_PORT if front is Nginx else ENVOY_PORT
+        self._ports = [port + 1 + i for i in range(3)]
+        gateways = [f"127.0.0.1:{port}" for port in self._ports]
+        if front is Nginx:
+            self.front, self._options = Nginx(port, gateways, logs), []
+        else:
+            self.front = front(port, gateways, [one.url for one in expert_processes], logs)
+            self._options = ["--processor"]
         self.gateways = [self._gateway(i) for i in range(3)]
         for i in range(3):
             self._wait(i)
-        self.nginx.start()
+        self.front.start()
 
     async def restart(self, index: int, number: int) -> None:
         """End a gateway by a signal and start it anew; returns when it listens."""
@@ -535,12 +552,12 @@ class House:
         assert self.gateways[index].poll() is None
 
     def stop(self) -> None:
-        processes.stop([self.nginx.process, *self.gateways], grace_s=3)
+        processes.stop([self.front.process, *self.gateways], grace_s=3)
 
     def _gateway(self, index: int):
         command = ["-m", "erlib.gateway", "--port", str(self._ports[index]), "--policy", "replicas", "--clusterer", ""]
         command += ["--experts", ",".join(one.url for one in self.experts), "--index", str(index)]
-        return processes.spawn(processes.python(*command), self._logs / f"gateway-{index}.log")
+        return processes.spawn(processes.python(*command, *self._options), self._logs / f"gateway-{index}.log")
 
     def _wait(self, index: int) -> None:
         log = self._logs / f"gateway-{index}.log"
@@ -562,8 +579,8 @@ _AT_ONCE = [*wire.CHANNEL_OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100), (
 
 
 def through(house: House) -> grpc.aio.Channel:
-    """A channel to NGINX that connects again at once."""
-    return grpc.aio.insecure_channel(house.nginx.url, options=_AT_ONCE)
+    """A channel to what is in front, which connects again at once."""
+    return grpc.aio.insecure_channel(house.front.url, options=_AT_ONCE)
 
 
 async def steadily(channel: grpc.aio.Channel, prompt: str, every_s: float, stop: asyncio.Event) -> list[Outcome]:
@@ -625,11 +642,11 @@ def test_nginx_is_reloaded_and_gateways_are_restarted_under_load_and_hardly_anyb
             long = start(channel, *["0 n=50 gap=0.05"] * 10)
             load = asyncio.create_task(steadily(channel, "0 n=5 gap=0.02", 0.02, stop))
             await asyncio.sleep(0.5)
-            house.nginx.process.send_signal(signal.SIGHUP)
+            house.front.process.send_signal(signal.SIGHUP)
             await asyncio.sleep(0.5)
             for index in range(3):
                 await house.restart(index, signal.SIGTERM)
-            house.nginx.process.send_signal(signal.SIGHUP)
+            house.front.process.send_signal(signal.SIGHUP)
             await asyncio.sleep(0.5)
             stop.set()
             return await ended(long), await load
@@ -653,14 +670,14 @@ def test_everything_is_killed_and_restarted_under_load(house, note):
             for expert in house.experts:
                 expert.kill()
             await asyncio.sleep(0.3)
-            processes.stop([house.nginx.process], grace_s=0)  # its worker, which would live on, too
+            processes.stop([house.front.process], grace_s=0)  # its worker, which would live on, too
             for index in range(3):
                 await house.restart(index, signal.SIGKILL)
             for expert in house.experts:
                 expert.start()
             for expert in house.experts:
                 await asyncio.to_thread(expert.wait_ready)
-            house.nginx.start()
+            house.front.start()
             await asyncio.sleep(3)
             stop.set()
             during = await load
@@ -672,3 +689,151 @@ def test_everything_is_killed_and_restarted_under_load(house, note):
     assert ends(later) == {"OK": 30}
     note("everything killed and restarted", "under load", "one status each", during)
     note("everything killed and restarted", "afterwards", "all OK", later)
+
+
+# --- with Envoy in front ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def envoy_house(tmp_path_factory):
+    logs = tmp_path_factory.mktemp("envoy")
+    processes.require_free_ports(range(ENVOY_PORT, ENVOY_PORT + 4))
+    with process_experts(2, logs / "experts.log") as running:
+        built = House(logs, running, envoy.Envoy)
+        yield built
+        built.stop()
+
+
+@asynccontextmanager
+async def envoy_before(work: Path, *addresses: str) -> AsyncIterator[tuple[Front, grpc.aio.Channel]]:
+    """A gateway in this process with a processor, and a channel to Envoy in front of it and of its experts."""
+    from erlib.processor import Processor
+
+    async with front(",".join(addresses), beside=lambda gateway: [Processor(gateway)]) as door:
+        built = envoy.Envoy(free_port(), [door.url], addresses, work)
+        built.start()
+        try:
+            async with grpc.aio.insecure_channel(built.url, options=wire.CHANNEL_OPTIONS) as channel:
+                yield door, channel
+        finally:
+            processes.stop([built.process], grace_s=2)
+
+
+@needs_envoy
+def test_a_gateway_killed_under_envoy_takes_no_streams_along(envoy_house, note):
+    async def run():
+        async with through(envoy_house) as channel:
+            running = start(channel, *["0 n=40 gap=0.05"] * 30)
+            await asyncio.sleep(1)
+            envoy_house.gateways[1].kill()
+            envoy_house.gateways[1].wait()
+            later = await ended(start(channel, *["0"] * 30))
+            outcomes = await ended(running)
+            await envoy_house.restart(1, signal.SIGKILL)
+            return outcomes, later
+
+    running, later = asyncio.run(run())
+    assert ends(running) == {"OK": 30}
+    assert ends(later) == {"OK": 30}
+    note("gateway killed under Envoy", "mid-stream", "all OK: tokens do not pass it", running)
+    note("gateway killed under Envoy", "before connecting", "the other gateways do it: all OK", later)
+
+
+@needs_envoy
+def test_no_gateway_at_all_is_unavailable_under_envoy_and_running_streams_go_on(envoy_house, note):
+    async def run():
+        async with through(envoy_house) as channel:
+            running = start(channel, *["0 n=40 gap=0.05"] * 10)
+            await asyncio.sleep(1)
+            for gateway_process in envoy_house.gateways:
+                gateway_process.kill()
+                gateway_process.wait()
+            refused = await ended(start(channel, *["0"] * 5))
+            outcomes = await ended(running)
+            for index in range(3):
+                await envoy_house.restart(index, signal.SIGKILL)
+            return outcomes, refused, await ended(start(channel, *["0"] * 30))
+
+    running, refused, later = asyncio.run(run())
+    assert ends(running) == {"OK": 10}
+    assert ends(refused) == {"UNAVAILABLE": 5}
+    assert ends(later) == {"OK": 30}
+    note("all gateways killed under Envoy", "mid-stream", "all OK", running)
+    note("all gateways killed under Envoy", "before connecting", "UNAVAILABLE", refused)
+    note("all gateways restarted under Envoy", "afterwards", "all OK", later)
+
+
+@needs_envoy
+@pytest.mark.parametrize("spare", [0, 1], ids=["alone", "with a spare replica"])
+@pytest.mark.parametrize(
+    ("phase", "prompt"),
+    [("before connecting", "0"), ("before the first response", "0 first=1.5"), ("mid-stream", "0 n=30 gap=0.05")],
+)
+def test_an_expert_killed_under_envoy_harms_only_its_own_requests(phase, prompt, spare, note, tmp_path):
+    """As behind a gateway, but a stream that has begun is reset, which gRPC's clients call INTERNAL."""
+
+    async def run(victim: Process) -> list[Outcome]:
+        async with AsyncExitStack() as exits:
+            stand_ins = [await exits.enter_async_context(standin()) for _ in range(2 + spare)]
+            addresses = [
+                "|".join([victim.url, *(one.url for one in stand_ins[2:])]),
+                *(one.url for one in stand_ins[:2]),
+            ]
+            door, channel = await exits.enter_async_context(envoy_before(tmp_path, *addresses))
+            if phase == "before connecting":
+                victim.kill()
+            tasks = start(channel, *[prompt] * 10, *STEADY)
+            if phase != "before connecting":
+                await asyncio.sleep(1)
+                victim.kill()
+            outcomes = await ended(tasks, 10)
+            if not spare:
+                await eventually(lambda: not door.gateway.experts[0].replicas[0].is_up)
+                assert ends(await ended(start(channel, "0"))) == {"UNAVAILABLE": 1}  # at once, by the breaker
+            return outcomes
+
+    with process_experts(1, tmp_path / "experts.log") as (victim,):
+        outcomes = asyncio.run(run(victim))
+    seen = ends(outcomes, 0)
+    if spare and phase != "mid-stream":
+        assert seen == {"OK": 10}
+    elif spare:  # the least busy of two is not always the same for ten at once
+        assert set(seen) == {"OK", "INTERNAL"}
+        assert seen["INTERNAL"] <= 8
+    else:
+        assert seen == {"INTERNAL" if phase == "mid-stream" else "UNAVAILABLE": 10}
+    assert ends(outcomes[10:]) == UNDISTURBED
+    lost = "none" if spare and phase != "mid-stream" else "those on it" if spare else "all"
+    note(
+        f"expert killed under Envoy, {'one spare replica' if spare else 'the only replica'}", phase,
+        f"{lost} of its 10 requests fail, the 2 of others complete", outcomes,
+    )  # fmt: skip
+
+
+@needs_envoy
+def test_two_hundred_streams_under_envoy_of_which_one_experts_are_killed_add_up(note, tmp_path):
+    n, tokens, n_experts = 200, 50, 4
+
+    async def run(victim: Process) -> list[Outcome]:
+        async with AsyncExitStack() as exits:
+            stand_ins = [await exits.enter_async_context(standin()) for _ in range(n_experts - 1)]
+            addresses = [victim.url, *(one.url for one in stand_ins)]
+            _, channel = await exits.enter_async_context(envoy_before(tmp_path, *addresses))
+            tasks = start(channel, *(f"{i % n_experts} n={tokens} gap=0.05" for i in range(n)))
+            await asyncio.sleep(2)
+            victim.kill()
+            outcomes = await ended(tasks, 60)
+            assert sum(seen.sent for one in stand_ins for seen in one.requests) == n * tokens * 3 // 4
+            return outcomes
+
+    with process_experts(1, tmp_path / "experts.log") as (victim,):
+        outcomes = asyncio.run(run(victim))
+    others = [one for one in outcomes if one.expert]
+    assert ends(others) == {"OK": n * 3 // 4}
+    assert {one.responses for one in others} == {tokens}
+    assert set(ends(outcomes, 0)) <= {"INTERNAL", "UNAVAILABLE"}  # at most one end each: Outcome.end checks it
+    assert len(outcomes) == n
+    note(
+        "expert killed under Envoy, 200 streams of 50 tokens", "mid-stream",
+        "its 50 end with one status each, the others have all tokens", outcomes,
+    )  # fmt: skip
