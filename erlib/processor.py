@@ -60,7 +60,10 @@ class Processor(grpc.GenericRpcHandler):
         until_s = time.monotonic() + COMPLETE_WITHIN_S
         headers = began.request_headers.headers.headers
         sent = next((header.raw_value.decode("latin-1") for header in headers if header.key == "er-sent-ns"), "")
-        body, is_complete = b"", began.request_headers.end_of_stream
+        if began.request_headers.end_of_stream:  # no message at all
+            await context.write(self._directed(None))
+            return
+        body, is_complete = b"", False
         reading: asyncio.Future[xds.ProcessingRequest] | None = None
         try:
             while not is_complete and len(body) <= self._gateway.limits.message_bytes:
@@ -75,7 +78,8 @@ class Processor(grpc.GenericRpcHandler):
                 is_complete = _is_last(part)
             message = message_of(body) if is_complete else None
             await context.write(self._directed(None if message is None else self._gateway.direct(message, sent)))
-            await context.write(_passed(body, is_complete))
+            if body or is_complete:  # an answer to what has not been asked would end the stream
+                await context.write(_passed(body, is_complete))
             while not is_complete:
                 part, reading = await (reading or context.read()), None
                 if part is grpc.aio.EOF:

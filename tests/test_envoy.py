@@ -265,6 +265,25 @@ def test_metadata_pass_both_ways_with_what_the_gateway_tells(patient, tmp_path):
 
 
 @needs_envoy
+def test_a_client_may_take_its_time_to_ask(tmp_path):
+    """Its headers come long before its request, and that long before the end of the stream."""
+
+    async def visit(site: Site):
+        stream = site.channel.stream_stream(wire.STREAM_INFER)()
+        await asyncio.sleep(0.3)
+        await stream.write(PROMPT)
+        await asyncio.sleep(0.3)
+        await stream.done_writing()
+        idle = site.channel.stream_stream(wire.STREAM_INFER)()
+        await asyncio.sleep(0.3)
+        await idle.done_writing()
+        return [one async for one in stream], [one async for one in idle]
+
+    (answers, none), _ = through(tmp_path, visit)
+    assert (len(answers), none) == (3, [])
+
+
+@needs_envoy
 def test_the_requests_of_one_stream_go_to_their_experts(tmp_path):
     async def visit(site: Site):
         messages = [wire.encode_request(f"{i % 3} n=2", 1, request_id=str(i)) for i in range(9)]
