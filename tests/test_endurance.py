@@ -218,7 +218,7 @@ USERS, TOKENS, SLOW_MOTION = 1000, 50, 10.0
 def test_a_thousand_streams_outlive_an_expert_that_is_killed_at_half_time(front, profile, tokenizer, tmp_path):
     """Eight emulated experts in Triton, 16 gateways and what is in front: all requests of other clusters complete.
 
-    Its own end UNAVAILABLE; behind Envoy, those of which a token has come are reset, which gRPC's clients call INTERNAL.
+    Its own end UNAVAILABLE; behind Envoy, those of which a token has come are reset, which gRPC calls INTERNAL.
     """
     serving = profile.serving.model_copy(update={"base_port": BASE_PORT + 500, "gateways": 16, "front": front})
     profile = profile.model_copy(update={"serving": config.ServingSettings(**serving.model_dump())})
