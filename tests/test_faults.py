@@ -705,8 +705,8 @@ def envoy_house(tmp_path_factory):
 
 
 @asynccontextmanager
-async def envoy_before(work: Path, *addresses: str) -> AsyncIterator[tuple[Front, grpc.aio.Channel]]:
-    """A gateway in this process with a processor, and a channel to Envoy in front of it and of its experts."""
+async def envoy_before(work: Path, *addresses: str) -> AsyncIterator[tuple[Front, envoy.Envoy, grpc.aio.Channel]]:
+    """A gateway in this process with a processor, Envoy in front of it and of its experts, and a channel to Envoy."""
     from erlib.processor import Processor
 
     async with front(",".join(addresses), beside=lambda gateway: [Processor(gateway)]) as door:
@@ -714,7 +714,7 @@ async def envoy_before(work: Path, *addresses: str) -> AsyncIterator[tuple[Front
         built.start()
         try:
             async with grpc.aio.insecure_channel(built.url, options=wire.CHANNEL_OPTIONS) as channel:
-                yield door, channel
+                yield door, built, channel
         finally:
             processes.stop([built.process], grace_s=2)
 
@@ -779,7 +779,7 @@ def test_an_expert_killed_under_envoy_harms_only_its_own_requests(phase, prompt,
                 "|".join([victim.url, *(one.url for one in stand_ins[2:])]),
                 *(one.url for one in stand_ins[:2]),
             ]
-            door, channel = await exits.enter_async_context(envoy_before(tmp_path, *addresses))
+            door, _, channel = await exits.enter_async_context(envoy_before(tmp_path, *addresses))
             if phase == "before connecting":
                 victim.kill()
             tasks = start(channel, *[prompt] * 10, *STEADY)
@@ -811,6 +811,43 @@ def test_an_expert_killed_under_envoy_harms_only_its_own_requests(phase, prompt,
 
 
 @needs_envoy
+def test_a_slow_client_of_envoy_slows_nobody_else_and_fills_no_memory(note, tmp_path):
+    """As of a gateway: 1 byte per second of 200 MB."""
+
+    async def run():
+        async with (
+            standin() as expert,
+            envoy_before(tmp_path, expert.url) as (_, built, quick),
+            Line(built.url) as line,
+            grpc.aio.insecure_channel(line.url, options=wire.CHANNEL_OPTIONS) as channel,
+        ):
+            relay = psutil.Process(built.process.pid)
+            alone = await ended(start(quick, *["0 n=50 gap=0.01"] * 20))
+            before = relay.memory_info().rss
+            await channel.channel_ready()
+            slow = start(channel, "0 n=2000 bytes=100000", timeout=4)
+            await eventually(lambda: len(expert.requests) == 21)
+            line.bytes_per_s = 1
+            await asyncio.sleep(1)
+            beside = await ended(start(quick, *["0 n=50 gap=0.01"] * 20))
+            sent, grown = expert.requests[20].sent, relay.memory_info().rss - before
+            (outcome,) = await ended(slow)
+        return alone, beside, outcome, sent, grown
+
+    alone, beside, outcome, sent, grown = asyncio.run(run())
+    assert ends(beside) == {"OK": 20}
+    assert outcome.end == "DEADLINE_EXCEEDED"
+    assert sent < 200
+    assert grown < 50e6
+    longest_s, before_s = (median(one.longest_gap_s for one in outcomes) for outcomes in (beside, alone))
+    assert longest_s < before_s + 0.1
+    note(
+        "client of Envoy takes 1 byte/s", "mid-stream", "20 others OK and no slower; its own ends with its deadline",
+        [*beside, outcome], f"{sent} of 2,000 responses made, memory {grown / 1e6:+.0f} MB",
+    )  # fmt: skip
+
+
+@needs_envoy
 def test_two_hundred_streams_under_envoy_of_which_one_experts_are_killed_add_up(note, tmp_path):
     n, tokens, n_experts = 200, 50, 4
 
@@ -818,7 +855,7 @@ def test_two_hundred_streams_under_envoy_of_which_one_experts_are_killed_add_up(
         async with AsyncExitStack() as exits:
             stand_ins = [await exits.enter_async_context(standin()) for _ in range(n_experts - 1)]
             addresses = [victim.url, *(one.url for one in stand_ins)]
-            _, channel = await exits.enter_async_context(envoy_before(tmp_path, *addresses))
+            _, _, channel = await exits.enter_async_context(envoy_before(tmp_path, *addresses))
             tasks = start(channel, *(f"{i % n_experts} n={tokens} gap=0.05" for i in range(n)))
             await asyncio.sleep(2)
             victim.kill()
