@@ -46,6 +46,7 @@ static_resources:
           codec_type: HTTP2
           http2_protocol_options:
             max_concurrent_streams: 8192  # 1,024 by default: the next stream is refused
+            max_outbound_frames: 1048576  # 10,000 by default: a client that stops for some seconds would be cut off
             initial_stream_window_size: 262144  # a processor is sent this much at once, and takes no more than a prompt
           common_http_protocol_options: {{idle_timeout: 0s}}  # 1 h by default, then the client's connection is closed
           stream_idle_timeout: 0s  # 5 min by default: a queued request may wait longer for its first token
@@ -104,7 +105,7 @@ static_resources:
                 retry_policy:  # at once: the default waits 1 s before the second time
                   {{retry_on: "connect-failure,refused-stream", num_retries: 16, {another_host},
                   retry_back_off: {{base_interval: 0.001s, max_interval: 0.01s}}}}
-              message_timeout: 60s  # 200 ms by default: a burst of prompts takes longer to classify
+              message_timeout: 3600s  # 200 ms by default: a burst of prompts takes longer to classify
               status_on_error: {{code: ServiceUnavailable}}  # which gRPC calls UNAVAILABLE
               mutation_rules: {{allow_envoy: true}}  # which requests are tried again
               forward_rules: {{allowed_headers: {{patterns: [{{exact: er-sent-ns}}]}}}}

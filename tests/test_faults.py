@@ -764,6 +764,28 @@ def test_no_gateway_at_all_is_unavailable_under_envoy_and_running_streams_go_on(
 
 
 @needs_envoy
+def test_gateways_are_restarted_under_envoy_and_load_and_hardly_anybody_notices(envoy_house, note):
+    async def run():
+        stop = asyncio.Event()
+        async with through(envoy_house) as channel:
+            long = start(channel, *["0 n=50 gap=0.05"] * 10)
+            load = asyncio.create_task(steadily(channel, "0 n=5 gap=0.02", 0.02, stop))
+            await asyncio.sleep(0.5)
+            for index in range(3):
+                await envoy_house.restart(index, signal.SIGTERM)
+            await asyncio.sleep(0.5)
+            stop.set()
+            return await ended(long), await load
+
+    long, short = asyncio.run(run())
+    assert ends(long) == {"OK": 10}
+    assert ends(short)["OK"] >= 0.99 * len(short)
+    assert set(ends(short)) <= {"OK", "UNAVAILABLE", "CANCELLED"}
+    expectation = "all running and 99 % of new ones OK"
+    note("gateways under Envoy restarted one by one (SIGTERM)", "under load", expectation, long + short)
+
+
+@needs_envoy
 @pytest.mark.parametrize("spare", [0, 1], ids=["alone", "with a spare replica"])
 @pytest.mark.parametrize(
     ("phase", "prompt"),
