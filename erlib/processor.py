@@ -9,8 +9,8 @@ inference service of this same process, and so is read, limited, refused or rela
 answers, pass here once more, because Envoy does not let a processor leave a stream that may go on.
 
 As an *access log* it is told how those that it has sent to experts have ended: it counts them, with the code that the
-client saw, and suspects a replica that failed. Their tokens it does not see; ``er_tokens_total`` counts those that this
-process relays.
+client saw, and suspects a replica that failed or whose first response was an error. Their tokens it does not see;
+``er_tokens_total`` counts those that this process relays.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from envoy.data.accesslog.v3 import accesslog_pb2 as entries
 from envoy.service.accesslog.v3 import als_pb2 as logs
 from envoy.service.ext_proc.v3 import external_processor_pb2 as xds
 
-from erlib.envoy import CLUSTER, NAMESPACE
+from erlib.envoy import CLUSTER, FAILED, NAMESPACE
 from erlib.service import Gateway
 from erlib.telemetry import Request
 
@@ -132,6 +132,8 @@ def ended(entry: entries.HTTPAccessLogEntry) -> Request:
     }
     replica = common.upstream_remote_address.socket_address
     request.replica = f"{replica.address}:{replica.port_value}" if replica.address else ""
+    request.refused_by_expert = FAILED in told
+    request.responses = int(request.refused_by_expert)
     request.retries = max(0, common.upstream_request_attempt_count - 1)
     status = reply.response_trailers.get("grpc-status") or reply.response_headers.get("grpc-status")
     if status is not None:

@@ -173,7 +173,7 @@ class Gateway(grpc.GenericRpcHandler):
 
     def ended(self, request: Request) -> None:
         """Count a request that somebody else took to its expert, and suspect the replicas that may have failed it."""
-        if request.retries or StatusCode[request.code] in _SERVER_AT_FAULT:
+        if request.retries or request.refused_by_expert or StatusCode[request.code] in _SERVER_AT_FAULT:
             for replica in self.experts[request.expert].replicas:
                 if request.retries or request.replica in (replica.url, ""):
                     replica.suspect()

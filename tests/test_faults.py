@@ -833,6 +833,36 @@ def test_an_expert_killed_under_envoy_harms_only_its_own_requests(phase, prompt,
 
 
 @needs_envoy
+def test_a_dead_backend_under_envoy_is_found_by_the_canary(note, tmp_path):
+    """As behind a gateway, but that a spare replica is not asked for the request that got the error."""
+
+    async def run():
+        async with (
+            standin() as broken,
+            standin() as other,
+            envoy_before(tmp_path, broken.url, other.url) as (door, _, channel),
+        ):
+            replica = door.gateway.experts[0].replicas[0]
+            broken.broken = "Stub process is not healthy"
+            before = await ended(start(channel, "0"))
+            await eventually(lambda: not replica.is_up)
+            after = await ended(start(channel, *["0"] * 10, *["1 n=20 gap=0.02"] * 2))
+            broken.broken = ""
+            await eventually(lambda: replica.is_up)
+            return before, after, await ended(start(channel, *["0"] * 10))
+
+    before, after, repaired = asyncio.run(run())
+    assert ends(before) == {"Stub process is not healthy": 1}
+    assert ends(after, 0) == {"UNAVAILABLE": 10}
+    assert ends(after[10:]) == UNDISTURBED
+    assert ends(repaired) == {"OK": 10}
+    note(
+        "dead backend under Envoy, the only replica", "before the first response",
+        "the server's error until a canary has failed, then UNAVAILABLE; OK once repaired", before + after + repaired,
+    )  # fmt: skip
+
+
+@needs_envoy
 def test_a_slow_client_of_envoy_slows_nobody_else_and_fills_no_memory(note, tmp_path):
     """As of a gateway: 1 byte per second of 200 MB."""
 
