@@ -45,6 +45,8 @@ _QUESTIONS = ["ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "M
 _SERVER_AT_FAULT = {StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS}
 _NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip")
 """What metadata that concern one hop alone begin with."""
+_TIME_DIGITS = 20
+"""More than this host's clock can show."""
 
 _Done = TypeVar("_Done")
 
@@ -325,7 +327,8 @@ class Gateway(grpc.GenericRpcHandler):
             raise Failure(StatusCode.NOT_FOUND, str(error)) from None
         except wire.BadRequest as error:
             raise Failure(StatusCode.INVALID_ARGUMENT, str(error)) from None
-        if sent.isdecimal():
+        # Whatever else stands there, a time to come included, is no time of this host's clock.
+        if sent.isdecimal() and len(sent) < _TIME_DIGITS and int(sent) <= request.t_read_ns:
             request.spans_ns["queue"] = request.t_read_ns - int(sent)
         request.expert, spans_ns = self._route(request.prompt)
         request.t_routed_ns = time.monotonic_ns()

@@ -409,6 +409,22 @@ def test_who_asks_is_told_how_the_request_was_routed():
     assert not any(reply.infer_response.parameters for reply in silent)
 
 
+@pytest.mark.parametrize("sent", ["9" * 18, "9" * 400, "9" * 5000, "-5", "soon", "1e3", ""])
+def test_a_time_of_sending_that_is_none_is_ignored(sent):
+    metadata = (("er-sent-ns", sent), ("er-explain", "1"))
+
+    async def run():
+        async with setting(1) as (gateway, _):
+            call = gateway.stream(PROMPT, PROMPT, metadata=metadata)
+            replies = [wire.decode_response(one) async for one in call]
+            unary = gateway.channel.unary_unary(wire.INFER)(PROMPT, metadata=metadata)
+            await unary
+            queued = [dict(await one.trailing_metadata()).get("er-queue-ns") for one in (call, unary)]
+            return [one.error for one in replies], queued
+
+    assert asyncio.run(run()) == ([""] * 6, [None, None])
+
+
 def test_an_explained_response_keeps_what_is_unknown():
     strange = response(b"a", 1) + b"\xfa\x3f\x03abc"
 
