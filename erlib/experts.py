@@ -27,7 +27,7 @@ CANARY = wire.encode_request(
     "How long does a letter take from one end of the country to the other?", 1, wire.NEVER_STOP
 )
 FRONT_TIMEOUT_S = 10.0
-"""A server that does not even say whether it is ready within this time is not."""
+"""A server that does not even say whether it is ready within this time is not; no other question takes longer."""
 CANARY_TIMEOUT_S = 60.0
 """A canary that takes longer waits in a queue, as far as one can tell."""
 PROBE_AFTER_S, PROBE_AT_MOST_AFTER_S = 0.25, 2.0
@@ -80,11 +80,25 @@ class Replica:
         self.stream_infer = self._channel.unary_stream(wire.STREAM_INFER)
         self.infer = self._channel.unary_unary(wire.INFER)
         self._examination: asyncio.Task[None] | None = None
-        self._seen_silent: tuple[Call, int] | None = None
+        self._responses_when_busy: int | None = None
 
-    def ask(self, method: str) -> grpc.aio.UnaryUnaryMultiCallable:
-        """A method of the inference service that is no inference."""
-        return self._channel.unary_unary(f"/{wire.SERVICE}/{method}")
+    async def ask(
+        self,
+        method: str,
+        message: bytes = b"",
+        within_s: float | None = None,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+    ) -> bytes:
+        """The answer to a method of the inference service that is no inference, within `within_s` and at most 10 s.
+
+        Raises
+        ------
+        AioRpcError
+        """
+        timeout_s = FRONT_TIMEOUT_S if within_s is None else min(within_s, FRONT_TIMEOUT_S)
+        return await self._channel.unary_unary(f"/{wire.SERVICE}/{method}")(
+            message, timeout=timeout_s, metadata=metadata
+        )
 
     @contextmanager
     def busy_with(self, call: Call) -> Iterator[None]:
@@ -102,12 +116,14 @@ class Replica:
             self._examination = asyncio.create_task(self._examine(infer))
 
     def suspect_if_silent(self) -> None:
-        """Called at intervals: suspect it if it has given nothing since the last time, to a request it had then."""
-        oldest = next(iter(self.calls), None)
-        now = None if oldest is None else (oldest, self.responses)
-        if now is not None and now == self._seen_silent:
+        """Called at intervals: suspect it if it was busy the last time, is now, and has given nothing in between.
+
+        Not with the same requests, perhaps: clients give up, or their deadlines pass.
+        """
+        responses = self.responses if self.calls else None
+        if responses is not None and responses == self._responses_when_busy:
             self.suspect(infer=False)  # it may be busy: a canary would only stand in line, too
-        self._seen_silent = now
+        self._responses_when_busy = responses
 
     async def close(self) -> None:
         """End everything."""
@@ -138,7 +154,7 @@ class Replica:
     async def _works(self, infer: bool) -> bool | None:
         """Whether it is ready and, with `infer`, answers a canary; None: the canary is still waiting."""
         try:
-            reply = await self.ask("ServerReady")(b"", timeout=FRONT_TIMEOUT_S)
+            reply = await self.ask("ServerReady")
             is_ready = pb.ServerReadyResponse.FromString(reply).ready
         except DecodeError:
             is_ready = False

@@ -43,6 +43,8 @@ Distances = Callable[[str], Sequence[float]]
 _QUESTIONS = ["ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig", "RepositoryIndex"]
 """Methods that any live server is asked to answer. Those that would change a server are not offered."""
 _SERVER_AT_FAULT = {StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS}
+_SILENT = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
+"""How a question ends that a server has not answered."""
 _NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip")
 """What metadata that concern one hop alone begin with."""
 _TIME_DIGITS = 20
@@ -71,7 +73,7 @@ class _Caller:
         sent = tuple(context.invocation_metadata() or ())
         self.metadata: dict[str, str | bytes] = dict(sent)
         self.peer = peer_of(context.peer(), self.metadata, behind_proxy)
-        self.forwarded = tuple((name, value) for name, value in sent if not name.startswith(_NOT_FORWARDED))
+        self.forwarded = _forwarded(context)
         self.explain = "er-explain" in self.metadata
         self.ends_on_error = self.metadata.get("triton_grpc_error") == "true"
         self.in_flight = 0
@@ -411,24 +413,32 @@ class Gateway(grpc.GenericRpcHandler):
             if replica is None:
                 continue
             try:
-                return await replica.ask(question)(message, timeout=context.time_remaining())
-            except grpc.aio.AioRpcError as error:
-                last = Failure(error.code(), error.details() or "")
-                if error.code() is not StatusCode.UNAVAILABLE:
+                return await self._ask_one(replica, question, message, context)
+            except Failure as failure:
+                last = failure
+                if failure.code not in _SILENT:
                     break
-                replica.suspect()
         await context.abort(last.code, last.details)
         raise last
 
     async def _statistics(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Statistics of all live servers, one entry each."""
         servers = [replica for expert in self.experts for replica in expert.replicas if replica.is_up]
-        calls = [replica.ask("ModelStatistics")(message, timeout=context.time_remaining()) for replica in servers]
-        replies = await asyncio.gather(*calls, return_exceptions=True)
+        questions = [self._ask_one(replica, "ModelStatistics", message, context) for replica in servers]
+        replies = await asyncio.gather(*questions, return_exceptions=True)
         good = [reply for reply in replies if isinstance(reply, bytes)]
         if not good:
             await self._ask("ModelStatistics", message, context)
         return b"".join(good)  # serialised messages one behind the other are one that has the elements of all
+
+    @staticmethod
+    async def _ask_one(replica: Replica, question: str, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        try:
+            return await replica.ask(question, message, context.time_remaining(), _forwarded(context))
+        except grpc.aio.AioRpcError as error:
+            if error.code() in _SILENT:
+                replica.suspect(infer=False)
+            raise Failure(error.code(), error.details() or "") from None
 
 
 @contextlib.contextmanager
@@ -446,6 +456,11 @@ def _blaming(replica: Replica, request: Request) -> Iterator[None]:
         if task is not None and task.cancelling():  # our client has gone
             raise
         raise Failure(StatusCode.UNAVAILABLE, f"{who} has fallen silent and is given up") from None
+
+
+def _forwarded(context: grpc.aio.ServicerContext) -> tuple[tuple[str, str | bytes], ...]:
+    """The client's metadata, less what concerns its own connection."""
+    return tuple(pair for pair in context.invocation_metadata() or () if not pair[0].startswith(_NOT_FORWARDED))
 
 
 def _pairs(metadata: Mapping[str, object]) -> tuple[tuple[str, str], ...]:

@@ -85,6 +85,8 @@ class StandIn(grpc.GenericRpcHandler):
         self.answer = answer
         self.seen: list[Seen] = []
         self.questions: list[str] = []
+        self.shown: list[tuple[str, str | bytes]] = []
+        """Metadata of the last question."""
         self.url = ""
         self.is_ready = True
         self.slots = 10**9
@@ -107,6 +109,7 @@ class StandIn(grpc.GenericRpcHandler):
 
         async def question(message: bytes, context: grpc.aio.ServicerContext) -> bytes:
             self.questions.append(name)
+            self.shown = list(context.invocation_metadata() or ())
             reply = {
                 "ServerReady": pb.ServerReadyResponse(ready=self.is_ready),
                 "ModelReady": pb.ModelReadyResponse(ready=self.is_ready),

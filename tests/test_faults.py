@@ -28,6 +28,7 @@ from conftest import BASE_PORT
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from standin_expert import Front, eventually, first_word, front, setting, standin
 from tabulate import tabulate
+from tritonclient.grpc import service_pb2 as pb
 
 from erlib import envoy, experts, gateway, paths, processes, service, wire
 from erlib.limits import Limits
@@ -352,6 +353,53 @@ def test_a_frozen_expert_is_given_up_and_taken_back(phase, note, tmp_path):
         "expert frozen, then thawed", phase,
         "5 UNAVAILABLE, 1 with a deadline DEADLINE_EXCEEDED; 2 of others and 5 later ones OK", outcomes + later,
     )  # fmt: skip
+
+
+def test_a_frozen_expert_is_found_though_no_request_waits_for_it_for_long(note, tmp_path):
+    """Each has a deadline shorter than the time after which silence is suspicious."""
+
+    async def run(victim: Process):
+        async with setting(0, 1, before=[victim.url], silence_s=0.5) as (door, _):
+            replica = door.gateway.experts[0].replicas[0]
+            assert ends(await ended(start(door.channel, "0"))) == {"OK": 1}  # so that the connection stands
+            victim.signal(signal.SIGSTOP)
+            outcomes: list[Outcome] = []
+            while replica.is_up:
+                assert len(outcomes) < 50
+                outcomes += await ended(start(door.channel, "0", timeout=0.3))
+            return outcomes, await ended(start(door.channel, *["0"] * 5))
+
+    with process_experts(1, tmp_path / "experts.log") as (victim,):
+        outcomes, later = asyncio.run(run(victim))
+    assert ends(outcomes)["DEADLINE_EXCEEDED"] >= len(outcomes) - 1  # the last may be given up before its deadline
+    assert ends(later) == {"UNAVAILABLE": 5}
+    note(
+        "expert frozen, clients with short deadlines", "before the first response",
+        "DEADLINE_EXCEEDED, then UNAVAILABLE at once", outcomes + later,
+    )  # fmt: skip
+
+
+def test_a_frozen_expert_keeps_no_question_waiting(tmp_path):
+    """Others answer what every server knows; statistics are those of the others."""
+
+    async def run(victim: Process):
+        async with setting(0, 1, before=[victim.url]) as (door, _):
+            assert ends(await ended(start(door.channel, "0"))) == {"OK": 1}  # so that the connection stands
+            victim.signal(signal.SIGSTOP)
+            ask = {name: door.channel.unary_unary(f"/{wire.SERVICE}/{name}") for name in _QUESTIONS}
+            began_s = time.monotonic()
+            replies = {name: await question(b"", timeout=10) for name, question in ask.items()}
+            took_s = time.monotonic() - began_s
+            return replies, took_s, door.gateway.experts[0].replicas[0].is_up
+
+    with process_experts(1, tmp_path / "experts.log") as (victim,):
+        replies, took_s, is_up = asyncio.run(run(victim))
+    assert took_s < 4 * experts.FRONT_TIMEOUT_S
+    assert len(pb.ModelStatisticsResponse.FromString(replies["ModelStatistics"]).model_stats) == 1
+    assert not is_up
+
+
+_QUESTIONS = ["ModelStatistics", "ServerReady", "ModelReady", "ModelMetadata"]
 
 
 # --- clients ----------------------------------------------------------------------------------------------------

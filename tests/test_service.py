@@ -286,8 +286,10 @@ def test_questions_are_answered_by_any_live_server_and_orders_by_none():
                 name: gateway.channel.unary_unary(f"/{wire.SERVICE}/{name}")
                 for name in [method.name for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods]
             }
-            metadata = pb.ModelMetadataResponse.FromString(await ask["ModelMetadata"](b""))
+            shown = (("authorization", "me"), ("er-sent-ns", "5"))
+            metadata = pb.ModelMetadataResponse.FromString(await ask["ModelMetadata"](b"", metadata=shown))
             assert metadata.platform == stand_ins[0].url
+            assert [pair for pair in stand_ins[0].shown if pair[0] != "user-agent"] == [("authorization", "me")]
             for orders in ("0", "1", "1"):
                 await gateway.ask(orders)
             statistics = pb.ModelStatisticsResponse.FromString(await ask["ModelStatistics"](b""))
