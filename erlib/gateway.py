@@ -207,7 +207,8 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point of one gateway process."""
     args = _parser().parse_args()
-    logging.basicConfig(level=args.log_level.upper(), format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("erlib").setLevel(args.log_level.upper())  # gRPC's own debug lines are many, and not of requests
     asyncio.run(_run_until_signalled(args))
 
 

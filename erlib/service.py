@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
@@ -50,6 +51,9 @@ _NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip")
 _TIME_DIGITS = 20
 """More than this host's clock can show."""
 
+_DETAILS_CHARS = 500
+"""A status travels as metadata, of which gRPC takes 8 KB, and every byte that is not ASCII takes three."""
+
 _Done = TypeVar("_Done")
 
 
@@ -57,6 +61,7 @@ class Failure(Exception):
     """Why a request ends, other than well."""
 
     def __init__(self, code: StatusCode, details: str):
+        details = details if len(details) <= _DETAILS_CHARS else details[:_DETAILS_CHARS] + " ..."
         super().__init__(f"{code.name}: {details}")
         self.code, self.details = code, details
 
@@ -197,7 +202,7 @@ class Gateway(grpc.GenericRpcHandler):
     async def _stream_infer(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         caller = _Caller(context, self._behind_proxy)
         try:
-            with self._admitted(caller):
+            with self._admitted(caller, "stream"):
                 await self._read_requests(caller)
             return
         except Failure as one:
@@ -242,7 +247,7 @@ class Gateway(grpc.GenericRpcHandler):
         caller = _Caller(context, self._behind_proxy)
         request = Request("unary", caller.peer)
         try:
-            with self._admitted(caller):
+            with self._admitted(caller, "unary"):
                 return await self._run(message, request, caller, partial(self._forward, message, request, caller))
         except Failure as failure:
             self._set_trailing_metadata(caller, request)
@@ -250,7 +255,7 @@ class Gateway(grpc.GenericRpcHandler):
             raise
 
     @contextlib.contextmanager
-    def _admitted(self, caller: _Caller) -> Iterator[None]:
+    def _admitted(self, caller: _Caller, kind: str) -> Iterator[None]:
         try:
             with self._peers.stream(caller.peer), self.telemetry.streams.track_inprogress():
                 self._callers.add(caller)
@@ -259,7 +264,9 @@ class Gateway(grpc.GenericRpcHandler):
                 finally:
                     self._callers.remove(caller)
         except Refused as refusal:
-            raise Failure(StatusCode.RESOURCE_EXHAUSTED, str(refusal)) from None
+            failure = Failure(StatusCode.RESOURCE_EXHAUSTED, str(refusal))
+            self.telemetry.note(Request(kind, caller.peer, code=failure.code.name))
+            raise failure from None
 
     async def _run(
         self,
@@ -283,8 +290,10 @@ class Gateway(grpc.GenericRpcHandler):
         except (asyncio.CancelledError, _ClientGone):
             request.code = StatusCode.CANCELLED.name
             raise
-        except Exception:
-            logger.exception("request %r", request.id)
+        except Exception as error:
+            # Where it happened, but not the error's text, which may quote the prompt.
+            trace = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("request %r: %s\n%s", request.id, type(error).__name__, trace)
             request.code = StatusCode.INTERNAL.name
             raise Failure(StatusCode.INTERNAL, "the gateway failed; its log says why") from None
         finally:

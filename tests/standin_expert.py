@@ -33,8 +33,9 @@ class Orders:
     bytes: int = 2
     """of a response's text"""
     fail_after: int = -1
-    """responses; then the call ends with `code`"""
+    """responses; then the call ends with `code` and `reason`"""
     code: str = "UNAVAILABLE"
+    reason: str = "as ordered"
     error: str = ""
     """in-stream error, the only response"""
     exit_after: int = -1
@@ -131,7 +132,7 @@ class StandIn(grpc.GenericRpcHandler):
         context.set_trailing_metadata((("from-expert", "yes"), ("binary-bin", b"\x00\xff")))
         orders = Orders.of(wire.prompt_of(message)[1])
         if orders.fail_after >= 0 or self.broken:
-            await context.abort(grpc.StatusCode[orders.code], "as ordered")
+            await context.abort(grpc.StatusCode[orders.code], orders.reason)
         await asyncio.sleep(orders.first)
         seen.end = "done"
         return self.answer(message)[0] if self.answer else b""
@@ -180,7 +181,7 @@ class StandIn(grpc.GenericRpcHandler):
 
                 os._exit(9)
             if number == orders.fail_after:
-                await context.abort(grpc.StatusCode[orders.code], "as ordered")
+                await context.abort(grpc.StatusCode[orders.code], orders.reason)
             await context.write(response(b"t" * orders.bytes, number, request_id))
             seen.sent += 1
             await asyncio.sleep(orders.gap)

@@ -59,9 +59,11 @@ def test_a_peer_may_hold_so_many_streams_and_another_peer_is_not_affected():
             other = await asyncio.gather(*start(door.channel, "0", **of("10.0.0.2")))
             held = await asyncio.gather(*held)
             again = await asyncio.gather(*start(door.channel, "0", **of("10.0.0.1")))
-            return [ends(outcomes) for outcomes in (held, more, other, again)]
+            counted = door.gateway.telemetry.registry.get_sample_value
+            refused = counted("er_errors_total", {"expert": "", "kind": "RESOURCE_EXHAUSTED"})
+            return [ends(outcomes) for outcomes in (held, more, other, again)], refused
 
-    assert asyncio.run(run()) == [{"OK": 3}, {"RESOURCE_EXHAUSTED": 4}, {"OK": 1}, {"OK": 1}]
+    assert asyncio.run(run()) == ([{"OK": 3}, {"RESOURCE_EXHAUSTED": 4}, {"OK": 1}, {"OK": 1}], 4)
 
 
 def test_a_peer_may_send_so_many_requests_per_second_over_all_its_streams():
@@ -188,7 +190,7 @@ def test_metrics_and_log_lines_tell_what_happened_but_not_what_was_asked(tmp_pat
     assert seen["er_streams",] == 0
     assert seen["er_span_seconds_count", "first_byte"] == 7
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-    assert len(lines) == 7
+    assert len(lines) == 7 == len(log.read_text().splitlines())
     assert sorted(line["code"] for line in lines) == ["OK"] * 6 + ["UNAVAILABLE"]
     assert {line["prompt_chars"] for line in lines} >= {len(PROMPT)}
     assert all(line["peer"] == "127.0.0.1" and line["total_ns"] > 0 for line in lines)

@@ -279,6 +279,28 @@ def test_unary_inference_is_routed_and_its_status_is_the_experts():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("what", ["model", "type", "expert's reason"])
+def test_a_long_reason_still_fits_into_a_status(what):
+    asked = pb.ModelInferRequest.FromString(PROMPT)
+    if what == "model":
+        asked.model_name = "é" * 20_000
+    elif what == "type":
+        asked.inputs[0].datatype = "X" * 20_000
+    else:
+        asked = pb.ModelInferRequest.FromString(wire.encode_request("0 fail_after=0 reason=" + "é" * 1000, 1))
+
+    async def run():
+        async with setting(1) as (gateway, _):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await gateway.channel.unary_unary(wire.INFER)(asked.SerializeToString())
+            return error.value
+
+    error = asyncio.run(run())
+    expected = {"model": "NOT_FOUND", "type": "INVALID_ARGUMENT", "expert's reason": "UNAVAILABLE"}
+    assert error.code() is grpc.StatusCode[expected[what]]
+    assert error.details().endswith(" ...")
+
+
 def test_questions_are_answered_by_any_live_server_and_orders_by_none():
     async def run():
         async with setting(1, 1) as (gateway, stand_ins):
@@ -459,4 +481,6 @@ def test_a_router_that_fails_is_an_internal_error_of_that_request_alone(caplog):
     failed, good = asyncio.run(run())
     assert failed.error == "INTERNAL: the gateway failed; its log says why"
     assert len(good) == 2
-    assert "invalid literal" in caplog.text
+    assert "first_word" in caplog.text  # where it happened
+    assert "ValueError" in caplog.text
+    assert "invalid literal" not in caplog.text  # what an error says may quote the prompt
