@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -22,6 +23,7 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
 from erlib import wire
+from erlib.processes import StartError
 
 CANARY = wire.encode_request(
     "How long does a letter take from one end of the country to the other?", 1, wire.NEVER_STOP
@@ -202,7 +204,16 @@ class Expert:
 
 
 def connect(addresses: str, first: int = 0, credentials: grpc.ChannelCredentials | None = None) -> list[Expert]:
-    """The experts at `addresses`: separated by commas, replicas of one by ``|``, e.g. ``"a:1|b:1,c:1"``."""
+    """The experts at `addresses`: separated by commas, replicas of one by ``|``, e.g. ``"a:1|b:1,c:1"``.
+
+    Raises
+    ------
+    StartError
+        If one of them is no address.
+    """
+    for url in re.split(r"[,|]", addresses):
+        if not re.fullmatch(r"\S+:\d+", url):
+            raise StartError(f"an expert's address is HOST:PORT, not {url!r}")
     return [Expert([Replica(url, credentials) for url in one.split("|")], first) for one in addresses.split(",")]
 
 

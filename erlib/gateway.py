@@ -13,7 +13,7 @@ import gc
 import logging
 import math
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -70,8 +70,8 @@ async def serving(
 
     Raises
     ------
-    RuntimeError
-        If the port is in use.
+    StartError
+        If nothing can be served there.
     """
     options = dict(wire.CHANNEL_OPTIONS) | {
         "grpc.max_receive_message_length": gateway.limits.message_bytes,
@@ -83,7 +83,13 @@ async def serving(
     await standing.set(wire.SERVICE, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(standing, server)
     reflection.enable_server_reflection((wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    try:
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    except RuntimeError:  # gRPC does not say why
+        reasons = "the port is in use, the host is not this one" + (
+            ", or key and certificate are none" * bool(credentials)
+        )
+        raise StartError(f"cannot listen at {address}: {reasons}") from None
     await server.start()
     watching = asyncio.create_task(experts.watch(gateway.experts, silence_s))
     try:
@@ -111,7 +117,7 @@ def _router(args: argparse.Namespace, behind: Sequence[experts.Expert]) -> route
     try:
         return routers.load(args.policy, args.clusterer, len(behind), args.index, outstanding)
     except ClustererError as error:
-        raise SystemExit(f"--policy {args.policy}: {error}") from None
+        raise StartError(f"--policy {args.policy}: {error}") from None
 
 
 async def _run_until_signalled(args: argparse.Namespace) -> None:
@@ -125,7 +131,10 @@ async def _run_until_signalled(args: argparse.Namespace) -> None:
     telemetry = Telemetry(behind, args.log_prompts)
     telemetry.watch(asyncio.get_running_loop())
     if args.metrics_port:
-        prometheus_client.start_http_server(args.metrics_port, args.host, telemetry.registry)
+        try:
+            prometheus_client.start_http_server(args.metrics_port, args.host, telemetry.registry)
+        except OSError as error:
+            raise StartError(f"cannot serve metrics at {args.host}:{args.metrics_port}: {error}") from None
     limits = Limits(args.max_prompt_bytes, args.max_streams_per_peer, args.max_requests_per_s)
     gateway = Gateway(router.route, behind, args.index, distances, limits, telemetry, args.behind_proxy)
     settings = {"max_streams": args.max_streams, "silence_s": args.silence_s, "drain_s": args.drain_s}
@@ -179,14 +188,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--processor", action="store_true", help="decide for Envoy, too (the extra `envoy`)")
     parser.add_argument("--index", type=int, default=0, help="which of the instances this is")
-    parser.add_argument("--silence-s", type=float, default=30.0, help="after which an expert is asked if it is alive")
+    parser.add_argument(
+        "--silence-s", type=_positive(float), default=30.0, help="after which an expert is asked if it is alive"
+    )
     parser.add_argument("--drain-s", type=float, default=30.0, help="time for running requests after SIGTERM")
 
     limits = parser.add_argument_group("limits, of this instance")
-    limits.add_argument("--max-prompt-bytes", type=int, default=Limits.prompt_bytes)
-    limits.add_argument("--max-streams", type=int, help="of all clients")
-    limits.add_argument("--max-streams-per-peer", type=float, default=math.inf)
-    limits.add_argument("--max-requests-per-s", type=float, default=math.inf, help="per peer")
+    limits.add_argument("--max-prompt-bytes", type=_positive(int), default=Limits.prompt_bytes)
+    limits.add_argument("--max-streams", type=_positive(int), help="of all clients")
+    limits.add_argument("--max-streams-per-peer", type=_positive(float), default=math.inf)
+    limits.add_argument("--max-requests-per-s", type=_positive(float), default=math.inf, help="per peer")
     limits.add_argument("--behind-proxy", action="store_true", help="x-real-ip names the peer")
 
     seen = parser.add_argument_group("seen from outside")
@@ -204,12 +215,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(kind: type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+        return value
+
+    return number
+
+
+def _arguments() -> argparse.Namespace:
+    """The command line's, of which no part is ignored: plain text must not be spoken where TLS was asked for."""
+    parser = _parser()
+    args = parser.parse_args()
+    if bool(args.tls_certificate) != bool(args.tls_key):
+        parser.error("--tls-certificate and --tls-key go together")
+    if args.tls_client_ca and not args.tls_certificate:
+        parser.error("--tls-client-ca needs --tls-certificate")
+    if bool(args.expert_client_certificate) != bool(args.expert_client_key):
+        parser.error("--expert-client-certificate and --expert-client-key go together")
+    if args.expert_client_certificate and not args.expert_ca:
+        parser.error("--expert-client-certificate needs --expert-ca")
+    return args
+
+
 def main() -> None:
     """Entry point of one gateway process."""
-    args = _parser().parse_args()
+    args = _arguments()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("erlib").setLevel(args.log_level.upper())  # gRPC's own debug lines are many, and not of requests
-    asyncio.run(_run_until_signalled(args))
+    try:
+        asyncio.run(_run_until_signalled(args))
+    except (StartError, OSError) as error:  # OSError: a file that is not there
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

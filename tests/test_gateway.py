@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -253,12 +254,33 @@ def test_tls_is_spoken_with_clients_and_experts_and_only_with_those_who_can_prov
     assert asyncio.run(run()) == ["OK", "UNAVAILABLE", "UNAVAILABLE", "UNAVAILABLE"]
 
 
-def test_a_port_in_use_is_said(tmp_path):
-    async def run() -> None:
-        async with standin() as expert:
-            command = [*_command(int(expert.url.rpartition(":")[2])), "--experts", "127.0.0.1:1"]
-            process = processes.spawn(command, tmp_path / "log")
-            assert await asyncio.to_thread(process.wait, 60) != 0
-
-    asyncio.run(run())
-    assert "bind" in (tmp_path / "log").read_text()
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--port {taken}", "cannot listen at 127.0.0.1:{taken}: the port is in use"),
+        ("--metrics-port {taken}", "cannot serve metrics at 127.0.0.1:{taken}"),
+        ("--experts a", "an expert's address is HOST:PORT, not 'a'"),
+        ("--experts a:1,,b:1", "an expert's address is HOST:PORT, not ''"),
+        ("--experts a:1|b:x", "an expert's address is HOST:PORT, not 'b:x'"),
+        ("--policy classify --clusterer nowhere", "nowhere holds no readable clusterer"),
+        ("--policy embeddings --clusterer nowhere", "nowhere holds no sentence-embedding model"),
+        ("--tls-client-ca authority.pem", "--tls-client-ca needs --tls-certificate"),
+        ("--tls-key host.key", "--tls-certificate and --tls-key go together"),
+        ("--tls-certificate no.pem --tls-key no.key", "no.key"),
+        ("--expert-client-key client.key", "--expert-client-certificate and --expert-client-key go together"),
+        ("--expert-client-certificate c --expert-client-key c", "--expert-client-certificate needs --expert-ca"),
+        ("--max-requests-per-s 0", "--max-requests-per-s: must be more than 0, not 0"),
+        ("--silence-s nan", "--silence-s: must be more than 0, not nan"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(options, reason, tmp_path):
+    """Least of all is plain text spoken where TLS was asked for."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        at = taken.getsockname()[1]
+        command = [*_command(free_port()), "--experts", "127.0.0.1:1", *options.format(taken=at).split()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert reason.format(taken=at) in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

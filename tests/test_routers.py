@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from conftest import BASE_PORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
@@ -23,7 +24,7 @@ from erlib.clusterer import Clusterer, ClustererError
 from erlib.routers import Embedded
 from tests import texts
 
-PORT = 37000
+PORT = BASE_PORT + 480
 
 
 def embed(text: str) -> Embedded:
@@ -272,7 +273,7 @@ def test_a_gateway_keeps_count_of_what_is_under_way(gateway: list[int]) -> None:
 
 
 def test_a_gateway_refuses_what_it_cannot_load(directory: Path) -> None:
-    command = ["-m", "erlib.gateway", "--port", str(PORT), "--experts", "a,b", "--clusterer", str(directory)]
+    command = ["-m", "erlib.gateway", "--port", str(PORT), "--experts", "a:1,b:1", "--clusterer", str(directory)]
     refused = subprocess.run(processes.python(*command), capture_output=True, text=True, check=False)
     assert refused.returncode == 1 and "4 clusters need as many experts, not 2" in refused.stderr
     assert "Traceback" not in refused.stderr
