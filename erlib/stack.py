@@ -64,6 +64,7 @@ class Gateway:
         self.title = f"gateway {index}"
         self.host, self.port = host, port
         self.log = log_dir / f"gateway-{index}.log"
+        self.metrics_port: int | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self._niceness = niceness
         self._command = processes.python(
@@ -76,6 +77,16 @@ class Gateway:
     def url(self) -> str:
         """``host:port`` of its gRPC endpoint."""
         return f"{self.host}:{self.port}"
+
+    @property
+    def ports(self) -> list[int]:
+        """All that it listens on."""
+        return [self.port, *([self.metrics_port] if self.metrics_port else [])]
+
+    def serve_metrics(self, port: int) -> None:
+        """Let it serve Prometheus metrics at `port`, too, once it has been started."""
+        self.metrics_port = port
+        self._command += ["--metrics-port", str(port)]
 
     def start(self) -> None:
         """Start the process; see :meth:`wait_ready`."""
@@ -140,7 +151,7 @@ class Share:
         if isinstance(self._front, Envoy):
             envoy.find()
         ports = [port for server in self.servers for port in (server.http_port, server.grpc_port, server.metrics_port)]
-        ports += [gateway.port for gateway in self._gateways]
+        ports += [port for gateway in self._gateways for port in gateway.ports]
         processes.require_free_ports([*ports, *([self._front.port] if self._front else [])], self.host)
         for part in self._parts:
             part.log.parent.mkdir(parents=True, exist_ok=True)
@@ -223,6 +234,8 @@ class Stack:
         Of as many servers and gateways; by default everything is on this host, at ``settings.host``.
     replicas : sequence of int, optional
         How many of `servers`, in their order, each expert has; by default one.
+    metrics_port : int, optional
+        Gateway i serves Prometheus metrics at this port + i.
 
     Raises
     ------
@@ -245,6 +258,7 @@ class Stack:
         classifier: Classifier = "ours",
         placement: Placement | None = None,
         replicas: Sequence[int] | None = None,
+        metrics_port: int | None = None,
     ):
         has_gateways = routing in ("expert_router", "replicas")
         has_envoy = settings.front == "envoy"
@@ -280,6 +294,9 @@ class Stack:
                 self._front = Envoy(settings.base_port, upstreams, experts, directories[host], addresses[host])
             else:
                 self._front = Nginx(settings.base_port, upstreams, directories[host], addresses[host])
+        if metrics_port:
+            for i, gateway in enumerate(self._gateways):
+                gateway.serve_metrics(metrics_port + i)
         self._shares = [
             Share(
                 address,
@@ -298,6 +315,11 @@ class Stack:
     def targets(self) -> list[str]:
         """Addresses that users connect to: NGINX or Envoy, or the servers themselves where the baseline bypasses it."""
         return [self._front.url] if self._front else [server.url for server in self.servers]
+
+    @property
+    def metrics_targets(self) -> list[str]:
+        """Where Prometheus finds the gateways' metrics, ``host:port`` each; empty if they serve none."""
+        return [f"{gateway.host}:{gateway.metrics_port}" for gateway in self._gateways if gateway.metrics_port]
 
     @property
     def machines(self) -> str:

@@ -13,18 +13,24 @@ def main() -> int:
     args = _arguments()
     try:
         profile = config.load_profile(args.profile)
-        (system,) = sweep.systems(profile, sweep.configurations(profile, [args.configuration]))
-        return _serve(profile, system, args.openai)
+        (asked,) = sweep.configurations(profile, [args.configuration])
+        if args.metrics and asked.routing in ("direct", "round_robin"):
+            raise config.ConfigError(f"{asked.name} has no gateways, whose metrics --metrics would serve")
+        (system,) = sweep.systems(profile, [asked])
+        return _serve(profile, system, args.openai, args.metrics)
     except (config.ConfigError, processes.StartError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _serve(profile: config.Profile, system: sweep.System, openai_port: int | None) -> int:
+def _serve(profile: config.Profile, system: sweep.System, openai_port: int | None, metrics_port: int | None) -> int:
     settings, logs = profile.serving, paths.run_dir(profile.name) / "logs" / "serve"
     if openai_port:
         processes.require_free_ports([openai_port], settings.host)
-    with stack.Stack(system.config, system.servers, system.routing, settings, system.router, logs) as running:
+    with stack.Stack(
+        system.config, system.servers, system.routing, settings, system.router, logs, system.classifier,
+        metrics_port=metrics_port,
+    ) as running:  # fmt: skip
         front = None
         try:
             if openai_port:
@@ -40,6 +46,8 @@ def _serve(profile: config.Profile, system: sweep.System, openai_port: int | Non
                 print(f"OpenAI's interface: http://{settings.host}:{openai_port}/v1, model expert-router")
             print(f"gRPC (KServe v2, model ensemble): {', '.join(running.targets)}")
             print(f"experts: {', '.join(server.url for server in running.servers)}")
+            if running.metrics_targets:
+                print(f"Prometheus scrapes, of every gateway, http://HOST:PORT/metrics: {running.metrics_targets}")
             print(f"logs: {logs}\nCtrl-C stops everything", flush=True)
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
         finally:
@@ -53,6 +61,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("configuration", metavar="CONFIG", help="e.g. p2.E")
     parser.add_argument("--profile", default="laptop")
     parser.add_argument("--openai", type=int, metavar="PORT", help="also serve OpenAI's HTTP interface there")
+    parser.add_argument(
+        "--metrics", type=int, metavar="PORT", help="also serve Prometheus metrics: those of gateway i at PORT + i"
+    )
     return parser.parse_args()
 
 

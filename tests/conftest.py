@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from erlib import clusterer, config, openvino, stack, sweep, triton
 
 BASE_PORT = int(os.environ.get("ERLIB_TEST_PORT", "27000"))  # another one lets two runs go side by side
+METRICS_PORT = BASE_PORT + 490
 
 
 @pytest.fixture(scope="session")
@@ -67,5 +68,7 @@ def server_plan(profile: config.Profile) -> triton.ServerPlan:
 def expert_router(profile, router, server_plan, tmp_path_factory):
     """Eight experts behind two gateways and NGINX, up for the tests of one module."""
     logs = tmp_path_factory.mktemp("logs")
-    with stack.Stack("test", [server_plan] * 8, "expert_router", profile.serving, router, logs) as running:
+    with stack.Stack(
+        "test", [server_plan] * 8, "expert_router", profile.serving, router, logs, metrics_port=METRICS_PORT
+    ) as running:
         yield running

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,9 +20,11 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as triton_client
+from conftest import METRICS_PORT
+from test_gateway import metrics
 from tokenizers import Tokenizer
 
-from erlib import processes, stack, users, wire
+from erlib import paths, processes, stack, users, wire
 from erlib.clusterer import Clusterer
 
 PROMPT = "The goalie stopped thirty shots and the team went home with two points"
@@ -261,6 +264,42 @@ def test_nginx_spreads_evenly_and_gateways_agree(expert_router, router, profile)
     assert [expert for _, expert in seen] == list(model.predict(prompts))
     counts = np.bincount([gateway for gateway, _ in seen], minlength=profile.serving.gateways)
     assert set(counts) == {len(prompts) // profile.serving.gateways}
+
+
+def test_every_gateway_serves_its_metrics_at_a_port_of_its_own(expert_router, profile):
+    """What goes through NGINX is counted by one of them."""
+
+    def counted() -> list[float]:
+        seen = [asyncio.run(metrics(int(target.rpartition(":")[2]))) for target in expert_router.metrics_targets]
+        return [sum(n for name, n in one.items() if name[0] == "er_requests_total") for one in seen]
+
+    before = counted()
+    assert len(before) == profile.serving.gateways
+    for _ in range(4):
+        answer(expert_router.targets[0], PROMPT, 2)
+    each = 4 // len(before)
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [each] * len(before)
+
+
+def test_a_port_for_metrics_that_is_in_use_is_said_before_anything_starts(own_ports, router, server_plan, tmp_path):
+    last = METRICS_PORT + own_ports.gateways + 5
+    with (
+        socket.socket() as taken,
+        pytest.raises(processes.StartError, match=f"port in use: {last}"),
+    ):
+        taken.bind(("127.0.0.1", last))
+        first = last - own_ports.gateways + 1
+        with stack.Stack(
+            "refused", [server_plan], "replicas", own_ports, router, tmp_path, metrics_port=first
+        ):  # fmt: skip
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_metrics_of_a_system_without_gateways_are_refused():
+    command = [sys.executable, paths.ROOT / "scripts" / "serve.py", "p2.A", "--profile", "smoke", "--metrics", "9100"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: p2.A has no gateways, whose metrics --metrics would serve\n")
 
 
 def test_a_second_stack_on_the_same_ports_is_refused_before_anything_starts(
