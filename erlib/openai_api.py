@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ from erlib import wire
 
 MODEL = "expert-router"
 
+_HEALTH_TIMEOUT_S = 15.0
+"""More than a gateway takes to find that a silent expert is no answer."""
 _HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
@@ -150,7 +153,7 @@ class Front:
 
     def application(self) -> web.Application:
         """Everything that is served."""
-        app = web.Application(client_max_size=2 * wire.MAX_PROMPT_BYTES)
+        app = web.Application(client_max_size=2 * wire.MAX_PROMPT_BYTES, middlewares=[_errors_as_json])
         app.add_routes(
             [
                 web.post("/v1/completions", self._completions),
@@ -171,6 +174,10 @@ class Front:
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "experts"}]})
 
     async def _health(self, _: web.Request) -> web.Response:
+        try:
+            await self._channel.unary_unary(f"/{wire.SERVICE}/ServerReady")(b"", timeout=_HEALTH_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            return _error(f"the router at {self._router} is not ready: {error.details()}", 503)
         return web.json_response({"router": self._router})
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
@@ -183,18 +190,18 @@ class Front:
         try:
             asked = kind.model_validate_json(await request.read())
             frame = _Frame(kind, f"er-{next(self._ids)}")
-            events = self._events(asked, frame)
-            first = await anext(events)  # an answer that fails at once is an error with a status, not a stream
-            if asked.stream:
-                return await self._stream(request, asked, frame, first, events)
-            return web.json_response(await self._whole(asked, frame, first, events))
+            async with contextlib.aclosing(self._events(asked, frame)) as events:
+                first = await anext(events)  # an answer that fails at once is an error with a status, not a stream
+                if asked.stream:
+                    return await self._stream(request, asked, frame, first, events)
+                return web.json_response(await self._whole(asked, frame, first, events))
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in error.errors())
             return _error(wrong, 400)
         except Refused as error:
             return _error(str(error), error.status)
 
-    async def _events(self, asked: _Completion | _Chat, frame: _Frame) -> AsyncIterator[str]:
+    async def _events(self, asked: _Completion | _Chat, frame: _Frame) -> AsyncGenerator[str, None]:
         """Text of each token; characters that are cut between tokens come with the last of them."""
         if not asked.text.strip():
             raise Refused("the prompt is empty")
@@ -244,7 +251,7 @@ class Front:
             if asked.stream_options and asked.stream_options.include_usage:
                 await send(frame.chunk(None) | {"usage": self._usage(asked, frame)})
         except Refused as error:
-            await send({"error": {"message": str(error), "type": "server_error", "code": error.status}})
+            await send(_error_body(str(error), error.status))
         await send("[DONE]")
         return response
 
@@ -276,9 +283,24 @@ class _Frame:
         return {"id": self.id, "object": kind, "created": self._created, "model": MODEL, "choices": choices}
 
 
-def _error(message: str, status: int) -> web.Response:
+def _error_body(message: str, status: int) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return web.json_response({"error": {"message": message, "type": kind, "code": status}}, status=status)
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
+def _error(message: str, status: int) -> web.Response:
+    return web.json_response(_error_body(message, status), status=status)
+
+
+@web.middleware
+async def _errors_as_json(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """What aiohttp itself refuses (unknown paths and methods, bodies that are too large), as OpenAI says it."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        return _error(f"{request.method} {request.path}: {error.reason}", error.status)
 
 
 def main() -> None:

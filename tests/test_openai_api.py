@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import time
 
+import aiohttp
 import httpx
 import openai
 import pytest
+from aiohttp import web
 from conftest import BASE_PORT
-from tokenizers import Tokenizer
+from standin_expert import eventually, setting
+from tokenizers import Tokenizer, models
 
-from erlib import processes
+from erlib import openai_api, processes, wire
 
 PROMPT = "The goalie stopped thirty shots and the team went home with two points"
 PORT = BASE_PORT + 450
@@ -130,6 +135,91 @@ def test_without_a_router_nothing_hangs(nobody):
         client.completions.create(model="expert-router", prompt=PROMPT)
     assert error.value.status_code == 503
     assert time.monotonic() - began < 30
+
+
+# --- in front of experts that misbehave on command -------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def before_standin():
+    """A session with a front, behind it a gateway, behind that a stand-in."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    async with setting(1) as (door, (expert,)):
+        runner = web.AppRunner(openai_api.Front(door.url, tokenizer).application(), handler_cancellation=True)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        async with aiohttp.ClientSession(site.name) as session:
+            yield session, expert, door
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("orders", ["first=60", "n=9999 gap=0.01"])
+def test_a_client_that_leaves_is_noticed_by_the_expert(orders, stream):
+    async def run() -> float:
+        async with before_standin() as (session, expert, _):
+            body = {"model": "expert-router", "prompt": f"0 {orders}", "stream": stream}
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5), session.post("/v1/completions", json=body) as reply:
+                    await reply.read()
+            left_s = time.monotonic()
+            await eventually(lambda: bool(expert.requests[0].end))
+            assert expert.requests[0].end == "cancelled"
+            return expert.requests[0].t_end_s - left_s
+
+    assert asyncio.run(run()) < 0.2
+
+
+def test_every_error_is_openais():
+    """Whoever finds it, and with the field `param`, which is part of it."""
+
+    async def run() -> list[tuple[int, dict]]:
+        async with before_standin() as (session, _, _):
+            good = {"model": "expert-router", "prompt": "0"}
+            huge = b" " * (3 * wire.MAX_PROMPT_BYTES)
+            replies = [
+                await session.post("/v1/completion", json=good),
+                await session.get("/v1/completions"),
+                await session.post("/v1/completions", data=huge),
+                await session.post("/v1/completions", json=good | {"n": 2}),
+                await session.post("/v1/completions", json=good | {"prompt": "0 fail_after=0 code=INTERNAL"}),
+                await session.post("/v1/completions", json=good | {"prompt": "0 " + "x" * 600_000}),
+                await session.post("/v1/completions", json=good | {"prompt": "0 error=queue-full"}),
+            ]
+            return [(reply.status, await reply.json()) for reply in replies]
+
+    seen = asyncio.run(run())
+    assert [status for status, _ in seen] == [404, 405, 413, 400, 502, 429, 502]
+    for status, body in seen:
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert body["error"]["message"]
+        assert body["error"]["type"] == ("invalid_request_error" if status < 500 else "server_error")
+
+
+def test_an_expert_that_dies_on_the_way_ends_the_stream_with_an_error():
+    async def run() -> list[str]:
+        async with before_standin() as (session, _, _):
+            body = {"model": "expert-router", "prompt": "0 n=9 fail_after=2", "stream": True}
+            async with session.post("/v1/completions", json=body) as reply:
+                return [line.decode().removeprefix("data: ").strip() async for line in reply.content if line.strip()]
+
+    *tokens, error, last = asyncio.run(run())
+    assert [json.loads(one)["choices"][0]["text"] for one in tokens] == ["tt"] * 2
+    assert "expert 0 failed" in json.loads(error)["error"]["message"]
+    assert last == "[DONE]"
+
+
+def test_health_is_that_of_the_router():
+    async def run() -> list[int]:
+        async with before_standin() as (session, _, door):
+            up = (await session.get("/health")).status
+            for one in door.gateway.experts:
+                for replica in one.replicas:
+                    replica.is_up = False
+            return [up, (await session.get("/health")).status]
+
+    assert asyncio.run(run()) == [200, 503]
 
 
 def test_a_client_that_leaves_frees_its_slot(client, expert_router):
