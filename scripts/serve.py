@@ -15,7 +15,7 @@ def main() -> int:
         profile = config.load_profile(args.profile)
         (asked,) = sweep.configurations(profile, [args.configuration])
         if args.metrics and asked.routing in ("direct", "round_robin"):
-            raise config.ConfigError(f"{asked.name} has no gateways, whose metrics --metrics would serve")
+            raise config.ConfigError(f"{asked.id} has no gateways, whose metrics --metrics would serve")
         (system,) = sweep.systems(profile, [asked])
         return _serve(profile, system, args.openai, args.metrics)
     except (config.ConfigError, processes.StartError) as error:
