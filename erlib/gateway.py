@@ -14,6 +14,7 @@ import logging
 import math
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -136,7 +137,8 @@ async def _run_until_signalled(args: argparse.Namespace) -> None:
         except OSError as error:
             raise StartError(f"cannot serve metrics at {args.host}:{args.metrics_port}: {error}") from None
     limits = Limits(args.max_prompt_bytes, args.max_streams_per_peer, args.max_requests_per_s)
-    gateway = Gateway(router.route, behind, args.index, distances, limits, telemetry, args.behind_proxy)
+    thread = ThreadPoolExecutor(1) if args.policy in routers.SLOW else None
+    gateway = Gateway(router.route, behind, args.index, distances, limits, telemetry, args.behind_proxy, thread)
     settings = {"max_streams": args.max_streams, "silence_s": args.silence_s, "drain_s": args.drain_s}
     address = f"{args.host}:{args.port}"
     gc.freeze()  # what is there now stays: no collection need look at it again

@@ -77,7 +77,8 @@ class Processor(grpc.GenericRpcHandler):
                 body += part.request_body.body
                 is_complete = _is_last(part)
             message = message_of(body) if is_complete else None
-            await context.write(self._directed(None if message is None else self._gateway.direct(message, sent)))
+            direct = None if message is None else await self._gateway.direct(message, sent)
+            await context.write(self._directed(direct))
             if body or is_complete:  # an answer to what has not been asked would end the stream
                 await context.write(_passed(body, is_complete))
             while not is_complete:

@@ -44,6 +44,8 @@ EXAMPLES = 800
 """Training documents that are embedded: a tenth of a second of one core each."""
 
 POLICIES = ("classify", "stock", "embeddings", "neighbours", "replicas", "random", "least_loaded")
+SLOW = ("embeddings", "neighbours")
+"""Policies that take ten milliseconds and more, most of them outside Python: others' tokens need not wait for that."""
 
 
 class RouterError(ClustererError):

@@ -24,6 +24,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from functools import partial
 from typing import TypeVar
 
@@ -120,6 +121,9 @@ class Gateway(grpc.GenericRpcHandler):
     telemetry : Telemetry, optional
     behind_proxy : bool
         Whether ``x-real-ip`` can be believed.
+    thread : Executor, optional
+        Where `route` is called if it takes so long that others' tokens would have to wait; by default in the event
+        loop, because to hand a prompt to a thread costs about as much as c-BTM's decision itself.
     """
 
     def __init__(
@@ -131,6 +135,7 @@ class Gateway(grpc.GenericRpcHandler):
         limits: Limits = Limits(),  # noqa: B008  (immutable)
         telemetry: Telemetry | None = None,
         behind_proxy: bool = False,
+        thread: Executor | None = None,
     ):
         self.experts = list(experts)
         self.limits = limits
@@ -140,6 +145,7 @@ class Gateway(grpc.GenericRpcHandler):
         self._distances = distances
         self._peers = Peers(limits)
         self._behind_proxy = behind_proxy
+        self._thread = thread
         self._is_draining = False
         self._callers: set[_Caller] = set()
 
@@ -160,7 +166,7 @@ class Gateway(grpc.GenericRpcHandler):
         """From now on do what streams that are already open have asked for, and no more."""
         self._is_draining = True
 
-    def direct(self, message: bytes, sent: str) -> tuple[Request, bool] | None:
+    async def direct(self, message: bytes, sent: str) -> tuple[Request, bool] | None:
         """Decide where a request goes that somebody else takes there; `sent`: its ``er-sent-ns``.
 
         Returns
@@ -173,7 +179,7 @@ class Gateway(grpc.GenericRpcHandler):
             return None
         request = Request("stream", "")
         try:
-            self._classify(message, request, sent)
+            await self._classify(message, request, sent)
         except Failure:
             return None
         expert = self.experts[request.expert]
@@ -307,7 +313,7 @@ class Gateway(grpc.GenericRpcHandler):
         caller: _Caller,
         attempt: Callable[[Replica, bool], Awaitable[_Done]],
     ) -> _Done:
-        self._classify(message, request, str(caller.metadata.get("er-sent-ns", "")))
+        await self._classify(message, request, str(caller.metadata.get("er-sent-ns", "")))
         expert = self.experts[request.expert]
         replica = expert.choose()
         if replica is None:
@@ -322,7 +328,7 @@ class Gateway(grpc.GenericRpcHandler):
         request.retries += 1
         return await attempt(other, False)
 
-    def _classify(self, message: bytes, request: Request, sent: str) -> None:
+    async def _classify(self, message: bytes, request: Request, sent: str) -> None:
         """Note in `request` which expert it is for; `sent`: the client's ``er-sent-ns``.
 
         Raises
@@ -341,9 +347,14 @@ class Gateway(grpc.GenericRpcHandler):
         # Whatever else stands there, a time to come included, is no time of this host's clock.
         if sent.isdecimal() and len(sent) < _TIME_DIGITS and int(sent) <= request.t_read_ns:
             request.spans_ns["queue"] = request.t_read_ns - int(sent)
-        request.expert, spans_ns = self._route(request.prompt)
+        request.expert, spans_ns = await self._decide(request.prompt)
         request.t_routed_ns = time.monotonic_ns()
         request.spans_ns |= zip(("vectorise", "svd", "kmeans"), spans_ns, strict=True)
+
+    async def _decide(self, prompt: str) -> tuple[int, Sequence[int]]:
+        if self._thread is None:
+            return self._route(prompt)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._route, prompt)
 
     async def _relay(
         self, prompt: bytes, request: Request, caller: _Caller, first: bool, replica: Replica, has_spare: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import grpc.aio
@@ -122,6 +123,42 @@ def test_many_requests_share_one_stream_and_each_keeps_its_order():
         token = int.from_bytes(reply.infer_response.raw_output_contents[1], "little")
         numbers.setdefault(reply.infer_response.id, []).append(token)
     assert numbers == {str(i): list(range(i % 7)) for i in range(n) if i % 7}
+
+
+def test_a_slow_decision_in_a_thread_holds_up_nobody_else():
+    """Nor is one made any more for a client that has left meanwhile."""
+    decided = []
+
+    def slow(prompt):
+        if "slow" in prompt:
+            time.sleep(0.25)
+        decided.append(prompt)
+        return 0, (0, 0, 0)
+
+    async def run(thread):
+        async with setting(1, route=slow, thread=thread) as (gateway, _):
+            arrivals_s = []
+
+            async def read() -> None:
+                async for _ in gateway.stream(wire.encode_request("0 n=60 gap=0.01", 1)):
+                    arrivals_s.append(time.monotonic())
+
+            reading = asyncio.create_task(read())
+            await eventually(lambda: bool(arrivals_s))
+            asking = [asyncio.create_task(gateway.ask("0 n=1 slow")) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            leaving = gateway.stream(wire.encode_request("0 n=1 slow left", 1))
+            await asyncio.sleep(0.05)
+            leaving.cancel()
+            assert [len(one) for one in await asyncio.gather(*asking)] == [1, 1]
+            await reading
+            return max(np.diff(arrivals_s))
+
+    assert asyncio.run(run(None)) > 0.24
+    decided.clear()
+    with ThreadPoolExecutor(1) as thread:
+        assert asyncio.run(run(thread)) < 0.15
+    assert decided == ["0 n=60 gap=0.01", "0 n=1 slow", "0 n=1 slow"]
 
 
 def test_one_bad_request_of_a_stream_does_not_disturb_the_others():
