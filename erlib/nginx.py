@@ -33,7 +33,8 @@ http {{
     keepalive_timeout 1h;  # 60 s by default
   }}
   server {{
-    listen {host}:{port} http2;
+    # so_keepalive: off by default; a client whose host has gone would hold its streams for client_body_timeout.
+    listen {host}:{port} http2 so_keepalive=5m:30s:4;
     http2_max_concurrent_streams 8192;  # 128 by default: the next stream of a client's connection would wait
     keepalive_requests 1000000000;  # 1,000 streams by default, then the client's connection is closed
     keepalive_timeout 24h;  # 75 s by default: a client that thinks longer would have to connect again

@@ -223,6 +223,41 @@ def test_a_killed_expert_harms_only_its_own_requests(phase, prompt, spare, note,
     )  # fmt: skip
 
 
+def test_requests_of_one_stream_share_no_fate(note, tmp_path):
+    """Half of them are at an expert that is killed: each of these gets one error, on a stream that goes on."""
+    n = 60
+
+    async def run(victim: Process) -> tuple[list[Outcome], grpc.StatusCode]:
+        async with setting(0, 1, before=[victim.url]) as (door, _):
+            stream = door.stream(
+                *[wire.encode_request(f"{i % 2} n=20 gap=0.04", 1, request_id=str(i)) for i in range(n)]
+            )
+            outcomes = [Outcome(i % 2) for i in range(n)]
+            async for message in stream:
+                reply = pb.ModelStreamInferResponse.FromString(message)
+                outcome = outcomes[int(reply.infer_response.id)]
+                if reply.error_message:
+                    outcome.ends.append(reply.error_message)
+                else:
+                    outcome.responses += 1
+                if sum(one.responses for one in outcomes) == 5 * n:
+                    victim.kill()
+            return outcomes, await stream.code()
+
+    with process_experts(1, tmp_path / "experts.log") as (victim,):
+        outcomes, status = asyncio.run(run(victim))
+    assert ends(outcomes, 0) == {"UNAVAILABLE": n // 2}
+    assert [one.responses for one in outcomes if one.expert == 1] == [20] * (n // 2)
+    assert ends(outcomes, 1) == {"OK": n // 2}
+    assert status is grpc.StatusCode.OK
+    note(
+        "expert killed, requests of both on one stream",
+        "mid-stream",
+        "30 UNAVAILABLE, 30 OK; the stream ends OK",
+        outcomes,
+    )
+
+
 def test_a_dead_expert_comes_back_without_costing_a_request(note, tmp_path):
     """The breaker opens with the first failure, refuses at once, and closes when a canary has been answered."""
 
@@ -660,6 +695,25 @@ def test_a_gateway_killed_under_nginx_takes_only_its_own_streams_along(house, no
     assert ends(later) == {"OK": 30}
     note("gateway killed under NGINX", "mid-stream", "its 10 of 30 end with one status each, the others OK", running)
     note("gateway killed under NGINX", "before connecting", "the other gateways do it: all OK", later)
+
+
+def test_nginx_asks_whether_a_client_that_says_nothing_is_still_there(house):
+    """The kernel shows which timer each of its connections has; 2 is keepalive's."""
+
+    def timers() -> list[str]:
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        at_nginx = [fields for fields in lines if int(fields[1].split(":")[1], 16) == NGINX_PORT]
+        return [fields[5].split(":")[0] for fields in at_nginx if fields[3] == "01"]
+
+    async def run() -> list[str]:
+        async with through(house) as channel:
+            idle = channel.stream_stream(wire.STREAM_INFER)()
+            await idle.write(wire.encode_request("0 n=1", 1))
+            await idle.read()
+            await eventually(lambda: timers() == ["02"] * len(timers()))
+            return timers()
+
+    assert asyncio.run(run())
 
 
 def test_no_gateway_at_all_is_unavailable(house, note):

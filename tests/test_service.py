@@ -85,6 +85,24 @@ def test_a_request_reaches_the_expert_as_it_was_sent():
     assert asyncio.run(run()) == [unknown, reordered]
 
 
+@pytest.mark.parametrize("algorithm", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_requests_may_be_compressed_but_not_to_hide_their_size(algorithm):
+    """40 MB of the same letter are 40 KB on the way."""
+    bomb = wire.encode_request("0 " + "x" * (40 << 20), 1)
+
+    async def run():
+        async with setting(1) as (gateway, (expert,)):
+            assert len([one async for one in gateway.stream(PROMPT, compression=algorithm)]) == 3
+            async with grpc.aio.insecure_channel(
+                gateway.url, options=[("grpc.max_send_message_length", -1)]
+            ) as channel:
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await channel.unary_unary(wire.INFER)(bomb, compression=algorithm)
+            return error.value.code(), [seen.message for seen in expert.requests]
+
+    assert asyncio.run(run()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, [PROMPT])
+
+
 def test_metadata_pass_both_ways():
     kept = [("traceparent", "00-ab"), ("token-bin", b"\x00\xfe"), ("twice", "a"), ("twice", "b")]
     sent = (*kept, ("er-sent-ns", "5"), ("x-real-ip", "192.0.2.7"))
