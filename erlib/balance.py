@@ -3,6 +3,10 @@
 Both papers name more copies of a popular model as the remedy for uneven demand and do not try it. Here it is tried at
 their scale, in virtual time (:mod:`erlib.simulation`): each replica is one more GPU with one more engine like the
 expert's, and a prompt goes to whichever replica of its expert has the fewest requests outstanding.
+
+And it is tried on the real serving stack around emulated engines (:mod:`erlib.emulation`), with fewer users and short
+answers that this machine can carry, beside the simulation of the very same points. There each gateway counts only the
+requests that it has itself sent.
 """
 
 from __future__ import annotations
@@ -16,12 +20,20 @@ import numpy.typing as npt
 import pandas as pd
 from tqdm import tqdm
 
-from erlib import batching, config, metrics, prompts, simulation
+from erlib import batching, config, emulation, metrics, prompts, simulation, sweep, wire
 from erlib.config import Mix, Profile
 from erlib.prompts import Prompt
+from erlib.sweep import Series
 
 BETTER = {"response_p99_s": -1, "session_tokens_per_s": 1, "ttft_mean_s": -1}
 """What is looked at, and whether more (1) or less (-1) of it is better."""
+NAMES = {
+    "response_p99_s": "p99 response time",
+    "session_tokens_per_s": "session throughput",
+    "ttft_mean_s": "mean TTFT",
+}
+AGREEMENT = 0.05
+"""Emulation and simulation that differ by no more than this share are said to agree."""
 
 
 def hottest(shares: npt.NDArray[np.float64], replicas: int) -> tuple[int, ...]:
@@ -111,7 +123,7 @@ def needed(table: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        What :func:`run` returned.
+        What :func:`run` returned, or one source of :func:`beside_simulation`.
 
     Returns
     -------
@@ -128,3 +140,126 @@ def needed(table: pd.DataFrame) -> pd.DataFrame:
     }
     index = pd.MultiIndex.from_tuples(rows, names=["config", "users"])
     return pd.DataFrame(list(rows.values()), index).astype("Int64")
+
+
+# --- on the real serving stack ------------------------------------------------------------------------------------
+
+
+def plan(profile: Profile) -> list[Series]:
+    """The normal mix with each number of replicas, and the uniform mix without any, around emulated engines.
+
+    All answers are equally long, so that both mixes ask for the same. Empty, with a line that says why, where the
+    router has another number of clusters than the system has experts.
+    """
+    settings = profile.replicas
+    experts = config.load_configuration(settings.config).system.instances
+    if profile.clusterer.n_clusters != experts:
+        clusters = profile.clusterer.n_clusters
+        print(f"replicas: not emulated, {settings.config} has {experts} experts for {clusters} clusters")
+        return []
+    paper = config.paper_of(settings.config)
+    pool = emulation.workload(profile, paper)
+    pool = replace(pool, frame=pool.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP))
+    shares = prompts.mix_shares("normal", pool.n_clusters, pool.sigma)
+    system = emulation.system(profile, settings.config, settings.slow_motion)
+    series = []
+    for added in settings.added:
+        wider = replace(system, servers=system.servers[:1] * (experts + added), added=hottest(shares, added))
+        mixes: list[Mix] = ["normal"] if added else ["uniform", "normal"]
+        series.append(Series(paper, "replicas", wider, pool, settings.users, settings.repeats, mixes))
+    return series
+
+
+def beside_simulation(profile: Profile, plan: Sequence[Series], emulated: pd.DataFrame) -> pd.DataFrame:
+    """Every emulated point, and the same one in virtual time.
+
+    Parameters
+    ----------
+    profile : Profile
+    plan : sequence of Series
+        What :func:`plan` returned.
+    emulated : DataFrame
+        Records of :func:`erlib.sweep.run` with it.
+
+    Returns
+    -------
+    DataFrame
+        One row per source (``emulated``; ``simulated-hardware``, engines that requests reach at once;
+        ``simulated-replay``, each as late as it was there) and point: the columns of :func:`erlib.metrics.summarise`,
+        ``added``, ``gpus``, ``kept_pace`` (whether the emulated engines did) and ``client_lag_p99_ms`` (how late their
+        users' event loops were, in wall time).
+    """
+    rows = []
+    for series in plan:
+        mine = emulated[emulated["point_hash"].isin([point.hash for point in sweep.points(profile, series)])]
+        point = ["mix", "users", "repeat"]
+        kept = emulation.pace(mine)[[*point, "kept_pace"]]
+        kept = kept.merge(mine.groupby(point, as_index=False)["client_lag_p99_ms"].first())
+        for frame in (mine, emulation.simulated(profile, [series], mine)):
+            gpus = {"added": len(series.system.added), "gpus": len(series.system.servers)}
+            rows.append(metrics.summarise(frame).merge(kept).assign(**gpus))
+    return pd.concat(rows, ignore_index=True)
+
+
+def agreement(table: pd.DataFrame) -> pd.DataFrame:
+    """How far the emulation is from the simulation of the same points.
+
+    Parameters
+    ----------
+    table : DataFrame
+        What :func:`beside_simulation` returned.
+
+    Returns
+    -------
+    DataFrame
+        One row per configuration, users, mix, GPUs added and metric of :data:`BETTER`: a column per source, means over
+        repeats; ``ratio`` (emulated over simulated), ``ratio_replayed`` (likewise over the replay); ``kept_pace`` and
+        ``agrees``: the ratio is within :data:`AGREEMENT` of 1.
+    """
+    keys = ["config", "users", "mix", "added"]
+    means = table.groupby(["source", *keys])[list(BETTER)].mean().rename_axis(columns="metric")
+    sources = means.stack().unstack("source")
+    ratio = sources["emulated"] / sources["simulated-hardware"]
+    replayed = sources["emulated"] / sources["simulated-replay"]
+    compared = sources.assign(ratio=ratio, ratio_replayed=replayed, agrees=(ratio - 1).abs() <= AGREEMENT)
+    return compared.join(table.groupby(keys)["kept_pace"].all())
+
+
+def finding(table: pd.DataFrame) -> str:
+    """What came out, and whether emulation and simulation agree, in words.
+
+    Parameters
+    ----------
+    table : DataFrame
+        What :func:`beside_simulation` returned.
+    """
+    sources = {source: needed(part) for source, part in table.groupby("source")}
+    compared = agreement(table)
+    sentences = []
+    for (name, users), emulated in sources["emulated"].iterrows():
+        simulated = sources["simulated-hardware"].loc[(name, users)]
+        enough = [f"{NAMES[m]} {_count(emulated[m])} (simulated: {_count(simulated[m])})" for m in BETTER]
+        sentences.append(
+            f"{name} at {users:,} users, GPUs added until the normal mix is as good as the uniform one: "
+            f"{', '.join(enough)}."
+        )
+    agrees, agrees_replayed = (((compared[name] - 1).abs() <= AGREEMENT).sum() for name in ("ratio", "ratio_replayed"))
+    ratios = [
+        f"{NAMES[m]} {part['ratio'].min():.2f} to {part['ratio'].max():.2f} "
+        f"({part['ratio_replayed'].min():.2f} to {part['ratio_replayed'].max():.2f})"
+        for m, part in ((m, compared.xs(m, level="metric")) for m in BETTER)
+    ]
+    sentences.append(
+        f"Emulation and simulation agree within {100 * AGREEMENT:.0f} % in {agrees} of {len(compared)} values "
+        f"({agrees_replayed} where simulated requests arrive as late as emulated ones did); emulated over simulated: "
+        f"{', '.join(ratios)}."
+    )
+    lag_ms = table["client_lag_p99_ms"].max()
+    sentences.append(f"The users' event loops were up to {lag_ms:.0f} ms late (p99), in wall time.")
+    if not compared["kept_pace"].all():
+        sentences.append("Some points did not keep the engines' pace.")
+    return " ".join(sentences)
+
+
+def _count(replicas: int) -> str:
+    return "none of those tried" if pd.isna(replicas) else str(replicas)

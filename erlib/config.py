@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -156,6 +157,17 @@ class AblationSettings(_Strict):
     gateways: PositiveInt = Field(4, description="each holds the unpickled model, most of a gigabyte while it works")
 
 
+class ReplicaSettings(_Strict):
+    """Replicas of hot experts on the real serving stack, around emulated engines."""
+
+    config: str = "p2.D"
+    added: list[NonNegativeInt] = Field([0, 1, 2, 3, 4], description="GPUs added for replicas of the hottest experts")
+    users: list[PositiveInt] = [200]
+    repeats: PositiveInt = 1
+    output_tokens: PositiveInt = Field(48, description="per answer, all equally long")
+    slow_motion: PositiveFloat = Field(3.0, description="as emulation.slow_motion")
+
+
 class ServingSettings(_Strict):
     backend: Literal["openvino", "tensorrt_llm"] = "openvino"
     gateways: PositiveInt = 16
@@ -238,11 +250,12 @@ class Profile(_Strict):
     paper_scale: PaperScaleSettings = PaperScaleSettings()
     emulation: EmulationSettings = EmulationSettings()
     ablation: AblationSettings = AblationSettings()
+    replicas: ReplicaSettings = ReplicaSettings()
 
     @model_validator(mode="after")
     def _known_configs(self) -> Profile:
         known = config_ids()
-        named = [self.overhead.config, self.ablation.config, *self.emulation.configs]
+        named = [self.overhead.config, self.ablation.config, self.replicas.config, *self.emulation.configs]
         for name in [*self.paper1.configs, *self.paper2.configs, *named]:
             if name not in known:
                 raise ValueError(f"unknown configuration {name!r}{nearest(name, known)}; see engines/*.yaml")
@@ -250,8 +263,9 @@ class Profile(_Strict):
             raise ValueError(
                 f"overhead.config: {self.overhead.config} has no gateways whose overhead could be measured"
             )
-        if load_configuration(self.ablation.config).routing != "expert_router":
-            raise ValueError(f"ablation.config: {self.ablation.config} does not classify prompts")
+        for key, name in {"ablation": self.ablation.config, "replicas": self.replicas.config}.items():
+            if load_configuration(name).routing != "expert_router":
+                raise ValueError(f"{key}.config: {name} does not classify prompts")
         return self
 
     @property

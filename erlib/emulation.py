@@ -124,6 +124,7 @@ def simulated(profile: Profile, sweep_: list[Series], emulated: pd.DataFrame | N
                 Calibration(**json.loads(parameters["calibration"])),
                 json.loads(parameters["answer_limit"]),
             )
+            target = dataclasses.replace(target, added=series.system.added)
             drawn = prompts.draw(series.workload, point.users, point.mix, profile.seed, point.repeat)
             ways: dict[str, list[float] | None] = {"simulated-hardware": None}
             if emulated is not None:

@@ -103,7 +103,8 @@ def finish(
         reference = f"Paper {paper[-1]}, {number[1].capitalize()}{'.' * (number[1] == 'fig')} {number[2]}"
     notebook = {"paper1": "08_figures_paper1", "paper2": "09_figures_paper2", "workbench": "06_routing_overhead"}[paper]
     source = used["source"].iloc[0]
-    again = command(profile, notebook if source == "measured" else "07_paper_scale")
+    in_order = source == "measured" or used["experiment"].iloc[0] == "replicas"
+    again = command(profile, notebook if in_order else "07_paper_scale")
     if source.startswith("simulated"):  # drawn at the papers' scale, whose settings are nobody's overrides
         again = f"./run_all.sh --profile {profile.name} --only 07_paper_scale"
     save(

@@ -22,7 +22,7 @@ SCHEMA = pa.schema(
         # which point
         ("source", pa.string()),  # measured | emulated | simulated
         ("paper", pa.string()),  # p1 | p2
-        ("experiment", pa.string()),  # load | preliminary | overhead | ablation
+        ("experiment", pa.string()),  # load | preliminary | overhead | ablation | replicas
         ("config", pa.string()),  # p1.A ... p2.R; preliminary: p2.fp8-tp4-bs100
         ("mix", pa.string()),  # uniform | normal
         ("users", pa.int32()),

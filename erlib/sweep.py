@@ -64,7 +64,7 @@ from erlib.prompts import Workload
 from erlib.triton import ServerPlan
 from erlib.users import Client
 
-Experiment = Literal["load", "preliminary", "overhead", "ablation"]
+Experiment = Literal["load", "preliminary", "overhead", "ablation", "replicas"]
 Workloads = Literal["load", "preliminary"]
 """Which of the workloads a system is sized for."""
 
@@ -87,6 +87,13 @@ class System:
     router: Path
     """Directory of the clusterer."""
     classifier: stack.Classifier = "ours"
+    added: tuple[int, ...] = ()
+    """Experts that have one more server, each as often as it has one more; `servers` are in the experts' order."""
+
+    @property
+    def replicas(self) -> list[int]:
+        """How many servers each expert has."""
+        return [1 + self.added.count(expert) for expert in range(len(self.servers) - len(self.added))]
 
     @property
     def backend(self) -> str:
@@ -111,6 +118,7 @@ class System:
             "servers": [server.description for server in self.servers],
             "router": self.router.name,
             "classifier": self.classifier,
+            "added": self.added,
         }
 
 
@@ -366,9 +374,13 @@ def read(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
     wanted = [point.path for series in sweep for point in points(profile, series)]
     missing = [path for path in wanted if not path.exists()]
     if missing:
-        notebooks = {"preliminary": "04_preliminary_sweep", "overhead": "06_routing_overhead"}
-        in_order = sweep[0].system.source == "measured"
-        notebook = notebooks.get(sweep[0].experiment, "05_load_sweep") if in_order else "07_paper_scale"
+        notebooks = {
+            "preliminary": "04_preliminary_sweep",
+            "overhead": "06_routing_overhead",
+            "replicas": "06_routing_overhead",
+        }
+        others = "05_load_sweep" if sweep[0].system.source == "measured" else "07_paper_scale"
+        notebook = notebooks.get(sweep[0].experiment, others)
         raise MissingRecords(
             f"{len(missing)} of {len(wanted)} points have not been measured with this profile; "
             f"run ./run_all.sh --profile {profile.name} --only {notebook}"
@@ -395,10 +407,13 @@ def _served(profile: Profile, series: Series) -> Iterator[tuple[stack.Stack, use
     what = (system.config, system.servers, system.routing, serving, system.router, log_dir, system.classifier)
     who = (system.tokenizer, n_processes, log_dir / "users.log", series.client)
     if serving.cluster:
-        with ClusterStack(*what) as placed, ClusterUsers(placed, *who) as apart:
+        with ClusterStack(*what, system.replicas) as placed, ClusterUsers(placed, *who) as apart:
             yield placed, apart
     else:
-        with stack.Stack(*what) as here, users.UserSimulator(*who, here.harness_niceness, serving.users_on) as beside:
+        with (
+            stack.Stack(*what, replicas=system.replicas) as here,
+            users.UserSimulator(*who, here.harness_niceness, serving.users_on) as beside,
+        ):
             yield here, beside
 
 

@@ -165,6 +165,7 @@ REPLICA_METRICS = {
     "response_p99_s": ("P99 response time", "seconds"),
     "session_tokens_per_s": ("Session throughput", "tokens/s"),
 }
+SIMULATED = {"simulated-hardware": "simulated", "simulated-replay": "simulated, arrivals as emulated"}
 
 
 def replicas(table: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -215,6 +216,61 @@ def replicas(table: pd.DataFrame, profile: config.Profile) -> Figure:
     )
     plt.close(fig)
     return fig
+
+
+def replicas_emulated(table: pd.DataFrame, emulated: pd.DataFrame, profile: config.Profile) -> Figure:
+    """The normal mix against GPUs added, emulated points over the simulation of the same points.
+
+    Parameters
+    ----------
+    table : DataFrame
+        What :func:`erlib.balance.beside_simulation` returned.
+    emulated : DataFrame
+        The records behind it.
+    profile : Profile
+    """
+    levels, settings = sorted(table["users"].unique()), profile.replicas
+    panels = REPLICA_METRICS | {"ttft_mean_s": ("Mean TTFT", "seconds")}
+    fig, grid = plt.subplots(len(levels), len(panels), figsize=(7.2, 0.5 + 2.3 * len(levels)), squeeze=False)
+    keys = ["source", "users", "mix", "added"]
+    means = table.groupby(keys)[[*panels]].mean()
+    kept = table.groupby(keys)["kept_pace"].all()
+    enough = balance.needed(table[table["source"] == "emulated"]).loc[settings.config]
+    for axes, users in zip(grid, levels, strict=True):
+        for ax, (metric, (title, ylabel)) in zip(axes, panels.items(), strict=True):
+            for source, style in (("simulated-hardware", "-"), ("simulated-replay", "--")):
+                curve, even = (means.loc[source, users, mix][metric] for mix in ("normal", "uniform"))
+                ax.plot(curve.index, curve, style, color=SKY, label=f"normal mix, {SIMULATED[source]}")
+                if source == "simulated-hardware":
+                    ax.axhline(even.item(), color=ORANGE, label=f"uniform mix, {SIMULATED[source]}")
+            even = means.loc["emulated", users, "uniform"][metric].item()
+            ax.axhline(even, color=VERMILION, ls=":", lw=1.2, label="uniform mix, emulated")
+            for added, value in means.loc["emulated", users, "normal"][metric].items():
+                face = BLUE if kept.loc["emulated", users, "normal", added] else "white"
+                ax.plot(added, value, "o", mfc=face, mec=BLUE, zorder=3)
+            ax.plot([], [], "o", color=BLUE, label="normal mix, emulated")
+            if not pd.isna(first := enough.loc[users, metric]):
+                best = means.loc["emulated", users, "normal", first][metric]
+                ax.plot(first, best, "o", ms=9, mfc="none", mec=BLUE, mew=1.2, zorder=3)
+            ax.set(title=title, ylabel=ylabel, ylim=(0, None), xticks=settings.added)
+        axes[-1].set_title(f"{users:,} users", loc="right", fontweight="normal", color=GREY)
+    for ax in grid[-1]:
+        ax.set_xlabel("GPUs added")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    ring = plt.Line2D([], [], marker="o", mfc="none", mec=BLUE, ms=9, ls="")
+    fig.legend([*handles, ring], [*labels, "first as good as uniform"], loc="outside upper center", ncols=3)
+    system = config.load_configuration(settings.config)
+    caption = (
+        f"Replicas on the real serving stack: {system.id} ({system.title}) as emulated H100s, one Triton server each, "
+        f"behind {profile.serving.gateways} gateways and NGINX, in slow motion ({settings.slow_motion:g} wall seconds "
+        f"for one of theirs). Answers of {settings.output_tokens} tokens, {settings.repeats} repeat"
+        f"{'s' * (settings.repeats > 1)}. Lines: the same points in virtual time, where one gateway knows what all "
+        "replicas are busy with; on the stack each counts its own requests only. Dashed: requests arrive as late as "
+        f"they did here. Hollow: the engines' pace was not kept. {balance.finding(table)}"
+    )
+    return figures.finish(
+        *(fig, table, emulated, profile, "workbench", "replicas"), caption=caption, reference=NO_COUNTERPART
+    )
 
 
 # --- what did the papers measure? -------------------------------------------------------------------------------
