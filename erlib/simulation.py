@@ -12,7 +12,9 @@ measurement.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import heapq
 import importlib.metadata
 import itertools
@@ -315,6 +317,19 @@ class Trace:
         return [steps_ns[r.server][r.first_step : r.first_step + r.output_tokens] for r in self.requests]
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage collection: half of a simulation's time would go into looking at what lives until its end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collections()
 def trace(
     system: System,
     drawn: Sequence[Prompt],

@@ -8,6 +8,7 @@ measured loads: step times are fitted to those, and loads that were held out are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import combinations
 from typing import Literal
@@ -47,6 +48,7 @@ BAR = 0.15
 
 # Of the published runs, as far as the document behind the NOTICE says
 _MAX_BATCH, _MAX_STEP_TOKENS = 4096, 8192
+_WORKERS = 2
 
 
 # --- beside others' numbers ---------------------------------------------------------------------------------------
@@ -126,18 +128,15 @@ def published(
     """
     points = pd.read_csv(PUBLISHED) if points is None else points
     points = points[points["input_tokens"] <= _MAX_STEP_TOKENS].reset_index(drop=True)
-    parts = []
-    for reading in weights:
-        simulated = [
-            all_at_once(
-                _published_system(point.model, point.tensor_parallel, reading, workspace_bytes),
-                *(point.requests, point.input_tokens, point.output_tokens),
-            )["output_tokens_per_s"]
-            for point in points.itertuples()
-        ]
-        ratio = simulated / points["output_tokens_per_s"]
-        parts.append(points.assign(weights=reading, simulated_tokens_per_s=simulated, ratio=ratio))
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat([points.assign(weights=reading) for reading in weights], ignore_index=True)
+    systems = [
+        _published_system(point.model, point.tensor_parallel, point.weights, workspace_bytes)
+        for point in table.itertuples()
+    ]
+    loads = (table[name] for name in ("requests", "input_tokens", "output_tokens"))
+    with ProcessPoolExecutor(_WORKERS) as pool:
+        simulated = [answered["output_tokens_per_s"] for answered in pool.map(all_at_once, systems, *loads)]
+    return table.assign(simulated_tokens_per_s=simulated, ratio=simulated / table["output_tokens_per_s"])
 
 
 def _published_system(model: str, tensor_parallel: int, weights: Weights, workspace_bytes: float) -> batching.System:
