@@ -203,9 +203,9 @@ class Share:
         """Stop what has been started, front to back, so that nobody sends to a server that is gone."""
         if self._front and self._front.process:
             processes.stop([self._front.process])
-        processes.stop([gateway.process for gateway in self._gateways if gateway.process])
-        # Triton takes seconds to unload a model; nobody is served any more and the engine holds nothing worth saving.
-        processes.stop([server.process for server in self.servers if server.process], grace_s=0)
+        # Nobody is served any more: gateways need not wait for requests to end, nor Triton, for seconds, for its model.
+        for parts in (self._gateways, self.servers):
+            processes.stop([part.process for part in parts if part.process], grace_s=0)
         for server in self.servers:
             if server.process:  # one that never started must not sweep up another's memory
                 server.clean_up()

@@ -8,14 +8,13 @@ one whose inputs have changed gets another name, and the old file is left alone.
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import inspect
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +49,6 @@ from erlib import (
     service,
     stack,
     steptimes,
-    stock,
     telemetry,
     tensorrt_llm,
     threaded_users,
@@ -357,9 +355,8 @@ def run(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
     print(f"sweep: {total - missing} of {total} points found by content hash, {missing} to measure")
     if missing:
         with tqdm(total=sum(point.users for group in todo for point in group), unit="user") as progress:
-            for series, group in zip(sweep, todo, strict=True):
-                if group:
-                    _measure(profile, series, group, progress)
+            for part in _by_system(list(zip(sweep, todo, strict=True))):
+                _measure(profile, part, progress)
     return read(profile, sweep)
 
 
@@ -388,53 +385,78 @@ def read(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
     return records.read_files(wanted)
 
 
-def _measure(profile: Profile, series: Series, todo: list[Point], progress: tqdm) -> None:
+def _by_system(todo: Sequence[tuple[Series, list[Point]]]) -> Iterator[list[tuple[Series, list[Point]]]]:
+    """What is to be measured, in parts that one start of a system serves, whatever clients ask it."""
+    left = [(series, group) for series, group in todo if group]
+    while left:
+        system = left[0][0].system
+        yield [(series, group) for series, group in left if series.system == system]
+        left = [(series, group) for series, group in left if series.system != system]
+
+
+def _measure(profile: Profile, todo: list[tuple[Series, list[Point]]], progress: tqdm) -> None:
     """Measure `todo`; where a cluster loses a node, go on with what is left of it at the point that it spoilt."""
     while todo:
         try:
-            _measure_points(profile, series, todo, progress)
+            _measure_points(profile, todo, progress)
         except cluster.NodeLost as loss:
-            progress.write(f"{series.system.config}: {loss}; placed anew on the nodes that are left")
-        todo = [point for point in todo if not point.path.exists()]
+            progress.write(f"{todo[0][0].system.config}: {loss}; placed anew on the nodes that are left")
+        left = [(series, [point for point in group if not point.path.exists()]) for series, group in todo]
+        todo = [(series, group) for series, group in left if group]
 
 
-@contextlib.contextmanager
-def _served(profile: Profile, series: Series) -> Iterator[tuple[stack.Stack, users.UserSimulator | ClusterUsers]]:
-    """System and users of a series, here or in a cluster."""
-    serving, system = profile.serving, series.system
-    log_dir = paths.run_dir(profile.name) / "logs" / system.config
-    n_processes = serving.user_processes if series.client == "asyncio" else 1
+def _log_dir(profile: Profile, system: System) -> Path:
+    return paths.run_dir(profile.name) / "logs" / system.config
+
+
+def _served(profile: Profile, system: System) -> stack.Stack | ClusterStack:
+    """A system, here or in a cluster."""
+    serving = profile.serving
+    log_dir = _log_dir(profile, system)
     what = (system.config, system.servers, system.routing, serving, system.router, log_dir, system.classifier)
-    who = (system.tokenizer, n_processes, log_dir / "users.log", series.client)
-    if serving.cluster:
-        with ClusterStack(*what, system.replicas) as placed, ClusterUsers(placed, *who) as apart:
-            yield placed, apart
-    else:
-        with (
-            stack.Stack(*what, replicas=system.replicas) as here,
-            users.UserSimulator(*who, here.harness_niceness, serving.users_on) as beside,
-        ):
-            yield here, beside
+    return ClusterStack(*what, system.replicas) if serving.cluster else stack.Stack(*what, replicas=system.replicas)
 
 
-def _measure_points(profile: Profile, series: Series, todo: list[Point], progress: tqdm) -> None:
+def _users(profile: Profile, series: Series, serving_stack: stack.Stack) -> users.UserSimulator | ClusterUsers:
+    """Those who ask it, beside it."""
     serving, system = profile.serving, series.system
-    label = system.config
-    progress.set_description(f"{label}: starting")
-    with _served(profile, series) as (serving_stack, simulator):
-        for point in todo:
-            progress.set_description(f"{label} {point.mix} {point.users} users, repeat {point.repeat}")
-            serving_stack.require_alive()
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            scripts = _scripts(profile, series, point, len(serving_stack.targets))
-            before = serving_stack.counters()
-            seen = simulator.run(scripts, serving_stack.targets, serving.request_timeout_s * max(1, system.slow_motion))
-            serving_stack.require_alive()
-            counted = {name: value - before[name] for name, value in serving_stack.counters().items()}
-            _verify(point, series, seen.answers, round(counted["expert_generated_tokens"]))
-            rows = _rows(profile, series, point, seen, counted, started, serving_stack.machines)
-            records.write(rows, point.path)
-            progress.update(point.users)
+    n_processes = serving.user_processes if series.client == "asyncio" else 1
+    who = (system.tokenizer, n_processes, _log_dir(profile, system) / "users.log", series.client)
+    if isinstance(serving_stack, ClusterStack):
+        return ClusterUsers(serving_stack, *who)
+    return users.UserSimulator(*who, serving_stack.harness_niceness, serving.users_on)
+
+
+def _measure_points(profile: Profile, todo: list[tuple[Series, list[Point]]], progress: tqdm) -> None:
+    """Measure points of one system; each kind of client starts once."""
+    system = todo[0][0].system
+    progress.set_description(f"{system.config}: starting")
+    with _served(profile, system) as serving_stack:
+        for series, group in todo:
+            with _users(profile, series, serving_stack) as simulator:
+                for point in group:
+                    progress.set_description(f"{system.config} {point.mix} {point.users} users, repeat {point.repeat}")
+                    _measure_point(profile, series, point, serving_stack, simulator)
+                    progress.update(point.users)
+
+
+def _measure_point(
+    profile: Profile,
+    series: Series,
+    point: Point,
+    serving_stack: stack.Stack,
+    simulator: users.UserSimulator | ClusterUsers,
+) -> None:
+    serving_stack.require_alive()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    scripts = _scripts(profile, series, point, len(serving_stack.targets))
+    timeout_s = profile.serving.request_timeout_s * max(1, series.system.slow_motion)
+    before = serving_stack.counters()
+    seen = simulator.run(scripts, serving_stack.targets, timeout_s)
+    serving_stack.require_alive()
+    counted = {name: value - before[name] for name, value in serving_stack.counters().items()}
+    _verify(point, series, seen.answers, round(counted["expert_generated_tokens"]))
+    records.write(_rows(profile, series, point, seen, counted, started, serving_stack.machines), point.path)
 
 
 def _scripts(profile: Profile, series: Series, point: Point, n_targets: int) -> list[users.Script]:
@@ -568,11 +590,12 @@ def _code_digest(backend: str, in_cluster: bool, front: str) -> str:
     if front == "envoy":
         files += [Path(inspect.getfile(envoy)), Path(inspect.getfile(envoy)).with_name("processor.py")]
     if backend == "emulated":
+        from erlib import stock  # and scikit-learn, which takes a second
+
         modules += [engines, steptimes, batching, stock, threaded_users]
     files += [Path(inspect.getfile(module)) for module in modules]
     parts: list[Any] = [_skeleton(file) if file.suffix == ".py" else file.read_text() for file in files]
-    parts += [inspect.getsource(part) for part in _MEASURED]
-    return config.digest(*parts)
+    return config.digest(*parts, inspect.getsource(_scripts))
 
 
 def _skeleton(file: Path) -> str:
@@ -587,6 +610,3 @@ def _skeleton(file: Path) -> str:
         ):
             body[0].value.value = ""
     return ast.dump(tree)
-
-
-_MEASURED: tuple[Callable[..., Any], ...] = (_scripts, prompts.continuation)
