@@ -17,9 +17,9 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 import psutil
-from scipy import stats
+from scipy import special
 
-from erlib import config, emulation, metrics, stock, sweep, users, wire
+from erlib import config, emulation, metrics, sweep, users, wire
 from erlib.config import ConfigError, Profile
 from erlib.stack import Classifier
 from erlib.sweep import Series
@@ -38,6 +38,8 @@ METRICS = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s", "gateway_mean_s
 
 def plan(profile: Profile) -> list[Series]:
     """Four arms around the same engines: base prompts at their own length, short answers of forced length."""
+    from erlib import stock  # and scikit-learn, which takes a second
+
     settings = profile.ablation
     paper = config.paper_of(settings.config)
     pool = emulation.workload(profile, paper)
@@ -114,7 +116,7 @@ def by_point(records: pd.DataFrame) -> pd.DataFrame:
 def _interval(values: pd.Series) -> dict[str, float]:
     """Mean and half width of Student's 95 % interval over repeats."""
     n = values.count()
-    half = stats.t.ppf(0.975, n - 1) * values.std() / np.sqrt(n) if n > 1 else np.nan
+    half = special.stdtrit(n - 1, 0.975) * values.std() / np.sqrt(n) if n > 1 else np.nan
     return {"mean": values.mean(), "ci95": half}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from erlib import config
 
@@ -223,7 +223,7 @@ def aggregate(summary: pd.DataFrame) -> pd.DataFrame:
     over = long.groupby([*keys, "metric"])["value"]
     result = over.agg(mean="mean", sd="std", repeats="count").reset_index()
     # one repeat has no spread: keep Student's t away from 0 degrees of freedom
-    t = stats.t.ppf(0.975, (result["repeats"] - 1).where(result["repeats"] > 1))
+    t = special.stdtrit((result["repeats"] - 1).where(result["repeats"] > 1), 0.975)
     return result.assign(ci95=t * result["sd"] / np.sqrt(result["repeats"]))
 
 

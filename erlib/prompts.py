@@ -321,11 +321,6 @@ def draw(workload: Workload, users: int, mix: config.Mix, seed: int, repeat: int
     ]
 
 
-def continuation(prompt_text: str, answer_text: str) -> str:
-    """Text of the second turn: the first prompt and its answer (paper 1, section IV-B: 335 + 1,200 = 1,535 tokens)."""
-    return prompt_text + answer_text
-
-
 # --- what to look at --------------------------------------------------------------------------------------------
 
 

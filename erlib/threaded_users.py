@@ -22,7 +22,6 @@ from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 
 from erlib import users, wire
-from erlib.prompts import continuation
 from erlib.users import Answer, Script
 
 _START_TIMEOUT_S = 120
@@ -68,7 +67,7 @@ def _user(
         answers.append((answer, text))
         if answer.status != "ok":
             break
-        text = continuation(text, reply.decode("utf-8", errors="replace"))
+        text = users.continuation(text, reply.decode("utf-8", errors="replace"))
     client.stop_stream(cancel_requests=answer.status != "ok")
     return answers
 

@@ -31,7 +31,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from erlib import paths, processes, wire
-from erlib.prompts import continuation
 
 LAG_PROBE_S = 0.01
 CONNECT_TIMEOUT_S = 20
@@ -223,6 +222,11 @@ class UserSimulator:
 
 
 # --- inside a user process --------------------------------------------------------------------------------------
+
+
+def continuation(prompt_text: str, answer_text: str) -> str:
+    """Text of the second turn: the first prompt and its answer (paper 1, section IV-B: 335 + 1,200 = 1,535 tokens)."""
+    return prompt_text + answer_text
 
 
 async def _user(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp, kstest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from erlib import clusterer, config, paths, prompts
+from erlib import clusterer, config, paths, prompts, users
 from erlib.clusterer import Clusterer
 from tests import texts
 
@@ -167,7 +167,7 @@ def test_normal_lengths() -> None:
 
 
 def test_continuation_carries_prompt_and_answer() -> None:
-    assert prompts.continuation("What is", " a cluster?") == "What is a cluster?"
+    assert users.continuation("What is", " a cluster?") == "What is a cluster?"
 
 
 # --- mixes and draws ---
