@@ -7,13 +7,15 @@ import itertools
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 import yaml
 
 from erlib import config, paths
 from erlib.config import ConfigError, Configuration, Dtype, LaptopSystem, Paper, PaperSystem, Profile
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Size = Literal["large", "small", "quality"]
 KvCache = Literal["f16", "u8"]
@@ -300,6 +302,8 @@ def table1(paper: Paper) -> pd.DataFrame:
         ``full_sequences`` how many of the longest sequences fit; ``gpu_gb`` weights, KV cache and gateways on one GPU;
         ``discrepancy`` where print and arithmetic disagree, empty where they agree.
     """
+    import pandas as pd  # not above: every emulated engine imports this
+
     rows = []
     for name in config.config_ids():
         configuration = config.load_configuration(name)

@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from erlib import paths
 from erlib.config import Configuration, Dtype
@@ -172,17 +176,16 @@ class Table(StepTimes):
     """
 
     def __init__(self, model: str, dtype: Dtype, kv_dtype: Dtype, tensor_parallel: int):
-        rows = _table()
-        mine = (rows["model"] == model) & (rows["dtype"] == dtype) & (rows["kv_dtype"] == kv_dtype)
-        rows = rows[mine & (rows["tensor_parallel"] == tensor_parallel)]
-        if rows.empty:
+        mine = (pc.field("model") == model) & (pc.field("dtype") == dtype) & (pc.field("kv_dtype") == kv_dtype)
+        rows = _table().filter(mine & (pc.field("tensor_parallel") == tensor_parallel))
+        if not rows.num_rows:
             raise OutOfRange(
                 f"{TABLE.name} holds no {model} in {dtype} with {kv_dtype} KV cache and TP{tensor_parallel}; "
                 "use Roofline, or distil it with scripts/distill_step_times.py"
             )
         self._name = f"{model} {dtype}, KV cache {kv_dtype}, TP{tensor_parallel}"
-        self._dense, self._output = (_line(rows[rows["part"] == part]) for part in ("dense", "output"))
-        self._decode, self._prefill = (_Grid(rows[rows["part"] == part]) for part in ("decode", "prefill"))
+        self._dense, self._output = (_line(*_part(rows, name)) for name in ("dense", "output"))
+        self._decode, self._prefill = (_Grid(*_part(rows, name)) for name in ("decode", "prefill"))
         self._prompts = self._prefill.x[-1]
         self.limits = Limits(len(self._dense) - 1, self._decode.x[-1], min(self._decode.y[-1], self._prefill.y[-1]))
 
@@ -221,23 +224,31 @@ def for_configuration(configuration: Configuration) -> Table:
 
 
 @functools.cache
-def _table() -> pd.DataFrame:
-    return pd.read_parquet(TABLE)
+def _table() -> pa.Table:  # not pandas: every emulated engine imports this
+    return pq.read_table(TABLE)
 
 
-def _line(rows: pd.DataFrame) -> list[float]:
+def _part(rows: pa.Table, name: str) -> Iterator[npt.NDArray[Any]]:
+    """Columns x, y and seconds of one of the four parts."""
+    part = rows.filter(pc.field("part") == name)
+    yield from (part["x"].to_numpy().astype(int), part["y"].to_numpy().astype(int), part["ms"].to_numpy() * 1e-3)
+
+
+def _line(x: npt.NDArray[Any], y: npt.NDArray[Any], seconds: npt.NDArray[Any]) -> list[float]:
     """Seconds for 0, 1, 2, ... (nothing takes no time); plain floats, with which Python counts twice as fast."""
-    return np.interp(np.arange(rows["x"].max() + 1), [0, *rows["x"]], [0, *rows["ms"] * 1e-3]).tolist()
+    return np.interp(np.arange(x.max() + 1), [0, *x], [0, *seconds]).tolist()
 
 
 class _Grid:
     """Bilinear interpolation of seconds; plain lists, since a simulation asks for one point at a time."""
 
-    def __init__(self, rows: pd.DataFrame):
-        seconds = rows.pivot(index="x", columns="y", values="ms").sort_index() * 1e-3
-        self.x: list[int] = seconds.index.tolist()
-        self.y: list[int] = seconds.columns.tolist()
-        self._array, self._edges = seconds.to_numpy(dtype=float), np.array(self.y)
+    def __init__(self, x: npt.NDArray[Any], y: npt.NDArray[Any], seconds: npt.NDArray[Any]):
+        self._edges = np.unique(y)
+        xs, row = np.unique(x, return_inverse=True)
+        self._array = np.full((len(xs), len(self._edges)), np.nan)
+        self._array[row, np.searchsorted(self._edges, y)] = seconds
+        self.x: list[int] = xs.tolist()
+        self.y: list[int] = self._edges.tolist()
         self._seconds: list[list[float]] = self._array.tolist()
 
     def along(self, x: float, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
