@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ PAPERS = {
 }
 TEMPLATE = Path(__file__).with_name("gallery.html.j2")
 _COLOURS = 128
+_WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,11 @@ def pictures(profile: str) -> list[Picture]:
         If there is none, or one lacks its csv, png or svg.
     """
     root = paths.FIGURES / profile
-    found = [_picture(path) for path in root.glob("*/*/*.json") if path.parent.name in PAPERS]
-    if not found:
+    drawn = [path for path in root.glob("*/*/*.json") if path.parent.name in PAPERS]
+    if not drawn:
         raise FileNotFoundError(f"no figures in {root}: run 08_figures_paper1 and 09_figures_paper2 first")
+    with ProcessPoolExecutor(_WORKERS) as pool:
+        found = list(pool.map(_picture, drawn))
     return sorted(found, key=lambda p: (list(PAPERS).index(p.paper), p.slug, source_order(p.source)))
 
 

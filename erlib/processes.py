@@ -89,13 +89,33 @@ def stop(processes: Iterable[subprocess.Popen[bytes]], grace_s: float = 10.0) ->
     families += [child for parent in list(families) for child in _children(parent)]
     for process in running:
         process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(families, timeout=grace_s)
+    alive = _still_running(families, grace_s)
     for member in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     for process in running:
         process.wait()
-    psutil.wait_procs(alive, timeout=3)
+    _still_running(alive, 3)
+
+
+def _still_running(members: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that still run after `timeout_s`; returns as soon as there are none.
+
+    A zombie runs no more. An orphan stays one until init reaps it, which some take seconds to do.
+    """
+    deadline = time.monotonic() + timeout_s
+    while members := [member for member in members if _runs(member)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    return members
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_until(

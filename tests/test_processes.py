@@ -32,10 +32,10 @@ def test_a_killed_parent_takes_its_children_along(tmp_path):
 def test_stop_ends_a_process_that_ignores_sigterm_and_its_children(tmp_path):
     stubborn = processes.spawn(["bash", "-c", "trap '' TERM; sleep 60 & wait; sleep 60"], tmp_path / "log")
     time.sleep(0.3)
-    family = [stubborn.pid, *(child.pid for child in psutil.Process(stubborn.pid).children(recursive=True))]
+    family = [psutil.Process(stubborn.pid), *psutil.Process(stubborn.pid).children(recursive=True)]
     assert len(family) == 2
     processes.stop([stubborn], grace_s=0.3)
-    assert not [pid for pid in family if psutil.pid_exists(pid)]
+    assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_ports_in_use_are_named_with_what_to_do():
