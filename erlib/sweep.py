@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 from tokenizers import Tokenizer
@@ -40,7 +40,6 @@ from erlib import (
     nginx,
     openvino,
     paths,
-    preflight,
     processes,
     prompts,
     records,
@@ -61,6 +60,9 @@ from erlib.config import ConfigError, Configuration, Mix, Paper, Profile, Routin
 from erlib.prompts import Workload
 from erlib.triton import ServerPlan
 from erlib.users import Client
+
+if TYPE_CHECKING:
+    from erlib import preflight
 
 Experiment = Literal["load", "preliminary", "overhead", "ablation", "replicas"]
 Workloads = Literal["load", "preliminary"]
@@ -261,6 +263,8 @@ def all_configurations(profile: Profile) -> list[Configuration]:
 
 
 def _fitted(profile: Profile) -> preflight.Fitted:
+    from erlib import preflight  # and the clients of the hub, which only GPUs need
+
     if not (gpus := cluster.gpus(profile.serving.cluster)):
         raise ConfigError(
             f"profile {profile.name!r} needs GPUs, and nvidia-smi finds none; --profile laptop needs none"

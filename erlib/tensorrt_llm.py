@@ -29,9 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
-
 from erlib import config, engines, option_tables, paths
 from erlib.config import ConfigError, Configuration, Flow, PaperSystem, Profile, RunnerKind, WorkloadSettings
 from erlib.containers import Command, Places, Purpose, Runner, load_image
@@ -90,6 +87,9 @@ def fetch_tokenizer(model: str, places: Places) -> Path:
     ConfigError
         If it cannot be; says what gives access.
     """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
     file = source(model, places) / "tokenizer.json"
     for name in (file.name, "tokenizer_config.json"):
         try:
