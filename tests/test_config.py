@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from erlib import config, paths
+from scripts import run_all
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in paths.PROFILES.glob("*.yaml")))
@@ -112,31 +113,29 @@ def test_conda_environment_and_constraints_agree_with_the_pins():
     assert {name: locked.get(name) for name in wanted | wanted_alone} == wanted | wanted_alone
 
 
-def _run_all(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, paths.ROOT / "scripts" / "run_all.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_run_all_refuses_what_it_does_not_know():
-    for arguments, message in [
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--set", "paper1.repeat=3"], "did you mean 'paper1.repeats'"),
         (["--set", "paper1.repeats"], "KEY=VALUE"),
         (["--only", "05_load_swep"], "did you mean '05_load_sweep'"),
         (["--profile", "laptob"], "did you mean 'laptop'"),
-    ]:
-        reply = _run_all(*arguments)
-        assert reply.returncode == 2
-        assert message in reply.stderr
+    ],
+)
+def test_run_all_refuses_what_it_does_not_know(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_all.py", *arguments])
+    assert run_all.main() == 2
+    assert message in capsys.readouterr().err
 
 
-def test_dry_run_says_what_would_run_and_why():
-    reply = _run_all("--profile", "smoke", "--dry-run", "--from", "08")
-    assert reply.returncode == 0
-    named = [line.split(":")[0] for line in reply.stdout.splitlines()]
+def test_dry_run_says_what_would_run_and_why(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--profile", "smoke", "--dry-run", "--from", "08"])
+    assert run_all.main() == 0
+    named = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert named == ["08_figures_paper1", "09_figures_paper2", "10_scorecard"]
 
 
 def test_help_lists_every_key():
-    reply = _run_all("--help")
-    assert reply.returncode == 0
+    command = [sys.executable, paths.ROOT / "scripts" / "run_all.py", "--help"]
+    reply = subprocess.run(command, capture_output=True, text=True, check=True)
     assert all(key in reply.stdout for key, _ in config.describe_keys())
