@@ -330,8 +330,8 @@ def own_ports(profile):
 def test_a_killed_server_is_an_error_and_nothing_is_left(
     whose, reason, own_ports, router, server_plan, tokenizer, tmp_path
 ):
-    with stack.Stack("dying", [server_plan] * 8, "expert_router", own_ports, router, tmp_path) as running:
-        server = psutil.Process(running.servers[Clusterer.load(router).route(PROMPT)[0]].process.pid)
+    with stack.Stack("dying", [server_plan], "replicas", own_ports, router, tmp_path) as running:
+        server = psutil.Process(running.servers[0].process.pid)
         victim = server if whose == "server" else server.children()[0]
         with users.UserSimulator(tokenizer, 1, tmp_path / "users.log") as simulator:
             threading.Timer(0.6, victim.kill).start()
