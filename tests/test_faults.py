@@ -292,6 +292,7 @@ def test_a_dead_backend_behind_a_healthy_front_is_found_by_the_canary(spare, not
             before = []
             while replica.is_up:  # while the canary is under way, requests get the server's own error
                 before += await ended(start(door.channel, "0"))
+                assert len(before) < 100
             after = await ended(start(door.channel, *["0"] * 10, *STEADY))
             stand_ins[0].broken = ""
             await eventually(lambda: replica.is_up)
