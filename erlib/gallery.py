@@ -20,7 +20,7 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
-from erlib import claims, config, paths, sweep
+from erlib import claims, config, paths, processes, sweep
 
 SOURCES = ("measured", "emulated", "simulated-hardware", "simulated-harness")
 """In this order; others follow by name."""
@@ -100,7 +100,7 @@ def pictures(profile: str) -> list[Picture]:
     drawn = [path for path in root.glob("*/*/*.json") if path.parent.name in PAPERS]
     if not drawn:
         raise FileNotFoundError(f"no figures in {root}: run 08_figures_paper1 and 09_figures_paper2 first")
-    with ProcessPoolExecutor(_WORKERS) as pool:
+    with ProcessPoolExecutor(_WORKERS, initializer=processes.leave_inheritance) as pool:
         found = list(pool.map(_picture, drawn))
     return sorted(found, key=lambda p: (list(PAPERS).index(p.paper), p.slug, source_order(p.source)))
 

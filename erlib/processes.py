@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -80,6 +81,14 @@ def _stand_back(niceness: int) -> None:
 def python(*arguments: str | Path) -> list[str | Path]:
     """Command line that runs a module of this package in this environment."""
     return [sys.executable, *arguments]
+
+
+def leave_inheritance() -> None:
+    """Begin a forked worker: what it inherits is never collected here.
+
+    Looking through it takes time, and a finaliser that joins a thread would not return: threads are not inherited.
+    """
+    gc.freeze()
 
 
 def stop(processes: Iterable[subprocess.Popen[bytes]], grace_s: float = 10.0) -> None:

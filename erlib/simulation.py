@@ -36,7 +36,7 @@ import pandas as pd
 import simpy
 from tqdm import tqdm
 
-from erlib import batching, clusterer, config, engines, openvino, prompts, records, steptimes, sweep
+from erlib import batching, clusterer, config, engines, openvino, processes, prompts, records, steptimes, sweep
 from erlib.batching import CannotServe, Engine, System
 from erlib.clusterer import Clusterer
 from erlib.config import ConfigError, Mix, Paper, Profile
@@ -651,7 +651,7 @@ def run(
     # the longest first, so that no worker is left alone with one
     parts = sorted(together.values(), key=lambda part: -part[0].users * len(part))
     with (
-        ProcessPoolExecutor(workers) as pool,
+        ProcessPoolExecutor(workers, initializer=processes.leave_inheritance) as pool,
         tqdm(total=sum(point.users for point in todo), unit="user", desc=label) as progress,
     ):
         jobs = {pool.submit(_write, profile, workloads[part[0].workload], part, columns): part for part in parts}

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from erlib import batching, config, engines, fitting, metrics, paths, records, simulation, steptimes, sweep
+from erlib import batching, config, engines, fitting, metrics, paths, processes, records, simulation, steptimes, sweep
 from erlib.config import KV_BLOCK_TOKENS, Profile
 from erlib.prompts import FORCED, Prompt
 from erlib.simulation import Harness
@@ -134,7 +134,7 @@ def published(
         for point in table.itertuples()
     ]
     loads = (table[name] for name in ("requests", "input_tokens", "output_tokens"))
-    with ProcessPoolExecutor(_WORKERS) as pool:
+    with ProcessPoolExecutor(_WORKERS, initializer=processes.leave_inheritance) as pool:
         simulated = [answered["output_tokens_per_s"] for answered in pool.map(all_at_once, systems, *loads)]
     return table.assign(simulated_tokens_per_s=simulated, ratio=simulated / table["output_tokens_per_s"])
 
