@@ -125,7 +125,7 @@ def choose(browser: webdriver.Chrome, source: str) -> None:
 
 def arrived(path: Path) -> bytes:
     deadline = time.monotonic() + 10
-    while not path.exists():
+    while not (path.exists() and path.stat().st_size):  # the browser makes it before it writes it
         assert time.monotonic() < deadline, f"{path.name} was not downloaded"
         time.sleep(0.05)
     return path.read_bytes()
