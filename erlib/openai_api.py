@@ -208,7 +208,7 @@ class Front:
         message = wire.encode_request(asked.text, asked.limit, asked.end_id, frame.id)
         # Errors end the stream with their status, as HTTP wants it, instead of coming as messages.
         as_status = (("triton_grpc_error", "true"),)
-        call = self._channel.unary_stream(wire.STREAM_INFER)(message, metadata=as_status)
+        call = self._channel.stream_stream(wire.STREAM_INFER)(iter([message]), metadata=as_status)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         try:
             async for reply in call:
