@@ -409,7 +409,7 @@ def main() -> None:
     about = {
         **sweep.provenance(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "arguments": {name: str(value) for name, value in vars(options).items()},
+        "arguments": {name: str(value) for name, value in vars(options).items() if name != "out"},
         "load_average": os.getloadavg(),
         "clusterer": router.name,
     }
