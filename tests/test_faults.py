@@ -676,19 +676,45 @@ async def steadily(channel: grpc.aio.Channel, prompt: str, every_s: float, stop:
     return await ended(tasks)
 
 
-def test_a_gateway_killed_under_nginx_takes_only_its_own_streams_along(house, note):
-    async def run():
-        async with through(house) as channel:
-            running = start(channel, *["0 n=40 gap=0.05"] * 30)
-            await asyncio.sleep(1)
-            house.gateways[1].kill()
-            house.gateways[1].wait()
-            later = await ended(start(channel, *["0"] * 30))
-            outcomes = await ended(running)
-            await house.restart(1, signal.SIGKILL)
-            return outcomes, later
+async def kill_a_gateway(house: House) -> tuple[list[Outcome], list[Outcome]]:
+    """What becomes of 30 running requests when one of three gateways is killed, and of 30 that come then."""
+    async with through(house) as channel:
+        running = start(channel, *["0 n=40 gap=0.05"] * 30)
+        await asyncio.sleep(1)
+        house.gateways[1].kill()
+        house.gateways[1].wait()
+        later = await ended(start(channel, *["0"] * 30))
+        outcomes = await ended(running)
+        await house.restart(1, signal.SIGKILL)
+        return outcomes, later
 
-    running, later = asyncio.run(run())
+
+async def restart_gateways(house: House, reload: bool) -> list[Outcome]:
+    """What becomes of running and new requests while all gateways are restarted by SIGTERM, and NGINX by SIGHUP.
+
+    A request that reaches a gateway in the very moment in which it stops listening may be turned away by gRPC.
+    """
+    stop = asyncio.Event()
+    async with through(house) as channel:
+        running = start(channel, *["0 n=50 gap=0.05"] * 10)
+        load = asyncio.create_task(steadily(channel, "0 n=5 gap=0.02", 0.02, stop))
+        for step in ("reload", 0, 1, 2, "reload"):
+            await asyncio.sleep(0.5)
+            if isinstance(step, int):
+                await house.restart(step, signal.SIGTERM)
+            elif reload:
+                house.front.process.send_signal(signal.SIGHUP)
+        await asyncio.sleep(0.5)
+        stop.set()
+        long, short = await ended(running), await load
+    assert ends(long) == {"OK": 10}
+    assert ends(short)["OK"] >= 0.99 * len(short)
+    assert set(ends(short)) <= {"OK", "UNAVAILABLE", "CANCELLED"}
+    return long + short
+
+
+def test_a_gateway_killed_under_nginx_takes_only_its_own_streams_along(house, note):
+    running, later = asyncio.run(kill_a_gateway(house))
     seen = ends(running)
     assert seen.pop("OK") == 20
     assert sum(seen.values()) == 10
@@ -734,32 +760,9 @@ def test_no_gateway_at_all_is_unavailable(house, note):
 
 
 def test_nginx_is_reloaded_and_gateways_are_restarted_under_load_and_hardly_anybody_notices(house, note):
-    """SIGHUP to NGINX, SIGTERM to one gateway after the other.
-
-    A request that reaches a gateway in the very moment in which it stops listening may be turned away by gRPC.
-    """
-
-    async def run():
-        stop = asyncio.Event()
-        async with through(house) as channel:
-            long = start(channel, *["0 n=50 gap=0.05"] * 10)
-            load = asyncio.create_task(steadily(channel, "0 n=5 gap=0.02", 0.02, stop))
-            await asyncio.sleep(0.5)
-            house.front.process.send_signal(signal.SIGHUP)
-            await asyncio.sleep(0.5)
-            for index in range(3):
-                await house.restart(index, signal.SIGTERM)
-            house.front.process.send_signal(signal.SIGHUP)
-            await asyncio.sleep(0.5)
-            stop.set()
-            return await ended(long), await load
-
-    long, short = asyncio.run(run())
-    assert ends(long) == {"OK": 10}
-    assert ends(short)["OK"] >= 0.99 * len(short)
-    assert set(ends(short)) <= {"OK", "UNAVAILABLE", "CANCELLED"}
+    outcomes = asyncio.run(restart_gateways(house, reload=True))
     expectation = "all running and 99 % of new ones OK"
-    note("NGINX reloaded, gateways restarted one by one (SIGTERM)", "under load", expectation, long + short)
+    note("NGINX reloaded, gateways restarted one by one (SIGTERM)", "under load", expectation, outcomes)
 
 
 def test_everything_is_killed_and_restarted_under_load(house, note):
@@ -824,18 +827,7 @@ async def envoy_before(work: Path, *addresses: str) -> AsyncIterator[tuple[Front
 
 @needs_envoy
 def test_a_gateway_killed_under_envoy_takes_no_streams_along(envoy_house, note):
-    async def run():
-        async with through(envoy_house) as channel:
-            running = start(channel, *["0 n=40 gap=0.05"] * 30)
-            await asyncio.sleep(1)
-            envoy_house.gateways[1].kill()
-            envoy_house.gateways[1].wait()
-            later = await ended(start(channel, *["0"] * 30))
-            outcomes = await ended(running)
-            await envoy_house.restart(1, signal.SIGKILL)
-            return outcomes, later
-
-    running, later = asyncio.run(run())
+    running, later = asyncio.run(kill_a_gateway(envoy_house))
     assert ends(running) == {"OK": 30}
     assert ends(later) == {"OK": 30}
     note("gateway killed under Envoy", "mid-stream", "all OK: tokens do not pass it", running)
@@ -868,24 +860,9 @@ def test_no_gateway_at_all_is_unavailable_under_envoy_and_running_streams_go_on(
 
 @needs_envoy
 def test_gateways_are_restarted_under_envoy_and_load_and_hardly_anybody_notices(envoy_house, note):
-    async def run():
-        stop = asyncio.Event()
-        async with through(envoy_house) as channel:
-            long = start(channel, *["0 n=50 gap=0.05"] * 10)
-            load = asyncio.create_task(steadily(channel, "0 n=5 gap=0.02", 0.02, stop))
-            await asyncio.sleep(0.5)
-            for index in range(3):
-                await envoy_house.restart(index, signal.SIGTERM)
-            await asyncio.sleep(0.5)
-            stop.set()
-            return await ended(long), await load
-
-    long, short = asyncio.run(run())
-    assert ends(long) == {"OK": 10}
-    assert ends(short)["OK"] >= 0.99 * len(short)
-    assert set(ends(short)) <= {"OK", "UNAVAILABLE", "CANCELLED"}
+    outcomes = asyncio.run(restart_gateways(envoy_house, reload=False))
     expectation = "all running and 99 % of new ones OK"
-    note("gateways under Envoy restarted one by one (SIGTERM)", "under load", expectation, long + short)
+    note("gateways under Envoy restarted one by one (SIGTERM)", "under load", expectation, outcomes)
 
 
 @needs_envoy
