@@ -28,6 +28,6 @@ Modules are listed in the order in which data flows through them; each imports o
 
 import os
 
-# We fork only to start other programs. gRPC, which would rather have a fork go on with gRPC, may crash it on its way
-# there; it has to be told before it is imported.
+# No forked child of ours speaks gRPC: it starts another program, or computes. gRPC, which would rather have it speak
+# gRPC, may crash it on its way there; it has to be told before it is imported.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
