@@ -30,14 +30,11 @@ from erlib.config import Profile
 from erlib.corpus import Corpus
 from erlib.routers import Router
 
-DOCUMENTS = 400
-"""Held-out documents, the same for all routers."""
 CHANGED = 0.1
 """Share of the words that are dropped, or get a typing error."""
 PASSAGE_WORDS = 15
 """About a sentence; the newsgroups' texts come without punctuation."""
 LATENCY_WORDS = (35, 335, 2000)
-LATENCY_PROMPTS = 100
 GROWTH = {"growth_short": (35, 935), "growth": (250, 1150)}
 """Words of the prompt, and of prompt and answer: paper 1's 335 and 1,535 tokens, and a short question before it."""
 
@@ -97,8 +94,8 @@ def compare(
     entries: Mapping[str, Router | str],
     documents: Corpus,
     seed: int,
-    n_documents: int = DOCUMENTS,
-    n_prompts: int = LATENCY_PROMPTS,
+    n_documents: int,
+    n_prompts: int,
 ) -> pd.DataFrame:
     """One row per router.
 
@@ -222,12 +219,14 @@ def of_profile(profile: Profile) -> pd.DataFrame:
     }
     reasons = {name: router for name, router in entries.items() if isinstance(router, str)}
     code = [Path(__file__), Path(routers.__file__)]
-    digest = config.digest(*code, held_out.sha, directory.name, n, profile.seed, hardware.machine(), reasons)
+    settings = profile.routers
+    what = (*code, held_out.sha, directory.name, n, profile.seed, settings.model_dump())
+    digest = config.digest(*what, hardware.machine(), reasons)
     path = paths.run_dir(profile.name) / f"routers-{digest}.parquet"
     if path.exists():
         print(f"router comparison: reused {path.name} (same routers, texts, machine and code)")
         return pd.read_parquet(path)
-    table = compare(entries, held_out, profile.seed)
+    table = compare(entries, held_out, profile.seed, settings.documents, settings.prompts)
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(path)
     return table

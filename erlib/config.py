@@ -125,6 +125,14 @@ class OverheadSettings(_Strict):
     output_tokens: PositiveInt = 8
 
 
+class RouterSettings(_Strict):
+    """Other routers beside the clusterer; an embedding takes a tenth of a second."""
+
+    examples: PositiveInt = Field(800, description="training documents that sentence embeddings are fitted to")
+    documents: PositiveInt = Field(400, description="held-out documents, the same for all routers")
+    prompts: PositiveInt = Field(100, description="prompts per length whose classification is timed")
+
+
 class PaperScaleSettings(_Strict):
     """The simulation at the papers' own scale: 8 x H100, up to 1,000 users, 1,200 tokens."""
 
@@ -251,6 +259,7 @@ class Profile(_Strict):
     emulation: EmulationSettings = EmulationSettings()
     ablation: AblationSettings = AblationSettings()
     replicas: ReplicaSettings = ReplicaSettings()
+    routers: RouterSettings = RouterSettings()
 
     @model_validator(mode="after")
     def _known_configs(self) -> Profile:

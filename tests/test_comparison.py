@@ -122,7 +122,7 @@ def test_who_is_not_there_has_a_reason_and_no_number(table: pd.DataFrame) -> Non
 
 def test_without_labels_there_is_no_agreement_but_everything_else(documents: Corpus) -> None:
     unlabelled = Corpus(documents.texts[:40], None, [], "made up", "sha")
-    table = comparison.compare({"topic": FirstWord()}, unlabelled, seed=0, n_prompts=2)
+    table = comparison.compare({"topic": FirstWord()}, unlabelled, seed=0, n_documents=40, n_prompts=2)
     assert "nmi" not in table and table["typos"].notna().all()
 
 
@@ -141,7 +141,6 @@ def test_a_profile_is_compared_once(
 ) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(comparison, "LATENCY_PROMPTS", 2)
 
     def missing(profile: config.Profile) -> Path:
         raise routers.RouterError("no wheel")
@@ -151,7 +150,8 @@ def test_a_profile_is_compared_once(
     lines = [f'{{"text": "{text}", "topic": "{topic}"}}' for text, topic in zip(made, topics, strict=True)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     corpus = {"corpus.name": "jsonl", "corpus.path": str(tmp_path / "texts.jsonl"), "corpus.label_field": "topic"}
-    profile = config.load_profile("smoke", {**corpus, "clusterer.n_clusters": 4, "clusterer.n_components": 8})
+    few = {"routers.documents": 100, "routers.prompts": 2}
+    profile = config.load_profile("smoke", {**corpus, **few, "clusterer.n_clusters": 4, "clusterer.n_components": 8})
     first = comparison.of_profile(profile)
     assert "reused routers" not in capsys.readouterr().out
     again = comparison.of_profile(profile)
