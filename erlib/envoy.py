@@ -7,8 +7,9 @@ former cost no Python, and go on when the gateways are gone. The extra ``envoy``
 What is different for a request that goes straight: a stream that an expert's death cuts off is reset, which gRPC's
 clients call INTERNAL, where a gateway says UNAVAILABLE. An error that the expert sends as its first response is passed
 on, and counted, but not tried again elsewhere; no gateway notices an expert that falls silent, for which clients have
-deadlines. ``er-forward-ns`` ends with the answer to Envoy, and Envoy's own hop behind it is in no span;
-``er-first-byte-ns`` is Envoy's, from the first byte of the prompt to the expert on, and comes with the first response.
+deadlines, which Envoy passes on as they came. ``er-forward-ns`` ends with the answer to Envoy, and Envoy's own hop
+behind it is in no span; ``er-first-byte-ns`` is Envoy's, from the first byte of the prompt to the expert on, and comes
+with the first response.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def find() -> Path:
     for home in homes:
         if (home / "_bin" / "envoy").exists() and (home / "service" / "ext_proc").exists():
             return home / "_bin" / "envoy"
-    raise StartError(f"serving.front: envoy needs Envoy, which is not installed: {INSTALL}")
+    raise StartError(f"serving.front: envoy (a gateway's --processor) needs Envoy, which is not installed: {INSTALL}")
 
 
 class Envoy:

@@ -144,10 +144,7 @@ async def _run_until_signalled(args: argparse.Namespace) -> None:
     gc.freeze()  # what is there now stays: no collection need look at it again
     handlers = []
     if args.processor:
-        try:
-            envoy.find()
-        except StartError as error:
-            raise SystemExit(f"--processor: {error}") from None
+        envoy.find()
         from erlib.processor import Processor  # only now: it needs the extra `envoy`
 
         handlers.append(Processor(gateway))
