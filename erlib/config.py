@@ -61,6 +61,9 @@ _Path = Annotated[str, AfterValidator(_from_root)]
 """A path, relative to the repository (notebooks run in a directory of their own), or a URL."""
 
 
+_USERS = "levels of concurrent users"
+_REPEATS = "how often each level is measured, each time with prompts of its own"
+
 # --- profiles ---------------------------------------------------------------------------------------------------
 
 
@@ -73,19 +76,23 @@ class Scale(_Strict):
 
 
 class CorpusSettings(_Strict):
-    name: Literal["newsgroups", "c4", "jsonl", "parquet"] = "newsgroups"
+    name: Literal["newsgroups", "c4", "jsonl", "parquet"] = Field(
+        "newsgroups", description="20 Newsgroups, one shard of C4 from the hub, or a file of your own: corpus.path"
+    )
     path: _Path | None = Field(None, description="file of a jsonl or parquet corpus")
-    text_field: str = "text"
-    label_field: str | None = None
-    documents: PositiveInt | None = Field(None, description="how many documents to take (None: all)")
+    text_field: str = Field("text", description="field or column of that file with the text")
+    label_field: str | None = Field(None, description="field or column with the topic (none: no labels)")
+    documents: PositiveInt | None = Field(None, description="how many documents to take (none: all)")
     holdout: float = Field(0.4, gt=0, lt=1, description="share held out where the corpus has no test split")
 
 
 class ClustererSettings(_Strict):
-    n_clusters: int = Field(8, ge=2)
-    n_components: int = Field(100, ge=2)
-    normalizer: Literal["l2", "standard"] = "l2"
-    stop_words: Literal["sklearn", "nltk"] = "sklearn"
+    n_clusters: int = Field(8, ge=2, description="clusters, and experts")
+    n_components: int = Field(100, ge=2, description="dimensions that SVD leaves of TF-IDF")
+    normalizer: Literal["l2", "standard"] = Field(
+        "l2", description="l2: each vector, as c-BTM's code does; standard: each dimension, as the papers say"
+    )
+    stop_words: Literal["sklearn", "nltk"] = Field("sklearn", description="whose list of English stop words")
     pickles: _Path | None = Field(None, description="directory or URL prefix of c-BTM's tfidf.pkl and kmeans.pkl")
     pickles_sha256: tuple[str, str] | None = Field(None, description="sha256 of tfidf.pkl and kmeans.pkl")
 
@@ -94,35 +101,37 @@ class WorkloadSettings(_Strict):
     """Paper values; :class:`Scale` turns them into this machine's."""
 
     sigma: PositiveFloat = Field(2.0, description="sd, in clusters, of the normal mix (open in paper 2, section IV-A)")
-    p1_input_tokens: PositiveInt = 335
-    p1_input_sd: float = Field(30, ge=0)
-    p1_output_tokens: PositiveInt = 1200
-    p2_max_output_tokens: PositiveInt = 1000
+    p1_input_tokens: PositiveInt = Field(335, description="mean length of paper 1's base prompts")
+    p1_input_sd: float = Field(30, ge=0, description="standard deviation of that length")
+    p1_output_tokens: PositiveInt = Field(1200, description="length of each of paper 1's answers")
+    p2_max_output_tokens: PositiveInt = Field(1000, description="length of paper 2's longest answers")
     p2_answers: Literal["eos", "mlperf"] = Field(
         "eos", description="end of sequence as the model says, or forced to MLPerf's answer lengths"
     )
-    preliminary_output_tokens: PositiveInt = 200
+    preliminary_output_tokens: PositiveInt = Field(200, description="length of the preliminary experiment's answers")
 
 
 class SweepSettings(_Strict):
-    configs: list[str]
-    users: list[PositiveInt]
-    repeats: PositiveInt
-    mixes: list[Mix] = ["uniform"]
+    configs: list[str] = Field(description="systems to measure, of engines/*.yaml")
+    users: list[PositiveInt] = Field(description=_USERS)
+    repeats: PositiveInt = Field(description=_REPEATS)
+    mixes: list[Mix] = Field(
+        ["uniform"], description="how prompts are drawn from the clusters; baselines that ignore these get the first"
+    )
 
 
 class PreliminarySettings(_Strict):
-    dtypes: list[Dtype] = ["fp16", "fp8", "int4"]
+    dtypes: list[Dtype] = Field(["fp16", "fp8", "int4"], description="formats of the weights")
     batch_sizes: list[PositiveInt] = Field([20, 100, 200, 400, 600], description="paper 2's; divided by scale.users")
-    users: list[PositiveInt]
-    repeats: PositiveInt
+    users: list[PositiveInt] = Field(description=_USERS)
+    repeats: PositiveInt = Field(description=_REPEATS)
 
 
 class OverheadSettings(_Strict):
-    config: str = "p2.E"
-    users: list[PositiveInt]
-    repeats: PositiveInt
-    output_tokens: PositiveInt = 8
+    config: str = Field("p2.E", description="the system whose gateways are looked at")
+    users: list[PositiveInt] = Field(description=_USERS)
+    repeats: PositiveInt = Field(description=_REPEATS)
+    output_tokens: PositiveInt = Field(8, description="per answer: few, so that many requests pass the gateways")
 
 
 class RouterSettings(_Strict):
@@ -136,17 +145,19 @@ class RouterSettings(_Strict):
 class PaperScaleSettings(_Strict):
     """The simulation at the papers' own scale: 8 x H100, up to 1,000 users, 1,200 tokens."""
 
-    users: list[PositiveInt] = [1, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]
-    repeats: PositiveInt = 2
+    users: list[PositiveInt] = Field(
+        [1, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000], description=f"{_USERS}, not divided by scale.users"
+    )
+    repeats: PositiveInt = Field(2, description=_REPEATS)
     prompts: PositiveInt = Field(4096, description="prompts per paper, routed by the profile's own clusterer")
 
 
 class EmulationSettings(_Strict):
     """Engines that only keep time, as long as those of eight H100s would, behind the real gateways and clients."""
 
-    configs: list[str] = ["p2.D"]
-    users: list[PositiveInt] = [1, 50, 200]
-    repeats: PositiveInt = 1
+    configs: list[str] = Field(["p2.D"], description="systems to emulate, of engines/*.yaml")
+    users: list[PositiveInt] = Field([1, 50, 200], description=_USERS)
+    repeats: PositiveInt = Field(1, description=_REPEATS)
     slow_motion: PositiveFloat = Field(
         4.0, description="wall seconds for one second of an H100; raise it where a point cannot keep pace"
     )
@@ -156,10 +167,10 @@ class EmulationSettings(_Strict):
 class AblationSettings(_Strict):
     """What did the papers measure? Clients x routers around one emulated system, in real time."""
 
-    config: str = "p1.B"
-    users: list[PositiveInt] = [1, 25, 100, 200]
+    config: str = Field("p1.B", description="the system to emulate, of engines/*.yaml")
+    users: list[PositiveInt] = Field([1, 25, 100, 200], description=_USERS)
     stock_users: PositiveInt = Field(25, description="most users of the stock router, which takes minutes for more")
-    repeats: int = Field(4, ge=2, description="confidence intervals need two")
+    repeats: int = Field(4, ge=2, description=f"{_REPEATS}: confidence intervals need two")
     output_tokens: PositiveInt = Field(64, description="per answer; base prompts only")
     terms: PositiveInt = Field(500_000, description="vocabulary, filled up to what a C4 shard is estimated to have")
     gateways: PositiveInt = Field(4, description="each holds the unpickled model, most of a gigabyte while it works")
@@ -168,30 +179,32 @@ class AblationSettings(_Strict):
 class ReplicaSettings(_Strict):
     """Replicas of hot experts on the real serving stack, around emulated engines."""
 
-    config: str = "p2.D"
+    config: str = Field("p2.D", description="the system to emulate, of engines/*.yaml")
     added: list[NonNegativeInt] = Field([0, 1, 2, 3, 4], description="GPUs added for replicas of the hottest experts")
-    users: list[PositiveInt] = [200]
-    repeats: PositiveInt = 1
+    users: list[PositiveInt] = Field([200], description=_USERS)
+    repeats: PositiveInt = Field(1, description=_REPEATS)
     output_tokens: PositiveInt = Field(48, description="per answer, all equally long")
     slow_motion: PositiveFloat = Field(3.0, description="as emulation.slow_motion")
 
 
 class ServingSettings(_Strict):
-    backend: Literal["openvino", "tensorrt_llm"] = "openvino"
-    gateways: PositiveInt = 16
+    backend: Literal["openvino", "tensorrt_llm"] = Field(
+        "openvino", description="small engines on the CPU, or the papers' own on GPUs"
+    )
+    gateways: PositiveInt = Field(16, description="routing gateways between the front and the experts")
     front: Literal["nginx", "envoy"] = Field(
         "nginx", description="nginx (as in the papers), or envoy (the extra `envoy`): tokens do not pass the gateways"
     )
-    base_port: int = Field(18000, ge=1024, le=60000)
-    host: str = "127.0.0.1"
-    start_timeout_s: PositiveFloat = 120
-    user_processes: PositiveInt = 2
+    base_port: int = Field(18000, ge=1024, le=60000, description="first of the ports in use, which follow each other")
+    host: str = Field("127.0.0.1", description="address of this machine that all services listen on")
+    start_timeout_s: PositiveFloat = Field(120, description="seconds that a system may take to come up")
+    user_processes: PositiveInt = Field(2, description="processes that simulate the users")
     users_on: str | None = Field(
         None, description="another host that runs the users, as ssh knows it, with this repository at the same place"
     )
-    request_timeout_s: PositiveFloat = 600
+    request_timeout_s: PositiveFloat = Field(600, description="seconds that one request may take")
     cluster: str | None = Field(
-        None, description="Ray cluster whose nodes run everything: auto, or HOST:PORT of its head (None: this machine)"
+        None, description="Ray cluster whose nodes run everything: auto, or HOST:PORT of its head (none: this machine)"
     )
     cluster_users: Literal["apart", "anywhere"] = Field(
         "apart", description="in a cluster, users get a node without experts, or do with any"
@@ -216,10 +229,10 @@ class TensorRTSettings(_Strict):
     """How TensorRT-LLM engines are built and served, where ``serving.backend`` asks for them."""
 
     flow: Flow = Field("engine", description="engine (all nine), period (options of 0.9 and 0.10), llmapi (not p1.B)")
-    runner: RunnerKind = "docker"
-    gpus: PositiveInt | None = Field(None, description="GPUs to use (None: all that this machine has)")
-    checkpoints: _Path | None = Field(None, description="checkpoints as downloaded (None: data/cache/checkpoints)")
-    work: _Path | None = Field(None, description="what is made of them (None: engines/build/tensorrt_llm)")
+    runner: RunnerKind = Field("docker", description="what runs TensorRT-LLM's images; bare: it is installed here")
+    gpus: PositiveInt | None = Field(None, description="GPUs to use (none: all that this machine has)")
+    checkpoints: _Path | None = Field(None, description="checkpoints as downloaded (none: data/cache/checkpoints)")
+    work: _Path | None = Field(None, description="what is made of them (none: engines/build/tensorrt_llm)")
     preflight: Literal["stop", "warn"] = Field(
         "stop", description="what a problem found before the start does (warn: where you know better than the check)"
     )
@@ -232,18 +245,18 @@ class EngineSettings(_Strict):
     large_layers: PositiveInt = Field(12, description="depth of the sibling that stands for a 70B model (of 30)")
     small_layers: PositiveInt = Field(3, description="depth of the sibling that stands for a 13B or 8B model")
     quality_layers: PositiveInt = Field(30, description="depth at which perplexity is measured: siblings model no text")
-    perplexity_tokens: PositiveInt = 2048
-    calibration_samples: PositiveInt = 16
-    speed_batches: list[PositiveInt] = [1, 8, 32]
-    speed_tokens: PositiveInt = 32
+    perplexity_tokens: PositiveInt = Field(2048, description="held-out tokens on which perplexity is measured")
+    calibration_samples: PositiveInt = Field(16, description="training documents that INT4 is calibrated on")
+    speed_batches: list[PositiveInt] = Field([1, 8, 32], description="concurrent requests when tokens/s are measured")
+    speed_tokens: PositiveInt = Field(32, description="tokens that each of them generates")
 
 
 class Profile(_Strict):
     """Everything that a run can vary; see ``profiles/*.yaml``."""
 
-    name: str
-    description: str
-    seed: int = 0
+    name: str = Field(description="of the folders of records and figures (none: the file's)")
+    description: str = Field(description="what the profile is for, in a sentence")
+    seed: int = Field(0, description="of everything that is drawn at random")
     scale: Scale
     corpus: CorpusSettings = CorpusSettings()
     clusterer: ClustererSettings = ClustererSettings()

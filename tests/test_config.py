@@ -135,6 +135,10 @@ def test_dry_run_says_what_would_run_and_why(monkeypatch, capsys):
     assert named == ["08_figures_paper1", "09_figures_paper2", "10_scorecard"]
 
 
+def test_every_key_says_what_it_means():
+    assert [key for key, meaning in config.describe_keys() if not meaning] == []
+
+
 def test_help_lists_every_key():
     command = [sys.executable, paths.ROOT / "scripts" / "run_all.py", "--help"]
     reply = subprocess.run(command, capture_output=True, text=True, check=True)
