@@ -4,7 +4,12 @@ Usage: python benchmarks/engines.py [profile]
 """
 
 import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import erlib  # noqa: F401  (says what to do where this Python lacks the packages)
+
+# isort: split
 import pandas as pd
 
 from erlib import config, quality

@@ -11,9 +11,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import tempfile
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import erlib  # noqa: F401  (says what to do where this Python lacks the packages)
+
+# isort: split
 import grpc
 import grpc.aio
 import numpy as np

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 import warnings
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import erlib  # noqa: F401  (says what to do where this Python lacks the packages)
+
+# isort: split
 import numpy as np
 
 from erlib import config, corpus, stock

@@ -27,6 +27,14 @@ Modules are listed in the order in which data flows through them; each imports o
 """
 
 import os
+import sys
+from importlib.util import find_spec
+
+if sys.version_info[:2] != (3, 11) or not find_spec("pydantic"):  # e.g. the system's own Python
+    sys.exit(
+        f"error: {sys.executable} lacks the workbench's packages: "
+        "./run_all.sh installs them, after which .venv/bin/python has them"
+    )
 
 # No forked child of ours speaks gRPC: it starts another program, or computes. gRPC, which would rather have it speak
 # gRPC, may crash it on its way there; it has to be told before it is imported.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -332,6 +332,26 @@ def load_profile(name: str, overrides: Mapping[str, Any] | None = None) -> Profi
         raise ConfigError(_explain(error, str(path), sorted(_keys(Profile)))) from None
 
 
+def read_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """Overrides for :func:`load_profile` from what ``--set`` was given: ``KEY=VALUE`` each, the value in YAML.
+
+    Raises
+    ------
+    ConfigError
+        If one is not of that form.
+    """
+    overrides = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes KEY=VALUE, not {item!r}")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {key}: {value!r} is not YAML; write text as {key}='\"TEXT\"'") from None
+    return overrides
+
+
 def _override(data: dict[str, Any], key: str, value: Any) -> None:
     known = sorted(_keys(Profile))
     if key not in known:
@@ -486,8 +506,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def nearest(name: str, known: list[str]) -> str:
     """`` (did you mean ...?)`` for an error message about an unknown `name`, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    folded = {each.casefold(): each for each in known}  # `p2.e` is as near to `p2.R` as to `p2.E`, letter by letter
+    close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    return f" (did you mean {folded[close[0]]!r}?)" if close else ""
 
 
 def _explain(error: ValidationError, where: str, known: list[str]) -> str:

@@ -272,6 +272,16 @@ def _fitted(profile: Profile) -> preflight.Fitted:
     return preflight.fitted(profile, gpus)
 
 
+def context_tokens(profile: Profile, configuration: Configuration) -> int:
+    """Tokens of the longest sequence, prompt and answer together, that a system takes.
+
+    A laptop's is what the KV cache of one instance holds; ``scale.tokens`` divides it.
+    """
+    if profile.serving.backend == "tensorrt_llm":
+        return tensorrt_llm.lengths(configuration, profile.workload)[1]
+    return engines.laptop_system(profile, configuration).kv_tokens
+
+
 def workload(profile: Profile, paper: prompts.Paper) -> Workload:
     """A paper's prompts, cut and counted with the tokenizer of its models; see :func:`erlib.prompts.build`."""
     router = clusterer.Clusterer.load(clusterer.build(profile))

@@ -15,15 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import yaml
+try:
+    import numpy as np
+    import pandas as pd
+    import yaml
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}; this script's first lines say which environment it needs")
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "data" / "h100_step_times.parquet"

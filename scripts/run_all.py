@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # a Python without erlib finds it there, and is told more
 
 from erlib import config, paths, preflight, runbook
 
@@ -29,7 +29,7 @@ def main() -> int:
     if args.profile.endswith((".yaml", ".yml")):
         args.profile = str(Path(args.profile).resolve())  # notebooks run in a directory of their own
     try:
-        overrides = dict(_override(item) for group in args.set for item in group)
+        overrides = config.read_overrides(args.set)
         profile = config.load_profile(args.profile, overrides)
         chosen = _selection(args.only, args.start)
         report = preflight.check(profile) if profile.serving.backend == "tensorrt_llm" else None
@@ -248,13 +248,6 @@ def _selection(only: list[list[str]], start: str | None) -> list[Path]:
     return [notebook for i, notebook in enumerate(notebooks) if i in chosen and i >= first]
 
 
-def _override(item: str) -> tuple[str, Any]:
-    key, equals, value = item.partition("=")
-    if not equals:
-        raise config.ConfigError(f"--set takes KEY=VALUE, not {item!r}")
-    return key, yaml.safe_load(value)
-
-
 def _brief(error: Exception) -> str:
     """The exception that a cell raised, without papermill's traceback."""
     name, value = getattr(error, "ename", ""), getattr(error, "evalue", "")
@@ -284,7 +277,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--from", dest="start", metavar="NOTEBOOK", help="leave out the notebooks before this one")
     parser.add_argument(
-        "--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="change a profile key"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change a profile key"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would run, and why, and stop; on GPUs, the whole plan"

@@ -5,25 +5,32 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # a Python without erlib finds it there, and is told more
 
 from erlib import config, paths, processes, stack, sweep
+
+_LONGER = "--set scale.tokens=1 gives the papers' lengths"
 
 
 def main() -> int:
     args = _arguments()
     try:
-        profile = config.load_profile(args.profile)
+        profile = config.load_profile(args.profile, config.read_overrides(args.set))
         (asked,) = sweep.configurations(profile, [args.configuration])
         if args.metrics and asked.routing in ("direct", "round_robin"):
             raise config.ConfigError(f"{asked.id} has no gateways, whose metrics --metrics would serve")
         (system,) = sweep.systems(profile, [asked])
-        return _serve(profile, system, args.openai, args.metrics)
+        return _serve(profile, system, sweep.context_tokens(profile, asked), args.openai, args.metrics)
     except (config.ConfigError, processes.StartError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _serve(profile: config.Profile, system: sweep.System, openai_port: int | None, metrics_port: int | None) -> int:
+def _serve(
+    profile: config.Profile, system: sweep.System, context: int, openai_port: int | None, metrics_port: int | None
+) -> int:
     settings, logs = profile.serving, paths.run_dir(profile.name) / "logs" / "serve"
     if openai_port:
         processes.require_free_ports([openai_port], settings.host)
@@ -48,6 +55,7 @@ def _serve(profile: config.Profile, system: sweep.System, openai_port: int | Non
             print(f"experts: {', '.join(server.url for server in running.servers)}")
             if running.metrics_targets:
                 print(f"Prometheus scrapes, of every gateway, http://HOST:PORT/metrics: {running.metrics_targets}")
+            print(f"context: {context} tokens, prompt and answer{f'; {_LONGER}' if profile.scale.tokens > 1 else ''}")
             print(f"logs: {logs}\nCtrl-C stops everything", flush=True)
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
         finally:
@@ -57,14 +65,32 @@ def _serve(profile: config.Profile, system: sweep.System, openai_port: int | Non
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python scripts/serve.py", description=__doc__)
+    laptop = config.load_profile("laptop")
+    contexts = [
+        f"{name} {sweep.context_tokens(laptop, config.load_configuration(name))}" for name in config.config_ids()
+    ]
+    parser = argparse.ArgumentParser(
+        prog="python scripts/serve.py",
+        description=__doc__,
+        epilog=f"context of the laptop profile, in tokens, prompt and answer: {', '.join(contexts)}; {_LONGER}",
+    )
     parser.add_argument("configuration", metavar="CONFIG", help="e.g. p2.E")
-    parser.add_argument("--profile", default="laptop")
-    parser.add_argument("--openai", type=int, metavar="PORT", help="also serve OpenAI's HTTP interface there")
+    parser.add_argument("--profile", default="laptop", metavar="NAME|FILE.yaml")
     parser.add_argument(
-        "--metrics", type=int, metavar="PORT", help="also serve Prometheus metrics: those of gateway i at PORT + i"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="change a profile key, as in ./run_all.sh (whose --help lists them)",
+    )  # fmt: skip
+    parser.add_argument("--openai", type=_port, metavar="PORT", help="also serve OpenAI's HTTP interface there")
+    parser.add_argument(
+        "--metrics", type=_port, metavar="PORT", help="also serve Prometheus metrics: those of gateway i at PORT + i"
     )
     return parser.parse_args()
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""serve.py and what else is started by hand: what it takes, what it refuses in one line, what it says."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from erlib import config, paths, sweep
+from scripts import serve
+
+STARTED_BY_HAND = [
+    *(["scripts/" + path.name] for path in sorted((paths.ROOT / "scripts").glob("*.py"))),
+    *(["benchmarks/" + name] for name in ("engines.py", "gateways.py", "router.py")),
+    ["-m", "benchmarks.gateway"],
+    ["-m", "erlib.gateway"],
+]
+
+
+@pytest.mark.parametrize("command", STARTED_BY_HAND, ids=" ".join)
+def test_a_python_without_the_packages_is_told_in_one_line(command):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    bare = [sys.executable, "-S", *command]  # -S: as one that has nothing installed
+    ended = subprocess.run(bare, cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["p2.e"], "did you mean 'p2.E'"),
+        (["p2.E", "--profile", "Smoke"], "did you mean 'smoke'"),
+        (["p2.E", "--set", "paper1.repeat=3"], "did you mean 'paper1.repeats'"),
+        (["p2.E", "--set", "seed=1", "serving.gateways"], "KEY=VALUE"),
+        (["p2.E", "--set", "corpus.text_field=@text"], "'@text' is not YAML"),
+        (["p2.A", "--metrics", "9100"], "p2.A has no gateways"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
+    assert serve.main() == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "http"])
+def test_ports_that_are_none_are_refused(port, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "p2.E", f"--openai={port}"])
+    with pytest.raises(SystemExit):
+        serve.main()
+    assert f"--openai: {port!r} is no port" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_what_set_says_reaches_the_system(monkeypatch):
+    asked = []
+    monkeypatch.setattr(serve, "_serve", lambda profile, system, context, *_: asked.append((profile, context)) or 0)
+    monkeypatch.setattr(sweep, "systems", lambda profile, configurations: configurations)
+    command = ["serve.py", "p2.E", "--set", "scale.tokens=1", "seed=5", "--set", "serving.base_port=26500"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert serve.main() == 0
+    ((profile, context),) = asked
+    assert (profile.scale.tokens, profile.seed, profile.serving.base_port) == (1, 5, 26500)
+    assert context > 2000  # a prompt and an answer of paper 2
+
+
+def test_the_context_is_what_an_instance_holds(profile):
+    (system,) = sweep.systems(profile, sweep.configurations(profile, ["p2.E"]))
+    held = int(system.servers[0].parameters["kv_blocks"]) * config.KV_BLOCK_TOKENS
+    assert sweep.context_tokens(profile, config.load_configuration("p2.E")) == held
+
+
+def test_help_says_each_context(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--help"])
+    with pytest.raises(SystemExit):
+        serve.main()
+    said = " ".join(capsys.readouterr().out.split())
+    laptop = config.load_profile("laptop")
+    for name in config.config_ids():
+        assert f"{name} {sweep.context_tokens(laptop, config.load_configuration(name))}" in said
