@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from erlib import paths
+from erlib import keys, paths
 
 Paper = Literal["p1", "p2"]
 Dtype = Literal["fp16", "fp8", "int8", "int4"]
@@ -254,7 +254,7 @@ class EngineSettings(_Strict):
 class Profile(_Strict):
     """Everything that a run can vary; see ``profiles/*.yaml``."""
 
-    name: str = Field(description="of the folders of records and figures (none: the file's)")
+    name: str = Field(description="of the folders of records and figures: the file's, where it does not say")
     description: str = Field(description="what the profile is for, in a sentence")
     seed: int = Field(0, description="of everything that is drawn at random")
     scale: Scale
@@ -362,16 +362,9 @@ def _override(data: dict[str, Any], key: str, value: Any) -> None:
     data[leaf] = value
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
-    """Dotted names of all settable (leaf) fields, with their descriptions."""
-    keys: dict[str, str] = {}
-    for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys |= _keys(inner, f"{prefix}{name}.")
-        else:
-            keys[prefix + name] = field.description or ""
-    return keys
+def _keys(model: type[BaseModel]) -> list[str]:
+    """Dotted names of all settable (leaf) fields."""
+    return [key.name for key in keys.of(model)]
 
 
 def at_paper_scale(profile: Profile) -> Profile:
@@ -389,11 +382,6 @@ def at_paper_scale(profile: Profile) -> Profile:
         "preliminary": full.preliminary.model_copy(update=fewer),
     }
     return full.model_copy(update={"name": profile.name, "seed": profile.seed, **changed})
-
-
-def describe_keys() -> list[tuple[str, str]]:
-    """All keys that a profile or ``--set`` may give, each with its type and meaning."""
-    return sorted(_keys(Profile).items())
 
 
 # --- configurations ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -59,6 +60,20 @@ def fingerprint(settings: config.CorpusSettings) -> list[Any]:
     """What identifies a corpus for a cache without loading it: its settings, and the content of the user's file."""
     file = Path(settings.path) if settings.path else None
     return [settings.model_dump(mode="json"), config.digest(file) if file and file.is_file() else None]
+
+
+def check(settings: config.CorpusSettings) -> None:
+    """Find what :func:`load` would stumble over, without loading anything.
+
+    Raises
+    ------
+    CorpusError
+        If there is no such file, it may not be read, or a corpus without end has no number of documents.
+    """
+    if settings.name == "c4":
+        c4_is_cached(settings)
+    elif settings.name != "newsgroups":
+        _own_file(settings)
 
 
 def load(settings: config.CorpusSettings, seed: int, split: Split = "train") -> Corpus:
@@ -183,12 +198,19 @@ def _stream_c4(path: Path, part: str, wanted: int) -> None:
 # --- the user's own file ----------------------------------------------------------------------------------------
 
 
-def _file(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
+def _own_file(settings: config.CorpusSettings) -> Path:
     if settings.path is None:
         raise CorpusError(f"corpus.name={settings.name} needs corpus.path")
     path = Path(settings.path).expanduser()
     if not path.is_file():
-        raise CorpusError(f"no corpus file {path.resolve()}")
+        raise CorpusError(f"no corpus file {path.absolute()}")
+    if not os.access(path, os.R_OK):
+        raise CorpusError(f"the corpus file {path} may not be read")
+    return path
+
+
+def _file(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
+    path = _own_file(settings)
     read = _read_jsonl if settings.name == "jsonl" else _read_parquet
     rows = read(path, settings.text_field, settings.label_field)
     order = random.Random(seed).sample(range(len(rows)), min(len(rows), settings.documents or len(rows)))

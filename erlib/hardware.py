@@ -99,15 +99,16 @@ def _group_limits() -> Iterator[tuple[Path, Path]]:
 
 def free_disk_bytes(directory: Path) -> int:
     """Free space for what will be written to `directory`, which need not exist yet."""
-    return shutil.disk_usage(_existing(directory)).free
+    return shutil.disk_usage(existing(directory)).free
 
 
 def file_system(directory: Path) -> int:
     """Number of the file system that `directory` lies on, or will lie on."""
-    return _existing(directory).stat().st_dev
+    return existing(directory).stat().st_dev
 
 
-def _existing(directory: Path) -> Path:
+def existing(directory: Path) -> Path:
+    """`directory`, or the nearest above it that is there."""
     return next(path for path in (directory, *directory.parents) if path.exists())
 
 

@@ -16,8 +16,17 @@ ENGINE_SPECS = ROOT / "engines"
 FACTS = ROOT / "data"
 STYLE = Path(__file__).with_name("style.mplstyle")
 
+
+def from_root(path: str | Path) -> Path:
+    """An absolute path: ``~`` is the user's home, and what is relative is so to the repository.
+
+    Not to the current directory, because notebooks run in a directory of their own.
+    """
+    return ROOT / os.path.expanduser(path)
+
+
 # Everything below is made by a run. Setting ERLIB_HOME moves it off the repository (another disk, a test).
-_HOME = Path(os.environ["ERLIB_HOME"]).resolve() if "ERLIB_HOME" in os.environ else None
+_HOME = Path(os.path.realpath(from_root(home))) if (home := os.environ.get("ERLIB_HOME")) else None
 
 CACHE = (_HOME or ROOT / "data") / "cache"
 """Downloads, corpora, checkpoints and clusterers, shared by all profiles."""

@@ -7,6 +7,7 @@ A *problem* stops; a *warning* is said. Each is a sentence that says what to do.
 from __future__ import annotations
 
 import getpass
+import os
 import shutil
 import subprocess
 from collections import defaultdict
@@ -32,6 +33,7 @@ from erlib import (
     nginx,
     option_tables,
     paths,
+    pickles,
     processes,
     tensorrt_llm,
 )
@@ -55,8 +57,8 @@ _ANSWER_S = 10
 
 
 def basics(profile: Profile) -> list[str]:
-    """Problems that any run on this machine would have: disk space, NGINX or Envoy, ports."""
-    found = []
+    """Problems that any run on this machine would have: folders, disk space, input files, NGINX or Envoy, ports."""
+    found = [*_folders(profile), *_inputs(profile)]
     free = hardware.free_disk_bytes(paths.run_dir(profile.name))
     if free < LEAST_FREE_BYTES:
         found.append(
@@ -73,6 +75,32 @@ def basics(profile: Profile) -> list[str]:
         except StartError as error:
             found.append(str(error))
     return found
+
+
+def _folders(profile: Profile) -> Iterable[str]:
+    """Folders that a run writes to but may not, each once."""
+    wanted = [paths.CACHE, paths.ENGINE_BUILDS, paths.run_dir(profile.name), paths.FIGURES / profile.name]
+    if profile.serving.backend == "tensorrt_llm":
+        places = tensorrt_llm.places(profile)
+        wanted += [places.checkpoints, places.work]
+    for place in dict.fromkeys(map(hardware.existing, wanted)):
+        if not place.is_dir():
+            yield f"{place} is a file where a run needs a folder: remove it, or set ERLIB_HOME to a folder of yours"
+        elif not os.access(place, os.W_OK | os.X_OK):
+            yield f"{place} is not writable: set ERLIB_HOME to a folder of yours"
+
+
+def _inputs(profile: Profile) -> Iterable[str]:
+    """Files that the profile names but that are not there."""
+    try:
+        corpus.check(profile.corpus)
+    except corpus.CorpusError as error:
+        yield str(error)
+    source = profile.clusterer.pickles
+    if source and "://" not in source:
+        missing = [name for name in pickles.FILES if not (Path(source) / name).is_file()]
+        if missing:
+            yield f"clusterer.pickles: no {' nor '.join(missing)} in {source}"
 
 
 def ports(profile: Profile) -> range:

@@ -1,5 +1,7 @@
 # Sourced by run_all.sh and run_tests.sh: makes .venv (or uses the active conda environment) and sets PYTHON.
 set -euo pipefail
+unset PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONUSERBASE # the pinned packages, and no others
+export PYTHONNOUSERSITE=1
 invoked_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD

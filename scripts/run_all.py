@@ -11,55 +11,75 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a Python without erlib finds it there, and is told more
 
-from erlib import config, paths, preflight, runbook
+from erlib import config, keys, paths
 
 _REASON = re.compile(r"[a-z]+( \w+)?: ")
 """How erlib's one-line reasons begin: ``sweep: 4 of 4 points found``."""
 
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
 def main() -> int:
     args = _arguments()
-    if args.profile.endswith((".yaml", ".yml")):
-        args.profile = str(Path(args.profile).resolve())  # notebooks run in a directory of their own
     try:
-        overrides = config.read_overrides(args.set)
-        profile = config.load_profile(args.profile, overrides)
-        chosen = _selection(args.only, args.start)
-        report = preflight.check(profile) if profile.serving.backend == "tensorrt_llm" else None
-        if report:  # on the GPUs that there are
-            profile, overrides = report.fitted.profile, overrides | report.fitted.overrides
-        steps = _steps(profile, {"profile": args.profile, "overrides": overrides})
-        steps = [step for step in steps if step.notebook in chosen]
-        left_out = report.fitted.left_out if report else {}
-        if args.dry_run:
-            plan = [(step.name, step.what_would_be(bool(args.only), left_out)) for step in steps]
-            print(runbook.text(report, plan) if report else "\n".join(f"{name}: {what}" for name, what in plan))
-            return 0
-        if report:
-            print(runbook.opening(report), file=sys.stderr if report.problems else sys.stdout)
-            if report.problems:
-                print("--dry-run shows the whole plan", file=sys.stderr)
-                return 2
-        with _alone(profile):
-            return _run([step for step in steps if step.name not in left_out], profile, force=bool(args.only))
+        return _main(args)
     except config.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(args: argparse.Namespace) -> int:
+    from erlib import preflight, runbook  # and pandas and clients of the hub: not for --help, nor to refuse a key
+
+    if args.profile.endswith((".yaml", ".yml")):
+        args.profile = str(Path(args.profile).absolute())  # notebooks run in a directory of their own
+    overrides = config.read_overrides(args.set)
+    profile = config.load_profile(args.profile, overrides)
+    chosen = _selection(args.only, args.start)
+    report = preflight.check(profile) if profile.serving.backend == "tensorrt_llm" else None
+    if report:  # on the GPUs that there are
+        profile, overrides = report.fitted.profile, overrides | report.fitted.overrides
+    steps = _steps(profile, {"profile": args.profile, "overrides": overrides})
+    steps = [step for step in steps if step.notebook in chosen]
+    left_out = report.fitted.left_out if report else {}
+    if args.dry_run:
+        plan = [(step.name, step.what_would_be(bool(args.only), left_out)) for step in steps]
+        print(runbook.text(report, plan) if report else "\n".join(f"{name}: {what}" for name, what in plan))
+        for problem in [] if report else preflight.basics(profile):
+            print(f"a run would stop here because: {problem}", file=sys.stderr)
+        return 0
+    if report:
+        print(runbook.opening(report), file=sys.stderr if report.problems else sys.stdout)
+        if report.problems:
+            print("--dry-run shows the whole plan", file=sys.stderr)
+            return 2
+    to_run = [step for step in steps if step.name not in left_out]
+    if not to_run:
+        raise config.ConfigError("; ".join(f"{step.name} is left out: {left_out[step.name]}" for step in steps))
+    with _alone(profile):
+        return _run(to_run, profile, force=bool(args.only))
 
 
 def _run(steps: list[Step], profile: config.Profile, force: bool) -> int:
     """Run what has to run, stop at the first failure, say what happened."""
     rows: list[tuple[Step, str, float]] = []
-    failed = False
+    status = 0
     for step in steps:
-        if failed:
+        if status:
             rows.append((step, "not run", 0.0))
             continue
         reason = step.reason_to_run(force)
@@ -71,25 +91,33 @@ def _run(steps: list[Step], profile: config.Profile, force: bool) -> int:
                 step.run()
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on where this one left off", file=sys.stderr)
-            result, failed = "stopped", True
+            result, status = "stopped", INTERRUPTED
         except Exception as error:
             print(f"\nerror in {step.name}: {_brief(error)}", file=sys.stderr)
-            result, failed = "failed", True
+            result, status = "failed", 1
         rows.append((step, result, time.monotonic() - started))
     print(f"\n{'notebook':<24} {'result':<8} {'seconds':>8}  log")
     for step, result, seconds in rows:
         print(f"{step.name:<24} {result:<8} {seconds:>8.1f}  {_short(step.log)}")
     print(f"{'total':<24} {'':<8} {sum(seconds for *_, seconds in rows):>8.1f}")
     print(f"figures: {_short(paths.FIGURES / profile.name)}")
-    return int(failed)
+    return status
 
 
 @contextlib.contextmanager
 def _alone(profile: config.Profile) -> Iterator[None]:
     """Refuse to start beside another run of the same profile, or without what any run needs."""
+    from erlib import preflight
+
     run_dir = paths.run_dir(profile.name)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "lock").open("w") as lock:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / "lock").open("w")
+    except OSError as error:
+        raise config.ConfigError(
+            f"{error.filename} cannot be written ({error.strerror}): set ERLIB_HOME to a folder of yours"
+        ) from None
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -106,6 +134,22 @@ def _steps(profile: config.Profile, parameters: dict[str, Any]) -> list[Step]:
     return steps
 
 
+def _corpus(profile: config.Profile) -> str:
+    """The user's own corpus by content; one that cannot be read is :func:`erlib.preflight.basics`' to tell."""
+    path = profile.corpus.path
+    return config.digest(Path(path)) if path and os.path.isfile(path) and os.access(path, os.R_OK) else ""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What is known of a notebook's last run."""
+
+    reads: dict[str, str]
+    """Everything that it depends on, by content."""
+    wrote: list[str]
+    finished: str
+
+
 class Step:
     """One notebook with what it depends on."""
 
@@ -119,7 +163,6 @@ class Step:
         self._executed = self._run_dir / "notebooks" / notebook.name
         self._stamp = self._executed.with_suffix(".json")
         self.log = self._run_dir / "logs" / f"{notebook.stem}.log"
-        corpus_file = [Path(profile.corpus.path)] if profile.corpus.path else []
         self._inputs = {
             "the notebook": config.digest(notebook),
             "the profile": profile.digest,
@@ -131,7 +174,7 @@ class Step:
             ),
             "data": config.digest(*sorted(path for path in paths.FACTS.iterdir() if path.is_file())),
             "the pinned packages": config.digest(paths.ROOT / "constraints.txt"),
-            "the corpus": config.digest(*(path for path in corpus_file if path.exists())),
+            "the corpus": _corpus(profile),
         }
 
     def reason_to_run(self, force: bool) -> str:
@@ -141,10 +184,10 @@ class Step:
         before = self._last_run()
         if before is None:
             return "not run before with this profile"
-        changed = [what for what, value in self._reads().items() if before["reads"].get(what) != value]
+        changed = [what for what, value in self._reads().items() if before.reads.get(what) != value]
         if changed:
             return f"changed: {', '.join(changed)}"
-        gone = [name for name in before["wrote"] if not Path(name).exists()]
+        gone = [name for name in before.wrote if not os.path.exists(name)]
         return f"{_short(Path(gone[0]))} is gone" if gone else ""
 
     def what_would_be(self, force: bool, left_out: dict[str, str]) -> str:
@@ -156,28 +199,32 @@ class Step:
 
     def _reads(self) -> dict[str, str]:
         """All inputs by content; what earlier notebooks made stands for itself by when they ran."""
-        runs = [before["finished"] if (before := step._last_run()) else "" for step in self._earlier]
+        runs = [before.finished if (before := step._last_run()) else "" for step in self._earlier]
         return {**self._inputs, "an earlier notebook's results": config.digest(runs)}
 
-    def _last_run(self) -> dict[str, Any] | None:
+    def _last_run(self) -> Stamp | None:
+        from pydantic import TypeAdapter
+
         try:
-            stamp = json.loads(self._stamp.read_text())
-        except (FileNotFoundError, ValueError):  # never run, or cut off while the stamp was written
+            return TypeAdapter(Stamp).validate_json(self._stamp.read_bytes())
+        except (OSError, ValueError):  # never run, cut off while the stamp was written, or not of our making
             return None
-        return stamp if {"reads", "wrote", "finished"} <= stamp.keys() else None
 
     def run(self) -> None:
         """Execute with papermill; the executed copy is kept whether or not it succeeds."""
         import papermill
 
+        from erlib import kernel
+
         for directory in (self._executed.parent, self.log.parent):
             directory.mkdir(parents=True, exist_ok=True)
         self._stamp.unlink(missing_ok=True)
         before = time.time()
-        with _Log(self.log):
+        with _Log(self.log), kernel.environment(paths.CACHE / "jupyter"):
             papermill.execute_notebook(
-                str(self.notebook), str(self._executed), self._parameters, kernel_name="python3",
-                cwd=str(paths.NOTEBOOKS), log_output=True, progress_bar=False, request_save_on_cell_execute=False,
+                str(self.notebook), str(self._executed), self._parameters, kernel_name=kernel.NAME,
+                kernel_manager_class=kernel.Kernel, cwd=str(paths.NOTEBOOKS), log_output=True, progress_bar=False,
+                request_save_on_cell_execute=False,
             )  # fmt: skip
         wrote = [
             str(path)
@@ -185,7 +232,8 @@ class Step:
             for path in root.rglob("*")
             if path.is_file() and path.stat().st_mtime >= before and path.suffix != ".log"
         ]
-        self._stamp.write_text(json.dumps({"reads": self._reads(), "wrote": wrote, "finished": str(time.time())}))
+        stamp = Stamp(reads=self._reads(), wrote=wrote, finished=str(time.time()))
+        self._stamp.write_text(json.dumps(asdict(stamp)))
 
 
 class _Log(logging.Handler):
@@ -238,13 +286,16 @@ def _selection(only: list[list[str]], start: str | None) -> list[Path]:
     names = [notebook.stem for notebook in notebooks]
 
     def find(name: str) -> int:
-        matches = [i for i, known in enumerate(names) if known == name or known.split("_")[0] == name]
+        stem = Path(name).stem if name.endswith(".ipynb") else name
+        matches = [i for i, known in enumerate(names) if known == stem or known.split("_")[0] == stem.zfill(2)]
         if not matches:
-            raise config.ConfigError(f"no notebook {name!r}{config.nearest(name, names)}; they are {', '.join(names)}")
+            raise config.ConfigError(f"no notebook {name!r}{config.nearest(stem, names)}; they are {', '.join(names)}")
         return matches[0]
 
     chosen = {find(name) for group in only for name in group} or set(range(len(names)))
     first = find(start) if start else 0
+    if first > max(chosen):
+        raise config.ConfigError(f"nothing selected: --from {start} leaves out all that --only names")
     return [notebook for i, notebook in enumerate(notebooks) if i in chosen and i >= first]
 
 
@@ -258,12 +309,20 @@ def _short(path: Path) -> Path:
     return path.relative_to(paths.ROOT) if path.is_relative_to(paths.ROOT) else path
 
 
+def _keys() -> str:
+    """Each key of a profile with its meaning, type and default, as wide as the terminal."""
+    width, indent = max(60, shutil.get_terminal_size((120, 20)).columns - 1), 37
+    return "\n".join(
+        textwrap.fill(f"  {key.name:<{indent - 3}} {key.text}", width, subsequent_indent=" " * indent)
+        for key in keys.of(config.Profile)
+    )
+
+
 def _arguments() -> argparse.Namespace:
-    keys = "\n".join(f"  {key:<34} {text}" for key, text in config.describe_keys())
     parser = argparse.ArgumentParser(
         prog="./run_all.sh",
         description="Run a profile's notebooks in order. What is up to date is skipped; what was interrupted resumes.",
-        epilog=f"keys for --set:\n{keys}",
+        epilog=f"keys for --set, whose values are YAML:\n{_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -1,0 +1,214 @@
+"""The command: what it takes, what it refuses at once, what it knows of earlier runs, and whose kernel it starts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from erlib import config, keys, paths
+from scripts import run_all
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Where everything goes that a run makes."""
+    for name in ("CACHE", "RUNS", "FIGURES", "ENGINE_BUILDS"):
+        monkeypatch.setattr(paths, name, tmp_path / "home" / name.lower())
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in this process: its status, and what it printed."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run_all.py", *arguments])
+        status = run_all.main()
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def environment(**variables):
+    return os.environ | {"PYTHONPATH": str(paths.ROOT)} | variables
+
+
+# --- what it takes ------------------------------------------------------------------------------------------------
+
+
+def test_help_says_meaning_type_and_default_of_every_key_and_imports_little():
+    code = (
+        "import sys; sys.argv = ['run_all.py', '--help']; from scripts import run_all\n"
+        "try: run_all.main()\n"
+        "except SystemExit: print([name for name in ('numpy', 'pandas', 'httpx', 'grpc') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    reply = subprocess.run(command, capture_output=True, text=True, check=True, env=environment(COLUMNS="80"))
+    assert reply.stdout.splitlines()[-1] == "[]"
+    text = " ".join(reply.stdout.split())
+    for key in keys.of(config.Profile):
+        assert key.meaning, key.name
+        assert f"{key.name} {' '.join(key.text.split())}" in text
+
+
+def test_keys_are_described_by_what_they_take():
+    described = {key.name: (key.takes, key.default) for key in keys.of(config.Profile)}
+    assert described["clusterer.normalizer"] == ("l2|standard", "l2")
+    assert described["corpus.holdout"] == ("number > 0 and < 1", "0.4")
+    assert described["corpus.path"] == ("text", "none")
+    assert described["paper2.mixes"] == ("list of uniform|normal", '["uniform"]')
+    assert described["scale.users"][1] == ""  # every profile has to say it
+    assert described["paper1.users"][0].startswith("list of integer > 0")
+
+
+@pytest.mark.parametrize("name", ["05", "5", "05_load_sweep", "05_load_sweep.ipynb", "notebooks/05_load_sweep.ipynb"])
+def test_a_notebook_is_named_by_number_name_or_file(run, name):
+    status, out, _ = run("--profile", "smoke", "--dry-run", "--only", name)
+    assert status == 0
+    assert [line.split(":")[0] for line in out.splitlines()] == ["05_load_sweep"]
+
+
+def test_an_empty_selection_is_no_success(run):
+    status, out, err = run("--profile", "smoke", "--only", "05", "--from", "07")
+    assert (status, out) == (2, "")
+    assert "nothing selected" in err
+
+
+def test_interrupting_ends_as_shells_expect(run, home, monkeypatch):
+    def interrupted(step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_all.Step, "run", interrupted)
+    monkeypatch.setattr("erlib.preflight.basics", lambda profile: [])
+    status, out, err = run("--profile", "smoke", "--only", "01", "02")
+    assert status == 130
+    assert "goes on where this one left off" in err
+    assert re.search(r"02_workload +not run", out)
+
+
+# --- places and files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "meant"), [("out", paths.ROOT / "out"), ("~/out", "{home}/out"), ("", None)])
+def test_a_relative_home_is_one_place_wherever_one_stands(tmp_path, given, meant):
+    """Notebooks run in a directory of their own."""
+    code = "from erlib import paths; print(paths.RUNS)"
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=directory,
+            env=environment(ERLIB_HOME=given, HOME=str(tmp_path)),
+        ).stdout.strip()
+        for directory in (paths.ROOT, paths.NOTEBOOKS)
+    }  # fmt: skip
+    expected = paths.ROOT / "data" if meant is None else str(meant).format(home=tmp_path)
+    assert seen == {f"{expected}/runs"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["corpus.name=jsonl", "corpus.path={folder}/no.jsonl"], "no corpus file"),
+        (["corpus.name=parquet", "corpus.path={folder}"], "no corpus file"),
+        (["clusterer.pickles={folder}"], "no tfidf.pkl nor kmeans.pkl"),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_before_the_start(run, home, tmp_path, settings, message):
+    settings = [setting.format(folder=tmp_path) for setting in settings]
+    status, out, err = run("--profile", "smoke", "--dry-run", "--set", *settings)
+    assert status == 0
+    assert out.startswith("01_clusterer: run")
+    assert "a run would stop here because: " in err and message in err
+    status, out, err = run("--profile", "smoke", "--set", *settings)
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_the_start(run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for name in ("CACHE", "RUNS", "FIGURES", "ENGINE_BUILDS"):
+        monkeypatch.setattr(paths, name, tmp_path / "file" / name.lower())
+    status, out, err = run("--profile", "smoke")
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "ERLIB_HOME" in err
+    _, _, err = run("--profile", "smoke", "--dry-run")
+    assert f"{tmp_path / 'file'} is a file where a run needs a folder" in err
+
+
+# --- earlier runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def step(home, tmp_path):
+    """A notebook that says where it runs."""
+    cells = [
+        "import json, os, sys",
+        "print(json.dumps([sys.executable, sys.path, dict(os.environ), 'poison' in globals()]))",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python"}
+    nbformat.write(notebook, tmp_path / "00_tiny.ipynb")
+    return run_all.Step(tmp_path / "00_tiny.ipynb", config.load_profile("smoke"), {}, earlier=[])
+
+
+STAMP = {"reads": {}, "wrote": [], "finished": "1.5"}
+
+
+@pytest.mark.parametrize(
+    "stamp",
+    ["", "[]", "null", "{", "1", '"text"', "[" * 100_000, b"\xff\x00", *(
+        json.dumps(STAMP | wrong) for wrong in ({"reads": None}, {"reads": [1]}, {"wrote": 5}, {"wrote": [None]},
+                                                {"finished": {}}, {"reads": {"the notebook": 1}})
+    ), json.dumps({"reads": {}})],
+    ids=lambda stamp: str(stamp)[:30],
+)  # fmt: skip
+def test_a_damaged_stamp_means_never_run(step, home, stamp):
+    path = home / "runs/smoke/notebooks/00_tiny.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(stamp if isinstance(stamp, bytes) else stamp.encode())
+    assert step.reason_to_run(force=False) == "not run before with this profile"
+
+
+def test_names_of_files_that_no_file_can_have_are_gone(step, home):
+    path = home / "runs/smoke/notebooks/00_tiny.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(STAMP | {"reads": step._reads(), "wrote": ["x" * 5000, "a\0b"]}))
+    assert "is gone" in step.reason_to_run(force=False)
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------------
+
+
+def test_the_kernel_is_this_interpreter_and_takes_nothing_of_the_users(step, tmp_path, monkeypatch):
+    """Neither another kernel of that name, nor start-up files, nor a search path; the home directory is not there."""
+    users = tmp_path / "user"
+    spec = {"argv": ["/nonexistent/python"], "display_name": "stale", "language": "python"}
+    for data in (users, users / "home/.local/share/jupyter"):
+        (data / "kernels/python3").mkdir(parents=True)
+        (data / "kernels/python3/kernel.json").write_text(json.dumps(spec))
+    (users / "profile_default/startup").mkdir(parents=True)
+    for file in (users / "profile_default/startup/00.py", users / "startup.py"):
+        file.write_text("poison = True")
+    monkeypatch.setenv("JUPYTER_PATH", str(users))
+    monkeypatch.setattr("jupyter_core.paths.ENV_JUPYTER_PATH", [str(users)])  # as a moved environment has it
+    monkeypatch.setenv("IPYTHONDIR", str(users))
+    monkeypatch.setenv("PYTHONSTARTUP", str(users / "startup.py"))
+    monkeypatch.setenv("PYTHONPATH", str(users))
+    monkeypatch.setenv("MPLBACKEND", "TkAgg")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    before = dict(os.environ)
+    step.run()
+    assert dict(os.environ) == before
+    executed = nbformat.read(paths.run_dir("smoke") / "notebooks/00_tiny.ipynb", 4)
+    executable, path, seen, poisoned = json.loads(executed.cells[-1].outputs[0].text)
+    assert executable == sys.executable
+    assert not poisoned
+    assert path[0] == str(paths.ROOT)
+    assert not [name for name, value in seen.items() if str(users) in value]
+    assert seen["MPLBACKEND"] != "TkAgg"
+    assert step.reason_to_run(force=False) == ""
