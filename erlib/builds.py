@@ -33,13 +33,53 @@ def stamp(command: Command) -> Path:
 
 
 def is_done(command: Command) -> bool:
-    """Whether a step need not be run: it has succeeded with this command, or somebody has put a download there."""
-    if not command.makes.exists():
+    """Whether a step need not be run: it has succeeded with this command, and what it has made is there.
+
+    A download counts whoever has put it there, but only if it is whole.
+    """
+    if lacking(command):
         return False
+    if command.program[0] == "hf" and "dataset" not in command.options:
+        return True
     try:
         return json.loads(stamp(command).read_text())["argv"] == list(command.argv)
     except (OSError, ValueError, KeyError):
-        return command.purpose == "fetch" and _is_downloaded(command.makes)
+        # Texts have no index that would show what is still to come; hf's own notes show that it has begun.
+        return command.program[0] == "hf" and not (command.makes / ".cache" / "huggingface").exists()
+
+
+def lacking(command: Command) -> list[str]:
+    """What a step should have made and has not; of a download, each file that is missing or cut short."""
+    directory = command.makes
+    if not directory.exists():
+        return [str(directory)]
+    if command.program[0] != "hf":
+        return []
+    if "dataset" in command.options:
+        return [] if any(directory.rglob("*.parquet")) else [f"{directory}/*.parquet"]
+    described = [] if _size(directory / "config.json") else [f"{directory}/config.json"]
+    return described + _lacking_weights(directory)
+
+
+def _lacking_weights(directory: Path) -> list[str]:
+    """What is missing of the files that a checkpoint's index names, or of its only one."""
+    index, names, due = directory / "model.safetensors.index.json", ["model.safetensors"], 0
+    if index.exists():
+        try:
+            content = json.loads(index.read_text())
+            names = sorted(set(content["weight_map"].values()))
+            due = content.get("metadata", {}).get("total_size", 0)
+        except (ValueError, KeyError, AttributeError):
+            return [f"{index} that could be read"]
+    sizes = {name: _size(directory / name) for name in names}
+    missing = [f"{directory / name}" for name, size in sizes.items() if not size]
+    if not missing and (total := sum(sizes.values())) < due:
+        return [f"{(due - total) / 1e9:.2f} GB of {directory}/*.safetensors"]
+    return missing
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
 
 
 def seconds(command: Command) -> float | None:
@@ -120,13 +160,16 @@ def _run(command: Command, runner: Runner) -> None:
     log = work / "logs" / f"{command.purpose}-{command.makes.name}.log"
     for directory in (work, runner.places.checkpoints, command.makes.parent):
         directory.mkdir(parents=True, exist_ok=True)
-    if command.purpose != "fetch":  # a download goes on where it was
+    if command.program[0] != "hf":  # whose downloads go on where they were
         shutil.rmtree(command.makes, ignore_errors=True)
     began = time.monotonic()
     log.unlink(missing_ok=True)
     _finish(runner.argv(command), log, work)
-    if not command.makes.exists():
-        raise StepFailed(f"{command.purpose} made no {command.makes}; {log} ends:\n{processes.tail(log)}")
+    if lacks := lacking(command):
+        shown = ", ".join(lacks[:3]) + (f" and {len(lacks) - 3} more" if len(lacks) > 3 else "")
+        raise StepFailed(
+            f"{command.purpose} ended without an error, but there is no {shown}; {log} ends:\n{processes.tail(log)}"
+        )
     done = {
         "argv": list(command.argv),
         "image": runner.image.reference if command.tool else None,
@@ -155,12 +198,3 @@ def _finish(argv: Sequence[str], log: Path, directory: Path) -> None:
         processes.stop([process])
     if code:
         raise StepFailed(f"{argv[0]} failed with code {code}; {log} ends:\n{processes.tail(log)}")
-
-
-def _is_downloaded(directory: Path) -> bool:
-    """Whether a directory holds a whole checkpoint, or texts."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        return any(directory.rglob("*.parquet")) or (directory / "model.safetensors").exists()
-    weights = set(json.loads(index.read_text())["weight_map"].values())
-    return all((directory / file).exists() for file in weights)

@@ -51,7 +51,10 @@ static_resources:
             max_concurrent_streams: 8192  # 1,024 by default: the next stream is refused
             max_outbound_frames: 1048576  # 10,000 by default: a client that stops for some seconds would be cut off
             initial_stream_window_size: 262144  # a processor is sent this much at once, and takes no more than a prompt
-          common_http_protocol_options: {{idle_timeout: 0s}}  # 1 h by default, then the client's connection is closed
+          common_http_protocol_options:
+            idle_timeout: 0s  # 1 h by default, then the client's connection is closed
+            max_headers_count: 10000  # 100 by default; gRPC limits the size of metadata only
+          max_request_headers_kb: 1024  # 60 by default; gateways and experts say what is too large
           stream_idle_timeout: 0s  # 5 min by default: a queued request may wait longer for its first token
           generate_request_id: false  # experts see what the client has sent
           skip_xff_append: true
@@ -171,7 +174,9 @@ _CLUSTER = """\
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        common_http_protocol_options: {{idle_timeout: 0s}}  # 1 h by default: a burst finds connections open
+        common_http_protocol_options:
+          idle_timeout: 0s  # 1 h by default: a burst finds connections open
+          max_headers_count: 10000
         explicit_http_config:
           http2_protocol_options:
             # What waits for slow clients counts against the one connection that all streams share: little of each, so

@@ -36,13 +36,17 @@ PROBE_AFTER_S, PROBE_AT_MOST_AFTER_S = 0.25, 2.0
 """Pause between the first two canaries to a dead replica; it doubles up to the second value."""
 ABANDON_AFTER_S = 5.0
 """A replica that has been dead for so long has lost the requests that it holds."""
+SLOW_CONNECT_S = 20.0
+"""A server that has not finished connecting within this time never will; one on a busy machine takes seconds."""
 
 CHANNEL_OPTIONS = [
     *wire.CHANNEL_OPTIONS,
     # The defaults let a restarted expert wait up to two minutes for the next attempt to connect.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    # Despite its name, the time in which a connection has to be complete. A refused one is tried again before.
+    ("grpc.min_reconnect_backoff_ms", round(SLOW_CONNECT_S * 1000)),
+    ("grpc.client_idle_timeout_ms", 2**31 - 1),  # half an hour by default, then the next request has to connect
 ]
 
 
@@ -83,6 +87,33 @@ class Replica:
         self.infer = self._channel.unary_unary(wire.INFER)
         self._examination: asyncio.Task[None] | None = None
         self._responses_when_busy: int | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a connection stands."""
+        return self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+    async def keep_connected(self) -> None:
+        """Connect whenever there is no connection, so that no request has to wait until there is one."""
+        while True:
+            await self._channel.wait_for_state_change(self._channel.get_state(try_to_connect=True))
+
+    async def connected(self, insist_s: float = 0.0) -> bool:
+        """Wait until there is a connection; False if there is none in time.
+
+        A connection that is merely slow gets :data:`SLOW_CONNECT_S`, a server that refuses one gets `insist_s`.
+        """
+        loop = asyncio.get_running_loop()
+        slow_until_s = loop.time() + max(SLOW_CONNECT_S, insist_s)
+        insist_until_s = loop.time() + insist_s
+        while (state := self._channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+            until_s = insist_until_s if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE else slow_until_s
+            try:
+                async with asyncio.timeout_at(until_s):
+                    await self._channel.wait_for_state_change(state)
+            except TimeoutError:
+                return False
+        return True
 
     async def ask(
         self,
@@ -215,6 +246,13 @@ def connect(addresses: str, first: int = 0, credentials: grpc.ChannelCredentials
         if not re.fullmatch(r"\S+:\d+", url):
             raise StartError(f"an expert's address is HOST:PORT, not {url!r}")
     return [Expert([Replica(url, credentials) for url in one.split("|")], first) for one in addresses.split(",")]
+
+
+async def unconnected(experts: Sequence[Expert], insist_s: float = 0.0) -> list[str]:
+    """Wait for connections to all replicas, see :meth:`Replica.connected`; the addresses of those that have none."""
+    replicas = [replica for expert in experts for replica in expert.replicas]
+    connected = await asyncio.gather(*(replica.connected(insist_s) for replica in replicas))
+    return [replica.url for replica, is_connected in zip(replicas, connected, strict=True) if not is_connected]
 
 
 async def watch(experts: Sequence[Expert], silence_s: float) -> None:

@@ -29,7 +29,7 @@ from erlib.clusterer import Clusterer, ClustererError
 from erlib.limits import Limits
 from erlib.processes import StartError
 from erlib.service import Distances, Gateway
-from erlib.telemetry import Telemetry
+from erlib.telemetry import Telemetry, logger
 
 _SETTLE_S = 0.5
 """The last requests' status has been sent within this time."""
@@ -50,6 +50,7 @@ async def serving(
     max_streams: int | None = None,
     silence_s: float = 30.0,
     drain_s: float = 30.0,
+    insist_s: float = 0.0,
 ) -> AsyncIterator[int]:
     """Serve at `address`; gives the port. In the end, new requests are refused and old ones have time to end.
 
@@ -68,6 +69,9 @@ async def serving(
         An expert that owes an answer and is silent for so long is asked whether it is alive.
     drain_s : float
         At most so long do old requests have.
+    insist_s : float
+        At most so long it waits for experts that refuse connections, before it listens. Connections that are being made
+        are awaited in any case: a burst of requests is not the time to make them.
 
     Raises
     ------
@@ -77,6 +81,10 @@ async def serving(
     options = dict(wire.CHANNEL_OPTIONS) | {
         "grpc.max_receive_message_length": gateway.limits.message_bytes,
         "grpc.so_reuseport": 0,
+        # By default, a client that asks every few seconds whether a queued request is still alive loses its connection.
+        "grpc.http2.max_ping_strikes": 0,
+        # What clients may send by default, 8 KB, and what a proxy adds to it.
+        "grpc.max_metadata_size": 9 << 10,
     }
     server = grpc.aio.server(options=list(options.items()), maximum_concurrent_rpcs=max_streams)
     server.add_generic_rpc_handlers((gateway, *handlers))
@@ -84,6 +92,8 @@ async def serving(
     await standing.set(wire.SERVICE, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(standing, server)
     reflection.enable_server_reflection((wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    if missing := await experts.unconnected(gateway.experts, insist_s):
+        logger.warning("no connection yet to %s", ", ".join(missing))
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:  # gRPC does not say why
@@ -92,11 +102,17 @@ async def serving(
         )
         raise StartError(f"cannot listen at {address}: {reasons}") from None
     await server.start()
-    watching = asyncio.create_task(experts.watch(gateway.experts, silence_s))
+    replicas = [replica for expert in gateway.experts for replica in expert.replicas]
+    background = [
+        asyncio.create_task(experts.watch(gateway.experts, silence_s)),
+        *(asyncio.create_task(replica.keep_connected()) for replica in replicas),
+    ]
     try:
         yield port
     finally:
-        watching.cancel()
+        for task in background:
+            task.cancel()
+        await asyncio.wait(background)
         await standing.enter_graceful_shutdown()
         gateway.drain()
         stopped = asyncio.create_task(server.stop(drain_s))  # no new streams from now on
@@ -106,9 +122,8 @@ async def serving(
             idle_s = 0.0 if gateway.is_busy else idle_s + 0.05
         await server.stop(None)  # what is left are streams that their clients merely keep open
         await stopped
-        for expert in gateway.experts:
-            for replica in expert.replicas:
-                await replica.close()
+        for replica in replicas:
+            await replica.close()
 
 
 def _router(args: argparse.Namespace, behind: Sequence[experts.Expert]) -> routers.Router:
@@ -139,7 +154,7 @@ async def _run_until_signalled(args: argparse.Namespace) -> None:
     limits = Limits(args.max_prompt_bytes, args.max_streams_per_peer, args.max_requests_per_s)
     thread = ThreadPoolExecutor(1) if args.policy in routers.SLOW else None
     gateway = Gateway(router.route, behind, args.index, distances, limits, telemetry, args.behind_proxy, thread)
-    settings = {"max_streams": args.max_streams, "silence_s": args.silence_s, "drain_s": args.drain_s}
+    settings = {name: getattr(args, name) for name in ("max_streams", "silence_s", "drain_s", "insist_s")}
     address = f"{args.host}:{args.port}"
     gc.freeze()  # what is there now stays: no collection need look at it again
     handlers = []
@@ -191,6 +206,9 @@ def _parser() -> argparse.ArgumentParser:
         "--silence-s", type=_positive(float), default=30.0, help="after which an expert is asked if it is alive"
     )
     parser.add_argument("--drain-s", type=float, default=30.0, help="time for running requests after SIGTERM")
+    parser.add_argument(
+        "--insist-s", type=float, default=0.0, help="at most so long wait for experts that refuse connections, to begin"
+    )
 
     limits = parser.add_argument_group("limits, of this instance")
     limits.add_argument("--max-prompt-bytes", type=_positive(int), default=Limits.prompt_bytes)

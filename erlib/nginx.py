@@ -34,7 +34,12 @@ http {{
   }}
   server {{
     # so_keepalive: off by default; a client whose host has gone would hold its streams for client_body_timeout.
-    listen {host}:{port} http2 so_keepalive=5m:30s:4;
+    # backlog: 511 by default; of more users who connect in the same instant, the rest would try again a second later.
+    listen {host}:{port} http2 so_keepalive=5m:30s:4 backlog=4096;
+    # By default, metadata whose names hold "_" or "." are dropped without a word, and those of more than 8 KB refused.
+    underscores_in_headers on;
+    ignore_invalid_headers off;
+    large_client_header_buffers 8 128k;  # gateways say what is too large
     http2_max_concurrent_streams 8192;  # 128 by default: the next stream of a client's connection would wait
     keepalive_requests 1000000000;  # 1,000 streams by default, then the client's connection is closed
     keepalive_timeout 24h;  # 75 s by default: a client that thinks longer would have to connect again
@@ -52,6 +57,16 @@ http {{
     grpc_next_upstream error timeout;
     grpc_next_upstream_tries 0;
     grpc_set_header x-real-ip $remote_addr;  # the gateways' limits are per client
+    grpc_set_header expect $http_expect;  # dropped by default
+    # Metadata of answers that NGINX would take for orders to itself, or keep to itself.
+    grpc_ignore_headers X-Accel-Redirect X-Accel-Charset;
+    grpc_pass_header X-Accel-Redirect;
+    grpc_pass_header X-Accel-Charset;
+    grpc_pass_header X-Accel-Expires;
+    grpc_pass_header X-Accel-Limit-Rate;
+    grpc_pass_header X-Accel-Buffering;
+    grpc_pass_header Date;
+    grpc_pass_header Server;
     location / {{ grpc_pass grpc://gateways; }}
     # What NGINX itself has to refuse is said in gRPC's terms: UNAVAILABLE.
     error_page 502 503 504 = /unavailable;

@@ -242,6 +242,7 @@ class RepositoryServer(triton.TritonServer):
             f"--http-address={self.host}", f"--http-port={self.http_port}",
             f"--grpc-address={self.host}", f"--grpc-port={self.grpc_port}",
             f"--metrics-address={self.host}", f"--metrics-port={self.metrics_port}",
+            "--grpc-http2-max-ping-strikes=0",  # as triton.TritonServer has it
             "--disable-auto-complete-config",
             *triton.python_backend_options(shm_prefix),
         ]  # fmt: skip

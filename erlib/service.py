@@ -470,7 +470,8 @@ def _blaming(replica: Replica, request: Request) -> Iterator[None]:
     except grpc.aio.AioRpcError as error:
         if error.code() in _SERVER_AT_FAULT:
             replica.suspect()
-        raise Failure(error.code(), f"{who} failed: {error.details()}") from None
+        reason = error.details() if replica.is_connected else f"no connection to {replica.url}: {error.details()}"
+        raise Failure(error.code(), f"{who} failed: {reason}") from None
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # our client has gone

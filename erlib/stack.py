@@ -282,7 +282,8 @@ class Stack:
         self._gateways = [
             Gateway(
                 i, addresses[host], settings.base_port + 1 + i, experts, clusterer, policy, directories[host],
-                self.harness_niceness, ["--processor"] if has_envoy else [],
+                self.harness_niceness,
+                ["--insist-s", str(settings.start_timeout_s), *(["--processor"] if has_envoy else [])],
             )
             for i, host in enumerate(placement.gateways)
         ]  # fmt: skip

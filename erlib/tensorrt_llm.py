@@ -241,8 +241,10 @@ class Plan:
     def _fetch(self) -> list[Command]:
         """Downloads: without the second copies of the weights that the repositories hold (``*.bin``, ``original/``)."""
         name = CHECKPOINTS[self.system.model]
-        included = ("--include", "*.safetensors", "*.json", "tokenizer*", "--exclude", "original/*")
-        found = [Command("fetch", ("hf", "download"), (name, *included, "--local-dir", str(self.source)), self.source)]
+        # One pattern per option: a second one would be taken for the name of a file, which switches patterns off.
+        wanted = [word for pattern in ("*.safetensors", "*.json", "tokenizer*") for word in ("--include", pattern)]
+        options = (name, *wanted, "--exclude", "original/*", "--local-dir", str(self.source))
+        found = [Command("fetch", ("hf", "download"), options, self.source)]
         if self.flow == "engine" and self.system.dtype != "fp16":
             texts = self.places.checkpoints / CALIBRATION
             options = (f"abisee/{CALIBRATION}", "--repo-type", "dataset", "--local-dir", str(texts))

@@ -192,6 +192,7 @@ class TritonServer:
                 f"--http-address={self.host}", f"--http-port={self.http_port}",
                 f"--grpc-address={self.host}", f"--grpc-port={self.grpc_port}",
                 f"--metrics-address={self.host}", f"--metrics-port={self.metrics_port}",
+                "--grpc-http2-max-ping-strikes=0",  # users of a baseline ask it directly, some of them with pings
                 "--disable-auto-complete-config",
                 "--exit-timeout-secs=2",
                 "--allow-gpu-metrics=false",

@@ -1,12 +1,13 @@
 """Stand-in for what a DGX has and a test machine has not: ``nvidia-smi``, ``hf``, and ``docker`` with NVIDIA's image.
 
-Started under each of these names. Downloads write a checkpoint's description and a tokenizer, conversions pass it on,
-``trtllm-build`` writes an engine's description with files of the right size (holes), and ``mpirun`` or ``tritonserver``
-starts the real Triton on the real repository, in which a stand-in takes the engine's or the LLM API's place. What was
-started is noted in ``calls``.
+Started under each of these names. ``hf`` is the real one, but for the network: files have the right names and sizes.
+Conversions pass a checkpoint's description on, ``trtllm-build`` writes an engine's description with files of the right
+size (holes), and ``mpirun`` or ``tritonserver`` starts the real Triton on the real repository, in which a stand-in
+takes the engine's or the LLM API's place. What was started is noted in ``calls``, what was fetched in ``fetched``.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -37,22 +38,69 @@ def nvidia_smi(argv):
 
 
 def hf(argv):
+    """The real command, in which nothing but its network call stands in."""
+    from huggingface_hub.cli import hf as command
+
+    module = importlib.import_module("huggingface_hub.cli.download")
+    module.snapshot_download = from_the_hub
+    command.check_cli_update = lambda library: None
+    sys.argv = ["hf", *argv]
+    command.main()
+
+
+def from_the_hub(repo_id, repo_type, allow_patterns, ignore_patterns, local_dir, **_):
+    """A repository as the hub has it, from which the patterns choose: files of the right size (holes)."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    target = Path(local_dir)
+    (target / ".cache" / "huggingface").mkdir(parents=True, exist_ok=True)
+    files = texts() if repo_type == "dataset" else checkpoint(repo_id)
+    chosen = list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+    lost = os.environ.get("STANDIN_LOSES")
+    for name in chosen:
+        if name != lost:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            write(target / name, files[name])
+    with (HOME / "fetched").open("a") as fetched:
+        fetched.write(json.dumps([repo_id, *sorted(chosen)]) + "\n")
+    return str(target)
+
+
+def write(file, content):
+    if isinstance(content, int):
+        with file.open("wb") as hole:
+            hole.truncate(content)
+    else:
+        file.write_bytes(content)
+
+
+def texts():
+    return {"README.md": b"texts", "3.0.0/train-00000-of-00003.parquet": 3}
+
+
+def checkpoint(repo_id):
+    """Files of a model's repository, which holds the weights three times."""
     from erlib import engines, tensorrt_llm
 
-    assert argv[0] == "download"
-    target = Path(options(argv)["--local-dir"])
-    target.mkdir(parents=True, exist_ok=True)
-    if "dataset" in argv:
-        (target / "train.parquet").touch()
-        return
-    (model,) = (model for model, name in tensorrt_llm.CHECKPOINTS.items() if name == argv[1])
+    (model,) = (model for model, name in tensorrt_llm.CHECKPOINTS.items() if name == repo_id)
     shape = engines.shape(model)
     sizes = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "vocab_size": shape.vocabulary}
-    (target / "config.json").write_text(json.dumps({"model": model, **sizes}))
-    with (target / "model.safetensors").open("wb") as file:
-        file.truncate(2 * engines.shape(model).parameters)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(os.environ["STANDIN_TOKENIZER"]) / name, target)
+    half = shape.parameters
+    shards = {f"model-{part}-of-2.safetensors": half for part in (1, 2)}
+    index = {"metadata": {"total_size": 2 * half}, "weight_map": {f"layer of {name}": name for name in shards}}
+    tokenizer = Path(os.environ["STANDIN_TOKENIZER"])
+    return {
+        "config.json": json.dumps({"model": model, **sizes}).encode(),
+        "generation_config.json": b"{}",
+        **{name: (tokenizer / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")},
+        "tokenizer.model": b"pieces",
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        **shards,
+        "pytorch_model-00001-of-00001.bin": 2 * half,
+        "original/consolidated.00.pth": 2 * half,
+        "original/params.json": b"{}",
+        "LICENSE.txt": b"terms",
+    }
 
 
 def docker(argv):

@@ -88,6 +88,8 @@ class StandIn(grpc.GenericRpcHandler):
         self.questions: list[str] = []
         self.shown: list[tuple[str, str | bytes]] = []
         """Metadata of the last question."""
+        self.tells: Sequence[tuple[str, str | bytes]] = (("from-expert", "yes"), ("binary-bin", b"\x00\xff"))
+        """Its trailing metadata."""
         self.url = ""
         self.is_ready = True
         self.slots = 10**9
@@ -129,7 +131,7 @@ class StandIn(grpc.GenericRpcHandler):
 
     async def _infer(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
         self.seen.append(seen := _seen(message, context))
-        context.set_trailing_metadata((("from-expert", "yes"), ("binary-bin", b"\x00\xff")))
+        context.set_trailing_metadata(tuple(self.tells))
         orders = Orders.of(wire.prompt_of(message)[1])
         if orders.fail_after >= 0 or self.broken:
             await context.abort(grpc.StatusCode[orders.code], orders.reason)
@@ -140,7 +142,7 @@ class StandIn(grpc.GenericRpcHandler):
     async def _stream_infer(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
             self.seen.append(seen := _seen(message, context))
-            context.set_trailing_metadata((("from-expert", "yes"), ("binary-bin", b"\x00\xff")))
+            context.set_trailing_metadata(tuple(self.tells))
             try:
                 await self._answer(message, context, seen)
                 seen.end = "done"
@@ -240,6 +242,7 @@ async def front(
     silence_s: float = 30.0,
     drain_s: float = 5.0,
     max_streams: int | None = None,
+    insist_s: float = 0.0,
     beside: Callable[[service.Gateway], Sequence[grpc.GenericRpcHandler]] = lambda _: (),
     **arguments,
 ) -> AsyncIterator[Front]:
@@ -249,8 +252,8 @@ async def front(
     """
     behind = experts.connect(addresses)
     routing = service.Gateway(arguments.pop("route", first_word), behind, **arguments)
-    settings = {"silence_s": silence_s, "drain_s": drain_s, "max_streams": max_streams, "handlers": beside(routing)}
-    async with gateway.serving(routing, "127.0.0.1:0", **settings) as port:
+    settings = {"silence_s": silence_s, "drain_s": drain_s, "max_streams": max_streams, "insist_s": insist_s}
+    async with gateway.serving(routing, "127.0.0.1:0", handlers=beside(routing), **settings) as port:
         url = f"127.0.0.1:{port}"
         async with grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
             yield Front(routing, url, channel)

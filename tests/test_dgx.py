@@ -99,6 +99,79 @@ def test_an_engine_that_is_not_what_was_asked_for_is_refused(dgx, tmp_path):
         builds.build([plan], "docker")
 
 
+def fetched(tmp_path) -> dict[str, list[str]]:
+    """Files that were fetched, by repository."""
+    lines = map(json.loads, (tmp_path / "fetched").read_text().splitlines())
+    return {repository: files for repository, *files in lines}
+
+
+def test_downloads_hold_the_weights_once(dgx, tmp_path):
+    """What the real ``hf`` makes of the patterns: all of the checkpoint, and nothing twice."""
+    profile, _ = dgx
+    builds.build([tensorrt_llm.plan(profile(), config.load_configuration("p2.D"))], "docker")
+    assert fetched(tmp_path) == {
+        "meta-llama/Meta-Llama-3-70B": [
+            "config.json",
+            "generation_config.json",
+            "model-1-of-2.safetensors",
+            "model-2-of-2.safetensors",
+            "model.safetensors.index.json",
+            "tokenizer.json",
+            "tokenizer.model",
+            "tokenizer_config.json",
+        ],
+        "abisee/cnn_dailymail": ["3.0.0/train-00000-of-00003.parquet", "README.md"],
+    }
+
+
+def test_a_download_without_all_weights_is_none(dgx, tmp_path, monkeypatch):
+    profile, _ = dgx
+    plan = tensorrt_llm.plan(profile(), config.load_configuration("p2.E"))
+    monkeypatch.setenv("STANDIN_LOSES", "model-2-of-2.safetensors")
+    with pytest.raises(builds.StepFailed, match=r"without an error, but there is no \S*/model-2-of-2\.safetensors; "):
+        builds.build([plan], "docker")
+    fetch = plan.commands[0]
+    builds.stamp(fetch).write_text(json.dumps({"argv": list(fetch.argv), "seconds": 1}))  # whatever a stamp says
+    assert not builds.is_done(fetch)
+    monkeypatch.delenv("STANDIN_LOSES")
+    builds.build([plan], "docker")
+    assert builds.is_done(fetch)
+    with (plan.source / "model-1-of-2.safetensors").open("r+b") as weights:
+        weights.truncate(10**9)
+    (cut,) = builds.lacking(fetch)
+    assert cut.startswith("7.03 GB of ")
+    (plan.source / "model.safetensors.index.json").write_text("{")
+    assert "model.safetensors.index.json that could be read" in builds.lacking(fetch)[0]
+
+
+def test_texts_that_are_still_being_fetched_are_not_taken_for_somebodys(dgx, monkeypatch):
+    profile, _ = dgx
+    fetch = tensorrt_llm.plan(profile(), config.load_configuration("p2.D")).commands[1]
+    texts = fetch.makes / "3.0.0" / "train-00000-of-00003.parquet"
+    texts.parent.mkdir(parents=True)
+    texts.touch()
+    assert builds.is_done(fetch)  # somebody has put them there
+    (fetch.makes / ".cache" / "huggingface").mkdir(parents=True)
+    assert not builds.is_done(fetch)
+    builds.stamp(fetch).write_text(json.dumps({"argv": list(fetch.argv), "seconds": 1}))
+    assert builds.is_done(fetch)
+
+
+def test_a_clone_that_was_cut_off_is_made_anew(dgx, tmp_path):
+    """git does not go on where it was; it refuses a directory that is there."""
+    profile, _ = dgx
+    plan = tensorrt_llm.plan(profile(**{"tensorrt_llm.flow": "llmapi"}), config.load_configuration("p1.D"))
+    clone = next(command for command in plan.commands if command.program[0] == "git")
+    git = tmp_path / "bin" / "git"
+    git.write_text('#!/bin/sh\nfor last; do :; done\nmkdir "$last" && touch "$last/whole"\n')
+    git.chmod(0o755)
+    clone.makes.mkdir(parents=True)
+    (clone.makes / "half").touch()
+    with pytest.raises(builds.StepFailed, match="docker failed"):  # the stand-in does not quantise for the LLM API
+        builds.build([plan], "docker")
+    assert [path.name for path in clone.makes.iterdir()] == ["whole"]
+
+
 def test_a_missing_tool_is_named(dgx, monkeypatch):
     profile, _ = dgx
     monkeypatch.setenv("PATH", "/nonexistent")

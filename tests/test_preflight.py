@@ -207,8 +207,8 @@ def test_gated_checkpoints_name_their_licence_and_only_those_that_are_missing(ma
     assert sum("accept the Meta Llama 3 Community License" in one for one in found) == 2
     for name in ("Llama-2-13b-hf", "Meta-Llama-3-8B", "Meta-Llama-3-70B"):
         (tmp_path / "hf" / name).mkdir(parents=True)
-        for file in ("model.safetensors", "tokenizer.json"):
-            (tmp_path / "hf" / name / file).touch()
+        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+            (tmp_path / "hf" / name / file).write_text("somebody's")
     assert "no access to meta-llama/Llama-2-70b-hf" in problem(profile())
 
 

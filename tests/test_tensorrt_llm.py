@@ -275,7 +275,7 @@ def test_show_prints_the_plan_as_the_runner_starts_it(capsys):
     assert tensorrt_llm.main(["show", "p2.B", "--runner", "bare", "--work", "/w", "--checkpoints", "/c"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["hf", "hf", "python3", "trtllm-build", "python"]
-    assert lines[0].startswith("hf download meta-llama/Meta-Llama-3-70B --include '*.safetensors'")
+    assert lines[0].startswith("hf download meta-llama/Meta-Llama-3-70B --include '*.safetensors' --include '*.json' ")
     assert lines[2].startswith(
         "python3 /app/tensorrt_llm/examples/quantization/quantize.py --model_dir /c/Meta-Llama-3-70B"
     )
