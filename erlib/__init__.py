@@ -3,7 +3,8 @@
 Modules are listed in the order in which data flows through them; each imports only earlier ones::
 
     paths, keys, config                       where things are; what a profile may say; profiles and configurations
-    processes, kernel                         children that end with us; what runs the notebooks
+    leftovers, processes                      what is left of dead ones; children that end with us
+    runfolder, kernel                         folders that do, too; what runs the notebooks
     corpus, pickles, clusterer                text; c-BTM's files; the router's model
     stock, routers, prompts                   that model as an unpickled pipeline; other routers; the workloads
     engines, openvino, quality                arithmetic of a configuration; its engine, built; what its format costs

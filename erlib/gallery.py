@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 import re
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ def pictures(profile: str) -> list[Picture]:
     drawn = [path for path in root.glob("*/*/*.json") if path.parent.name in PAPERS]
     if not drawn:
         raise FileNotFoundError(f"no figures in {root}: run 08_figures_paper1 and 09_figures_paper2 first")
-    with ProcessPoolExecutor(_WORKERS, initializer=processes.leave_inheritance) as pool:
+    with processes.pool(_WORKERS) as pool:
         found = list(pool.map(_picture, drawn))
     return sorted(found, key=lambda p: (list(PAPERS).index(p.paper), p.slug, source_order(p.source)))
 

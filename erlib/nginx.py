@@ -11,6 +11,7 @@ from pathlib import Path
 
 from erlib import processes
 from erlib.processes import StartError
+from erlib.runfolder import RunFolder
 
 # Every limit whose default would break a long streaming run of many users is set, with the reason beside it.
 _CONFIG = """\
@@ -105,14 +106,13 @@ class Nginx:
     def __init__(self, port: int, upstreams: Sequence[str], work_dir: Path, host: str = "127.0.0.1"):
         self.host, self.port = host, port
         self.log = work_dir / "nginx.log"
-        self._run = work_dir / "nginx"
-        self._config = _CONFIG.format(
-            run=self._run,
-            host=host,
-            port=port,
-            open_files=min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
-            servers="\n".join(f"    server {upstream} max_fails=0;" for upstream in upstreams),
-        )
+        self._run_folder: RunFolder | None = None
+        self._settings = {
+            "host": host,
+            "port": port,
+            "open_files": min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+            "servers": "\n".join(f"    server {upstream} max_fails=0;" for upstream in upstreams),
+        }
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -128,11 +128,20 @@ class Nginx:
         StartError
             If NGINX is missing, refuses its configuration or does not listen within `timeout_s`.
         """
-        self._run.mkdir(parents=True, exist_ok=True)
+        binary = find()
         self.log.unlink(missing_ok=True)
-        config = self._run / "nginx.conf"
-        config.write_text(self._config)
-        self.process = processes.spawn([find(), "-p", self._run, "-c", config], self.log)
+        self.clean_up()
+        self._run_folder = RunFolder()
+        run = self._run_folder.path
+        run.chmod(0o711)  # started by root, it works as a user who may do less
+        (run / "nginx.conf").write_text(_CONFIG.format(run=run, **self._settings))
+        self.process = processes.spawn([binary, "-p", run, "-c", run / "nginx.conf"], self.log)
         processes.wait_until(
             lambda: processes.listening(self.port, self.host), self.process, "NGINX", self.log, timeout_s
         )
+
+    def clean_up(self) -> None:
+        """Remove what it needed while it ran."""
+        if self._run_folder:
+            self._run_folder.remove()
+            self._run_folder = None

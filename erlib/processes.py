@@ -1,4 +1,7 @@
-"""Child processes that never outlive us: started with a log, stopped for certain, killed by the kernel if we die."""
+"""Child processes that never outlive us: started with a log, stopped for certain, with all that they have started.
+
+If we die, however we die, the kernel tells them to end, and a guard (:mod:`erlib.leftovers`) sees to it that they do.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
+
+from erlib import leftovers
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -36,19 +44,20 @@ def spawn(
 ) -> subprocess.Popen[bytes]:
     """Start `command` with standard error (and output, unless piped) appended to `log`, `niceness` below our priority.
 
-    The kernel sends the child SIGTERM when this process dies, however it dies (``kill -9`` included).
+    The kernel sends the child SIGTERM when this process dies, however it dies (``kill -9`` included), and what then is
+    left of its session is killed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
 
     def follow_parent() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _hear_all_signals()
+        _die_with(parent, signal.SIGTERM)
         _stand_back(niceness)
-        if os.getppid() != parent:  # it died between fork and prctl
-            os._exit(1)
 
+    _GUARD.stand()
     with log.open("ab") as file:
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [str(part) for part in command],
             stderr=file,
             env={**os.environ, **(env or {})},
@@ -57,6 +66,70 @@ def spawn(
             preexec_fn=follow_parent,  # noqa: PLW1509  (touches no lock, and nothing else sets a death signal)
             **{"stdin": subprocess.DEVNULL, "stdout": file, **popen},
         )
+    _GUARD.watch(child.pid)
+    return child
+
+
+def _hear_all_signals() -> None:
+    """Undo what a child would inherit: signals that we block, or that whoever started us ignores (nohup, ``&``)."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _die_with(parent: int, number: signal.Signals) -> None:
+    """Let the kernel send us `number` when `parent` dies."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
+
+
+class _Guard:
+    """The process that ends what we have started if we cannot; see :mod:`erlib.leftovers`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sessions: set[int] = set()
+
+    def stand(self) -> None:
+        """Be there, before anything is started."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+
+    def watch(self, session: int) -> None:
+        with self._lock:
+            self._sessions.add(session)
+            self._say(f"+{session}")
+
+    def forget(self, session: int) -> None:
+        with self._lock:
+            if session in self._sessions:
+                self._sessions.remove(session)
+                self._say(f"-{session}")
+
+    def _say(self, line: str) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:  # somebody has killed it
+            self._start()
+
+    def _start(self) -> None:
+        # Isolated and without site-packages: it has to be there at once, whatever the environment says.
+        command, quiet = [sys.executable, "-I", "-S", leftovers.__file__], subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, cwd="/", start_new_session=True
+        )
+        for session in self._sessions:
+            self._say(f"+{session}")
+
+
+_GUARD = _Guard()
 
 
 def _stand_back(niceness: int) -> None:
@@ -83,48 +156,70 @@ def python(*arguments: str | Path) -> list[str | Path]:
     return [sys.executable, *arguments]
 
 
-def leave_inheritance() -> None:
-    """Begin a forked worker: what it inherits is never collected here.
+def pool(workers: int) -> ProcessPoolExecutor:
+    """Forked processes that compute, and die with us."""
+    return ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(os.getpid(),))
 
-    Looking through it takes time, and a finaliser that joins a thread would not return: threads are not inherited.
-    """
+
+def _begin_worker(parent: int) -> None:
+    _die_with(parent, signal.SIGKILL)
+    # What it inherits is never collected here: looking through it takes time, and a finaliser that joins a thread would
+    # not return, because threads are not inherited.
     gc.freeze()
 
 
-def stop(processes: Iterable[subprocess.Popen[bytes]], grace_s: float = 10.0) -> None:
-    """SIGTERM all `processes`, wait up to `grace_s` seconds, SIGKILL what is left with its children; reap them."""
-    running = [process for process in processes if process.poll() is None]
-    families = [psutil.Process(process.pid) for process in running]
-    families += [child for parent in list(families) for child in _children(parent)]
-    for process in running:
-        process.send_signal(signal.SIGTERM)
-    alive = _still_running(families, grace_s)
-    for member in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    for process in running:
-        process.wait()
-    _still_running(alive, 3)
+def end_on_signals(*more: signal.Signals) -> None:
+    """Let SIGTERM, SIGHUP (the terminal is closed) and `more` raise SystemExit, so that what is started is stopped.
 
-
-def _still_running(members: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Those that still run after `timeout_s`; returns as soon as there are none.
-
-    A zombie runs no more. An orphan stays one until init reaps it, which some take seconds to do.
+    The first does, with the status 128 + its number; those behind it must not disturb the clean-up. What is ignored
+    (SIGHUP under nohup) stays so, and what has a handler keeps it. Only the main thread can set this.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    numbers = [signal.SIGTERM, signal.SIGHUP, *more]
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            if signal.getsignal(each) is leave:
+                signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in numbers:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, leave)
+
+
+def stop(processes: Iterable[subprocess.Popen[bytes]], grace_s: float = 10.0) -> None:
+    """SIGTERM all `processes`, wait up to `grace_s` seconds, SIGKILL what is left of their sessions; reap them.
+
+    That is their children, also those of a process that has died before.
+    """
+    ours = list(processes)
+    running = {process.pid for process in ours if process.poll() is None}
+    crashed = leftovers.still_those_of({process.pid: None for process in ours if process.pid not in running})
+    for process in ours:
+        process.send_signal(signal.SIGTERM)
+    _kill(crashed)  # whose children nobody tells to end
+    _wait_for_the_end(running, grace_s)
+    _kill(running)
+    for process in ours:
+        process.wait()
+    _wait_for_the_end(running | crashed, 3)
+    for process in ours:
+        _GUARD.forget(process.pid)
+
+
+def _kill(sessions: Collection[int]) -> None:
+    for pid in leftovers.members(sessions):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _wait_for_the_end(sessions: Collection[int], timeout_s: float) -> None:
+    """Wait until nobody of `sessions` runs. A zombie does not, which init may take seconds to reap."""
     deadline = time.monotonic() + timeout_s
-    while members := [member for member in members if _runs(member)]:
-        if time.monotonic() > deadline:
-            break
+    while leftovers.members(sessions) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return members
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def wait_until(
@@ -179,13 +274,6 @@ def listening(port: int, host: str = "127.0.0.1") -> bool:
     with socket.socket() as probe:
         probe.settimeout(0.2)
         return probe.connect_ex((host, port)) == 0
-
-
-def _children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _owner(port: int) -> str:

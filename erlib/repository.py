@@ -32,6 +32,7 @@ from erlib import config, engines, paths, processes, triton
 from erlib.config import ConfigError, Flow, RunnerKind
 from erlib.containers import Runner, load_image
 from erlib.processes import StartError
+from erlib.runfolder import RunFolder
 from erlib.tensorrt_llm import Plan
 from erlib.wire import MODEL_NAME
 
@@ -226,10 +227,11 @@ class RepositoryServer(triton.TritonServer):
 
     def _on_the_cpu(self) -> Launch:
         root = triton._wheel()
+        self._run_folder = self._run_folder or RunFolder()
         command = [
             str(root / "bin" / "tritonserver"),
             *self._options(self.shm_prefix),
-            f"--backend-directory={self._backend_directory(root)}",
+            f"--backend-directory={triton._backend_directory(root, self._run_folder.path)}",
             "--exit-timeout-secs=2",
             "--allow-gpu-metrics=false",
             "--pinned-memory-pool-byte-size=0",
@@ -249,7 +251,7 @@ class RepositoryServer(triton.TritonServer):
 
     def start(self) -> None:
         """Start the process; see :meth:`~erlib.triton.TritonServer.wait_ready`."""
-        self._sweep_shared_memory()  # a predecessor that was killed leaves its regions behind
+        self._claim_shared_memory()
         self.log.unlink(missing_ok=True)
         self._remove_container()
         launch = self.launch
@@ -282,7 +284,7 @@ class RepositoryServer(triton.TritonServer):
 
     def clean_up(self) -> None:
         """Remove what a stopped server may leave: its shared memory and its container."""
-        self._sweep_shared_memory()
+        super().clean_up()
         self._remove_container()
 
     def _remove_container(self) -> None:

@@ -23,7 +23,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from operator import itemgetter
@@ -651,7 +651,7 @@ def run(
     # the longest first, so that no worker is left alone with one
     parts = sorted(together.values(), key=lambda part: -part[0].users * len(part))
     with (
-        ProcessPoolExecutor(workers, initializer=processes.leave_inheritance) as pool,
+        processes.pool(workers) as pool,
         tqdm(total=sum(point.users for point in todo), unit="user", desc=label) as progress,
     ):
         jobs = {pool.submit(_write, profile, workloads[part[0].workload], part, columns): part for part in parts}

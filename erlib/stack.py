@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import signal
 import subprocess
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Literal, Self, TypeVar
 
 import grpc
 import grpc.aio
 
-from erlib import envoy, hardware, processes, triton, wire
+from erlib import envoy, hardware, leftovers, processes, triton, wire
 from erlib.config import Routing, ServingSettings
 from erlib.envoy import Envoy
 from erlib.nginx import Nginx
@@ -133,11 +132,12 @@ class Share:
         self._gateways = gateways
         self._front = front
         self._parts: list[TritonServer | Gateway] = [*servers, *gateways]
+        self._everything: list[TritonServer | Gateway | Nginx | Envoy] = [*self._parts, *([front] if front else [])]
 
     @property
     def title(self) -> str:
         """What messages call it: everything in it."""
-        return ", ".join(part.title for part in (*self._parts, *([self._front] if self._front else [])))
+        return ", ".join(part.title for part in self._everything)
 
     def start(self) -> None:
         """Start servers and gateways, which do not wait for each other.
@@ -147,7 +147,8 @@ class Share:
         StartError
             If anything is missing or a port is in use.
         """
-        triton.preflight()
+        leftovers.sweep()
+        triton.preflight(len(self.servers))
         if isinstance(self._front, Envoy):
             envoy.find()
         ports = [port for server in self.servers for port in (server.http_port, server.grpc_port, server.metrics_port)]
@@ -183,21 +184,48 @@ class Share:
                 total[name] = total.get(name, 0) + value
         return total
 
-    def require_alive(self) -> None:
-        """Check that no process has died.
+    def require_alive(self, engines: bool = True) -> None:
+        """Check that no process has died; without `engines`, in next to no time.
 
         Raises
         ------
         StartError
             Naming the one that has.
         """
-        for part in (*self._parts, *([self._front] if self._front else [])):
+        for part in self._everything:
             if part.process is not None and part.process.poll() is not None:
                 how = f"died with code {part.process.returncode}; {part.log} ends:\n{processes.tail(part.log)}"
                 raise StartError(f"{part.title} {how}")
-        for server in self.servers:
+        for server in self.servers if engines else ():
             if not server.has_backend():
                 raise StartError(f"the engine of Triton server {server.label} died (out of memory?); see {server.log}")
+
+    def revive(self, timeout_s: float) -> list[str]:
+        """Start again, at the same ports, what has died; a line for each.
+
+        Raises
+        ------
+        StartError
+            If one of them does not come up.
+        """
+        lines = []
+        for part in self._everything:
+            assert part.process is not None
+            if part.process.poll() is not None:
+                how = f"died with code {part.process.returncode}"
+            elif isinstance(part, TritonServer) and not part.has_backend():
+                how = "lost its engine"
+            else:
+                continue
+            processes.stop([part.process], grace_s=0)
+            _clean_up(part)
+            last_words = part.log.with_suffix(".died.log")
+            part.log.replace(last_words)
+            part.start()
+            if not isinstance(part, (Nginx, Envoy)):  # those wait by themselves
+                part.wait_ready(timeout_s)
+            lines.append(f"{part.title} {how} (see {last_words}) and has been started again")
+        return lines
 
     def stop(self) -> None:
         """Stop what has been started, front to back, so that nobody sends to a server that is gone."""
@@ -206,9 +234,14 @@ class Share:
         # Nobody is served any more: gateways need not wait for requests to end, nor Triton, for seconds, for its model.
         for parts in (self._gateways, self.servers):
             processes.stop([part.process for part in parts if part.process], grace_s=0)
-        for server in self.servers:
-            if server.process:  # one that never started must not sweep up another's memory
-                server.clean_up()
+        for part in self._everything:
+            _clean_up(part)
+        leftovers.sweep()
+
+
+def _clean_up(part: TritonServer | Gateway | Nginx | Envoy) -> None:
+    if isinstance(part, (TritonServer, Nginx)):
+        part.clean_up()
 
 
 class Stack:
@@ -332,18 +365,29 @@ class Stack:
         counted = [counters for counters in self.each(Share.counters) if counters]
         return {name: sum(one[name] for one in counted) for name in counted[0]}
 
-    def require_alive(self) -> None:
-        """Check that no process of the stack has died.
+    def require_alive(self, engines: bool = True) -> None:
+        """Check that no process of the stack has died; see :meth:`Share.require_alive`.
 
         Raises
         ------
         StartError
             Naming the one that has.
         """
-        self.each(Share.require_alive)
+        self.each(lambda share: share.require_alive(engines))
+
+    def revive(self) -> list[str]:
+        """Start again what has died, for clients that go on; nothing that is measured may need it. A line for each.
+
+        Raises
+        ------
+        StartError
+            If one of them does not come up.
+        """
+        timeout_s = self._start_timeout_s
+        return [line for lines in self.each(lambda share: share.revive(timeout_s)) for line in lines]
 
     def __enter__(self) -> Self:
-        self._trap_sigterm()
+        processes.end_on_signals()
         try:
             self._start()
         except BaseException:
@@ -394,16 +438,6 @@ class Stack:
 
     def _stop(self) -> None:
         self.each(Share.stop)
-
-    @staticmethod
-    def _trap_sigterm() -> None:
-        """SIGTERM ends a Python process without clean-up unless it is turned into an exception."""
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-
-            def leave(number: int, frame: FrameType | None) -> None:
-                raise SystemExit(128 + number)
-
-            signal.signal(signal.SIGTERM, leave)
 
 
 def _on(host: int, parts: Sequence[Result], hosts: Sequence[int]) -> list[Result]:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,8 +23,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from erlib import paths, processes
+from erlib import leftovers, paths, processes
 from erlib.processes import StartError
+from erlib.runfolder import RunFolder
 from erlib.wire import MODEL_NAME
 
 MODEL_CODE = paths.ENGINE_SPECS / "triton"
@@ -67,21 +69,23 @@ def python_backend_options(shm_prefix: str) -> list[str]:
     ]
 
 
-def preflight() -> None:
-    """Check everything that would make ``tritonserver`` hang or corrupt data instead of failing.
+def preflight(n_servers: int = 1) -> None:
+    """Check everything that would make `n_servers` servers hang or corrupt data instead of failing.
 
     Raises
     ------
     StartError
-        If the wheel or ``libpython`` is missing, or numpy is 2 or newer (Triton 2.51's Python backend then corrupts
-        tensors without an error).
+        If the wheel, ``libpython`` or room in shared memory is missing, or numpy is 2 or newer (Triton 2.51's Python
+        backend then corrupts tensors without an error).
     """
     root = _wheel()
     if int(np.__version__.split(".")[0]) >= 2:
         raise StartError(f"Triton 2.51's Python backend corrupts tensors under numpy {np.__version__}; install numpy<2")
-    stub = root / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
+    stub = _stub(root)
     if not stub.exists():
         raise StartError(f"the Triton wheel has no backend stub for Python {_python_version()}; use Python 3.11")
+    if not os.access(stub, os.R_OK):
+        raise StartError(f"{stub} cannot be read: chmod 755 it (Triton changes the mode of a stub that does not start)")
     # A stub that cannot load libpython makes the server wait for ever.
     linked = subprocess.run(["ldd", stub], capture_output=True, text=True, env=_environment(), check=False)
     missing = [line.split("=>")[0].strip() for line in linked.stdout.splitlines() if "not found" in line]
@@ -131,7 +135,7 @@ class TritonServer:
     port : int
         HTTP port; gRPC is the next, metrics the one after.
     work_dir : Path
-        Where the model repository and the log go.
+        Where the log goes.
     niceness : int
         How far the engine stands back where cores are short.
     """
@@ -145,17 +149,12 @@ class TritonServer:
         self.label = label
         self.host, self.http_port, self.grpc_port, self.metrics_port = host, port, port + 1, port + 2
         self.log = work_dir / f"triton-{label}.log"
-        self._repository = work_dir / f"models-{label}"
         self._backend = backend
+        self._parameters = dict(parameters)
+        self._max_batch_size = max_batch_size
         self._niceness = niceness
-        self._config = _CONFIG.format(
-            name=MODEL_NAME,
-            max_batch_size=max_batch_size,
-            parameters="\n".join(
-                f'parameters: {{ key: "{key}" value: {{ string_value: {json.dumps(value)} }} }}'
-                for key, value in sorted(parameters.items())
-            ),
-        )
+        self._run_folder: RunFolder | None = None
+        self._claim: int | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -174,21 +173,22 @@ class TritonServer:
         return f"er{self.http_port}-"
 
     def start(self) -> None:
-        """Write the model repository and start the process; see :meth:`wait_ready`."""
-        version = self._repository / MODEL_NAME / "1"
-        shutil.rmtree(self._repository, ignore_errors=True)
-        version.mkdir(parents=True)
-        (version.parent / "config.pbtxt").write_text(self._config)
-        for source in model_code(self._backend):
-            (version / source.name).symlink_to(source)
-        self._sweep_shared_memory()  # a predecessor that was killed leaves its regions behind
+        """Write the model repository and start the process; see :meth:`wait_ready`.
+
+        Raises
+        ------
+        StartError
+            If there is no place for what it needs.
+        """
+        self._claim_shared_memory()
+        self._run_folder = RunFolder()
         root = _wheel()
         self.log.unlink(missing_ok=True)
         self.process = processes.spawn(
             [
                 root / "bin" / "tritonserver",
-                f"--model-repository={self._repository}",
-                f"--backend-directory={self._backend_directory(root)}",
+                f"--model-repository={self._write_repository(self._run_folder.path)}",
+                f"--backend-directory={_backend_directory(root, self._run_folder.path)}",
                 f"--http-address={self.host}", f"--http-port={self.http_port}",
                 f"--grpc-address={self.host}", f"--grpc-port={self.grpc_port}",
                 f"--metrics-address={self.host}", f"--metrics-port={self.metrics_port}",
@@ -263,27 +263,62 @@ class TritonServer:
 
     def clean_up(self) -> None:
         """Remove what a stopped server may leave: its shared memory and its model repository."""
-        self._sweep_shared_memory()
-        shutil.rmtree(self._repository, ignore_errors=True)
+        if self._claim is not None:
+            leftovers.remove_shared_memory(self.shm_prefix)
+            os.close(self._claim)
+            self._claim = None
+        if self._run_folder:
+            self._run_folder.remove()
+            self._run_folder = None
 
-    def _sweep_shared_memory(self) -> None:
-        for region in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
-            region.unlink(missing_ok=True)
+    def _claim_shared_memory(self) -> None:
+        """Say that our regions are ours; what a predecessor that was killed has left goes."""
+        path = leftovers.claim_of(self.shm_prefix)
+        try:
+            self._claim = leftovers.claim(path, make=True)
+            deadline = time.monotonic() + 2
+            while self._claim is None and time.monotonic() < deadline:  # whoever sweeps up has it for a moment
+                time.sleep(0.02)
+                self._claim = leftovers.claim(path, make=True)
+        except OSError as error:
+            raise StartError(f"{self.title} cannot have shared memory: {path}: {error.strerror}") from None
+        if self._claim is None:
+            raise StartError(f"{path} is locked: shared memory of that name belongs to a server that runs")
+        leftovers.remove_shared_memory(self.shm_prefix, but=path)
 
-    def _backend_directory(self, root: Path) -> Path:
-        """Triton wants library, utilities and stub side by side; the wheel ships the stub elsewhere."""
-        directory = self._repository.parent / "backends"
-        python = directory / "python"
-        python.mkdir(parents=True, exist_ok=True)
-        for source in (
-            root / "backends/python/libtriton_python.so",
-            root / "backends/python/triton_python_backend_utils.py",
-            root / "python_backend_stubs" / _python_version() / "triton_python_backend_stub",
-        ):
-            link = python / source.name
-            if not link.exists():
-                link.symlink_to(source)
-        return directory
+    def _write_repository(self, folder: Path) -> Path:
+        """Write a model repository below `folder`, where the engine is linked to: it may lie below any name."""
+        engine = folder / "engine"
+        engine.symlink_to(self._parameters["engine"])
+        version = folder / "models" / MODEL_NAME / "1"
+        version.mkdir(parents=True)
+        parameters = "\n".join(
+            f'parameters: {{ key: "{key}" value: {{ string_value: {json.dumps(value)} }} }}'
+            for key, value in sorted({**self._parameters, "engine": str(engine)}.items())
+        )
+        text = _CONFIG.format(name=MODEL_NAME, max_batch_size=self._max_batch_size, parameters=parameters)
+        (version.parent / "config.pbtxt").write_text(text)
+        for source in model_code(self._backend):
+            (version / source.name).symlink_to(source)
+        return folder / "models"
+
+
+def _backend_directory(root: Path, folder: Path) -> Path:
+    """Triton wants library, utilities and stub side by side; the wheel ships the stub elsewhere."""
+    python = folder / "triton" / "lib" / "backends" / "python"
+    python.mkdir(parents=True)
+    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
+        (python / name).symlink_to(root / "backends" / "python" / name)
+    # Copied, because Triton may change its mode; it looks for its libraries four folders up.
+    stub = python / "triton_python_backend_stub"
+    shutil.copyfile(_stub(root), stub)
+    stub.chmod(0o700)
+    (folder / "nvidia_pytriton.libs").symlink_to(root.parent.parent / "nvidia_pytriton.libs")
+    return python.parent
+
+
+def _stub(root: Path) -> Path:
+    return root / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
 
 
 def _wheel() -> Path:

@@ -8,7 +8,6 @@ measured loads: step times are fitted to those, and loads that were held out are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import combinations
 from typing import Literal
@@ -134,7 +133,7 @@ def published(
         for point in table.itertuples()
     ]
     loads = (table[name] for name in ("requests", "input_tokens", "output_tokens"))
-    with ProcessPoolExecutor(_WORKERS, initializer=processes.leave_inheritance) as pool:
+    with processes.pool(_WORKERS) as pool:
         simulated = [answered["output_tokens_per_s"] for answered in pool.map(all_at_once, systems, *loads)]
     return table.assign(simulated_tokens_per_s=simulated, ratio=simulated / table["output_tokens_per_s"])
 

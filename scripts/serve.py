@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a Python without erlib finds it there, and is told more
@@ -12,10 +16,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # a Python without
 from erlib import config, paths, processes, stack, sweep
 
 _LONGER = "--set scale.tokens=1 gives the papers' lengths"
+_WATCH_S = 2.0
+"""How often it looks for what has died."""
 
 
 def main() -> int:
     args = _arguments()
+    processes.end_on_signals(signal.SIGINT)
     try:
         profile = config.load_profile(args.profile, config.read_overrides(args.set))
         (asked,) = sweep.configurations(profile, [args.configuration])
@@ -41,15 +48,7 @@ def _serve(
         front = None
         try:
             if openai_port:
-                command = processes.python(
-                    "-m", "erlib.openai_api", "--port", str(openai_port), "--host", settings.host,
-                    "--router", running.targets[0], "--tokenizer", system.tokenizer,
-                )  # fmt: skip
-                front = processes.spawn(command, logs / "openai.log")
-                processes.wait_until(
-                    lambda: processes.listening(openai_port, settings.host), front, "OpenAI front", logs / "openai.log",
-                    settings.start_timeout_s,
-                )  # fmt: skip
+                front = _start_front(openai_port, settings, running, system, logs)
                 print(f"OpenAI's interface: http://{settings.host}:{openai_port}/v1, model expert-router")
             print(f"gRPC (KServe v2, model ensemble): {', '.join(running.targets)}")
             print(f"experts: {', '.join(server.url for server in running.servers)}")
@@ -57,11 +56,35 @@ def _serve(
                 print(f"Prometheus scrapes, of every gateway, http://HOST:PORT/metrics: {running.metrics_targets}")
             print(f"context: {context} tokens, prompt and answer{f'; {_LONGER}' if profile.scale.tokens > 1 else ''}")
             print(f"logs: {logs}\nCtrl-C stops everything", flush=True)
-            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+            with contextlib.suppress(SystemExit):  # a signal's; what we are for is done
+                while True:
+                    time.sleep(_WATCH_S)
+                    for line in running.revive():
+                        print(line, file=sys.stderr, flush=True)
+                    if front and openai_port and front.poll() is not None:
+                        print(f"OpenAI front died with code {front.returncode}; it is started again", file=sys.stderr)
+                        front = _start_front(openai_port, settings, running, system, logs)
         finally:
             if front:
-                processes.stop([front])
+                processes.stop([front], grace_s=1)
     return 0
+
+
+def _start_front(
+    port: int, settings: config.ServingSettings, running: stack.Stack, system: sweep.System, logs: Path
+) -> subprocess.Popen[bytes]:
+    command = processes.python(
+        "-m", "erlib.openai_api", "--port", str(port), "--host", settings.host,
+        "--router", running.targets[0], "--tokenizer", system.tokenizer,
+    )  # fmt: skip
+    front, log = processes.spawn(command, logs / "openai.log"), logs / "openai.log"
+    ready = functools.partial(processes.listening, port, settings.host)
+    try:
+        processes.wait_until(ready, front, "OpenAI front", log, settings.start_timeout_s)
+    except BaseException:
+        processes.stop([front], grace_s=0)
+        raise
+    return front
 
 
 def _arguments() -> argparse.Namespace:
@@ -94,5 +117,4 @@ def _port(text: str) -> int:
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     sys.exit(main())

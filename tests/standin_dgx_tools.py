@@ -196,6 +196,7 @@ def triton_server(words, put_standin):
     put_standin(models)
     server = repository.RepositoryServer("standin", models, int(known["http-port"]), HOME, (), known["http-address"])
     launch = server.launch
+    os.set_inheritable(server._run_folder._lock, True)  # it is the server's, which this process is about to become
     os.environ.update(launch.environment)
     os.execv(launch.command[0], launch.command)
 

@@ -1,5 +1,6 @@
 """Children never outlive us, and ports in use are named."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from erlib import processes
+from erlib import leftovers, processes
 
 
 def test_a_killed_parent_takes_its_children_along(tmp_path):
@@ -27,6 +28,132 @@ def test_a_killed_parent_takes_its_children_along(tmp_path):
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the child outlived its parent"
         time.sleep(0.02)
+
+
+def _is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def _ended(pids: list[int], within_s: float = 5.0) -> list[int]:
+    """Those that still run after so long."""
+    deadline = time.monotonic() + within_s
+    while (left := [pid for pid in pids if _is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+KILLED_PARENT = """
+import signal, subprocess, sys, time
+from pathlib import Path
+from erlib import leftovers, processes
+log = Path(sys.argv[1])
+{before}
+child = processes.spawn(["bash", "-c", sys.argv[2]], log, stdout=subprocess.PIPE)
+pids = [child.pid, *map(int, child.stdout.readline().split())]
+{after}
+print(*pids, flush=True)
+time.sleep(60)
+"""
+GRANDCHILD = "sleep 60 & echo $!; wait"
+
+
+STATES = {
+    "signals are blocked": (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})",
+        GRANDCHILD,
+        "",
+    ),
+    "signals are ignored": ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", GRANDCHILD, ""),
+    "deaf": ("", f"trap '' TERM; {GRANDCHILD}; sleep 60", ""),
+    "stopped": ("", GRANDCHILD, "child.send_signal(signal.SIGSTOP)"),
+    "a zombie": ("", GRANDCHILD, "child.kill(); time.sleep(0.1)"),
+    "dead": ("", GRANDCHILD, "child.kill(); child.wait()"),
+    "crashed, its child deaf": ("", f"(trap '' TERM; {GRANDCHILD})", "child.send_signal(signal.SIGSEGV); child.wait()"),
+}
+"""How a process may be when its parent is killed: what the parent had done before, what it runs, what is done to it."""
+
+
+def test_nothing_outlives_a_killed_parent_whatever_the_state_of_its_children(tmp_path):
+    with contextlib.ExitStack() as parents:
+        families = {}
+        for state, (before, child, after) in STATES.items():
+            code = KILLED_PARENT.format(before=before, after=after)
+            command = [sys.executable, "-c", code, tmp_path / "log", child]
+            families[state] = parents.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        pids = {state: [int(pid) for pid in one.stdout.readline().split()] for state, one in families.items()}
+        for parent in families.values():
+            parent.kill()
+    assert {len(family) for family in pids.values()} == {2}
+    assert {state: left for state, family in pids.items() if (left := _ended(family))} == {}
+
+
+def test_a_number_that_somebody_else_has_by_now_is_not_taken_for_ours():
+    """As after all numbers have been given out once."""
+    ours = leftovers.started(os.getpid())
+    assert leftovers.still_those_of({os.getpid(): ours}) == {os.getpid()}
+    assert leftovers.still_those_of({os.getpid(): ours - 1}) == set()
+    assert leftovers.still_those_of({os.getpid(): None}) == set()
+
+
+def test_a_guard_that_is_killed_is_replaced(tmp_path):
+    code = KILLED_PARENT.format(
+        before="processes.spawn(['true'], log); import psutil\n"
+        "guard = next(p for p in psutil.Process().children() if 'leftovers.py' in ' '.join(p.cmdline()))\n"
+        "guard.kill(); time.sleep(0.1)",
+        after="child.send_signal(signal.SIGSTOP)",
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "log", GRANDCHILD], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        os.kill(parent.pid, signal.SIGKILL)
+    assert _ended(pids) == []
+
+
+def test_stop_ends_the_children_of_a_process_that_has_crashed(tmp_path):
+    crashed = processes.spawn(["bash", "-c", GRANDCHILD], tmp_path / "log", stdout=subprocess.PIPE)
+    orphan = int(crashed.stdout.readline())
+    crashed.send_signal(signal.SIGSEGV)
+    crashed.wait()
+    assert _is_running(orphan)
+    processes.stop([crashed])
+    assert not _is_running(orphan)
+
+
+def test_forked_workers_die_with_their_parent():
+    code = (
+        "import os, time; from erlib import processes\n"
+        "with processes.pool(2) as pool:\n"
+        "    print(*{job.result() for job in [pool.submit(os.getpid) for _ in range(20)]}, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert workers
+        os.kill(parent.pid, signal.SIGKILL)
+    assert _ended(workers) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_us_lets_us_clean_up_even_if_it_comes_twice(number):
+    code = (
+        "import os, signal, sys, time; from erlib import processes\n"
+        "processes.end_on_signals()\n"
+        "try:\n"
+        "    print(flush=True); time.sleep(60)\n"
+        "finally:\n"
+        "    os.kill(os.getpid(), int(sys.argv[1])); time.sleep(0.1); print('cleaned up', flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(int(number))], stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.send_signal(number)
+        assert process.stdout.readline() == "cleaned up\n"
+    assert process.returncode == 128 + number
+
+
+def test_what_nohup_ignores_stays_ignored():
+    code = "import os, signal; from erlib import processes; processes.end_on_signals(); os.kill(os.getpid(), 1)"
+    assert subprocess.run(["nohup", sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def test_stop_ends_a_process_that_ignores_sigterm_and_its_children(tmp_path):
