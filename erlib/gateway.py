@@ -120,8 +120,9 @@ async def serving(
         while not stopped.done() and idle_s < _SETTLE_S:
             await asyncio.wait({stopped}, timeout=0.05)
             idle_s = 0.0 if gateway.is_busy else idle_s + 0.05
-        await server.stop(None)  # what is left are streams that their clients merely keep open
-        await stopped
+        # What is left are streams that their clients merely keep open, and what slow clients have yet to take. There,
+        # gRPC would wait for as long as they like.
+        await asyncio.wait({stopped, asyncio.create_task(server.stop(None))}, timeout=_SETTLE_S)
         for replica in replicas:
             await replica.close()
 

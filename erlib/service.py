@@ -23,7 +23,7 @@ import asyncio
 import contextlib
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import TypeVar
@@ -34,8 +34,9 @@ from grpc import StatusCode
 from tritonclient.grpc import service_pb2 as pb
 
 from erlib import wire
+from erlib.callers import Caller, Failure, NobodyListens, forwarded, pairs
 from erlib.experts import Expert, Replica
-from erlib.limits import Limits, Peers, Refused, peer_of
+from erlib.limits import Limits, Peers, Refused
 from erlib.routers import Route
 from erlib.telemetry import Request, Telemetry, logger
 
@@ -47,62 +48,10 @@ _QUESTIONS = ["ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "M
 _SERVER_AT_FAULT = {StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS}
 _SILENT = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
 """How a question ends that a server has not answered."""
-_NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip")
-"""What metadata that concern one hop alone begin with."""
 _TIME_DIGITS = 20
 """More than this host's clock can show."""
 
-_DETAILS_CHARS = 500
-"""A status travels as metadata, of which gRPC takes 8 KB, and every byte that is not ASCII takes three."""
-
 _Done = TypeVar("_Done")
-
-
-class Failure(Exception):
-    """Why a request ends, other than well."""
-
-    def __init__(self, code: StatusCode, details: str):
-        details = details if len(details) <= _DETAILS_CHARS else details[:_DETAILS_CHARS] + " ..."
-        super().__init__(f"{code.name}: {details}")
-        self.code, self.details = code, details
-
-
-class _ClientGone(Exception):
-    """Nobody listens any more; gRPC is about to cancel the call."""
-
-
-class _Caller:
-    """The client's side of a call: who it is, what it asked for, and one writer at a time."""
-
-    def __init__(self, context: grpc.aio.ServicerContext, behind_proxy: bool):
-        self.context = context
-        sent = tuple(context.invocation_metadata() or ())
-        self.metadata: dict[str, str | bytes] = dict(sent)
-        self.peer = peer_of(context.peer(), self.metadata, behind_proxy)
-        self.forwarded = _forwarded(context)
-        self.explain = "er-explain" in self.metadata
-        self.ends_on_error = self.metadata.get("triton_grpc_error") == "true"
-        self.in_flight = 0
-        self._has_begun = False
-        self._one_writer = asyncio.Lock()  # gRPC takes one write at a time; requests of one stream interleave
-
-    async def begin(self, metadata: Mapping[str, object]) -> None:
-        """Send initial metadata, if nothing has been sent yet."""
-        async with self._one_writer:
-            if not self._has_begun:
-                self._has_begun = True
-                try:
-                    await self.context.send_initial_metadata(_pairs(metadata))
-                except grpc.aio.BaseError as error:
-                    raise _ClientGone from error
-
-    async def write(self, message: bytes) -> None:
-        async with self._one_writer:
-            self._has_begun = True
-            try:
-                await self.context.write(message)
-            except grpc.aio.BaseError as error:
-                raise _ClientGone from error
 
 
 class Gateway(grpc.GenericRpcHandler):
@@ -147,7 +96,7 @@ class Gateway(grpc.GenericRpcHandler):
         self._behind_proxy = behind_proxy
         self._thread = thread
         self._is_draining = False
-        self._callers: set[_Caller] = set()
+        self._callers: set[Caller] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         method = handler_call_details.method
@@ -206,51 +155,60 @@ class Gateway(grpc.GenericRpcHandler):
     # --- inference ---
 
     async def _stream_infer(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        caller = _Caller(context, self._behind_proxy)
+        caller = Caller(context, self._behind_proxy)
         try:
             with self._admitted(caller, "stream"):
                 await self._read_requests(caller)
-            return
-        except Failure as one:
-            failure = one
-        except ExceptionGroup as group:  # of a client that wants its stream to end with the first failure
-            failures, others = group.split(Failure)
-            if failures is None or others is not None:
-                raise
-            failure = next(one for one in failures.exceptions if isinstance(one, Failure))
-        await context.abort(failure.code, failure.details)
+        except Failure as failure:
+            await context.abort(failure.code, failure.details)
 
-    async def _read_requests(self, caller: _Caller) -> None:
+    async def _read_requests(self, caller: Caller) -> None:
+        """Do all requests of a stream.
+
+        Raises
+        ------
+        Failure
+            Of a client that wants its stream to end with the first one.
+        """
         room = asyncio.Semaphore(self.limits.in_flight_per_stream)
         first = True
         async with asyncio.TaskGroup() as requests:  # cancelled with this call, which frees the experts' slots
-            while (message := await caller.context.read()) is not grpc.aio.EOF:
-                await room.acquire()
-                task = requests.create_task(self._answer(message, Request("stream", caller.peer), caller, first))
-                task.add_done_callback(lambda _: room.release())
-                first = False
+            with caller.reading():
+                while (message := await caller.context.read()) is not grpc.aio.EOF:
+                    await room.acquire()
+                    task = requests.create_task(self._answer(message, Request("stream", caller.peer), caller, first))
+                    caller.tasks.add(task)
+                    task.add_done_callback(caller.tasks.discard)
+                    task.add_done_callback(lambda _: room.release())
+                    first = False
+        if caller.failure is not None:
+            raise caller.failure
 
-    async def _answer(self, message: bytes, request: Request, caller: _Caller, first: bool) -> None:
+    async def _answer(self, message: bytes, request: Request, caller: Caller, first: bool) -> None:
         """Do one request of a stream; `first`: it is the one that the call's metadata describe."""
         try:
-            if self._is_draining and not first:
-                raise Failure(StatusCode.UNAVAILABLE, "this gateway is shutting down")
-            await self._run(message, request, caller, partial(self._relay, message, request, caller, first))
-        except Failure as failure:
-            if caller.ends_on_error:
-                raise
-            with contextlib.suppress(_ClientGone):
+            try:
+                if self._is_draining and not first:
+                    raise Failure(StatusCode.UNAVAILABLE, "this gateway is shutting down")
+                await self._run(message, request, caller, partial(self._relay, message, request, caller, first))
+            except Failure as failure:
+                if caller.ends_on_error:
+                    raise
                 if first and request.expert >= 0:
                     await caller.begin(self.who(request))
                 await caller.write(wire.encode_error(str(failure), request.id))
-        except _ClientGone:
+            finally:
+                if first:
+                    self._set_trailing_metadata(caller, request)
+        except NobodyListens:
             pass
-        finally:
-            if first:
-                self._set_trailing_metadata(caller, request)
+        except Failure as failure:
+            caller.end(failure)
+        except Exception as error:  # which would cancel all other requests of this stream, even those that send
+            caller.end(_broken(request, error))
 
     async def _infer(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        caller = _Caller(context, self._behind_proxy)
+        caller = Caller(context, self._behind_proxy)
         request = Request("unary", caller.peer)
         try:
             with self._admitted(caller, "unary"):
@@ -261,7 +219,7 @@ class Gateway(grpc.GenericRpcHandler):
             raise
 
     @contextlib.contextmanager
-    def _admitted(self, caller: _Caller, kind: str) -> Iterator[None]:
+    def _admitted(self, caller: Caller, kind: str) -> Iterator[None]:
         try:
             with self._peers.stream(caller.peer), self.telemetry.streams.track_inprogress():
                 self._callers.add(caller)
@@ -278,7 +236,7 @@ class Gateway(grpc.GenericRpcHandler):
         self,
         message: bytes,
         request: Request,
-        caller: _Caller,
+        caller: Caller,
         attempt: Callable[[Replica, bool], Awaitable[_Done]],
     ) -> _Done:
         """Route one request and let `attempt` do it; it is counted, whatever its end.
@@ -293,15 +251,12 @@ class Gateway(grpc.GenericRpcHandler):
         except Failure as failure:
             request.code = failure.code.name
             raise
-        except (asyncio.CancelledError, _ClientGone):
+        except (asyncio.CancelledError, NobodyListens):
             request.code = StatusCode.CANCELLED.name
             raise
         except Exception as error:
-            # Where it happened, but not the error's text, which may quote the prompt.
-            trace = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("request %r: %s\n%s", request.id, type(error).__name__, trace)
             request.code = StatusCode.INTERNAL.name
-            raise Failure(StatusCode.INTERNAL, "the gateway failed; its log says why") from None
+            raise _broken(request, error) from None
         finally:
             caller.in_flight -= 1
             self.telemetry.note(request)
@@ -310,7 +265,7 @@ class Gateway(grpc.GenericRpcHandler):
         self,
         message: bytes,
         request: Request,
-        caller: _Caller,
+        caller: Caller,
         attempt: Callable[[Replica, bool], Awaitable[_Done]],
     ) -> _Done:
         await self._classify(message, request, str(caller.metadata.get("er-sent-ns", "")))
@@ -357,7 +312,7 @@ class Gateway(grpc.GenericRpcHandler):
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._route, prompt)
 
     async def _relay(
-        self, prompt: bytes, request: Request, caller: _Caller, first: bool, replica: Replica, has_spare: bool
+        self, prompt: bytes, request: Request, caller: Caller, first: bool, replica: Replica, has_spare: bool
     ) -> None:
         """Stream a replica's answer to the client, as it comes."""
         request.replica = replica.url
@@ -387,7 +342,7 @@ class Gateway(grpc.GenericRpcHandler):
             request.trailing_metadata = tuple(await call.trailing_metadata())
 
     async def _forward(
-        self, message: bytes, request: Request, caller: _Caller, replica: Replica, has_spare: bool
+        self, message: bytes, request: Request, caller: Caller, replica: Replica, has_spare: bool
     ) -> bytes:
         """A replica's one answer to a unary request."""
         request.replica = replica.url
@@ -411,12 +366,12 @@ class Gateway(grpc.GenericRpcHandler):
             told["er-distances"] = ",".join(f"{distance:.6g}" for distance in self._distances(request.prompt))
         return told
 
-    def _set_trailing_metadata(self, caller: _Caller, request: Request) -> None:
+    def _set_trailing_metadata(self, caller: Caller, request: Request) -> None:
         if caller.explain and request.expert >= 0:
             ours = self._explanation(request)
         else:
             ours = {name: ns for name, ns in request.span_metadata.items() if name == "er-first-byte-ns"}
-        caller.context.set_trailing_metadata((*request.trailing_metadata, *_pairs(ours)))
+        caller.context.set_trailing_metadata((*request.trailing_metadata, *pairs(ours)))
 
     # --- everything else ---
 
@@ -454,7 +409,7 @@ class Gateway(grpc.GenericRpcHandler):
     @staticmethod
     async def _ask_one(replica: Replica, question: str, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
         try:
-            return await replica.ask(question, message, context.time_remaining(), _forwarded(context))
+            return await replica.ask(question, message, context.time_remaining(), forwarded(context))
         except grpc.aio.AioRpcError as error:
             if error.code() in _SILENT:
                 replica.suspect(infer=False)
@@ -479,10 +434,8 @@ def _blaming(replica: Replica, request: Request) -> Iterator[None]:
         raise Failure(StatusCode.UNAVAILABLE, f"{who} has fallen silent and is given up") from None
 
 
-def _forwarded(context: grpc.aio.ServicerContext) -> tuple[tuple[str, str | bytes], ...]:
-    """The client's metadata, less what concerns its own connection."""
-    return tuple(pair for pair in context.invocation_metadata() or () if not pair[0].startswith(_NOT_FORWARDED))
-
-
-def _pairs(metadata: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
-    return tuple((name, str(value)) for name, value in metadata.items())
+def _broken(request: Request, error: Exception) -> Failure:
+    """What the client is told of our own faults; the log says where, but not the error's text, which may quote it."""
+    trace = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %r: %s\n%s", request.id, type(error).__name__, trace)
+    return Failure(StatusCode.INTERNAL, "the gateway failed; its log says why")
