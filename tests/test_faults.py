@@ -230,7 +230,7 @@ def test_requests_of_one_stream_share_no_fate(note, tmp_path):
     async def run(victim: Process) -> tuple[list[Outcome], grpc.StatusCode]:
         async with setting(0, 1, before=[victim.url]) as (door, _):
             stream = door.stream(
-                *[wire.encode_request(f"{i % 2} n=20 gap=0.04", 1, request_id=str(i)) for i in range(n)]
+                *[wire.encode_request(f"{i % 2} n=20 gap=0.1", 1, request_id=str(i)) for i in range(n)]
             )
             outcomes = [Outcome(i % 2) for i in range(n)]
             async for message in stream:
