@@ -2,7 +2,8 @@
 
 Modules are listed in the order in which data flows through them; each imports only earlier ones::
 
-    paths, keys, config                       where things are; what a profile may say; profiles and configurations
+    paths, strict_yaml, values                where things are; YAML that says one thing; what a value may be
+    keys, config                              what a profile may say; profiles and configurations
     leftovers, processes                      what is left of dead ones; children that end with us
     runfolder, kernel                         folders that do, too; what runs the notebooks
     corpus, pickles, clusterer                text; c-BTM's files; the router's model

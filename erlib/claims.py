@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import pyarrow.parquet as pq
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from tqdm import tqdm
 
@@ -105,8 +104,8 @@ def load() -> list[Claim]:
     """
     path = paths.FACTS / "claims.yaml"
     try:
-        claims = [Claim(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
-    except (ValidationError, yaml.YAMLError) as error:
+        claims = [Claim(**entry) for entry in config.read_yaml(path)]
+    except ValidationError as error:
         raise ConfigError(f"{path}: {error}") from None
     known = [claim.id for claim in claims]
     for name in [*known, *(other for claim in claims for other in claim.also)]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from erlib import paths
-from erlib.config import ConfigError, RunnerKind
+from erlib.config import ConfigError, RunnerKind, read_yaml
 
 Purpose = Literal["fetch", "convert", "quantise", "build", "check", "ask"]
 
@@ -88,7 +87,7 @@ def load_image(version: str) -> Image:
 
 @functools.cache
 def _read(file: Path) -> dict[str, Any]:
-    return yaml.safe_load(file.read_text())
+    return read_yaml(file)
 
 
 @dataclass(frozen=True)

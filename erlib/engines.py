@@ -9,10 +9,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from erlib import config, paths
-from erlib.config import ConfigError, Configuration, Dtype, LaptopSystem, Paper, PaperSystem, Profile
+from erlib.config import ConfigError, Configuration, Dtype, LaptopSystem, Paper, PaperSystem, Profile, read_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +95,7 @@ def shape(model: str) -> LlamaShape:
     ConfigError
         If the model is not listed there.
     """
-    shapes = yaml.safe_load((paths.FACTS / "llama_shapes.yaml").read_text())
+    shapes = read_yaml(paths.FACTS / "llama_shapes.yaml")
     if model not in shapes:
         raise ConfigError(f"no shape for {model!r} in data/llama_shapes.yaml; it lists {', '.join(shapes)}")
     return LlamaShape(**shapes[model])

@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import yaml
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -75,7 +74,7 @@ class Workload:
 
 @cache
 def _mlperf_quantiles() -> dict[str, list[float]]:
-    data = yaml.safe_load((paths.FACTS / "mlperf_lengths.yaml").read_text(encoding="utf-8"))
+    data = config.read_yaml(paths.FACTS / "mlperf_lengths.yaml")
     return {name: data[name] for name in ("levels", "input_tokens", "output_tokens")}
 
 

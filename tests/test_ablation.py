@@ -118,7 +118,7 @@ def test_the_figure_shows_all_arms_and_says_what_was_late(monkeypatch, tmp_path)
 
 
 def test_too_little_memory_is_an_error_before_anything_starts():
-    profile = config.load_profile("smoke", {"ablation.gateways": 10**5})
+    profile = config.load_profile("smoke", {"ablation.gateways": 1000, "ablation.terms": 10**8})
     with pytest.raises(config.ConfigError, match=r"need .* GB.*lower ablation\.gateways"):
         ablation.run(profile)
 

@@ -1,12 +1,13 @@
 """Profiles and configurations: what is wrong is said at once, and the three dependency lists agree."""
 
+import os
 import re
 import sys
 
 import pytest
 import yaml
 
-from erlib import config, paths
+from erlib import config, paths, preflight, triton
 from scripts import run_all
 
 
@@ -45,15 +46,137 @@ def test_wrong_overrides_are_named(overrides, message):
         config.load_profile("smoke", overrides)
 
 
-def test_paths_are_relative_to_the_repository():
-    read = config.load_profile("smoke", {"corpus.path": "my/text.jsonl", "clusterer.pickles": "https://host/c4/8"})
+FILE = {"corpus.name": "jsonl", "corpus.path": "my/text.jsonl"}
+
+
+def test_relative_paths_start_at_the_repository_wherever_a_command_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read = config.load_profile("smoke", FILE | {"clusterer.pickles": "https://host/c4/8"})
     assert read.corpus.path == str(paths.ROOT / "my/text.jsonl")
     assert read.clusterer.pickles == "https://host/c4/8"
+    read = config.load_profile("smoke", FILE | {"corpus.path": "~/x.jsonl", "clusterer.pickles": "~/c4"})
+    assert (read.corpus.path, read.clusterer.pickles) == (f"{tmp_path}/x.jsonl", f"{tmp_path}/c4")
+
+
+AN_ADDRESS = {"serving.host": "10.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"seed": -1},
+        {"seed": 2**32},
+        {"seed": True},
+        {"scale.users": float("inf")},
+        {"scale.tokens": float("nan")},
+        {"scale.seconds": 1e-300},
+        {"workload.sigma": 1e-9},
+        {"serving.start_timeout_s": float("inf")},
+        {"serving.gateways": 10**9},
+        {"serving.host": "::1"},
+        {"serving.host": "127.0.0.1:80; deny all"},
+        {"serving.host": "1.2.3"},
+        {"serving.host": "255.255.255.255"},
+        {"serving.host": ""},
+        AN_ADDRESS | {"serving.users_on": "-oProxyCommand=id"},
+        AN_ADDRESS | {"serving.users_on": "host\n"},
+        {"serving.cluster": "-x:1"},
+        {"paper1.configs": []},
+        {"paper1.configs": ["p2.A"]},
+        {"paper2.configs": ["p1.A"]},
+        {"paper1.configs": ["p1.A", "p1.A"]},
+        {"paper1.users": []},
+        {"paper1.users": [4, 4]},
+        {"paper1.users": [10**9]},
+        {"paper1.repeats": 10**9},
+        {"paper2.mixes": ["normal", "normal"]},
+        {"preliminary.dtypes": []},
+        {"preliminary.batch_sizes": [20, 20]},
+        {"emulation.configs": ["p2.D", "p2.D"]},
+        {"replicas.added": [1, 1]},
+        {"overhead.config": "p2.A"},
+        {"engines.speed_batches": [1, 1]},
+        {"corpus.name": "jsonl"},
+        {"corpus.name": "c4", "corpus.documents": None},
+        {"corpus.path": "x.jsonl"},  # of 20 Newsgroups: it would not be read
+        FILE | {"corpus.path": "a\0b"},
+        FILE | {"corpus.path": ""},
+        FILE | {"corpus.path": "~nobody-of-this-name/x.jsonl"},
+        FILE | {"corpus.text_field": ""},
+        {"clusterer.pickles": "file:///c4"},
+        {"clusterer.pickles_sha256": ["0" * 64, "no"]},
+        *({"name": name} for name in ("x/../../y", "..", "/tmp/x", "", "a\n", "a" * 300, "-x", ".x")),
+    ],
+    ids=str,
+)
+def test_values_that_would_fail_late_or_count_twice_are_refused_with_the_profile(overrides):
+    with pytest.raises(config.ConfigError) as refused:
+        config.load_profile("smoke", overrides)
+    message = str(refused.value)
+    assert f"--set {list(overrides)[-1]}" in message or f", {list(overrides)[-1]}" in message
+    assert "\n" not in message
+
+
+def test_the_most_that_a_profile_may_ask_for_has_ports():
+    most = {"serving.base_port": 60000, "serving.gateways": 1000, "replicas.added": [1000]}
+    profile = config.load_profile("smoke", most)
+    assert preflight.ports(profile).stop + max(profile.replicas.added) * triton.TritonServer.PORTS <= 65536
+    for key, value in most.items():
+        with pytest.raises(config.ConfigError, match=key):
+            config.load_profile("smoke", {key: [value[0] + 1] if isinstance(value, list) else value + 1})
+
+
+def test_what_is_wrong_is_named_where_it_stands(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((paths.PROFILES / "smoke.yaml").read_text().replace("users: [1, 4]", "users: [1, 1]", 1))
+    for overrides in ({}, {"paper2.users": [2]}):
+        with pytest.raises(config.ConfigError, match=r"^\S*mine\.yaml: paper1\.users: 1 is given twice"):
+            config.load_profile(str(mine), overrides)
+    with pytest.raises(config.ConfigError, match=r"^--set paper1\.users: 2 is given twice"):
+        config.load_profile(str(mine), {"paper1.users": [2, 2]})
+    with pytest.raises(config.ConfigError, match=r"mine\.yaml with --set serving\.users_on: serving: users on"):
+        config.load_profile(str(mine), {"paper1.users": [2], "serving.users_on": "other"})
+
+
+def test_a_thousand_mistakes_are_a_few_lines():
+    with pytest.raises(config.ConfigError) as refused:
+        config.load_profile("smoke", {"paper1.users": ["x"] * 1000})
+    assert 1 <= len(str(refused.value).splitlines()) <= 10
+
+
+def test_a_section_left_empty_has_its_defaults(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((paths.PROFILES / "smoke.yaml").read_text().replace("corpus: {documents: 1500}", "corpus:"))
+    assert config.load_profile(str(mine)).corpus == config.CorpusSettings()
+    assert config.load_profile(str(mine), {"corpus.documents": 5}).corpus.documents == 5
+    mine.write_text(mine.read_text().replace("corpus:", "corpus: 5"))
+    with pytest.raises(config.ConfigError, match="'corpus' must hold keys"):
+        config.load_profile(str(mine), {"corpus.documents": 5})
+
+
+def test_overrides_on_a_command_line():
+    items = ["paper1.users=[1, 2]", "corpus.path=~/x", "seed=010", "description=on"]
+    assert config.read_overrides(items) == {
+        "paper1.users": [1, 2],
+        "corpus.path": "~/x",
+        "seed": 10,
+        "description": "on",
+    }
+    wrong = {"paper1.users=[1,": "line", "corpus.text_field=@text": "@text", "paper1.users": "KEY=VALUE"}
+    for item, message in wrong.items():
+        with pytest.raises(config.ConfigError, match=message) as refused:
+            config.read_overrides([item])
+        assert "\n" not in str(refused.value)
+    with pytest.raises(config.ConfigError, match="seed is given twice"):
+        config.read_overrides(["seed=1", "seed=2"])
 
 
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(config.ConfigError, match="did you mean 'laptop'"):
         config.load_profile("latop")
+    with pytest.raises(config.ConfigError, match=r"did you mean 'p2\.E'"):
+        config.load_configuration("p2.e")
     with pytest.raises(config.ConfigError, match=r"no configuration 'p3\.A'"):
         config.load_configuration("p3.A")
 
@@ -69,6 +192,34 @@ def test_profile_files_are_checked(tmp_path):
     wrong.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(config.ConfigError, match="not readable YAML"):
         config.load_profile(str(wrong))
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "../profiles/smoke", "x" * 300, "x" * 300 + ".yaml", "a\0b.yaml", "-p"])
+def test_profiles_that_cannot_be_are_refused_in_one_line(name):
+    with pytest.raises(config.ConfigError) as refused:
+        config.load_profile(name)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_profile_is_a_file(tmp_path):
+    (tmp_path / "a.yaml").mkdir()
+    os.mkfifo(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").symlink_to("c.yaml")
+    for name in "abc":
+        with pytest.raises(config.ConfigError, match=rf"{name}\.yaml"):
+            config.load_profile(str(tmp_path / f"{name}.yaml"))
+    spaced = tmp_path / "my profile.yaml"
+    spaced.write_text((paths.PROFILES / "smoke.yaml").read_text())
+    with pytest.raises(config.ConfigError, match=r"name: 'my profile' is not a name"):
+        config.load_profile(str(spaced))
+
+
+def test_a_baseline_stands_beside_a_row_of_table_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ENGINE_SPECS", tmp_path)
+    spec = (paths.ROOT / "engines/p1.R.yaml").read_text()
+    (tmp_path / "p1.R.yaml").write_text(spec.replace("p1.C", "p1.R"))  # itself
+    with pytest.raises(config.ConfigError, match=r"stands_beside: 'p1\.R' is no configuration with a row"):
+        config.load_configuration("p1.R")
 
 
 def test_scaling_keeps_at_least_one():
