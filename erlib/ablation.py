@@ -19,7 +19,7 @@ import pandas as pd
 import psutil
 from scipy import special
 
-from erlib import config, emulation, metrics, sweep, users, wire
+from erlib import config, emulation, metrics, records, sweep, users, wire
 from erlib.config import ConfigError, Profile
 from erlib.stack import Classifier
 from erlib.sweep import Series
@@ -72,7 +72,7 @@ def run(profile: Profile) -> pd.DataFrame:
     """
     arms = plan(profile)
     points = [point for arm in arms for point in sweep.points(serving(profile), arm)]
-    if not all(point.path.exists() for point in points):
+    if not all(records.found(point.path, "ablation") for point in points):
         _require_memory(profile)
     return sweep.run(serving(profile), arms)
 

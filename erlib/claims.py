@@ -182,6 +182,10 @@ def read(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
         directory = paths.run_dir(profile.name) / folder
         for path in sorted(directory.rglob("[!.]*.parquet"), key=lambda path: path.stat().st_mtime_ns):
             newest[path.parent, path.stem.rpartition("-")[0]] = path
+        for key, path in list(newest.items()):
+            if damage := records.damage(path):
+                print(f"claims: left out {path.relative_to(directory)}: {damage}")
+                del newest[key]
         late = [path for path in newest.values() if not _kept_pace(path)]
         for path in late:
             print(f"claims: left out {path.relative_to(directory)}: the emulated engines did not keep pace")

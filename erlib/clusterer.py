@@ -483,7 +483,7 @@ def build(profile: config.Profile) -> Path:
         source = f"{len(train.texts)} documents of {train.name}"
         digest = config.digest(*code, train.sha, settings.model_dump(mode="json"), profile.seed)
     directory = paths.CACHE / "clusterers" / digest
-    if directory.exists():
+    if paths.found(directory, "clusterer"):
         print(f"clusterer: reused {digest} ({source}, same settings and code)")
         return directory
     print(f"clusterer: making {digest} from {source} (none with these settings, code and seed yet)")

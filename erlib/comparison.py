@@ -223,9 +223,9 @@ def of_profile(profile: Profile) -> pd.DataFrame:
     what = (*code, held_out.sha, directory.name, n, profile.seed, settings.model_dump())
     digest = config.digest(*what, hardware.machine(), reasons)
     path = paths.run_dir(profile.name) / f"routers-{digest}.parquet"
-    if path.exists():
+    if (kept := paths.recalled(path, pd.read_parquet, "router comparison")) is not None:
         print(f"router comparison: reused {path.name} (same routers, texts, machine and code)")
-        return pd.read_parquet(path)
+        return kept
     table = compare(entries, held_out, profile.seed, settings.documents, settings.prompts)
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(path)

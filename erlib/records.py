@@ -96,6 +96,47 @@ def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class DamagedRecords(RuntimeError):
+    """A point's file is not what was written; the message says what to do."""
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a point's file, judged by its ends and its columns of few values; empty if nothing is.
+
+    It can be read, it holds the point whose hash its name ends with, and every user has a row for each turn.
+    """
+    try:
+        table = _table(path, ["point_hash", "users", "user", "turn"])
+    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+        return f"it cannot be read ({type(error).__name__})"
+    rows = table.to_pandas()
+    if rows.empty:
+        return "it has no rows"
+    if set(rows["point_hash"]) != {path.stem.rpartition("-")[2]}:
+        return "it holds another point than its name says"
+    everybody = [] if rows.isna().any(axis=None) else list(range(rows["users"].iloc[0]))
+    if any(sorted(users) != everybody for _, users in rows.groupby("turn")["user"]):
+        return "rows of some users are missing, or there twice"
+    return ""
+
+
+def found(path: Path, what: str) -> bool:
+    """Whether a point has been measured and its file is whole; a damaged one is said and removed.
+
+    Parameters
+    ----------
+    path : Path
+    what : str
+        What the line begins with, e.g. ``sweep``.
+    """
+    if not path.exists():
+        return False
+    if reason := damage(path):
+        print(f"{what}: {path.name} of {path.parent.name} is made again: {reason}")
+        path.unlink()
+    return not reason
+
+
 def read(directory: Path) -> pd.DataFrame:
     """All records below `directory`; see :func:`read_files`."""
     return read_files(sorted(path for path in directory.rglob("*.parquet") if not path.name.startswith(".")))
@@ -105,6 +146,24 @@ def read_files(files: Sequence[Path]) -> pd.DataFrame:
     """Records of complete points as one frame; ``token_ns`` is a column of int64 arrays.
 
     An empty frame with the schema's columns if there are no files.
+
+    Raises
+    ------
+    DamagedRecords
+        If a file is not what was written; names it.
     """
-    tables = [pq.read_table(path, schema=SCHEMA) for path in files]
+    tables = []
+    for path in files:
+        reason = damage(path)
+        try:
+            tables += [] if reason else [_table(path)]
+        except (OSError, ValueError) as error:  # in its midst
+            reason = f"it cannot be read ({error})"
+        if reason:
+            raise DamagedRecords(f"{path} is damaged: {reason}; remove it, and the next run measures it again")
     return (pa.concat_tables(tables) if tables else SCHEMA.empty_table()).to_pandas()
+
+
+def _table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """What the file says, and not what folders are called, which pyarrow would take for columns."""
+    return pq.read_table(path, columns=columns, schema=SCHEMA, partitioning=None)

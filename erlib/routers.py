@@ -381,7 +381,7 @@ def build(profile: config.Profile) -> Path:
         Path(__file__), Path(clusterer.__file__), WHEEL, versions, train.sha, n_experts, examples, profile.seed
     )
     directory = paths.CACHE / "routers" / digest
-    if directory.exists():
+    if paths.found(directory, "sentence embeddings"):
         print(f"sentence embeddings: reused {digest} ({train.name}, same settings and code)")
         return directory
     chosen = np.random.default_rng(profile.seed).permutation(len(train.texts))[:examples]

@@ -643,7 +643,7 @@ def run(
     around = {paper: harness(preset, paper) for paper in papers} if isinstance(preset, str) else preset
     label = "simulation " + " and ".join(dict.fromkeys(around[paper].name for paper in papers))
     wanted = points(profile, around, directory, workloads)
-    todo = [point for point in wanted if not point.path.exists()]
+    todo = [point for point in wanted if not records.found(point.path, "simulation")]
     print(f"{label}: {len(wanted) - len(todo)} of {len(wanted)} points found by content hash")
     together = defaultdict(list)
     for point in todo:

@@ -152,7 +152,7 @@ def build(profile: config.Profile, n_terms: int = TERMS) -> Path:
     source = clusterer.build(profile)
     digest = config.digest(Path(__file__), source.name, n_terms, profile.seed, sklearn.__version__)
     directory = paths.CACHE / "stock" / digest
-    if directory.exists():
+    if paths.found(directory, "stock router"):
         print(f"stock router: reused {digest} ({n_terms:,} terms around clusterer {source.name})")
         return directory
     print(f"stock router: making {digest} ({n_terms:,} terms around clusterer {source.name}; none like it yet)")

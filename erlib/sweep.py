@@ -364,7 +364,7 @@ def run(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
         If a process does not start or dies.
     """
     wanted = [points(profile, series) for series in sweep]
-    todo = [[point for point in group if not point.path.exists()] for group in wanted]
+    todo = [[point for point in group if not records.found(point.path, "sweep")] for group in wanted]
     total, missing = sum(map(len, wanted)), sum(map(len, todo))
     print(f"sweep: {total - missing} of {total} points found by content hash, {missing} to measure")
     if missing:
@@ -383,7 +383,7 @@ def read(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
         If points are missing.
     """
     wanted = [point.path for series in sweep for point in points(profile, series)]
-    missing = [path for path in wanted if not path.exists()]
+    missing = [path for path in wanted if not path.exists() or records.damage(path)]
     if missing:
         notebooks = {
             "preliminary": "04_preliminary_sweep",
@@ -393,7 +393,7 @@ def read(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
         others = "05_load_sweep" if sweep[0].system.source == "measured" else "07_paper_scale"
         notebook = notebooks.get(sweep[0].experiment, others)
         raise MissingRecords(
-            f"{len(missing)} of {len(wanted)} points have not been measured with this profile; "
+            f"{len(missing)} of {len(wanted)} points have not been measured with this profile, or are damaged; "
             f"run ./run_all.sh --profile {profile.name} --only {notebook}"
         )
     return records.read_files(wanted)

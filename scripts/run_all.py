@@ -134,6 +134,15 @@ def _steps(profile: config.Profile, parameters: dict[str, Any]) -> list[Step]:
     return steps
 
 
+def _damage(wrote: dict[str, int]) -> Iterator[str]:
+    """What has become of files that a notebook wrote; a reader may edit all but records."""
+    for name, size in wrote.items():
+        if not os.path.exists(name):
+            yield f"{_short(Path(name))} is gone"
+        elif name.endswith(".parquet") and os.path.getsize(name) != size:
+            yield f"{_short(Path(name))} is not as it was written"
+
+
 def _corpus(profile: config.Profile) -> str:
     """The user's own corpus by content; one that cannot be read is :func:`erlib.preflight.basics`' to tell."""
     path = profile.corpus.path
@@ -146,8 +155,11 @@ class Stamp:
 
     reads: dict[str, str]
     """Everything that it depends on, by content."""
-    wrote: list[str]
+    wrote: dict[str, int]
+    """Files and their sizes: also those of earlier runs, whose points this one has found."""
+    begun: float
     finished: str
+    """Empty where it was not."""
 
 
 class Step:
@@ -184,11 +196,12 @@ class Step:
         before = self._last_run()
         if before is None:
             return "not run before with this profile"
+        if not before.finished:
+            return "not run to its end"
         changed = [what for what, value in self._reads().items() if before.reads.get(what) != value]
         if changed:
             return f"changed: {', '.join(changed)}"
-        gone = [name for name in before.wrote if not os.path.exists(name)]
-        return f"{_short(Path(gone[0]))} is gone" if gone else ""
+        return next(_damage(before.wrote), "")
 
     def what_would_be(self, force: bool, left_out: dict[str, str]) -> str:
         """Whether it would run, and why."""
@@ -218,21 +231,25 @@ class Step:
 
         for directory in (self._executed.parent, self.log.parent):
             directory.mkdir(parents=True, exist_ok=True)
-        self._stamp.unlink(missing_ok=True)
-        before = time.time()
+        before = self._last_run()
+        begun = before.begun if before and not before.finished else time.time()
+        self._write(Stamp({}, before.wrote if before else {}, begun, finished=""))
         with _Log(self.log), kernel.environment(paths.CACHE / "jupyter"):
             papermill.execute_notebook(
                 str(self.notebook), str(self._executed), self._parameters, kernel_name=kernel.NAME,
                 kernel_manager_class=kernel.Kernel, cwd=str(paths.NOTEBOOKS), log_output=True, progress_bar=False,
                 request_save_on_cell_execute=False,
             )  # fmt: skip
-        wrote = [
-            str(path)
+        kept = before.wrote if before else {}
+        wrote = {
+            str(path): path.stat().st_size
             for root in (paths.FIGURES / self.profile.name, self._run_dir)
             for path in root.rglob("*")
-            if path.is_file() and path.stat().st_mtime >= before and path.suffix != ".log"
-        ]
-        stamp = Stamp(reads=self._reads(), wrote=wrote, finished=str(time.time()))
+            if path.is_file() and path.suffix != ".log" and (path.stat().st_mtime >= begun or str(path) in kept)
+        }
+        self._write(Stamp(self._reads(), wrote, begun, finished=str(time.time())))
+
+    def _write(self, stamp: Stamp) -> None:
         self._stamp.write_text(json.dumps(asdict(stamp)))
 
 

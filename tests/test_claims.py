@@ -262,14 +262,18 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
         ["simulated/harness/p1.A/u1-r0-old", "simulated/harness/p1.A/u1-r0-new", "emulated/load/p1.A/u1-r0-x"]
     ):
         path = tmp_path / profile.name / f"{name}.parquet"
-        records.write(synthetic.point("p1", "load", "p1.A", i + 1, 0), path)
+        rows = synthetic.point("p1", "load", "p1.A", i + 1, 0)
+        records.write([row | {"point_hash": name.rpartition("-")[2]} for row in rows], path)
         if "simulated" in name:  # as an earlier version wrote it
             pq.write_table(pq.read_table(path).drop_columns("lost_time"), path)
         os.utime(path, (i, i))
-    late = [row | {"lost_time": 0.06} for row in synthetic.point("p1", "load", "p1.A", 4, 0)]
+    late = [row | {"lost_time": 0.06, "point_hash": "x"} for row in synthetic.point("p1", "load", "p1.A", 4, 0)]
     records.write(late, tmp_path / profile.name / "emulated/load/p1.A/u4-r0-x.parquet")
+    (tmp_path / profile.name / "emulated/load/p1.A/u8-r0-x.parquet").touch()
     found = claims.read(profile)
-    assert "left out p1.A/u4-r0-x.parquet: the emulated engines did not keep pace" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left out p1.A/u4-r0-x.parquet: the emulated engines did not keep pace" in printed
+    assert "left out p1.A/u8-r0-x.parquet: it cannot be read" in printed
     assert {name: sum(map(len, parts)) for name, parts in found.items()} == {
         "measured": 12,
         "emulated": 3,

@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from erlib import config, openvino, paths, quality
@@ -91,6 +92,22 @@ def test_what_exists_is_not_built_again(built, capsys):
     assert not list(first[0].path.parent.glob(".partial-*"))
 
 
+def test_damaged_engines_are_built_again(built, capsys):
+    first, again = built
+    path = {engine.dtype: engine.path for engine in first}
+    cut, gone = path["int8"] / "openvino_model.xml", path["fp8"] / "tokenizer.json"
+    content, before = gone.read_bytes(), (path["fp16"] / "openvino_model.bin").stat().st_mtime_ns
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    assert [engine.path for engine in again()] == [engine.path for engine in first]
+    printed = capsys.readouterr().out
+    for file in (cut, gone):
+        assert f"engines: {file.parent.name} is made again: {file.name} is missing, cut or changed" in printed
+    assert "2 found by content hash, 2 to build" in printed
+    assert gone.read_bytes() == content
+    assert (path["fp16"] / "openvino_model.bin").stat().st_mtime_ns == before
+
+
 def test_quality_against_fp16(engines):
     ids = np.random.default_rng(1).integers(3, 300, 600)
     table = quality.quality(list(engines.values()), ids).set_index("name")
@@ -148,6 +165,31 @@ def test_a_damaged_download_is_refused(monkeypatch, tmp_path):
     wheel.write_bytes(b"not a wheel")
     with pytest.raises(ConfigError, match="sha256"):
         openvino._download_wheel()
+
+
+def test_a_table_of_measurements_without_all_rows_is_measured_again(tmp_path, monkeypatch, capsys):
+    profile = config.load_profile("smoke")
+    facts = {"layers": 2, "of_layers": 2, "parameters": 1, "weights_bytes": 1, "stored_as": {}, "build_s": 1}
+    built = [openvino.BuiltEngine(tmp_path / dtype, dtype, dtype, **facts) for dtype in ("fp16", "int8")]
+    systems = [("fp16", "f16"), ("int8", "f16"), ("int8", "u8")]
+    rows = [
+        {"name": name, "kv_cache": kv, "batch": 1, "tokens_per_s": 5.0, "kv_bytes_per_token": 9} for name, kv in systems
+    ]
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    monkeypatch.setattr(quality, "build_all", lambda profile, wanted: built)
+    monkeypatch.setattr(quality, "_held_out", lambda profile: [])
+    monkeypatch.setattr(
+        quality, "quality", lambda engines, ids: pd.DataFrame({"name": ["fp16", "int8"], "perplexity": 2})
+    )
+    monkeypatch.setattr(quality, "speed", lambda *_: pd.DataFrame(rows))
+    measured = quality.report(profile)
+    assert quality.report(profile).equals(pd.read_csv(tmp_path / "smoke/engines.csv"))
+    assert "already measured" in capsys.readouterr().out
+    file = tmp_path / "smoke/engines.csv"
+    for damaged in ("".join(file.read_text().splitlines(keepends=True)[:-1]), file.read_text()[:-3], "", "name,key"):
+        file.write_text(damaged)
+        assert quality.report(profile).equals(measured)
+        assert "already measured" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -104,6 +104,21 @@ def test_pool_is_cached_by_content(
     assert len(list(directory.iterdir())) == len(list(directory.glob("p1-*.parquet"))) == 2
 
 
+def test_a_damaged_pool_is_cut_again(
+    made: tuple[config.Profile, Tokenizer, Clusterer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile, tokenizer, model = made
+    first = prompts.build(profile, "p1", tokenizer, model, n=16)
+    (path,) = (paths.run_dir(profile.name) / "prompts").glob("p1-*.parquet")
+    whole = path.read_bytes()
+    first.frame.iloc[:-1].to_parquet(path)
+    for damaged in (path.read_bytes(), whole[:-1], b""):
+        path.write_bytes(damaged)
+        capsys.readouterr()
+        pd.testing.assert_frame_equal(prompts.build(profile, "p1", tokenizer, model, n=16).frame, first.frame)
+        assert f"workload p1: {path.name} is made again" in capsys.readouterr().out
+
+
 def test_beginning_of_sequence_token_is_counted(made: tuple[config.Profile, Tokenizer, Clusterer]) -> None:
     profile, tokenizer, model = made
     with_bos = Tokenizer.from_str(tokenizer.to_str())

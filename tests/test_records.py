@@ -1,20 +1,25 @@
-"""A record file that exists is complete."""
+"""A record file that exists is complete, and checked before it is believed."""
 
 import errno
 import os
 
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from erlib import records
 
 
 def _row(**changes):
-    row = {name: None for name in records.SCHEMA.names}
+    row = {name: None for name in records.SCHEMA.names} | {"point_hash": "hash", "users": 2, "turn": "base"}
     return row | {"config": "p1.A", "user": 1, "token_ns": [1, 2, 5], "status": "ok"} | changes
 
 
+ROWS = [_row(user=0), _row(user=1, token_ns=[])]
+
+
 def test_what_is_written_is_read(tmp_path):
-    records.write([_row(user=0), _row(user=1, token_ns=[])], tmp_path / "a" / "point.parquet")
+    records.write(ROWS, tmp_path / "a" / "point-hash.parquet")
     frame = records.read(tmp_path)
     assert list(frame["user"]) == [0, 1]
     assert [list(times) for times in frame["token_ns"]] == [[1, 2, 5], []]
@@ -44,3 +49,52 @@ def test_a_row_that_does_not_fit_the_schema_is_refused(tmp_path):
 def test_half_written_files_are_not_read(tmp_path):
     (tmp_path / ".point.parquet.123.tmp").write_bytes(b"half")
     assert records.read(tmp_path).empty
+
+
+def test_folders_named_like_columns_say_nothing(tmp_path):
+    records.write(ROWS, tmp_path / "users=7" / "status=bad" / "point-hash.parquet")
+    assert set(records.read(tmp_path)["status"]) == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: os.truncate(path, 0), "cannot be read"),
+        (lambda path: os.truncate(path, path.stat().st_size - 1), "cannot be read"),
+        (lambda path: os.truncate(path, 100), "cannot be read"),
+        (lambda path: path.write_text("user,turn"), "cannot be read"),
+        (lambda path: records.write([], path), "no rows"),
+        (lambda path: records.write([row | {"point_hash": "other"} for row in ROWS], path), "another point"),
+        (lambda path: records.write([row | {"point_hash": None} for row in ROWS], path), "another point"),
+        (lambda path: records.write(ROWS[:1], path), "rows of some users"),
+        (lambda path: records.write([*ROWS, ROWS[0]], path), "rows of some users"),
+        (lambda path: records.write([*ROWS, ROWS[0] | {"turn": "continuation"}], path), "rows of some users"),
+        (lambda path: pd.DataFrame({"users": ["x"]}).to_parquet(path), "cannot be read"),
+    ],
+)
+def test_a_damaged_point_is_named_and_never_read(tmp_path, capsys, damage, reason):
+    path, whole = tmp_path / "p1.A" / "point-hash.parquet", tmp_path / "p1.A" / "whole-hash.parquet"
+    for file in (path, whole):
+        records.write(ROWS, file)
+        assert records.found(file, "sweep")
+    damage(path)
+    with pytest.raises(records.DamagedRecords, match=f"point-hash.parquet is damaged.*{reason}"):
+        records.read(tmp_path)
+    assert capsys.readouterr().out == ""
+    assert not records.found(path, "sweep")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("sweep: point-hash.parquet of p1.A is made again: ") and reason in line
+    assert not records.found(path, "sweep")
+    assert len(records.read(tmp_path)) == 2
+
+
+def test_a_point_that_is_damaged_in_its_midst_is_named(tmp_path):
+    path = tmp_path / "point-hash.parquet"
+    records.write([_row(user=user, users=200, token_ns=list(range(user, user + 200))) for user in range(200)], path)
+    content = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(0).column(17).data_page_offset
+    assert "token_ns" in pq.ParquetFile(path).metadata.row_group(0).column(17).path_in_schema
+    content[start : start + 300] = b"x" * 300
+    path.write_bytes(content)
+    with pytest.raises(records.DamagedRecords, match="point-hash"):
+        records.read_files([path])

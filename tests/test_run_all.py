@@ -156,13 +156,13 @@ def step(home, tmp_path):
     return run_all.Step(tmp_path / "00_tiny.ipynb", config.load_profile("smoke"), {}, earlier=[])
 
 
-STAMP = {"reads": {}, "wrote": [], "finished": "1.5"}
+STAMP = {"reads": {}, "wrote": {}, "begun": 1.0, "finished": "1.5"}
 
 
 @pytest.mark.parametrize(
     "stamp",
     ["", "[]", "null", "{", "1", '"text"', "[" * 100_000, b"\xff\x00", *(
-        json.dumps(STAMP | wrong) for wrong in ({"reads": None}, {"reads": [1]}, {"wrote": 5}, {"wrote": [None]},
+        json.dumps(STAMP | wrong) for wrong in ({"reads": None}, {"reads": [1]}, {"wrote": []}, {"wrote": {"a": None}},
                                                 {"finished": {}}, {"reads": {"the notebook": 1}})
     ), json.dumps({"reads": {}})],
     ids=lambda stamp: str(stamp)[:30],
@@ -177,8 +177,42 @@ def test_a_damaged_stamp_means_never_run(step, home, stamp):
 def test_names_of_files_that_no_file_can_have_are_gone(step, home):
     path = home / "runs/smoke/notebooks/00_tiny.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(STAMP | {"reads": step._reads(), "wrote": ["x" * 5000, "a\0b"]}))
+    path.write_text(json.dumps(STAMP | {"reads": step._reads(), "wrote": {"x" * 5000: 1, "a\0b": 1}}))
     assert "is gone" in step.reason_to_run(force=False)
+
+
+@pytest.fixture
+def papermill(home, monkeypatch):
+    """Stands for papermill: each call does the next of these things in place of a notebook's cells."""
+    cells = []
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: cells.pop(0)())
+    return cells
+
+
+def test_records_that_are_not_as_they_were_written_make_a_notebook_run_again(step, home, papermill):
+    """Also those of an earlier run, which this one has but found."""
+    first, second, table = (home / "runs/smoke" / name for name in ("a.parquet", "b.parquet", "table.csv"))
+
+    def interrupted():
+        first.write_text("whole")
+        raise KeyboardInterrupt
+
+    papermill += [interrupted, lambda: second.write_text("whole"), lambda: table.write_text("whole")]
+    with pytest.raises(KeyboardInterrupt):
+        step.run()
+    assert step.reason_to_run(force=False) == "not run to its end"
+    for _ in range(2):
+        step.run()
+        assert step.reason_to_run(force=False) == ""
+    table.write_text("edited by a reader")
+    assert step.reason_to_run(force=False) == ""
+    for file in (first, second):
+        file.write_text("cut")
+        assert step.reason_to_run(force=False) == f"{file} is not as it was written"
+        file.write_text("whole")
+        assert step.reason_to_run(force=False) == ""
+    second.unlink()
+    assert step.what_would_be(force=False, left_out={}) == f"run: {second} is gone"
 
 
 # --- the kernel ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,68 @@
+"""What is kept under the hash of its content is checked before it is believed."""
+
+import os
+import shutil
+
+import pandas as pd
+import pytest
+
+from erlib import paths
+
+
+@pytest.fixture
+def kept(tmp_path):
+    target = tmp_path / "0123456789abcdef"
+    with paths.building(target) as partial:
+        (partial / "inner").mkdir()
+        (partial / "model.bin").write_bytes(b"weights")
+        (partial / "inner" / "tokenizer.json").write_text("{}")
+    return target
+
+
+def test_what_is_whole_is_found_and_left_alone(kept, capsys):
+    (kept / "written by somebody later").touch()
+    assert paths.found(kept, "engines")
+    assert paths.found(kept, "engines")
+    assert capsys.readouterr().out == ""
+    assert not paths.found(kept.with_name("other"), "engines")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: (kept / "model.bin").unlink(),
+        lambda kept: (kept / "inner" / "tokenizer.json").unlink(),
+        lambda kept: shutil.rmtree(kept / "inner"),
+        lambda kept: os.truncate(kept / "model.bin", 3),
+        lambda kept: os.truncate(kept / "model.bin", 0),
+        lambda kept: (kept / "sizes.json").unlink(),
+        lambda kept: (kept / "sizes.json").write_text("[1]"),
+        lambda kept: (kept / "sizes.json").write_bytes(b"\xff"),
+    ],
+    ids=["gone", "gone below", "folder gone", "cut", "empty", "no sizes", "other sizes", "unreadable sizes"],
+)
+def test_what_is_damaged_is_removed_with_one_line(kept, capsys, damage):
+    damage(kept)
+    assert not paths.found(kept, "engines")
+    assert not kept.exists()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("engines: 0123456789abcdef is made again: ")
+
+
+def test_a_file_in_the_place_of_a_folder_is_removed(tmp_path):
+    (tmp_path / "kept").touch()
+    assert not paths.found(tmp_path / "kept", "engines")
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"text"])
+def test_a_cached_file_that_cannot_be_read_counts_as_none(tmp_path, capsys, content):
+    file = tmp_path / "table.parquet"
+    assert paths.recalled(file, pd.read_parquet, "router comparison") is None
+    assert capsys.readouterr().out == ""
+    pd.DataFrame({"x": [1]}).to_parquet(file)
+    assert list(paths.recalled(file, pd.read_parquet, "router comparison")["x"]) == [1]
+    file.write_bytes(content)
+    assert paths.recalled(file, pd.read_parquet, "router comparison") is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("router comparison: table.parquet is made again: it cannot be read")

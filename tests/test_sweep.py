@@ -1,0 +1,50 @@
+"""What a sweep measures, and what it believes to have been measured."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from erlib import config, records, sweep
+from tests import synthetic
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A sweep of two points whose measurement is writing down rows; the names of what was measured."""
+    names = []
+    points = [
+        SimpleNamespace(users=users, path=tmp_path / "p1.A" / f"uniform-u{users:04d}-r0-{users}.parquet")
+        for users in (1, 4)
+    ]
+
+    def measure(profile, part, progress):
+        for _, group in part:
+            for point in group:
+                names.append(point.path.name)
+                rows = synthetic.point("p1", "load", "p1.A", point.users, 0)
+                records.write([row | {"point_hash": str(point.users)} for row in rows], point.path)
+
+    monkeypatch.setattr(sweep, "points", lambda profile, series: points)
+    monkeypatch.setattr(sweep, "_measure", measure)
+    return points, names
+
+
+SERIES = [SimpleNamespace(system=SimpleNamespace(source="measured"), experiment="load")]
+
+
+def test_a_damaged_point_is_measured_again_and_the_others_are_not(measured, capsys):
+    points, names = measured
+    profile = config.load_profile("smoke")
+    assert len(sweep.run(profile, SERIES)) == 1 + 4
+    assert len(names) == 2
+    assert len(sweep.run(profile, SERIES)) == 1 + 4
+    assert len(names) == 2
+    points[0].path.write_bytes(points[1].path.read_bytes())  # another point's rows under this one's name
+    with pytest.raises(sweep.MissingRecords, match=r"1 of 2 points .* are damaged; run .*05_load_sweep"):
+        sweep.read(profile, SERIES)
+    capsys.readouterr()
+    assert sorted(sweep.run(profile, SERIES)["users"]) == [1, 4, 4, 4, 4]
+    assert names[2:] == [points[0].path.name]
+    printed = capsys.readouterr().out
+    assert f"sweep: {points[0].path.name} of p1.A is made again" in printed
+    assert "sweep: 1 of 2 points found by content hash, 1 to measure" in printed
