@@ -61,6 +61,6 @@ def _takes(field: Schema) -> str:
     if field.get("type") == "array":
         each = field.get("items") or field["prefixItems"][0]
         return f"list of {_takes(each)}"
-    bounds = [f"{sign} {field[name]:g}" for name, sign in _BOUNDS.items() if name in field]
+    bounds = [f"{sign} {field[name]:.12g}" for name, sign in _BOUNDS.items() if name in field]
     kind = field["type"].replace("string", "text")
     return f"{kind} {' and '.join(bounds)}" if bounds else kind
