@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import subprocess
-import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +16,16 @@ from typing import Any
 
 import psutil
 
-from erlib import config, paths, processes
+from benchmarks.environments import environment
+from erlib import processes
 from erlib.envoy import Envoy
 from erlib.nginx import Nginx
-from erlib.processes import StartError
 from erlib.stack import Gateway
 
 GATEWAYS = 16
 EXPERTS = 8
 LITELLM_WORKERS = 2
 START_TIMEOUT_S = 120
-
-_LITELLM = ("-r", str(Path(__file__).with_name("litellm.txt")))
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class Site:
         return Way(envoy.url, "grpc", [envoy.process, *gateways])
 
     def litellm(self, running: contextlib.ExitStack) -> Way:
-        python = environment("litellm", *_LITELLM) / "bin" / "python"
+        python = environment("litellm")
         port = next(self._ports)
         configuration = self._work / "litellm.yaml"
         configuration.write_text(_LITELLM_CONFIG.format(engine=self._openai_engine))
@@ -158,28 +155,6 @@ WAYS: dict[str, Callable[[Site, contextlib.ExitStack], Way]] = {
     "LiteLLM": Site.litellm,
 }
 """By the name in the table; what has no proxy comes before those that are compared with it."""
-
-
-def environment(name: str, *requirements: str) -> Path:
-    """A virtual environment with what pip makes of `requirements`, from the cache or new.
-
-    Raises
-    ------
-    StartError
-        If something cannot be installed.
-    """
-    pins = [Path(part) if part.endswith(".txt") else part for part in requirements]
-    directory = paths.CACHE / "benchmarks" / f"{name}-{config.digest(*pins)}"
-    if directory.exists():
-        return directory
-    print(f"{name}: installing into {directory}")
-    with paths.building(directory) as partial:
-        venv.create(partial, with_pip=True)
-        pip = [partial / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
-        done = subprocess.run([*pip, "install", "-q", *requirements], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise StartError(f"{name} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
-    return directory
 
 
 _LITELLM_CONFIG = """\

@@ -175,7 +175,7 @@ def living_nodes(address: str) -> list[Node]:
         import ray
     except ImportError:
         raise StartError(
-            "serving.cluster needs Ray, which is not installed: pip install '.[cluster]' -c constraints.txt"
+            "serving.cluster needs Ray, which is not installed: .venv/bin/python scripts/install.py cluster"
         ) from None
     if not ray.is_initialized():
         try:

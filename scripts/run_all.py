@@ -185,7 +185,7 @@ class Step:
                 *sorted(paths.ENGINE_SPECS.glob("*.yaml")), *sorted((paths.ENGINE_SPECS / "triton").rglob("*.py"))
             ),
             "data": config.digest(*sorted(path for path in paths.FACTS.iterdir() if path.is_file())),
-            "the pinned packages": config.digest(paths.ROOT / "constraints.txt"),
+            "the pinned packages": config.digest(paths.ROOT / "locks" / "workbench.txt"),
             "the corpus": _corpus(profile),
         }
 

@@ -1,7 +1,7 @@
 """Stand-in for ``quantize.py`` of TensorRT-LLM 1.2.1 and ``hf_ptq.py`` of ModelOpt 0.37, which both want a GPU.
 
 Takes the options of either that plans use, and calls ModelOpt with them as that script does; only calibration texts are
-random tokens. Runs in an environment of its own (modelopt-requirements.txt) and imports nothing of the project::
+random tokens. Runs in an environment of its own (locks/modelopt.txt) and imports nothing of the project::
 
     quantise_tiny_llama.py make DIRECTORY DTYPE hidden_size=512 ...     a random Llama
     quantise_tiny_llama.py quantize.py --model_dir ...

@@ -124,7 +124,7 @@ def test_users_have_one_place():
 @pytest.fixture(scope="module")
 def several_nodes():
     """Three nodes with room for four experts each and one for the users, all on this machine."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
+    ray = pytest.importorskip("ray", reason="Ray is not installed: scripts/install.py cluster")
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

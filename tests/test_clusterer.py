@@ -458,6 +458,23 @@ def test_build_is_cached_by_content(
     assert clusterer.build(profile) != first
 
 
+def test_another_version_of_the_nltk_stop_words_makes_another_clusterer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nltk
+
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    words = tmp_path / "corpora" / "stopwords" / "english"
+    words.parent.mkdir(parents=True)
+    built = []
+    for version in ("the\n", "the\nzwischen\n", "the\n"):
+        nltk.corpus.stopwords._unload() if hasattr(nltk.corpus.stopwords, "_unload") else None
+        words.write_text(version)
+        built.append(clusterer.build(_profile(tmp_path, stop_words="nltk")))
+    assert built[0] == built[2] != built[1]
+
+
 def test_build_from_pickles(
     pickles: tuple[Path, Pipeline, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections import Counter
@@ -106,7 +107,8 @@ def test_c4_is_streamed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     calls = []
 
-    def stream(name: str, part: str, split: str, streaming: bool) -> datasets.IterableDataset:
+    def stream(name: str, part: str, revision: str, split: str, streaming: bool) -> datasets.IterableDataset:
+        assert re.fullmatch("[0-9a-f]{40}", revision)  # a commit: what a branch names may change
         calls.append((name, part, split, streaming))
         return datasets.IterableDataset.from_generator(lambda: ({"text": f"{split} {i}"} for i in range(99)))
 

@@ -7,20 +7,20 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from erlib import config, engines, paths, tensorrt_llm
+from benchmarks.environments import environment
+from erlib import config, engines, tensorrt_llm
 from erlib.config import WorkloadSettings
 from erlib.containers import Places
+from erlib.processes import StartError
 
 pytestmark = pytest.mark.slow
 
-REQUIREMENTS = Path(__file__).with_name("modelopt-requirements.txt")
 STANDIN = Path(__file__).with_name("quantise_tiny_llama.py")
 STORED = {"llama-2-13b": "float16", "llama-3-70b": "bfloat16"}
 """What the checkpoints on the hub are stored in."""
@@ -46,18 +46,14 @@ def tiny_shapes(monkeypatch):
 @pytest.fixture(scope="module")
 def modelopt():
     """Runs the stand-in in an environment with ModelOpt, which is made once per set of pins."""
-    environment = paths.CACHE / "environments" / f"modelopt-{config.digest(REQUIREMENTS, sys.version)}"
-    if not environment.exists():
-        with paths.building(environment) as partial:
-            subprocess.run([sys.executable, "-m", "venv", partial], check=True)
-            pip = [partial / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-            installed = subprocess.run([*pip, "-r", REQUIREMENTS], capture_output=True, text=True, check=False)
-            if installed.returncode:
-                pytest.skip(f"ModelOpt cannot be fetched: {installed.stderr.strip().splitlines()[-1]}")
+    try:
+        python = environment("torch", "modelopt")
+    except StartError as error:
+        pytest.skip(str(error))
 
     def run(*words):
         alone = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        command = [environment / "bin" / "python", "-I", STANDIN, *words]
+        command = [python, "-I", STANDIN, *words]
         ended = subprocess.run(command, env=alone, capture_output=True, text=True, check=False, timeout=900)
         assert ended.returncode == 0, ended.stderr[-2000:]
 

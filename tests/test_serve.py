@@ -10,7 +10,7 @@ from erlib import config, paths, sweep
 from scripts import serve
 
 STARTED_BY_HAND = [
-    *(["scripts/" + path.name] for path in sorted((paths.ROOT / "scripts").glob("*.py"))),
+    *(["scripts/" + name] for name in ("distill_step_times.py", "run_all.py", "serve.py")),
     *(["benchmarks/" + name] for name in ("engines.py", "gateways.py", "router.py")),
     ["-m", "benchmarks.gateway"],
     ["-m", "erlib.gateway"],

@@ -1,0 +1,38 @@
+"""Other programs' environments, beside the workbench's own: made of their locks when they are first used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from erlib import config, paths
+from erlib.processes import StartError
+
+
+def environment(*locks: str) -> Path:
+    """The Python of an environment with what ``locks/NAME.txt`` list, from the cache or new.
+
+    Parameters
+    ----------
+    *locks : str
+        As ``scripts/install.py`` takes them; the last is the environment's name.
+
+    Raises
+    ------
+    StartError
+        If something cannot be installed.
+    """
+    name = locks[-1]
+    files = sorted(path for lock in locks for path in (paths.ROOT / "locks").glob(f"{lock}*.txt"))
+    directory = paths.CACHE / "environments" / f"{name}-{config.digest(*files, sys.version)}"
+    if not directory.exists():
+        print(f"{name}: installing into {directory}")
+        with paths.building(directory) as partial:
+            venv.create(partial, with_pip=True)
+            command = [partial / "bin" / "python", paths.ROOT / "scripts" / "install.py", *locks]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise StartError(f"{name} cannot be installed: {done.stderr.strip().removeprefix('error: ')}")
+    return directory / "bin" / "python"
