@@ -16,8 +16,12 @@ from grpc import StatusCode
 
 from erlib.limits import peer_of
 
-_NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip")
-"""What metadata that concern one hop alone begin with."""
+_NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip", "triton_grpc_error")
+"""What metadata that concern one hop alone begin with.
+
+The last asks for what a gateway does itself: Triton 2.51 dies, its heap corrupted, where it ends streams in that way
+and clients cancel.
+"""
 
 _DETAILS_CHARS = 500
 """A status travels as metadata, of which gRPC takes 8 KB, and every byte that is not ASCII takes three."""

@@ -28,7 +28,7 @@ CLUSTER = "er-cluster"
 NAMESPACE = "er"
 """Of what Envoy keeps of a request: what its client is told, and its log says."""
 FAILED = "failed"
-"""There, whether the expert's first response is an error."""
+"""There, the beginning of the expert's first response, if that is an error."""
 TOLD = ["er-gateway", "er-expert", *(f"er-{span}-ns" for span in ("queue", "vectorise", "svd", "kmeans", "forward"))]
 """What a processor tells Envoy of a request."""
 INSTALL = ".venv/bin/python scripts/install.py envoy"
@@ -72,6 +72,7 @@ static_resources:
                   headers:
                   - {{name: {cluster}, string_match: {{prefix: expert-}}}}
                   - {{name: er-explain, present_match: false}}
+                  - {{name: triton_grpc_error, present_match: false}}
                 route:
                   cluster_header: {cluster}
                   timeout: 0s  # 15 s by default, for the whole answer
@@ -84,12 +85,17 @@ static_resources:
                   headers:
                   - {{name: {cluster}, string_match: {{prefix: gateway-}}}}
                   - {{name: er-explain, present_match: false}}
+                  - {{name: triton_grpc_error, present_match: false}}
                 route: {{cluster_header: {cluster}, timeout: 0s}}
                 request_headers_to_add: &peer
                 - header: {{key: x-real-ip, value: "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"}}
                   append_action: OVERWRITE_IF_EXISTS_OR_ADD
                 request_headers_to_remove: [{cluster}]
-              - match: {{path: {stream_infer}, headers: [{{name: er-explain, present_match: false}}]}}
+              - match:
+                  path: {stream_infer}
+                  headers:
+                  - {{name: er-explain, present_match: false}}
+                  - {{name: triton_grpc_error, present_match: false}}
                 route: &gateways  # until the processor has said where
                   cluster: gateways
                   timeout: 0s
@@ -131,8 +137,10 @@ static_resources:
                   function envoy_on_response(reply)
                     if not reply:streamInfo():dynamicMetadata():get("{namespace}") then return end
                     for part in reply:bodyChunks() do
-                      if part:length() > 5 and part:getBytes(5, 1) == "\\n" then
-                        reply:streamInfo():dynamicMetadata():set("{namespace}", "{failed}", "yes")
+                      if part:length() > 7 and part:getBytes(5, 1) == "\\n" then  -- then its length, then its text
+                        local at = part:getBytes(6, 1):byte() < 128 and 7 or 8
+                        local text = part:getBytes(at, math.min(part:length() - at, 200)):gsub("[^ -~]", "?")
+                        reply:streamInfo():dynamicMetadata():set("{namespace}", "{failed}", text)
                       end
                       return  -- all others pass without a look
                     end

@@ -25,6 +25,7 @@ from envoy.data.accesslog.v3 import accesslog_pb2 as entries
 from envoy.service.accesslog.v3 import als_pb2 as logs
 from envoy.service.ext_proc.v3 import external_processor_pb2 as xds
 
+from erlib import wire
 from erlib.envoy import CLUSTER, FAILED, NAMESPACE
 from erlib.service import Gateway
 from erlib.telemetry import Request
@@ -133,8 +134,8 @@ def ended(entry: entries.HTTPAccessLogEntry) -> Request:
     }
     replica = common.upstream_remote_address.socket_address
     request.replica = f"{replica.address}:{replica.port_value}" if replica.address else ""
-    request.refused_by_expert = FAILED in told
-    request.responses = int(request.refused_by_expert)
+    request.expert_error = wire.status_of(told[FAILED])[0].name if FAILED in told else ""
+    request.responses = int(FAILED in told)
     request.retries = max(0, common.upstream_request_attempt_count - 1)
     status = reply.response_trailers.get("grpc-status") or reply.response_headers.get("grpc-status")
     if status is not None:

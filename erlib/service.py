@@ -30,6 +30,7 @@ from typing import TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc import StatusCode
 from tritonclient.grpc import service_pb2 as pb
 
@@ -45,7 +46,8 @@ Distances = Callable[[str], Sequence[float]]
 
 _QUESTIONS = ["ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig", "RepositoryIndex"]
 """Methods that any live server is asked to answer. Those that would change a server are not offered."""
-_SERVER_AT_FAULT = {StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS}
+_SERVER_AT_FAULT = {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DATA_LOSS"}
+"""Status codes of errors that are not the request's own."""
 _SILENT = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
 """How a question ends that a server has not answered."""
 _TIME_DIGITS = 20
@@ -137,7 +139,7 @@ class Gateway(grpc.GenericRpcHandler):
 
     def ended(self, request: Request) -> None:
         """Count a request that somebody else took to its expert, and suspect the replicas that may have failed it."""
-        if request.retries or request.refused_by_expert or StatusCode[request.code] in _SERVER_AT_FAULT:
+        if request.retries or {request.code, request.expert_error} & _SERVER_AT_FAULT:
             for replica in self.experts[request.expert].replicas:
                 if request.retries or request.replica in (replica.url, ""):
                     replica.suspect()
@@ -324,20 +326,22 @@ class Gateway(grpc.GenericRpcHandler):
             if first:
                 await caller.begin(self.who(request))  # only now, because it would have delayed the prompt
             async for message in call:
-                response, failed = message, wire.is_error(message)
+                response, failure = message, _in_stream_failure(message) if wire.is_error(message) else None
                 if not request.responses:
                     request.spans_ns["first_byte"] = time.monotonic_ns() - t_forwarded_ns
-                    if failed and has_spare:
-                        replica.suspect()
-                        raise Failure(StatusCode.UNAVAILABLE, "its first word was an error")
-                    if caller.explain:
-                        response = wire.with_parameters(response, self._explanation(request))
-                request.responses += 1
-                if failed:
-                    request.refused_by_expert = True
-                    replica.suspect()
-                else:
+                if failure is None:
                     replica.responses += 1
+                elif failure.code.name in _SERVER_AT_FAULT:
+                    replica.suspect()
+                    if has_spare and not request.responses:
+                        raise Failure(StatusCode.UNAVAILABLE, "its first word was an error")
+                if caller.explain and not request.responses:
+                    response = wire.with_parameters(response, self._explanation(request))
+                request.responses += 1
+                if failure is not None:
+                    request.expert_error = failure.code.name
+                    if caller.ends_on_error:
+                        raise failure
                 await caller.write(response)
             request.trailing_metadata = tuple(await call.trailing_metadata())
 
@@ -423,7 +427,7 @@ def _blaming(replica: Replica, request: Request) -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        if error.code() in _SERVER_AT_FAULT:
+        if error.code().name in _SERVER_AT_FAULT:
             replica.suspect()
         reason = error.details() if replica.is_connected else f"no connection to {replica.url}: {error.details()}"
         raise Failure(error.code(), f"{who} failed: {reason}") from None
@@ -432,6 +436,14 @@ def _blaming(replica: Replica, request: Request) -> Iterator[None]:
         if task is not None and task.cancelling():  # our client has gone
             raise
         raise Failure(StatusCode.UNAVAILABLE, f"{who} has fallen silent and is given up") from None
+
+
+def _in_stream_failure(message: bytes) -> Failure:
+    """An expert's serialised in-stream error, as the status that its client may prefer."""
+    try:
+        return Failure(*wire.status_of(pb.ModelStreamInferResponse.FromString(message).error_message))
+    except DecodeError:
+        return Failure(StatusCode.UNKNOWN, "the expert's answer cannot be read")
 
 
 def _broken(request: Request, error: Exception) -> Failure:

@@ -17,7 +17,7 @@ from erlib.experts import Expert
 
 logger = logging.getLogger("erlib.gateway")
 
-_LOGGED = ["id", "kind", "peer", "expert", "replica", "retries", "responses", "refused_by_expert", "code", "spans_ns"]
+_LOGGED = ["id", "kind", "peer", "expert", "replica", "retries", "responses", "expert_error", "code", "spans_ns"]
 _BUCKETS_S = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10, 30, 100]
 
 
@@ -34,8 +34,8 @@ class Request:
     replica: str = ""
     retries: int = 0
     responses: int = 0
-    refused_by_expert: bool = False
-    """Whether the expert's own last word, passed on as it was, is an error."""
+    expert_error: str = ""
+    """Status code of the expert's own last word, if that is an error; it counts as no token."""
     code: str = grpc.StatusCode.OK.name
     spans_ns: dict[str, int] = field(default_factory=dict)
     """In the order of time: ``queue``, ``vectorise``, ``svd``, ``kmeans``, ``forward``, ``first_byte``."""
@@ -94,12 +94,12 @@ class Telemetry:
         """Count a request that has ended, whatever its end."""
         expert = str(request.expert) if request.expert >= 0 else ""
         self._requests.labels(expert, request.kind).inc()
-        if request.refused_by_expert:
-            self._errors.labels(expert, "EXPERT").inc()
-        elif request.code != grpc.StatusCode.OK.name:
+        if request.code != grpc.StatusCode.OK.name:
             self._errors.labels(expert, request.code).inc()
+        elif request.expert_error:
+            self._errors.labels(expert, request.expert_error).inc()
         if request.responses:
-            self._tokens.labels(expert).inc(request.responses - request.refused_by_expert)
+            self._tokens.labels(expert).inc(request.responses - bool(request.expert_error))
         if request.retries:
             self._retries.labels(expert).inc(request.retries)
         for span, ns in request.spans_ns.items():

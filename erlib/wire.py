@@ -7,10 +7,12 @@ not know which of them it talks to. One response is one token.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from grpc import StatusCode
 from tritonclient.grpc import service_pb2 as pb
 
 SERVICE = "inference.GRPCInferenceService"
@@ -27,6 +29,14 @@ CHANNEL_OPTIONS = [
 MAX_PROMPT_BYTES = 4 << 20
 NEVER_STOP = -1
 """``end_id`` of a forced answer length."""
+
+_OF_AN_ENSEMBLE = f"in ensemble '{MODEL_NAME}', "
+"""What Triton puts before the errors of an ensemble's models."""
+_OF_A_REQUEST = re.compile(
+    r"(\[request id: .*?\] )?(inference (input|request)|input |expected |unexpected )"
+    r"|Unable to find shared memory region|failed to get model version|Request for unknown model: '\w+' version"
+)
+"""How Triton begins to say what is wrong with a request's tensors."""
 
 
 class BadRequest(ValueError):
@@ -117,6 +127,17 @@ def decode_response(message: bytes) -> Response:
         elif tensor.name == "output_ids":
             tokens = struct.unpack(f"<{len(raw) // 4}i", raw)
     return Response("", text, tokens)
+
+
+def status_of(error: str) -> tuple[StatusCode, str]:
+    """Status and details of an in-stream error, which has no code, but may begin with its name: UNKNOWN if not.
+
+    What Triton itself finds wrong with a request, before the model sees it, is the client's mistake, too.
+    """
+    name, colon, details = error.removeprefix(_OF_AN_ENSEMBLE).partition(": ")
+    if colon and name in StatusCode.__members__ and name != StatusCode.OK.name:
+        return StatusCode[name], details
+    return StatusCode.INVALID_ARGUMENT if _OF_A_REQUEST.match(error) else StatusCode.UNKNOWN, error
 
 
 def is_error(message: bytes) -> bool:

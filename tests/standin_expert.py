@@ -37,7 +37,7 @@ class Orders:
     code: str = "UNAVAILABLE"
     reason: str = "as ordered"
     error: str = ""
-    """in-stream error, the only response"""
+    """in-stream error, the only response; ~ stands for a space"""
     exit_after: int = -1
     """responses; then the process is gone as after kill -9"""
 
@@ -175,7 +175,7 @@ class StandIn(grpc.GenericRpcHandler):
         orders = Orders.of(prompt)
         await asyncio.sleep(orders.first)
         if orders.error:
-            await context.write(wire.encode_error(orders.error, request_id))
+            await context.write(wire.encode_error(orders.error.replace("~", " "), request_id))
             return
         for number in range(orders.n):
             if number == orders.exit_after:

@@ -313,19 +313,37 @@ def test_a_dead_backend_behind_a_healthy_front_is_found_by_the_canary(spare, not
     )  # fmt: skip
 
 
-def test_an_error_that_is_the_requests_own_fault_does_not_open_the_breaker(note):
+@pytest.mark.parametrize("spare", [0, 1], ids=["alone", "with a spare replica"])
+@pytest.mark.parametrize("how", ["in the stream", "as status"])
+def test_a_clients_own_mistake_makes_no_server_suspect_and_is_tried_nowhere_else(how, spare, note):
+    own = "INVALID_ARGUMENT:~too~long" if how == "in the stream" else ""
+    prompt = f"0 error={own}" if own else "0 fail_after=0 code=INVALID_ARGUMENT reason=too-long"
+
+    async def run():
+        async with setting(1 + spare) as (door, stand_ins):
+            outcomes = [one for _ in range(20) for one in await ended(start(door.channel, prompt, "0"))]
+            await asyncio.sleep(0.1)
+            assert sum(len(one.seen) for one in stand_ins) == 40  # no canary
+            return outcomes
+
+    outcomes = asyncio.run(run())
+    assert ends(outcomes) == {"INVALID_ARGUMENT": 20, "OK": 20}
+    note(f"expert refuses a request, {how}", "before the first response", "20 refused, 20 others OK", outcomes)
+
+
+def test_an_error_that_may_be_the_servers_fault_does_not_open_the_breaker_if_it_is_not(note):
     async def run():
         async with setting(1) as (door, (expert,)):
             outcomes = []
             for _ in range(20):
-                outcomes += await ended(start(door.channel, "0 error=too-long", "0"))
+                outcomes += await ended(start(door.channel, "0 error=no~idea", "0"))
                 assert door.gateway.experts[0].replicas[0].is_up
             assert len(expert.seen) > len(expert.requests)  # canaries have been sent
             return outcomes
 
     outcomes = asyncio.run(run())
-    assert ends(outcomes) == {"too-long": 20, "OK": 20}
-    note("expert refuses a request", "before the first response", "20 refused as it says, 20 others OK", outcomes)
+    assert ends(outcomes) == {"no idea": 20, "OK": 20}
+    note("expert says something odd", "before the first response", "20 told what it says, 20 others OK", outcomes)
 
 
 def test_a_full_queue_refuses_some_and_opens_no_breaker(note):
@@ -940,6 +958,20 @@ def test_a_dead_backend_under_envoy_is_found_by_the_canary(note, tmp_path):
         "dead backend under Envoy, the only replica", "before the first response",
         "the server's error until a canary has failed, then UNAVAILABLE; OK once repaired", before + after + repaired,
     )  # fmt: skip
+
+
+@needs_envoy
+@pytest.mark.parametrize(("error", "canaries"), [("INVALID_ARGUMENT:~" + "x" * 300, 0), ("no~idea", 1)])
+def test_whose_fault_an_error_under_envoy_is_decides_whether_a_canary_is_sent(error, canaries, tmp_path):
+    async def run():
+        async with standin() as expert, envoy_before(tmp_path, expert.url) as (door, _, channel):
+            await ended(start(channel, f"0 error={error}"))
+            counted = door.gateway.telemetry.registry.get_sample_value
+            labels = {"expert": "0", "kind": error.partition(":")[0] if ":" in error else "UNKNOWN"}
+            await eventually(lambda: counted("er_errors_total", labels) == 1)
+            await eventually(lambda: len(expert.seen) - len(expert.requests) == canaries)
+
+    asyncio.run(run())
 
 
 @needs_envoy

@@ -186,7 +186,7 @@ def test_metrics_and_log_lines_tell_what_happened_but_not_what_was_asked(tmp_pat
     assert seen["er_requests_total", "0", "stream"] == 6
     assert seen["er_requests_total", "0", "unary"] == 1
     assert seen["er_errors_total", "0", "UNAVAILABLE"] == 1
-    assert seen["er_errors_total", "0", "EXPERT"] == 1
+    assert seen["er_errors_total", "0", "UNKNOWN"] == 1
     assert seen["er_tokens_total", "0"] == 4 * 3 + 1 + 1
     assert seen["er_streams",] == 0
     assert seen["er_span_seconds_count", "first_byte"] == 7

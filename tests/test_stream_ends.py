@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
+from contextlib import AsyncExitStack
 
 import grpc
 import grpc.aio
 import pytest
-from standin_expert import Front, eventually, setting, standin
-from test_faults import Line
+from standin_expert import Front, eventually, front, setting, standin
+from test_faults import Line, envoy_before, needs_envoy
 from test_gateway import gateway_process
 
 from erlib import wire
@@ -51,6 +52,8 @@ async def left(door: Front) -> None:
 FAILURES = {
     "a bad request": (BAD, "INVALID_ARGUMENT"),
     "an expert's status": (wire.encode_request("1 fail_after=0 code=ABORTED", 1), "ABORTED"),
+    "an expert's error": (wire.encode_request("1 error=INVALID_ARGUMENT:~no", 1), "INVALID_ARGUMENT"),
+    "an expert's odd error": (wire.encode_request("1 error=no", 1), "UNKNOWN"),
     "an expert's status amid its answer": (wire.encode_request("1 n=9 fail_after=3", 1), "UNAVAILABLE"),
     "a limit": (FLOWS, "RESOURCE_EXHAUSTED"),
     "a router that fails": (wire.encode_request("no number", 1), "INTERNAL"),
@@ -73,6 +76,27 @@ def test_the_first_failure_ends_a_stream_that_is_being_written_to(message, code,
             await left(door)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["gateway", pytest.param("Envoy", marks=needs_envoy)])
+def test_experts_are_not_asked_to_end_streams_with_a_status_themselves(kind, tmp_path):
+    """Triton dies of it when clients cancel. The gateway reads it off the expert's text."""
+
+    async def run() -> tuple[str, str, set[str]]:
+        async with standin() as expert, AsyncExitStack() as exits:
+            if kind == "Envoy":
+                _, _, channel = await exits.enter_async_context(envoy_before(tmp_path, expert.url))
+            else:
+                channel = (await exits.enter_async_context(front(expert.url))).channel
+            failing = wire.encode_request("0 error=INVALID_ARGUMENT:~too~long", 1)
+            call = channel.unary_stream(wire.STREAM_INFER)(failing, metadata=AS_STATUS, timeout=20)
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                [message async for message in call]
+            return error.value.code().name, error.value.details(), {key for key, _ in expert.requests[0].metadata}
+
+    code, details, seen = asyncio.run(run())
+    assert (code, details) == ("INVALID_ARGUMENT", "too long")
+    assert "triton_grpc_error" not in seen
 
 
 def test_our_own_fault_beside_a_request_ends_the_stream_and_is_said():

@@ -3,6 +3,7 @@
 import struct
 
 import pytest
+from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
@@ -98,3 +99,23 @@ def _element(data: bytes) -> bytes:
 def test_bad_requests_say_what_is_wrong(changes, reason):
     with pytest.raises(wire.BadRequest, match=reason):
         wire.prompt_of(_request(**changes))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "details"),
+    [
+        ("INVALID_ARGUMENT: max_tokens is 0", "INVALID_ARGUMENT", "max_tokens is 0"),
+        ("in ensemble 'ensemble', INVALID_ARGUMENT: a: b", "INVALID_ARGUMENT", "a: b"),
+        ("[request id: 7] unexpected shape for input 'max_tokens'", "INVALID_ARGUMENT", None),
+        ("[request id: 7] input byte size mismatch for input 'max_tokens'", "INVALID_ARGUMENT", None),
+        ("inference input 'max_tokens' data-type is 'INT64'", "INVALID_ARGUMENT", None),
+        ("Stub process 'ensemble_0_0' is not healthy.", "UNKNOWN", None),
+        ("[request id: 7] Exceeds maximum queue size", "UNKNOWN", None),
+        ("Request for unknown model: 'ensemble' is not found", "UNKNOWN", None),
+        ("MIDNIGHT: no such code", "UNKNOWN", None),
+        ("OK: not at all", "UNKNOWN", None),
+        ("", "UNKNOWN", None),
+    ],
+)
+def test_the_class_of_an_error_within_a_stream_is_told_by_its_text(error, code, details):
+    assert wire.status_of(error) == (StatusCode[code], error if details is None else details)
