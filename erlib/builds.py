@@ -6,8 +6,12 @@ else has made counts too, if it is what the plan asks for: an engine that passes
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import fcntl
 import json
 import math
+import platform
 import shutil
 import time
 from collections.abc import Sequence
@@ -112,14 +116,16 @@ def build(plans: Sequence[Plan], kind: RunnerKind) -> None:
     """
     todo = missing(plans)
     runners = {plan.version: Runner(kind, load_image(plan.version), plan.places) for plan, _ in todo}
+    programs: dict[tuple[str, str], tuple[str, ...]] = {}
     print(f"builds: {len(plans)} engines, {len(todo)} steps to run")
     with tqdm(todo, unit="step") as progress:
         for plan, command in progress:
             progress.set_description(f"{plan.configuration.id}: {command.purpose} {command.makes.name}")
-            runner = runners[plan.version]
-            if command.tool and not runner.is_ready:
-                _fetch_image(runner)
-            _run(command, runner)
+            runner, tool = runners[plan.version], (plan.version, command.tool)
+            if command.tool and tool not in programs:
+                fetch_image(runner)
+                programs |= _found([each for each, _ in todo if each.version == plan.version], runner)
+            _run(command, runner, programs.get(tool, command.program))
     for plan in plans:
         if problems := plan.problems():
             wrong = "\n".join(problems)
@@ -155,7 +161,21 @@ def report(profile: Profile, configurations: Sequence[Configuration]) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def _run(command: Command, runner: Runner) -> None:
+def _found(plans: Sequence[Plan], runner: Runner) -> dict[tuple[str, str], tuple[str, ...]]:
+    """How the tools of an image are started, by version and name, once they have said that they take all commands.
+
+    Before hours of work, because what an image holds is known only when it is here.
+    """
+    work, version = runner.places.work, plans[0].version
+    used = dict.fromkeys(command.tool for plan in plans for command in plan.commands if command.tool)
+    answers, wrong = tensorrt_llm.inspect(plans, [tool for tool in used if runner.image.comes_with(tool, work)], runner)
+    if wrong:
+        raise StepFailed("\n".join(wrong))
+    return {(version, tool): program for tool, program in answers.programs.items()}
+
+
+def _run(command: Command, runner: Runner, program: tuple[str, ...]) -> None:
+    """Run a step, started as `program` says: the plan's own way is the likeliest one."""
     work = runner.places.work
     log = work / "logs" / f"{command.purpose}-{command.makes.name}.log"
     for directory in (work, runner.places.checkpoints, command.makes.parent):
@@ -164,7 +184,7 @@ def _run(command: Command, runner: Runner) -> None:
         shutil.rmtree(command.makes, ignore_errors=True)
     began = time.monotonic()
     log.unlink(missing_ok=True)
-    _finish(runner.argv(command), log, work)
+    _finish(runner.argv(dataclasses.replace(command, program=program)), log, work)
     if lacks := lacking(command):
         shown = ", ".join(lacks[:3]) + (f" and {len(lacks) - 3} more" if len(lacks) > 3 else "")
         raise StepFailed(
@@ -179,11 +199,26 @@ def _run(command: Command, runner: Runner) -> None:
     stamp(command).write_text(json.dumps(done, indent=1) + "\n")
 
 
-def _fetch_image(runner: Runner) -> None:
+def fetch_image(runner: Runner) -> None:
+    """Fetch an image that is not on this machine.
+
+    Several machines that share a directory for its file take turns: the first fetches it.
+
+    Raises
+    ------
+    StepFailed
+        If it cannot be fetched.
+    """
+    if runner.is_ready:
+        return
     work = runner.places.work
     work.mkdir(parents=True, exist_ok=True)
-    for argv in runner.setup:
-        _finish(argv, work / "logs" / "image.log", work)
+    with (work / "image.lock").open("w") as lock:
+        if runner.kind != "docker":  # which keeps images on each machine
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        for argv in runner.due:
+            _finish(argv, work / "logs" / f"image-{platform.node()}.log", work)
 
 
 def _finish(argv: Sequence[str], log: Path, directory: Path) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -50,10 +50,15 @@ Routing = Literal["direct", "round_robin", "expert_router", "replicas"]
 """direct: clients to the one server. round_robin: clients alternate between servers. expert_router: NGINX, gateway,
 the cluster's expert. replicas: NGINX, gateway, the next server in turn (no classification)."""
 
-Flow = Literal["engine", "period", "llmapi"]
+Flow = Literal["engine", "llmapi"]
 """How a TensorRT-LLM model comes about; see :mod:`erlib.tensorrt_llm`."""
+Version = Literal["1.2.1", "0.21.0"]
+"""Of TensorRT-LLM, the newest first: those that have an image and option tables."""
 RunnerKind = Literal["bare", "docker", "apptainer", "enroot"]
 """What runs the tools of an image; ``bare``: they are installed here."""
+
+Passable = Literal["driver", "gpus_in_use", "calibration", "host_memory", "shared_memory", "disk", "hub"]
+"""Checks of :mod:`erlib.preflight` that somebody who knows better may go past: they estimate, or ask others."""
 
 KV_BLOCK_TOKENS = 32
 """Tokens per block of OpenVINO GenAI's paged KV cache on a CPU."""
@@ -309,13 +314,16 @@ class ServingSettings(_Section):
 class TensorRTSettings(_Section):
     """How TensorRT-LLM engines are built and served, where ``serving.backend`` asks for them."""
 
-    flow: Flow = Field("engine", description="engine (all nine), period (options of 0.9 and 0.10), llmapi (not p1.B)")
+    flow: Flow = Field("engine", description="engine (all nine configurations), llmapi (PyTorch; not p1.B)")
+    version: Version | None = Field(
+        None, description="of TensorRT-LLM (none: the newest whose image this machine's driver is made for)"
+    )
     runner: RunnerKind = Field("docker", description="what runs TensorRT-LLM's images; bare: it is installed here")
     gpus: PositiveInt | None = Field(None, le=1000, description="GPUs to use (none: all that this machine has)")
     checkpoints: LocalPath | None = Field(None, description="checkpoints as downloaded (none: data/cache/checkpoints)")
     work: LocalPath | None = Field(None, description="what is made of them (none: engines/build/tensorrt_llm)")
-    preflight: Literal["stop", "warn"] = Field(
-        "stop", description="what a problem found before the start does (warn: where you know better than the check)"
+    go_past: list[Passable] = Field(
+        [], description=f"checks before the start that only warn, as you know better: {', '.join(get_args(Passable))}"
     )
 
 

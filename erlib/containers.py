@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from erlib.config import ConfigError, RunnerKind, read_yaml
 Purpose = Literal["fetch", "convert", "quantise", "build", "check", "ask"]
 
 IMAGES = paths.FACTS / "tensorrt_llm_images.yaml"
+_OF_A_BATCH_SYSTEM = ("SLURM_", "PMI", "OMPI_COMM_WORLD_")
+"""What begins so tells Open MPI that a batch system has started it, whose launcher, slots and nodes it would use."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class Places:
     """Downloaded checkpoints (named as on the hub) and calibration texts."""
     work: Path
     """Working directory of all commands; converted checkpoints and engines go below it, by flow and configuration."""
+
+    @property
+    def options(self) -> dict[str, str]:
+        """As ``python -m erlib.tensorrt_llm`` takes them."""
+        return {"--checkpoints": str(self.checkpoints), "--work": str(self.work)}
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,12 @@ class Command:
     """What is there when the step has succeeded; for a check, what it looks at."""
     tool: str = ""
     """Name in the option tables; empty for what is no tool of an image's and runs beside it."""
+    environment: tuple[str, ...] = ()
+    """``NAME=VALUE`` of variables for it."""
 
     @property
     def argv(self) -> tuple[str, ...]:
-        return self.program + self.options
+        return (*(("env", *self.environment) if self.environment else ()), *self.program, *self.options)
 
 
 class Image(BaseModel):
@@ -55,20 +65,36 @@ class Image(BaseModel):
     tag: str
     digest: str | None
     driver: str
-    """The oldest that its CUDA runs on."""
+    """The one of its CUDA, on which all that is newer runs it too."""
+    compatible: tuple[str, ...]
+    """Older branches of data-centre GPUs' drivers that run it, each with its first version that does."""
     size_gb: float
     """Of the download."""
-    scripts: dict[str, str]
-    """Example scripts by name; relative paths are below the working directory."""
+    scripts: dict[str, tuple[str, ...]]
+    """Places of example scripts by name, the likeliest first; relative paths are below the working directory."""
 
     @property
     def reference(self) -> str:
         """Name with tag, and with digest where one is pinned."""
         return f"{self.image}:{self.tag}" + (f"@{self.digest}" if self.digest else "")
 
-    def program(self, tool: str, work: Path) -> tuple[str, ...]:
-        """How a tool is started."""
-        return ("python3", str(work / self.scripts[tool])) if tool in self.scripts else (tool,)
+    def programs(self, tool: str, work: Path) -> list[tuple[str, ...]]:
+        """How a tool may be started: where its script is depends on who made the image."""
+        return [("python3", str(work / place)) for place in self.scripts[tool]] if tool in self.scripts else [(tool,)]
+
+    def comes_with(self, tool: str, work: Path) -> bool:
+        """Whether a tool is part of the image, or has been fetched already."""
+        places = [Path(place) for place in self.scripts.get(tool, ("/",))]
+        return any(place.is_absolute() or (work / place).exists() for place in places)
+
+    def is_made_for(self, driver: str) -> bool:
+        """Whether a driver is as new as the image's CUDA."""
+        return _version(driver) >= _version(self.driver)
+
+    def is_compatible_with(self, driver: str) -> bool:
+        """Whether a driver of a data-centre GPU is of an older branch that the image's compatibility package covers."""
+        found = _version(driver)
+        return any(found[:1] == first[:1] and found >= first for first in map(_version, self.compatible))
 
 
 def load_image(version: str) -> Image:
@@ -83,6 +109,10 @@ def load_image(version: str) -> Image:
     if version not in images:
         raise ConfigError(f"no image for TensorRT-LLM {version} in {IMAGES}; it has {', '.join(images)}")
     return Image(**images[version])
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
 @functools.cache
@@ -100,16 +130,28 @@ class Runner:
 
     @property
     def setup(self) -> list[tuple[str, ...]]:
-        """Commands that fetch the image, once."""
+        """Commands that fetch the image: into a file that has its name only when it is whole, or where docker has it.
+
+        enroot then makes a container of the file on each machine.
+        """
+        partial = f"{self._file}.partial"
+        complete = ("mv", partial, self._file)
         if self.kind == "docker":
             return [("docker", "pull", self.image.reference)]
         if self.kind == "apptainer":
-            return [("apptainer", "pull", self._file, f"docker://{self.image.reference}")]
+            return [("apptainer", "pull", "--force", partial, f"docker://{self.image.reference}"), complete]
         if self.kind == "enroot":  # names images by tag only
             registry, _, name = self.image.image.partition("/")
-            fetch = ("enroot", "import", "--output", self._file, f"docker://{registry}#{name}:{self.image.tag}")
-            return [fetch, ("enroot", "create", "--name", self._name, self._file)]
+            fetch = ("enroot", "import", "--output", partial, f"docker://{registry}#{name}:{self.image.tag}")
+            return [("rm", "-f", partial), fetch, complete, ("enroot", "create", "--name", self._name, self._file)]
         return []
+
+    @property
+    def due(self) -> list[tuple[str, ...]]:
+        """Those of :attr:`setup` that are still to be run on this machine."""
+        if self.is_ready:
+            return []
+        return self.setup[-1:] if self.kind == "enroot" and Path(self._file).exists() else self.setup
 
     def argv(self, command: Command) -> tuple[str, ...]:
         """The command as this runner starts it in the working directory."""
@@ -118,7 +160,7 @@ class Runner:
     def start(
         self, argv: Sequence[str], environment: Mapping[str, str] | None = None, name: str = ""
     ) -> tuple[str, ...]:
-        """How a program of the image is started in the working directory.
+        """How a program of the image is started in the working directory, without what a batch system says to ours.
 
         Parameters
         ----------
@@ -129,7 +171,8 @@ class Runner:
             Of the container, for :meth:`removal`.
         """
         if self.kind == "bare":
-            return tuple(argv)
+            told = sorted(variable for variable in os.environ if variable.startswith(_OF_A_BATCH_SYSTEM))
+            return ("env", *_each("-u", told), *argv) if told else tuple(argv)
         directories = [f"{path}:{path}" for path in (self.places.checkpoints, self.places.work)]
         work = str(self.places.work)
         variables = [f"{key}={value}" for key, value in (environment or {}).items()]
@@ -138,7 +181,8 @@ class Runner:
             start += ["--shm-size", "2g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864", "--workdir", work]
             start += [*_each("--env", variables), *_each("--volume", directories), self.image.reference]
         elif self.kind == "apptainer":
-            start = ["apptainer", "exec", "--nv", "--pwd", work, *_each("--env", variables)]
+            # alone of the three it passes on what it inherits
+            start = ["apptainer", "exec", "--cleanenv", "--nv", "--pwd", work, *_each("--env", variables)]
             start += [*_each("--bind", directories), self._file]
         else:
             # it starts in the image's own directory, wherever it was called
@@ -150,9 +194,9 @@ class Runner:
         """Command that ends what was started under `name` even if its starter was killed; empty if nothing is left."""
         return ("docker", "rm", "--force", name) if self.kind == "docker" else ()
 
-    @functools.cached_property
+    @property
     def is_ready(self) -> bool:
-        """Whether the image is here."""
+        """Whether the image is on this machine."""
         if self.kind == "docker":
             return bool(_output("docker", "image", "inspect", self.image.reference))
         if self.kind == "enroot":

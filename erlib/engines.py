@@ -24,6 +24,9 @@ GATEWAYS_GB_PER_GPU = 2.276
 """Two routing gateways of 1,138 MB on each GPU (both papers, "Infrastructure Setup")."""
 H100_BYTES, WORKSPACE_BYTES, KV_SHARE = 84.9e9, 4e9, 0.95
 """One GPU as TensorRT-LLM sees it: its memory, what activations take, and how much of the rest a KV cache is given."""
+FOREIGN_CONTEXT_BYTES = 0.55e9
+"""What the process of each other rank keeps of a GPU: a CUDA context, without which ranks could not reach each other's
+memory. (That of the GPU's own rank is missing from what TensorRT-LLM sees.)"""
 GPUS = 8
 """Of a DGX H100; on a laptop all cores stand for all of them."""
 TABLE1_WEIGHTS_UNIT: dict[Paper, tuple[float, float]] = {"p1": (1e9, 1), "p2": (1000 * 2**20, 0.1)}
@@ -33,6 +36,7 @@ MAX_STEP_TOKENS = 8192
 """Prompt and decoded tokens of one engine step, for which activations are sized."""
 P2_MAX_INPUT_TOKENS = 1021
 """Longest prompt of the MLPerf Llama-2-70B lengths (paper 2, Fig. 2)."""
+_BLOCK_TOKENS = {"llama-2": 128, "llama-3": 64}
 _SLACK_TOKENS = 8
 
 
@@ -106,6 +110,14 @@ def smollm2(layers: int) -> LlamaShape:
     return replace(shape("smollm2-135m"), layers=layers)
 
 
+def block_tokens(model: str) -> int:
+    """Tokens per block of an engine's KV cache, as the papers' versions of TensorRT-LLM had it by default.
+
+    0.7 to 0.9 for Llama 2, and 0.10, the first that converts Llama 3 without help. Later versions have smaller ones.
+    """
+    return _BLOCK_TOKENS[model.rpartition("-")[0]]
+
+
 # --- the papers' systems ----------------------------------------------------------------------------------------
 
 
@@ -149,15 +161,17 @@ class GpuMemory:
 
     weights: float
     activations: float
+    contexts: float
+    """Of the other ranks' processes."""
     kv_cache: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.activations + self.kv_cache
+        return self.weights + self.activations + self.contexts + self.kv_cache
 
 
 def gpu_memory(system: PaperSystem) -> GpuMemory:
-    """Memory of one instance per GPU: weights as loaded, activations, and the KV cache as stated.
+    """Memory of one instance per GPU: weights as loaded, activations, other ranks' contexts, KV cache as stated.
 
     Activations are those of the MLP, the widest part of a layer, with input, residual and output, in FP16: an estimate,
     since TensorRT decides which of them share memory.
@@ -167,6 +181,7 @@ def gpu_memory(system: PaperSystem) -> GpuMemory:
     return GpuMemory(
         weights=model.loaded_bytes(system.dtype, width) / width,
         activations=MAX_STEP_TOKENS * per_token,
+        contexts=(width - 1) * FOREIGN_CONTEXT_BYTES,
         kv_cache=system.kv_cache_gb * 1e9 / width,
     )
 
@@ -229,7 +244,7 @@ def _kv_tokens_beside(system: PaperSystem, gpu_bytes: float) -> int:
         try:
             return most_kv_tokens(
                 system.model, system.dtype, system.kv_dtype, system.tensor_parallel,
-                memory.weights * system.tensor_parallel, workspace_bytes, gpu_bytes,
+                memory.weights * system.tensor_parallel, workspace_bytes + memory.contexts, gpu_bytes,
             )  # fmt: skip
         except ConfigError:
             return 0
@@ -455,19 +470,28 @@ def laptop_system(profile: Profile, configuration: Configuration, max_sequence_t
 def preliminary_configurations(profile: Profile) -> list[Configuration]:
     """Systems of paper 2's search for its baselines (section IV-C): data types x TP8, TP4 x batch sizes, one instance.
 
-    The paper states no KV caches. On GPUs they get all the memory that the weights leave; on a laptop they hold the
-    whole batch, so that the batch size alone limits what runs together.
+    The paper states no KV caches. They hold the whole batch (and no less than an engine's longest sequence), so that
+    the batch size alone limits what runs together, wherever that fits the memory that the weights leave.
     """
     settings, model = profile.preliminary, "llama-3-70b"
     sequence_blocks = -(-longest_sequence_tokens(profile, "preliminary") // config.KV_BLOCK_TOKENS)
+    full = profile.model_copy(update={"scale": config.Scale(users=1, tokens=1)})
+    drawn, longest = (
+        block_tokens(model) * math.ceil(longest_sequence_tokens(full, workload) / block_tokens(model))
+        for workload in ("preliminary", "p2")
+    )
     found = []
     for dtype, tensor_parallel, batch_size in itertools.product(settings.dtypes, (8, 4), settings.batch_sizes):
         kv_dtype: Dtype = "fp8" if dtype == "fp8" else "fp16"
-        tokens = most_kv_tokens(model, dtype, kv_dtype, tensor_parallel)
+        weights = shape(model).loaded_bytes(dtype, tensor_parallel)
+        taken = WORKSPACE_BYTES + (tensor_parallel - 1) * FOREIGN_CONTEXT_BYTES
+        most = most_kv_tokens(model, dtype, kv_dtype, tensor_parallel, weights, taken)
+        tokens = min(most, max(batch_size * drawn, longest))
         system = PaperSystem(
             model=model, dtype=dtype, kv_dtype=kv_dtype, tensor_parallel=tensor_parallel, instances=1,
-            batch_size=batch_size, weights_gb=shape(model).loaded_bytes(dtype, tensor_parallel) / 1e9,
-            kv_cache_gb=tokens * shape(model).kv_bytes_per_token(kv_dtype) / 1e9,
+            batch_size=batch_size, weights_gb=weights / 1e9,
+            # half a token more, lest rounding takes one away
+            kv_cache_gb=(tokens + 0.5) * shape(model).kv_bytes_per_token(kv_dtype) / 1e9,
         )  # fmt: skip
         slots = profile.scaled_users(batch_size)
         laptop = LaptopSystem(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import psutil
 
 CONTEXT_BYTES = 620_000_000
 """Of a GPU's memory, what driver and CUDA keep: an H100 of 81,559 MiB leaves TensorRT-LLM 84.9 GB."""
+_DATA_CENTRE = re.compile(r"(?:NVIDIA |Tesla )*(?:[ABHLP]\d{1,3}[A-Z]?|G[BH]\d{3}|T4|V100)(?: .*)?")
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _ANSWER_S = 20
 
@@ -31,6 +33,11 @@ class Gpu:
     def usable_bytes(self) -> int:
         """What an engine can have of it."""
         return self.memory_bytes - CONTEXT_BYTES
+
+    @property
+    def is_for_data_centres(self) -> bool:
+        """Whether NVIDIA lets newer CUDA run on its older drivers: H100, A100, L40S, T4 and their like, no GeForce."""
+        return bool(_DATA_CENTRE.fullmatch(self.name.partition("-")[0]))
 
     @property
     def has_fp8(self) -> bool:

@@ -44,7 +44,7 @@ class Tool(_Strict):
     evidence: str
     """How they were found out."""
     complete: bool
-    """Whether these are all options, or only those that plans use."""
+    """Whether these are known to be all options; those that plans use are always among them."""
     options: dict[str, Option]
 
 

@@ -31,17 +31,16 @@ from erlib import (
     estimates,
     hardware,
     nginx,
-    option_tables,
     paths,
     pickles,
     processes,
     tensorrt_llm,
 )
-from erlib.config import ConfigError, Configuration, Profile, RunnerKind
-from erlib.containers import Runner, load_image
+from erlib.config import ConfigError, Configuration, Passable, Profile, RunnerKind, Version
+from erlib.containers import Image, Runner, load_image
 from erlib.hardware import Gpu
 from erlib.processes import StartError
-from erlib.tensorrt_llm import CALIBRATION, CHECKPOINTS, Plan
+from erlib.tensorrt_llm import CALIBRATION, CHECKPOINTS, NEWEST, TEXTS, Plan
 from erlib.triton import TritonServer
 
 LEAST_FREE_BYTES = 4e9
@@ -172,6 +171,10 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
     """
     n_gpus = min(profile.tensorrt_llm.gpus or len(gpus), len(gpus))
     gpu = min(gpus[:n_gpus], key=lambda each: (each.has_fp8, each.memory_bytes))
+    overrides: dict[str, Any] = {}
+    if (version := _version(profile, gpu)) != (profile.tensorrt_llm.version or NEWEST):
+        overrides["tensorrt_llm.version"] = version
+        profile = _with(profile, overrides)
     losses: list[str] = []
     refused: list[str] = []
 
@@ -204,9 +207,10 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
     if losses[said:]:  # thirty systems say the same
         losses[said:] = [
             f"preliminary experiment: TP8 stands for all {n_gpus} GPUs and TP4 for half of them, "
-            "with as much KV cache as they have"
+            "with what fits of the KV cache"
         ]
-    overrides, left_out = _consequences(profile, load, preliminary)
+    consequences, left_out = _consequences(profile, load, preliminary)
+    overrides |= consequences
     if n_gpus < engines.GPUS:
         losses.append(
             f"load: the papers' user levels on {n_gpus} of {engines.GPUS} GPUs, so each carries up to "
@@ -214,8 +218,16 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
         )
     if experts := overrides.get("clusterer.n_clusters"):
         losses.append(f"clusterer: {experts} clusters instead of {profile.clusterer.n_clusters}, one for each expert")
-    changed = _with(profile, overrides)
-    return Fitted(changed, gpu, n_gpus, load, preliminary, losses, refused, overrides, left_out)
+    return Fitted(_with(profile, overrides), gpu, n_gpus, load, preliminary, losses, refused, overrides, left_out)
+
+
+def _version(profile: Profile, gpu: Gpu) -> Version:
+    """Version of TensorRT-LLM: the profile's, or the newest whose image the driver is made for, or else the oldest."""
+    settings = profile.tensorrt_llm
+    if settings.version or settings.flow == "llmapi" or not gpu.driver:
+        return settings.version or NEWEST
+    versions = get_args(Version)
+    return next((one for one in versions if load_image(one).is_made_for(gpu.driver)), versions[-1])
 
 
 def _consequences(
@@ -287,27 +299,35 @@ def check(profile: Profile) -> Report:
     fit = fitted(profile, assumed)
     report = Report(profile, fit, here)
     plans = fit.plans
-    checks: list[Callable[[], Iterable[str]]] = [
-        lambda: _gpus(profile, here, plans),
-        lambda: _fit(fit),
-        lambda: _runner(profile, plans),
-        lambda: _host(profile, plans),
-        lambda: _disk(profile, plans),
-        lambda: _options(profile, plans),
-        lambda: _hub(profile, plans),
-        lambda: basics(profile),
-    ]
+    checks: dict[str, Callable[[], Iterable[str]]] = {
+        "gpus": lambda: _gpus(profile, here),
+        "driver": lambda: _driver(fit, here),
+        "gpus_in_use": lambda: _gpus_in_use(fit, here),
+        "calibration": lambda: _calibration(plans, here),
+        "fit": lambda: _fit(fit),
+        "runner": lambda: _runner(profile, plans),
+        "checkpoints": lambda: _checkpoints(profile, plans),
+        "host_memory": lambda: _host_memory(plans),
+        "shared_memory": lambda: _shared_memory(profile),
+        "disk": lambda: _disk(profile, plans),
+        "options": lambda: _options(fit, plans),
+        "hub": lambda: _hub(profile, plans),
+        "basics": lambda: basics(profile),
+    }
     with ThreadPoolExecutor(len(checks)) as pool:  # several wait for somebody's answer
-        for found in pool.map(lambda one: list(one()), checks):
-            report.problems.extend(found)
+        for name, found in zip(checks, pool.map(lambda one: list(one()), checks.values()), strict=True):
+            if name in profile.tensorrt_llm.go_past:
+                report.warnings.extend(found)
+            elif name in get_args(Passable):
+                past = f" (to go on all the same: --set tensorrt_llm.go_past='[{name}]')"
+                report.problems.extend(problem + past for problem in found)
+            else:
+                report.problems.extend(found)
     report.warnings.extend(_warnings(report))
-    if profile.tensorrt_llm.preflight == "warn":
-        report.warnings[:0] = report.problems
-        report.problems.clear()
     return report
 
 
-def _gpus(profile: Profile, gpus: Sequence[Gpu], plans: Sequence[Plan]) -> Iterable[str]:
+def _gpus(profile: Profile, gpus: Sequence[Gpu]) -> Iterable[str]:
     wanted = profile.tensorrt_llm.gpus
     if not gpus:
         yield (
@@ -319,29 +339,43 @@ def _gpus(profile: Profile, gpus: Sequence[Gpu], plans: Sequence[Plan]) -> Itera
         yield f"tensorrt_llm.gpus asks for {wanted} GPUs, there are {len(gpus)}: --set tensorrt_llm.gpus={len(gpus)}"
     if len({(gpu.name, gpu.memory_bytes) for gpu in gpus[:wanted]}) > 1:
         yield "the GPUs differ, so experts would not be comparable: choose equal ones with tensorrt_llm.gpus"
-    for runner in runners(plans, profile).values():
-        needed = runner.image.driver
-        if old := [gpu.driver for gpu in gpus if _version(gpu.driver) < _version(needed)]:
-            yield (
-                f"driver {old[0]} is older than {needed}, which {runner.image.tag} is made for: update it (or, where "
-                "NVIDIA supports this branch by forward compatibility, --set tensorrt_llm.preflight=warn)"
-            )
+
+
+def _driver(fit: Fitted, gpus: Sequence[Gpu]) -> Iterable[str]:
+    image = _image(fit)
+    if gpus and not image.is_made_for(fit.gpu.driver) and not _is_covered(fit):
+        branches = ", ".join(f"R{first.partition('.')[0]} from {first}" for first in image.compatible)
+        yield (
+            f"driver {fit.gpu.driver} is older than {image.driver}, which {image.tag} is made for; its compatibility "
+            f"package covers {branches}, on data-centre GPUs, and these are {fit.gpu.name}: update the driver"
+        )
+
+
+def _is_covered(fit: Fitted) -> bool:
+    """Whether an older driver will do, because the image brings what it lacks."""
+    return fit.gpu.is_for_data_centres and _image(fit).is_compatible_with(fit.gpu.driver)
+
+
+def _image(fit: Fitted) -> Image:
+    return load_image(fit.profile.tensorrt_llm.version or NEWEST)
+
+
+def _gpus_in_use(fit: Fitted, gpus: Sequence[Gpu]) -> Iterable[str]:
+    for index, used in enumerate(hardware.gpu_bytes_in_use()[: fit.n_gpus if gpus else 0]):
+        if used > IN_USE_BYTES:
+            yield f"somebody uses {used / 1e9:.1f} GB of GPU {index}: nvidia-smi shows who; wait, or end it"
+
+
+def _calibration(plans: Sequence[Plan], gpus: Sequence[Gpu]) -> Iterable[str]:
     fp8 = [plan for plan, step in builds.missing(plans) if step.purpose == "quantise" and plan.system.dtype == "fp8"]
     room = sum(gpu.usable_bytes for gpu in gpus)
-    if fp8 and room < (needed_bytes := max(map(estimates.calibration_bytes, fp8))):
+    if gpus and fp8 and room < (needed_bytes := max(map(estimates.calibration_bytes, fp8))):
         names = ", ".join(dict.fromkeys(plan.configuration.id for plan in fp8))
         yield (
             f"calibrating the largest FP8 checkpoint takes about {needed_bytes / 1e9:.0f} GB of GPU memory, there are "
             f"{room / 1e9:.0f} GB (for {names}): quantise on a larger machine and copy tensorrt_llm.work here, or "
             "leave those out (paper1.configs, paper2.configs, preliminary.dtypes)"
         )
-    for index, used in enumerate(hardware.gpu_bytes_in_use()[: wanted or len(gpus)]):
-        if used > IN_USE_BYTES:
-            yield f"somebody uses {used / 1e9:.1f} GB of GPU {index}: nvidia-smi shows who; wait, or end it"
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
 def _fit(fit: Fitted) -> Iterable[str]:
@@ -385,7 +419,19 @@ def _remedy(program: str, kind: str) -> str:
     return f"install it, or choose {others}"
 
 
-def _host(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
+def _checkpoints(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
+    """Paths for which TensorRT-LLM's scripts take a Llama for another model: they look for its name in all of it."""
+    home = str(tensorrt_llm.places(profile).checkpoints)
+    reads = any(step.purpose in ("convert", "quantise") for _, step in builds.missing(plans))
+    for word in ("mpt", "vila"):
+        if reads and word in home.lower():
+            yield (
+                f"tensorrt_llm.checkpoints is {home}: TensorRT-LLM's scripts take a checkpoint with {word!r} anywhere "
+                "in its path for a model of that name; choose another directory (a link to this one does not help)"
+            )
+
+
+def _host_memory(plans: Sequence[Plan]) -> Iterable[str]:
     steps = builds.missing(plans)
     convert = [estimates.host_memory_bytes(plan) for plan, step in steps if step.purpose in ("convert", "quantise")]
     free = hardware.free_memory_bytes()
@@ -394,6 +440,9 @@ def _host(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
             f"{free / 1e9:.0f} GB of host memory are free, converting the largest checkpoint takes about "
             f"{max(convert) / 1e9:.0f} GB: convert on a larger machine and copy tensorrt_llm.work here"
         )
+
+
+def _shared_memory(profile: Profile) -> Iterable[str]:
     if profile.tensorrt_llm.runner != "docker":  # which gives each container its own
         free = shutil.disk_usage("/dev/shm").free
         if free < SHARED_MEMORY_BYTES:
@@ -434,29 +483,17 @@ def _disk(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
             )
 
 
-def _options(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
-    """Options that the tools refuse: by their tables, and by their own word where their image is here."""
-    for version, runner in runners(plans, profile).items():
-        mine, contract = [plan for plan in plans if plan.version == version], option_tables.load_contract(version)
-        tools = list(dict.fromkeys(command.tool for plan in mine for command in plan.commands if command.tool))
-        if runner.is_ready and (runner.kind != "bare" or shutil.which("trtllm-build")):
-            helps, failures = tensorrt_llm.ask_tools([tool for tool in tools if _is_there(tool, runner)], runner)
-            yield from (
-                f"{tool} --help fails in {runner.image.tag} ({_last_line(why)}): look what is wrong with the image"
-                for tool, why in failures.items()
-            )
-            contract, _ = option_tables.refreshed(contract, helps, f"--help in {runner.image.reference}")
-        yield from dict.fromkeys(
-            f"{misfit}: this image is not as TensorRT-LLM {version} was; pin the digest of one that is"
-            for plan in mine
-            for misfit in plan.misfits(contract)
-        )
+def _options(fit: Fitted, plans: Sequence[Plan]) -> Iterable[str]:
+    """Options that the tools refuse: by their tables, and by their own word where their image is here.
 
-
-def _is_there(tool: str, runner: Runner) -> bool:
-    """Whether a tool comes with the image, or has been fetched already."""
-    script = Path(runner.image.scripts.get(tool, "/"))
-    return script.is_absolute() or (runner.places.work / script).exists()
+    What is to be fetched yet is asked when it is here; see :func:`erlib.builds.build`.
+    """
+    for version, runner in runners(plans, fit.profile).items():
+        mine = [plan for plan in plans if plan.version == version]
+        used = dict.fromkeys(command.tool for plan in mine for command in plan.commands if command.tool)
+        is_here = runner.is_ready and (runner.kind != "bare" or shutil.which("trtllm-build"))
+        tools = [tool for tool in used if is_here and runner.image.comes_with(tool, runner.places.work)]
+        yield from tensorrt_llm.inspect(mine, tools, runner)[1]
 
 
 # --- the hub ------------------------------------------------------------------------------------------------------
@@ -477,6 +514,8 @@ def _hub(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
     }
     if profile.corpus.name == "c4" and not corpus.c4_is_cached(profile.corpus):
         wanted["allenai/c4"] = None
+    if any(step.tool == "hf_ptq.py" for _, step in builds.missing(plans)):
+        wanted[TEXTS] = None
     if not wanted:
         return
     with ThreadPoolExecutor(len(wanted)) as pool:
@@ -520,6 +559,8 @@ def _licence(name: str) -> str:
 
 
 def _where(name: str, directory: Path | None) -> str:
+    if name == TEXTS and directory is None:
+        return f"{name} (which hf_ptq.py fetches itself: quantise elsewhere, and copy tensorrt_llm.work here)"
     if directory is None:
         return f"{name} (or choose a corpus of your own: corpus.name=jsonl)"
     texts = " (calibration texts)" if directory.name == CALIBRATION else ""
@@ -530,7 +571,19 @@ def _where(name: str, directory: Path | None) -> str:
 
 
 def _warnings(report: Report) -> Iterable[str]:
-    for runner in runners(report.fitted.plans, report.asked).values():
+    fit, gpus = report.fitted, report.gpus
+    if (image := _image(fit)) and gpus and not image.is_made_for(fit.gpu.driver) and _is_covered(fit):
+        yield (
+            f"driver {fit.gpu.driver} is older than {image.driver}, which {image.tag} is made for; the image's "
+            "compatibility package covers its branch on these GPUs"
+        )
+    if version := fit.overrides.get("tensorrt_llm.version"):
+        newest = load_image(NEWEST)
+        yield (
+            f"driver {fit.gpu.driver} is older than {newest.driver}, which {newest.tag} is made for, so this takes "
+            f"{image.tag} with TensorRT-LLM {version}; --set tensorrt_llm.version={NEWEST} insists on the other"
+        )
+    for runner in runners(report.fitted.plans, report.fitted.profile).values():
         if runner.kind != "bare" and not runner.image.digest:
             yield (
                 f"{runner.image.tag} is not pinned: write the digest that docker buildx imagetools inspect "

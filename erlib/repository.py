@@ -7,7 +7,8 @@ the first author's, they hand token ids to the client, so that one response is o
 count from text.
 
 What later versions of TensorRT-LLM do by default and the papers' did not is switched off: reuse of KV blocks, which
-would turn a continuation's prefill into a cache hit, and chunked context.
+would turn a continuation's prefill into a cache hit, chunked context, and attention of one sequence split over several
+blocks of threads.
 
 With an engine, a cancelled request keeps its slot: an ensemble does not pass cancellation on to a step that is running,
 so the engine writes the answer to its end. With the LLM API, it is aborted.
@@ -21,6 +22,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from typing import Any
 
 import jinja2
 
-from erlib import config, engines, paths, processes, triton
+from erlib import builds, config, engines, paths, processes, triton
 from erlib.config import ConfigError, Flow, RunnerKind
 from erlib.containers import Runner, load_image
 from erlib.processes import StartError
@@ -40,10 +42,13 @@ TEMPLATES = paths.ENGINE_SPECS / "triton" / "tensorrt_llm"
 ENGINE_MODEL = "tensorrt_llm"
 MODELS = ("preprocessing", ENGINE_MODEL, "postprocessing", MODEL_NAME)
 """Of an engine's repository; that of the ``llmapi`` flow has the last one alone."""
-_KV_CACHE = re.compile(r'^nv_trt_llm_kv_cache_block_metrics\{.*kv_cache_block_type="(\w+)".*\} (\S+)')
+_KV_METRIC = "nv_trt_llm_kv_cache_block_metrics"
+_KV_CACHE = re.compile(rf'^{_KV_METRIC}\{{.*kv_cache_block_type="(\w+)".*\}} (\S+)')
 PROCESSES = 16
 """Of preprocessing and of postprocessing each, over all servers: every system under test has as many."""
 _EXIT_TIMEOUT = "--exit-timeout-secs=60"
+_PUBLISHED_WITHIN_S = 5.0
+"""TensorRT-LLM's backend looks at its engine's statistics ten times a second."""
 
 
 def render(plan: Plan, tokenizer: Path, target: Path, n_processes: int | None = None) -> Path:
@@ -99,6 +104,7 @@ def _engine_parameters(plan: Plan) -> dict[str, str]:
         "kv_cache_free_gpu_mem_fraction": str(engines.KV_SHARE),
         "enable_kv_cache_reuse": "false",
         "enable_chunked_context": "false",
+        "multi_block_mode": "false",
         "max_beam_width": "1",
         "exclude_input_in_output": "true",
         "cancellation_check_period_ms": "100",
@@ -179,7 +185,7 @@ class RepositoryServer(triton.TritonServer):
         TensorRT-LLM backend; the repository's tensorrt_llm must then be something else.
     runner : Runner, optional
         Starts it inside an image; without one, ``tritonserver`` (and ``mpirun``) are installed here.
-    flow : {"engine", "period", "llmapi"}
+    flow : {"engine", "llmapi"}
         The repository's.
     """
 
@@ -205,21 +211,37 @@ class RepositoryServer(triton.TritonServer):
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
         if self.flow == "llmapi":
             command = ["tritonserver", *self._options(self.shm_prefix), _EXIT_TIMEOUT]
-            # What an option says to mpirun: the LLM API's ranks are MPI processes, too.
+            # What options say to mpirun: the LLM API's ranks are MPI processes, too.
             environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+            environment |= {"OMPI_MCA_hwloc_base_binding_policy": "none"}
         else:
             command = self._in_leader_mode()
-        if self._runner is None or self._runner.kind == "bare":
+        if self._runner is None:
             return Launch(command, environment)
+        if self._runner.kind == "bare":
+            return Launch(list(self._runner.start(command)), environment)
         return Launch(list(self._runner.start(command, environment, self._container)), {})
 
     def _in_leader_mode(self) -> list[str]:
-        command = ["mpirun", "--allow-run-as-root"]
+        # Unless told not to, mpirun binds one or two processes to a core each, with all that they start, and eight
+        # servers that know nothing of each other to the same one. NVIDIA's own script starts a server of one rank with
+        # mpirun, too, as the papers did; nothing else about that is to change.
+        command = ["mpirun", "--allow-run-as-root", "--bind-to", "none"]
         for rank in range(len(self.gpus)):
             follows = ["--model-control-mode=explicit", f"--load-model={ENGINE_MODEL}"] if rank else []
             command += [":"] * (rank > 0) + ["-n", "1", "tritonserver", *self._options(f"{self.shm_prefix}r{rank}-")]
-            command += [_EXIT_TIMEOUT, *follows]
+            command += [_EXIT_TIMEOUT, *self._off_other_gpus(), *follows]
         return command
+
+    def _off_other_gpus(self) -> list[str]:
+        """Options that leave GPU memory to the engine.
+
+        Every rank's server would set up a pool on each GPU that it sees and open each to the others. Both serve tensors
+        that Triton itself moves between GPUs; here all of its tensors are in host memory, and TensorRT-LLM connects its
+        ranks on its own.
+        """
+        pools = [f"--cuda-memory-pool-byte-size={gpu}:0" for gpu in range(len(self.gpus))]
+        return [*pools, "--enable-peer-access=false"]
 
     @property
     def _container(self) -> str:
@@ -250,7 +272,20 @@ class RepositoryServer(triton.TritonServer):
         ]  # fmt: skip
 
     def start(self) -> None:
-        """Start the process; see :meth:`~erlib.triton.TritonServer.wait_ready`."""
+        """Start the process; see :meth:`~erlib.triton.TritonServer.wait_ready`.
+
+        Its image is fetched first if it is not on this machine: only the machine that builds engines needed it so far.
+
+        Raises
+        ------
+        StartError
+            If that fails.
+        """
+        if self._runner:
+            try:
+                builds.fetch_image(self._runner)
+            except builds.StepFailed as error:
+                raise StartError(f"{self.title}: {error}") from None
         self._claim_shared_memory()
         self.log.unlink(missing_ok=True)
         self._remove_container()
@@ -263,20 +298,36 @@ class RepositoryServer(triton.TritonServer):
         Raises
         ------
         StartError
-            If it is smaller: the papers' number of sequences would not fit.
+            If it is smaller: the papers' number of sequences would not fit. Or if it stays unsaid.
         """
-        found = {kind: float(value) for line in self._metrics() for kind, value in _KV_CACHE.findall(line)}
-        if not {"max", "tokens_per"} <= found.keys():  # with the LLM API they never are
+        tokens, deadline = self._kv_tokens(), time.monotonic() + _PUBLISHED_WITHIN_S
+        while tokens == 0 and time.monotonic() < deadline:
+            time.sleep(0.1)
+            tokens = self._kv_tokens()
+        if tokens is None:
             print(f"{self.label}: the server does not say how large its KV cache is")
             return
+        if not tokens:
+            raise StartError(
+                f"{self.label}: TensorRT-LLM still says that it has no KV cache (metric {_KV_METRIC}) "
+                f"{_PUBLISHED_WITHIN_S:.0f} s after its first answers; see {self.log}"
+            )
         engine = self.repository / ENGINE_MODEL / "config.pbtxt"
         (asked,) = re.findall(r'"max_tokens_in_paged_kv_cache".*?string_value: "(\d+)"', engine.read_text())
-        tokens = found["max"] * found["tokens_per"]
         if tokens < 0.99 * int(asked):
             raise StartError(
                 f"{self.label}: KV cache of {tokens:,.0f} tokens, not the {int(asked):,} of Table I; something else "
                 "holds memory of its GPUs (nvidia-smi names it), or they are smaller than the papers'"
             )
+
+    def _kv_tokens(self) -> float | None:
+        """Tokens that the KV cache holds, by TensorRT-LLM's own account.
+
+        None where it gives none, as with the LLM API. 0 at first: the gauges are there when a model is loaded, their
+        values follow once the engine has run.
+        """
+        found = {kind: float(value) for line in self._metrics() for kind, value in _KV_CACHE.findall(line)}
+        return found["max"] * found["tokens_per"] if {"max", "tokens_per"} <= found.keys() else None
 
     def has_backend(self) -> bool:
         """Whether the server says that it is ready: its engine lives in its own process, or in a container's."""

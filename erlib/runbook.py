@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import platform
 import re
@@ -126,16 +127,18 @@ def _memory(fitted: Fitted) -> str:
         total = memory.total / 1e9
         hosts = one.routing in ("expert_router", "replicas")
         rows.append(
-            [one.id, *(f"{part / 1e9:.1f}" for part in (memory.weights, memory.activations, memory.kv_cache)),
+            [one.id, *(f"{part / 1e9:.1f}" for part in dataclasses.astuple(memory)),
              f"{total:.1f}", f"{room - total:.1f}", f"{room - total - gateways:.1f}" if hosts else ""]
         )  # fmt: skip
-    headers = ["GB (10^9 bytes)", "weights", "activations", "KV cache", "together", "left", "left beside gateways"]
+    headers = ["GB (10^9 bytes)", "weights", "activations", "other ranks", "KV cache", "together", "left",
+               "left beside gateways"]  # fmt: skip
     tight = [row[0] for row in rows if str(row[-1]).startswith("-")]
     beside = f" By this arithmetic {', '.join(tight)} would have no room for those." if tight else ""
     said = (
         f"One {fitted.gpu.name} has {fitted.gpu.memory_bytes / 1e9:.1f} GB, {room:.1f} of them for an engine. The "
-        f"papers' gateways take {gateways:g} GB of each GPU, ours run on the CPU.{beside} Activations are an estimate; "
-        "a server whose KV cache comes out smaller than this is not used. Of the preliminary systems, the largest."
+        f"papers' gateways take {gateways:g} GB of each GPU, ours run on the CPU.{beside} Activations are an estimate, "
+        f"and so are {engines.FOREIGN_CONTEXT_BYTES / 1e9:g} GB for each other rank's CUDA context; a server whose KV "
+        "cache comes out smaller than this is not used. Of the preliminary systems, the largest."
     )
     return f"{_table(rows, headers, numbers=True)}\n\n{_wrapped(said)}"
 
@@ -229,6 +232,7 @@ def _commands(report: Report, steps: _Steps) -> str:
         if runner.kind != "bare":
             lines += ["", *(_folded(words, places) for words in runner.setup)]
             lines += [f"{_in_image(version, runners)}() {{", _folded([*runner.start(()), '"$@"'], places, 2), "}"]
+        lines += _elsewhere(runner, steps)
     named = ""
     for group in steps.groups.values():
         plan, command = group[0]
@@ -240,6 +244,14 @@ def _commands(report: Report, steps: _Steps) -> str:
         if command.purpose == "build":
             lines += [_folded(each.commands[-1].argv, places) for each, _ in group if _is_printed(each)]
     return "\n".join(lines)
+
+
+def _elsewhere(runner: Runner, steps: _Steps) -> list[str]:
+    """Comments: where else a run looks for the scripts of its commands."""
+    used = dict.fromkeys(command.tool for group in steps.groups.values() for _, command in group)
+    places = {tool: runner.image.scripts[tool] for tool in used if tool in runner.image.scripts}
+    said = [f"{first} may also be {' or '.join(others)}" for first, *others in places.values() if others]
+    return [textwrap.fill(one, WIDTH, initial_indent="# ", subsequent_indent="#   ") for one in said]
 
 
 def _in_image(version: str, runners: dict[str, Runner]) -> str:

