@@ -249,9 +249,10 @@ def _commands(report: Report, steps: _Steps) -> str:
 def _elsewhere(runner: Runner, steps: _Steps) -> list[str]:
     """Comments: where else a run looks for the scripts of its commands."""
     used = dict.fromkeys(command.tool for group in steps.groups.values() for _, command in group)
-    places = {tool: runner.image.scripts[tool] for tool in used if tool in runner.image.scripts}
-    said = [f"{first} may also be {' or '.join(others)}" for first, *others in places.values() if others]
-    return [textwrap.fill(one, WIDTH, initial_indent="# ", subsequent_indent="#   ") for one in said]
+    places = [runner.image.scripts[tool] for tool in used if tool in runner.image.scripts]
+    said = [f"{first} may be at {' or '.join(others)} instead" for first, *others in places if others]
+    layout: dict[str, Any] = {"initial_indent": "# ", "subsequent_indent": "#   ", "break_on_hyphens": False}
+    return [textwrap.fill(one, WIDTH, **layout) for one in said]
 
 
 def _in_image(version: str, runners: dict[str, Runner]) -> str:

@@ -113,6 +113,7 @@ class TritonPythonModel:
             if self.publish_at and time.monotonic() > self.publish_at:
                 for metric, size in self.kv_sizes:
                     metric.set(size)
+                self.publish_at = float("inf")
             finished = [sequence for sequence in running if sequence.step()]
             with self.lock:
                 self.active = [sequence for sequence in self.active if sequence not in finished]
