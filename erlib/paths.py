@@ -52,19 +52,23 @@ _Content = TypeVar("_Content")
 
 
 @contextmanager
-def building(target: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `target` if the block succeeds: what exists under `target` is complete."""
+def building(target: Path, *, kept: bool = True) -> Iterator[Path]:
+    """A temporary directory that becomes `target` if the block succeeds: what exists under `target` is complete.
+
+    `kept`: it will be looked for with :func:`found`.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
         partial = Path(scratch) / target.name
         partial.mkdir()
         yield partial
-        put(partial, target)
+        put(partial, target, kept=kept)
 
 
-def put(partial: Path, target: Path) -> None:
-    """Give a complete directory its final name, and note what it holds."""
-    (partial / _SIZES).write_text(json.dumps(_sizes(partial)))
+def put(partial: Path, target: Path, *, kept: bool = True) -> None:
+    """Give a complete directory its final name; see :func:`building`."""
+    if kept:
+        (partial / _SIZES).write_text(json.dumps(_sizes(partial)))
     try:
         partial.rename(target)
     except OSError:

@@ -81,7 +81,7 @@ def render(plan: Plan, tokenizer: Path, target: Path, n_processes: int | None = 
         "llm_args": plan.llm_args,
     }
     shutil.rmtree(target, ignore_errors=True)
-    with paths.building(target) as partial:
+    with paths.building(target, kept=False) as partial:
         for model, source in models.items():
             version = partial / model / "1"
             version.mkdir(parents=True)

@@ -49,6 +49,12 @@ def test_what_is_damaged_is_removed_with_one_line(kept, capsys, damage):
     assert line.startswith("engines: 0123456789abcdef is made again: ")
 
 
+def test_what_is_not_kept_holds_nothing_else(tmp_path):
+    with paths.building(tmp_path / "models", kept=False) as partial:
+        (partial / "config.pbtxt").touch()
+    assert [file.name for file in (tmp_path / "models").iterdir()] == ["config.pbtxt"]
+
+
 def test_a_file_in_the_place_of_a_folder_is_removed(tmp_path):
     (tmp_path / "kept").touch()
     assert not paths.found(tmp_path / "kept", "engines")
