@@ -57,7 +57,8 @@ DTYPE_LOOKS = {"fp16": (BLUE, "o"), "fp8": (ORANGE, "^"), "int8": (PURPLE, "P"),
 
 
 def style() -> None:
-    """Use the workbench's one style file for everything drawn from now on."""
+    """Use the workbench's one style file for everything drawn from now on, and nothing of the reader's own settings."""
+    mpl.rcdefaults()
     plt.style.use(paths.STYLE)
 
 

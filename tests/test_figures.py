@@ -252,6 +252,17 @@ def test_a_broken_cluster_map_is_an_error(bad: pd.DataFrame, profile: config.Pro
         figures.architecture(bad, profile, "paper1")
 
 
+def test_the_readers_own_matplotlib_settings_change_nothing() -> None:
+    """As a ``matplotlibrc`` would make them."""
+    own = {"text.usetex": True, "font.size": 40, "axes.facecolor": "black", "lines.linestyle": ":", "savefig.dpi": 10}
+    own |= {"svg.fonttype": "none", "image.cmap": "jet", "axes.xmargin": 0.4, "path.sketch": (5, 50, 2)}
+    figures.style()
+    expected = dict(matplotlib.rcParams)
+    with matplotlib.rc_context(own):
+        figures.style()
+        assert dict(matplotlib.rcParams) == expected
+
+
 def test_save_takes_any_figure(home: Path) -> None:
     fig, ax = plt.subplots()
     ax.plot([1, 2])
