@@ -84,7 +84,6 @@ class Replica:
         # On the wire, a stream of one request. gRPC sends it in one go, and if the server is lost, it says so, where it
         # would sometimes tell a call that is still writing nothing but "Internal error from Core".
         self.stream_infer = self._channel.unary_stream(wire.STREAM_INFER)
-        self.infer = self._channel.unary_unary(wire.INFER)
         self._examination: asyncio.Task[None] | None = None
         self._responses_when_busy: int | None = None
 

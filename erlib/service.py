@@ -50,6 +50,7 @@ _SERVER_AT_FAULT = {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DATA_LOSS"}
 """Status codes of errors that are not the request's own."""
 _SILENT = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
 """How a question ends that a server has not answered."""
+_UNREADABLE = "the expert's answer cannot be read"
 _TIME_DIGITS = 20
 """More than this host's clock can show."""
 
@@ -192,7 +193,8 @@ class Gateway(grpc.GenericRpcHandler):
             try:
                 if self._is_draining and not first:
                     raise Failure(StatusCode.UNAVAILABLE, "this gateway is shutting down")
-                await self._run(message, request, caller, partial(self._relay, message, request, caller, first))
+                relay = partial(self._relay, message, request, caller, first, caller.write)
+                await self._run(message, request, caller, relay)
             except Failure as failure:
                 if caller.ends_on_error:
                     raise
@@ -211,10 +213,15 @@ class Gateway(grpc.GenericRpcHandler):
 
     async def _infer(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
         caller = Caller(context, self._behind_proxy)
+        caller.ends_on_error = True
         request = Request("unary", caller.peer)
         try:
             with self._admitted(caller, "unary"):
-                return await self._run(message, request, caller, partial(self._forward, message, request, caller))
+                answer = await self._run(message, request, caller, partial(self._collect, message, request, caller))
+            self._set_trailing_metadata(caller, request)
+            return answer
+        except NobodyListens:
+            raise asyncio.CancelledError from None  # as gRPC is about to do
         except Failure as failure:
             self._set_trailing_metadata(caller, request)
             await context.abort(failure.code, failure.details)
@@ -314,9 +321,16 @@ class Gateway(grpc.GenericRpcHandler):
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._route, prompt)
 
     async def _relay(
-        self, prompt: bytes, request: Request, caller: Caller, first: bool, replica: Replica, has_spare: bool
+        self,
+        prompt: bytes,
+        request: Request,
+        caller: Caller,
+        first: bool,
+        hand_on: Callable[[bytes], Awaitable[None]],
+        replica: Replica,
+        has_spare: bool,
     ) -> None:
-        """Stream a replica's answer to the client, as it comes."""
+        """Hand a replica's answer on, as it comes."""
         request.replica = replica.url
         call = replica.stream_infer(prompt, timeout=caller.context.time_remaining(), metadata=caller.forwarded)
         with replica.busy_with(call), _blaming(replica, request):
@@ -336,31 +350,35 @@ class Gateway(grpc.GenericRpcHandler):
                     if has_spare and not request.responses:
                         raise Failure(StatusCode.UNAVAILABLE, "its first word was an error")
                 if caller.explain and not request.responses:
-                    response = wire.with_parameters(response, self._explanation(request))
+                    request.explanation = self._explanation(request)
+                    response = wire.with_parameters(response, request.explanation)
                 request.responses += 1
                 if failure is not None:
                     request.expert_error = failure.code.name
                     if caller.ends_on_error:
                         raise failure
-                await caller.write(response)
+                await hand_on(response)
             request.trailing_metadata = tuple(await call.trailing_metadata())
 
-    async def _forward(
+    async def _collect(
         self, message: bytes, request: Request, caller: Caller, replica: Replica, has_spare: bool
     ) -> bytes:
-        """A replica's one answer to a unary request."""
-        request.replica = replica.url
-        call = replica.infer(message, timeout=caller.context.time_remaining(), metadata=caller.forwarded)
-        with replica.busy_with(call), _blaming(replica, request):
-            response = await call
-            request.spans_ns["first_byte"] = time.monotonic_ns() - request.t_routed_ns
-            request.responses += 1
-            replica.responses += 1
-            request.trailing_metadata = tuple(await call.trailing_metadata())
-            if caller.explain:
-                response = wire.with_parameters(response, self._explanation(request), streamed=False)
-            self._set_trailing_metadata(caller, request)
-            return response
+        """A replica's one answer. It is asked for as a stream, too: Triton answers only so where a model can stream."""
+        answers: list[bytes] = []
+
+        async def keep(response: bytes) -> None:
+            if answers:
+                advice = "send stream: false, or use ModelStreamInfer"
+                raise Failure(StatusCode.INVALID_ARGUMENT, f"ModelInfer has room for one response only: {advice}")
+            answers.append(response)
+
+        await self._relay(message, request, caller, True, keep, replica, has_spare)
+        if not answers:
+            raise Failure(StatusCode.INTERNAL, f"expert {request.expert} has sent no answer")
+        try:
+            return wire.unary(answers[0])
+        except DecodeError:
+            raise Failure(StatusCode.UNKNOWN, _UNREADABLE) from None
 
     # --- what a client is told about its request ---
 
@@ -372,7 +390,7 @@ class Gateway(grpc.GenericRpcHandler):
 
     def _set_trailing_metadata(self, caller: Caller, request: Request) -> None:
         if caller.explain and request.expert >= 0:
-            ours = self._explanation(request)
+            ours = request.explanation or self.who(request)
         else:
             ours = {name: ns for name, ns in request.span_metadata.items() if name == "er-first-byte-ns"}
         caller.context.set_trailing_metadata((*request.trailing_metadata, *pairs(ours)))
@@ -443,7 +461,7 @@ def _in_stream_failure(message: bytes) -> Failure:
     try:
         return Failure(*wire.status_of(pb.ModelStreamInferResponse.FromString(message).error_message))
     except DecodeError:
-        return Failure(StatusCode.UNKNOWN, "the expert's answer cannot be read")
+        return Failure(StatusCode.UNKNOWN, _UNREADABLE)
 
 
 def _broken(request: Request, error: Exception) -> Failure:

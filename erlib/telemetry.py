@@ -43,6 +43,8 @@ class Request:
     t_routed_ns: int = 0
     trailing_metadata: tuple[tuple[str, str | bytes], ...] = ()
     """The expert's own."""
+    explanation: dict[str, int | str] = field(default_factory=dict)
+    """What a client that asked for it has been told with the first response."""
 
     @property
     def span_metadata(self) -> dict[str, int]:

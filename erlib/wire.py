@@ -2,7 +2,7 @@
 
 Inputs ``text_input`` BYTES, ``max_tokens`` INT32, ``stream`` BOOL and, optionally, ``end_id`` INT32 (-1: never stop
 early); outputs ``text_output`` BYTES and ``output_ids`` INT32. Every expert and the gateway speak it, so a client need
-not know which of them it talks to. One response is one token.
+not know which of them it talks to. One response is one token; without ``stream``, the whole answer is one response.
 """
 
 from __future__ import annotations
@@ -148,16 +148,27 @@ def is_error(message: bytes) -> bool:
     return message[:1] == b"\x0a"
 
 
-def with_parameters(message: bytes, parameters: Mapping[str, int | str], streamed: bool = True) -> bytes:
-    """A serialised response with more response parameters; what else it holds, unknown fields included, stays."""
-    reply = (pb.ModelStreamInferResponse if streamed else pb.ModelInferResponse).FromString(message)
-    target = (reply.infer_response if streamed else reply).parameters
+def with_parameters(message: bytes, parameters: Mapping[str, int | str]) -> bytes:
+    """A serialised response message with more parameters; what else it holds, unknown fields included, stays."""
+    reply = pb.ModelStreamInferResponse.FromString(message)
+    target = reply.infer_response.parameters
     for name, value in parameters.items():
         if isinstance(value, int):
             target[name].int64_param = value
         else:
             target[name].string_param = value
     return reply.SerializeToString()
+
+
+def unary(message: bytes) -> bytes:
+    """What ``ModelInfer`` answers where a stream would have this serialised response message and no other.
+
+    Raises
+    ------
+    DecodeError
+        If it is none.
+    """
+    return pb.ModelStreamInferResponse.FromString(message).infer_response.SerializeToString()
 
 
 def encode_error(message: str, request_id: str = "") -> bytes:

@@ -130,14 +130,8 @@ class StandIn(grpc.GenericRpcHandler):
         return grpc.unary_unary_rpc_method_handler(question)
 
     async def _infer(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        self.seen.append(seen := _seen(message, context))
-        context.set_trailing_metadata(tuple(self.tells))
-        orders = Orders.of(wire.prompt_of(message)[1])
-        if orders.fail_after >= 0 or self.broken:
-            await context.abort(grpc.StatusCode[orders.code], orders.reason)
-        await asyncio.sleep(orders.first)
-        seen.end = "done"
-        return self.answer(message)[0] if self.answer else b""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ModelInfer does not take models that can stream")
+        raise AssertionError
 
     async def _stream_infer(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:

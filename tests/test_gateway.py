@@ -170,7 +170,7 @@ def test_metrics_and_log_lines_tell_what_happened_but_not_what_was_asked(tmp_pat
         async with grpc.aio.insecure_channel(url) as channel:
             outcomes = await asyncio.gather(*start(channel, *[PROMPT] * 3, "0 fail_after=1", "0 error=no", "  0"))
             assert ends(outcomes) == {"OK": 4, "UNAVAILABLE": 1, "no": 1}
-            await channel.unary_unary(wire.INFER)(wire.encode_request("0", 1))
+            await channel.unary_unary(wire.INFER)(wire.encode_request("0 n=1", 1))
 
     async def run() -> dict[tuple[str, ...], float]:
         async with standin() as expert:

@@ -17,12 +17,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from standin_expert import eventually, front, response, setting, standin
+from standin_expert import Front, eventually, front, response, setting, standin
 from tritonclient.grpc import service_pb2 as pb
 
 from erlib import wire
 
 PROMPT = wire.encode_request("0 hello", 5, request_id="7")
+ONE = wire.encode_request("0 n=1", 5)
 CAT = "a 猫 and a 🦁".encode()
 
 # --- relay ------------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def test_metadata_pass_both_ways():
         async with setting(1) as (gateway, (expert,)):
             call = gateway.stream(PROMPT, metadata=sent)
             assert len([one async for one in call]) == 3
-            unary = gateway.channel.unary_unary(wire.INFER)(PROMPT, metadata=sent)
+            unary = gateway.channel.unary_unary(wire.INFER)(ONE, metadata=sent)
             await unary
             return (
                 [seen.metadata for seen in expert.requests],
@@ -234,7 +235,7 @@ def test_the_deadline_is_passed_on_less_the_time_spent():
         async with setting(1, route=slow) as (gateway, (expert,)):
             await gateway.ask("0 n=1", timeout=5)
             await gateway.ask("0 n=1")
-            await gateway.channel.unary_unary(wire.INFER)(PROMPT, timeout=5)
+            await gateway.channel.unary_unary(wire.INFER)(ONE, timeout=5)
             return [seen.time_remaining_s for seen in expert.requests]
 
     streamed, unlimited, unary = asyncio.run(run())
@@ -315,21 +316,80 @@ def test_an_expert_that_gives_up_is_noticed_by_the_client_within_100_ms(code, as
 # --- what else a client may ask ---------------------------------------------------------------------------------
 
 
-def test_unary_inference_is_routed_and_its_status_is_the_experts():
-    reply = pb.ModelInferResponse(model_name="ensemble", id="9").SerializeToString() + b"\xfa\x3f\x03abc"
+async def unary(gateway: Front, prompt: str, **arguments) -> str:
+    """How ``ModelInfer`` ends."""
+    try:
+        await gateway.channel.unary_unary(wire.INFER)(wire.encode_request(prompt, 1), timeout=10, **arguments)
+    except grpc.aio.AioRpcError as error:
+        return f"{error.code().name}: {error.details()}"
+    return "OK"
+
+
+def test_unary_inference_gives_the_one_response_of_a_stream_as_it_was():
+    inner = pb.ModelInferResponse(model_name="ensemble", id="9").SerializeToString() + b"\xfa\x3f\x03abc"
+    reply = b"\x12" + bytes([len(inner)]) + inner  # the field infer_response
 
     async def run():
         async with standin() as zero, standin(lambda _: [reply]) as one, front(f"{zero.url},{one.url}") as gateway:
             infer = gateway.channel.unary_unary(wire.INFER)
-            assert await infer(wire.encode_request("1", 1)) == reply
-            assert (len(zero.requests), len(one.requests)) == (0, 1)
-            for prompt, code in (("1 fail_after=0 code=UNIMPLEMENTED", "UNIMPLEMENTED"), (" ", "INVALID_ARGUMENT")):
-                with pytest.raises(grpc.aio.AioRpcError) as error:
-                    await infer(wire.encode_request(prompt, 1))
-                assert error.value.code() is grpc.StatusCode[code]
-            with pytest.raises(grpc.aio.AioRpcError) as error:
-                await infer(PROMPT.replace(b"ensemble", b"assemble"))
-            assert error.value.code() is grpc.StatusCode.NOT_FOUND
+            message = wire.encode_request("1", 1)
+            assert await infer(message) == inner
+            assert ([seen.message for seen in one.requests], zero.requests) == ([message], [])
+            counted = gateway.gateway.telemetry.registry.get_sample_value
+            assert counted("er_requests_total", {"expert": "1", "kind": "unary"}) == 1
+            assert counted("er_tokens_total", {"expert": "1"}) == 1
+
+    asyncio.run(run())
+
+
+UNARY = {
+    "several responses": (
+        "0 n=2",
+        "INVALID_ARGUMENT: ModelInfer has room for one response only: send stream: false, or use ModelStreamInfer",
+    ),
+    "none": ("0 n=0", "INTERNAL: expert 0 has sent no answer"),
+    "refused": ("0 error=INVALID_ARGUMENT:~too~long", "INVALID_ARGUMENT: too long"),
+    "refused in an ensemble": (
+        "0 error=in~ensemble~'ensemble',~INVALID_ARGUMENT:~too~long",
+        "INVALID_ARGUMENT: too long",
+    ),
+    "failed": ("0 error=no~idea", "UNKNOWN: no idea"),
+    "failed with a status": ("0 fail_after=0 code=ABORTED", "ABORTED: expert 0 failed: as ordered"),
+    "failed behind the answer": ("0 n=2 fail_after=1", "UNAVAILABLE: expert 0 failed: as ordered"),
+    "no prompt": (" ", "INVALID_ARGUMENT: text_input is empty"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "end"), UNARY.values(), ids=UNARY)
+def test_unary_inference_ends_with_one_status_of_the_right_class(prompt, end):
+    async def run():
+        async with setting(1) as (gateway, (expert,)):
+            ended = await unary(gateway, prompt)
+            await eventually(lambda: not gateway.gateway.experts[0].replicas[0].calls)
+            assert not [seen for seen in expert.requests if seen.end == ""]
+            return ended
+
+    assert asyncio.run(run()) == end
+
+
+def test_unary_inference_is_tried_on_a_spare_replica_and_what_cannot_be_read_is_said():
+    async def run():
+        async with setting(2) as (gateway, stand_ins):
+            stand_ins[0].broken = "Stub process is not healthy"
+            ends = [await unary(gateway, "0 n=1") for _ in range(2)]
+        async with standin(lambda _: [b"\xff"]) as expert, front(expert.url) as gateway:
+            return [*ends, await unary(gateway, "0")]
+
+    assert asyncio.run(run()) == ["OK", "OK", "UNKNOWN: the expert's answer cannot be read"]
+
+
+def test_a_client_that_leaves_a_unary_request_is_noticed_by_the_expert():
+    async def run():
+        async with setting(1) as (gateway, (expert,)):
+            call = gateway.channel.unary_unary(wire.INFER)(wire.encode_request("0 first=60", 1))
+            await eventually(lambda: bool(expert.requests))
+            call.cancel()
+            await eventually(lambda: expert.requests[0].end == "cancelled")
 
     asyncio.run(run())
 
@@ -428,6 +488,10 @@ def test_tritons_own_client_works_unchanged():
             assert client.get_model_metadata("ensemble").name == "ensemble"
             client.get_model_config("ensemble")
             assert client.get_inference_statistics("ensemble").model_stats[0].name == "ensemble"
+            assert client.infer("ensemble", _inputs(triton_client, "1 n=1"), request_id="8").get_response().id == "8"
+            with pytest.raises(triton_client.InferenceServerException) as refused:
+                client.infer("ensemble", _inputs(triton_client, "1 error=INVALID_ARGUMENT:~no"))
+            assert (refused.value.status(), refused.value.message()) == ("StatusCode.INVALID_ARGUMENT", "no")
             client.start_stream(callback)
             for number in range(2):
                 client.async_stream_infer("ensemble", _inputs(triton_client, f"{number} n=3"), request_id=str(number))
@@ -446,6 +510,8 @@ def test_tritons_own_asyncio_client_works_unchanged():
     async def run():
         async with setting(1, 1) as (gateway, _), triton_client_aio.InferenceServerClient(gateway.url) as client:
             assert await client.is_model_ready("ensemble")
+            answer = await client.infer("ensemble", _inputs(triton_client_aio, "1 n=1"))
+            assert answer.as_numpy("text_output").tolist() == [[b"tt"]]
 
             async def requests():
                 for number in range(4):
@@ -468,6 +534,14 @@ def test_who_asks_is_told_how_the_request_was_routed():
             replies = [pb.ModelStreamInferResponse.FromString(one).infer_response async for one in call]
             trailing = dict(await call.trailing_metadata())
             silent = [pb.ModelStreamInferResponse.FromString(one) async for one in gateway.stream(messages[0])]
+            unary = gateway.channel.unary_unary(wire.INFER)(
+                wire.encode_request("1 n=1", 1), metadata=(("er-explain", "1"),)
+            )
+            answer = pb.ModelInferResponse.FromString(await unary)
+            told = {name: value.string_param or str(value.int64_param) for name, value in answer.parameters.items()}
+            assert told["er-distances"] == "5,0.25"
+            assert told.items() <= dict(await unary.trailing_metadata()).items()
+            assert dict(await unary.initial_metadata())["er-expert"] == "1"
             return replies, trailing, silent, [one.url for one in stand_ins]
 
     replies, trailing, silent, urls = asyncio.run(run())
@@ -496,7 +570,7 @@ def test_a_time_of_sending_that_is_none_is_ignored(sent):
         async with setting(1) as (gateway, _):
             call = gateway.stream(PROMPT, PROMPT, metadata=metadata)
             replies = [wire.decode_response(one) async for one in call]
-            unary = gateway.channel.unary_unary(wire.INFER)(PROMPT, metadata=metadata)
+            unary = gateway.channel.unary_unary(wire.INFER)(ONE, metadata=metadata)
             await unary
             queued = [dict(await one.trailing_metadata()).get("er-queue-ns") for one in (call, unary)]
             return [one.error for one in replies], queued

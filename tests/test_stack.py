@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as triton_client
+import tritonclient.grpc.aio as triton_client_aio
 from conftest import METRICS_PORT
 from test_gateway import metrics
 from tokenizers import Tokenizer
@@ -92,6 +93,50 @@ def test_bytes_that_are_not_utf8_are_refused(expert_router):
         assert "not valid UTF-8" in refused.error
 
 
+def _inputs(client, prompt: str, stream: bool | None = None) -> list:
+    """As the official client takes them."""
+    inputs = []
+    for name, value, datatype in (
+        ("text_input", np.array([[prompt.encode()]], dtype=np.object_), "BYTES"),
+        ("max_tokens", np.array([[7]], np.int32), "INT32"),
+        ("end_id", np.array([[-1]], np.int32), "INT32"),
+        *([] if stream is None else [("stream", np.array([[stream]]), "BOOL")]),
+    ):
+        inputs.append(client.InferInput(name, [1, 1], datatype))
+        inputs[-1].set_data_from_numpy(value)
+    return inputs
+
+
+def test_the_official_client_gets_the_whole_answer_at_once_unless_it_asks_for_a_stream(expert_router):
+    """Its ``infer``, of which Triton itself says that models that can stream do not take it."""
+    tokens = [token for response in answer(expert_router.targets[0], PROMPT, 7) for token in response.token_ids]
+    url = expert_router.targets[0]
+    refusals = []
+    with triton_client.InferenceServerClient(url) as client:
+        for stream in (None, False):
+            result = client.infer("ensemble", _inputs(triton_client, PROMPT, stream), headers={"er-explain": "1"})
+            assert result.as_numpy("output_ids").reshape(-1).tolist() == tokens
+            assert {"er-expert", "er-distances"} <= set(result.get_response().parameters)
+        wrong_type = _inputs(triton_client, PROMPT)
+        wrong_type[1] = triton_client.InferInput("max_tokens", [1, 1], "INT64")
+        wrong_type[1].set_data_from_numpy(np.array([[7]]))
+        for inputs in (_inputs(triton_client, PROMPT, stream=True), wrong_type, wrong_type[:1]):
+            with pytest.raises(triton_client.InferenceServerException) as refused:
+                client.infer("ensemble", inputs)
+            refusals.append((refused.value.status(), refused.value.message()))
+    assert [status for status, _ in refusals] == ["StatusCode.INVALID_ARGUMENT"] * 3
+    assert "ModelStreamInfer" in refusals[0][1]
+    assert "INT32" in refusals[1][1]
+
+    async def use() -> list[int]:
+        async with triton_client_aio.InferenceServerClient(url) as client:
+            return (
+                (await client.infer("ensemble", _inputs(triton_client_aio, PROMPT))).as_numpy("output_ids").reshape(-1)
+            )
+
+    assert asyncio.run(use()).tolist() == tokens
+
+
 def test_the_official_client_talks_to_the_gateway_several_requests_on_one_stream(expert_router):
     replies: list[tuple[str, int]] = []
     done = threading.Event()
@@ -107,16 +152,7 @@ def test_the_official_client_talks_to_the_gateway_several_requests_on_one_stream
         assert client.is_model_ready("ensemble")
         client.start_stream(callback)
         for number, prompt in enumerate([PROMPT, "How fast is the new graphics card?", "The senate voted on taxes"]):
-            inputs = []
-            for name, value, datatype in (
-                ("text_input", np.array([[prompt.encode()]], dtype=np.object_), "BYTES"),
-                ("max_tokens", np.array([[7]], np.int32), "INT32"),
-                ("stream", np.array([[True]]), "BOOL"),
-                ("end_id", np.array([[-1]], np.int32), "INT32"),
-            ):
-                tensor = triton_client.InferInput(name, [1, 1], datatype)
-                tensor.set_data_from_numpy(value)
-                inputs.append(tensor)
+            inputs = _inputs(triton_client, prompt, stream=True)
             client.async_stream_infer("ensemble", inputs, request_id=str(number))
         assert done.wait(30)
     assert sorted(replies) == sorted((str(number), 1) for number in range(3) for _ in range(7))

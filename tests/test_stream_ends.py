@@ -16,6 +16,7 @@ from test_gateway import gateway_process
 
 from erlib import wire
 from erlib.limits import Limits
+from erlib.telemetry import Request
 
 AS_STATUS = (("triton_grpc_error", "true"),)
 FLOWS = wire.encode_request("0 n=100000", 1)
@@ -99,20 +100,23 @@ def test_experts_are_not_asked_to_end_streams_with_a_status_themselves(kind, tmp
     assert "triton_grpc_error" not in seen
 
 
-def test_our_own_fault_beside_a_request_ends_the_stream_and_is_said():
-    """What a client is told of how its request was routed is made from the router's model, which may fail."""
-
-    def distances(prompt: str) -> list[float]:
-        raise ValueError
+def test_our_own_fault_ends_the_stream_and_is_said(monkeypatch, caplog):
+    """Whatever fails here beside a request: the others are not cancelled while they send."""
 
     async def run() -> None:
-        async with setting(1, distances=distances) as (door, _):
+        async with setting(1) as (door, _):
+
+            def note(request: Request) -> None:
+                raise ValueError
+
+            monkeypatch.setattr(door.gateway.telemetry, "note", note)
             for _ in range(20):
-                call = await opened(door.channel, FLOWS, FLOWS, metadata=(("er-explain", "1"),))
+                call = await opened(door.channel, FLOWS, wire.encode_request("0 n=1", 1))
                 assert await end_of(call) == "INTERNAL"
             await left(door)
 
     asyncio.run(run())
+    assert "ValueError" in caplog.text
 
 
 @pytest.mark.parametrize("as_status", [True, False])
