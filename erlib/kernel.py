@@ -10,12 +10,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
-from erlib import paths
+from erlib import paths, processes
 
 NAME = "python3"
 """What notebooks call it."""
@@ -29,6 +30,11 @@ class Kernel(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         return KernelSpec(resource_dir="", **get_kernel_dict())
+
+    async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: Any) -> None:
+        """Start it, and see to its end: a kernel asks every second whether we live, but not amid a long computation."""
+        await super()._async_launch_kernel(kernel_cmd, **kw)
+        processes.guard(self.provisioner.pid)  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 SHARED_MEMORY = Path("/dev/shm")
 FOLDER_PREFIX = "expert-router-run-"
@@ -39,13 +40,12 @@ _CLOCK_S = 2.0
 
 def members(sessions: Collection[int]) -> list[int]:
     """Processes of `sessions` that run, whether or not their leaders do."""
-    return [pid for pid in _processes() if _session(pid) in sessions and _status(pid)[0] not in ("Z", "X", "")]
+    return [pid for pid in _processes() if _session(pid) in sessions and _status(pid).state not in ("Z", "X", "")]
 
 
 def started(pid: int) -> int | None:
     """When a process started, in the kernel's ticks: with its number, this names it for ever. None: there is none."""
-    ticks = _status(pid)[1]
-    return int(ticks) if ticks else None
+    return _status(pid).ticks
 
 
 def still_those_of(leaders: Mapping[int, int | None]) -> set[int]:
@@ -67,13 +67,23 @@ def _session(pid: int) -> int | None:
         return None
 
 
-def _status(pid: int) -> tuple[str, str]:
-    """State and start of a process; empty if there is none."""
+class _Status(NamedTuple):
+    """What ``/proc/PID/stat`` says; empty if there is no such process."""
+
+    name: str = ""
+    state: str = ""
+    parent: int = 0
+    ticks: int | None = None
+    """When it started."""
+
+
+def _status(pid: int) -> _Status:
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        before, _, after = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
     except OSError:
-        return "", ""
-    return fields[0], fields[19]
+        return _Status()
+    fields = after.split()
+    return _Status(before.partition("(")[2], fields[0], int(fields[1]), int(fields[19]))
 
 
 # --- claims -------------------------------------------------------------------------------------------------------
@@ -176,28 +186,17 @@ def _sweep_empty_folders_of_triton() -> None:
 
 
 def _starts_of_living_servers() -> Iterator[tuple[float, float]]:
-    """When each process with Triton's Python backend started, and when its first child did (s since the epoch)."""
-    pids = _processes()
-    for pid in pids:
-        try:
-            is_server = "libtriton_python.so" in Path(f"/proc/{pid}/maps").read_text(errors="replace")
-        except OSError:  # another user's, or gone
-            continue
-        if is_server:
-            children = [_began(child) for child in pids if _parent(child) == pid]
-            yield _began(pid), min(children, default=float("inf"))
+    """When each Triton server on this machine started, and when its first child did (s since the epoch)."""
+    boot = time.time() - float(Path("/proc/uptime").read_text().split()[0])
+    processes = {pid: _status(pid) for pid in _processes()}
 
+    def began(pid: int) -> float:
+        return boot + (processes[pid].ticks or 0) / os.sysconf("SC_CLK_TCK")
 
-def _began(pid: int) -> float:
-    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-    return time.time() - uptime_s + (started(pid) or 0) / os.sysconf("SC_CLK_TCK")
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
+    for pid, server in processes.items():
+        if server.name == "tritonserver":
+            children = (began(child) for child, status in processes.items() if status.parent == pid)
+            yield began(pid), min(children, default=float("inf"))
 
 
 # --- the guard ----------------------------------------------------------------------------------------------------

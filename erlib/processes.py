@@ -55,7 +55,7 @@ def spawn(
         _die_with(parent, signal.SIGTERM)
         _stand_back(niceness)
 
-    _GUARD.stand()
+    _GUARD.stand()  # if it cannot, nothing is started
     with log.open("ab") as file:
         child = subprocess.Popen(
             [str(part) for part in command],
@@ -68,6 +68,12 @@ def spawn(
         )
     _GUARD.watch(child.pid)
     return child
+
+
+def guard(session: int) -> None:
+    """Let what is left of a session that somebody else started for us be killed when this process is gone."""
+    _GUARD.stand()
+    _GUARD.watch(session)
 
 
 def _hear_all_signals() -> None:

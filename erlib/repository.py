@@ -177,7 +177,7 @@ class RepositoryServer(triton.TritonServer):
     repository : Path
         What :func:`render` wrote. It is only read, and not removed.
     port : int
-        HTTP port; gRPC is the next, metrics the one after.
+        HTTP port, of this machine alone; gRPC is the next, metrics the one after.
     work_dir : Path
         Where the log goes.
     gpus : sequence of int
@@ -263,11 +263,12 @@ class RepositoryServer(triton.TritonServer):
     def _options(self, shm_prefix: str) -> list[str]:
         return [
             f"--model-repository={self.repository}",
-            f"--http-address={self.host}", f"--http-port={self.http_port}",
+            f"--http-address={triton.LOOPBACK}", f"--http-port={self.http_port}",
             f"--grpc-address={self.host}", f"--grpc-port={self.grpc_port}",
             f"--metrics-address={self.host}", f"--metrics-port={self.metrics_port}",
             "--grpc-http2-max-ping-strikes=0",  # as triton.TritonServer has it
             "--disable-auto-complete-config",
+            *triton.restrictions(),
             *triton.python_backend_options(shm_prefix),
         ]  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import pandas as pd
 from tabulate import tabulate
 
-from erlib import builds, config, engines, estimates, hardware, paths, preflight, repository, tensorrt_llm
+from erlib import builds, config, engines, estimates, hardware, paths, preflight, repository, tensorrt_llm, triton
 from erlib.config import Configuration
 from erlib.containers import Command, Places, Runner
 from erlib.engines import Paper
@@ -343,6 +343,7 @@ def _launch(fitted: Fitted, group: Sequence[Configuration], port: int) -> str:
     first, *others = _ranks(launch.command)
     words = [*(f"{name}={value}" for name, value in launch.environment.items()), *first, *(others[0] if others else [])]
     words = [word.replace(str(plans[0].repository), str(plans[0].repository.with_name("$CONFIG"))) for word in words]
+    words = [word.replace(triton.UNTOLD, "$UNTOLD") for word in words]
     lines = [f"# {', '.join(each.id for each in group)}: the first server", _folded(words, plan.places)]
     if len(others) > 1:
         lines.append(f"# ... and so on to rank {len(others)}, each with a shared-memory prefix of its own")

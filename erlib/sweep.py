@@ -438,7 +438,12 @@ def _users(profile: Profile, series: Series, serving_stack: stack.Stack) -> user
     who = (system.tokenizer, n_processes, _log_dir(profile, system) / "users.log", series.client)
     if isinstance(serving_stack, ClusterStack):
         return ClusterUsers(serving_stack, *who)
-    return users.UserSimulator(*who, serving_stack.harness_niceness, serving.users_on)
+    return users.UserSimulator(
+        *who,
+        serving_stack.harness_niceness,
+        serving.users_on,
+        watch=lambda: serving_stack.require_alive(engines=False),
+    )
 
 
 def _measure_points(profile: Profile, todo: list[tuple[Series, list[Point]]], progress: tqdm) -> None:

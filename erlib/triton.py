@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,12 @@ MODEL_CODE = paths.ENGINE_SPECS / "triton"
 
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 """Asks a server on this machine, whatever proxies the environment names."""
+
+SHARED_MEMORY_BYTES = 4 << 20
+"""Of a server: it begins with 1 MiB and adds as much whenever requests that wait need it, seldom more than once."""
+UNTOLD = secrets.token_hex(16)
+"""What would have to be sent to a server to be let do all it can."""
+LOOPBACK = "127.0.0.1"
 
 _CONFIG = """\
 name: "{name}"
@@ -69,6 +76,19 @@ def python_backend_options(shm_prefix: str) -> list[str]:
     ]
 
 
+def restrictions() -> list[str]:
+    """Options that leave of a server's ports what is used of them: health by HTTP; requests and questions by gRPC.
+
+    Anybody who reaches a port could otherwise register shared memory, this server's own included, and change what is
+    logged and traced. The rest asks for a header whose value nobody is told.
+    """
+    both = "shared-memory,model-repository,trace,logging"
+    return [
+        f"--grpc-restricted-protocol={both}:expert-router={UNTOLD}",
+        f"--http-restricted-api={both},metadata,inference,model-config,statistics:expert-router={UNTOLD}",
+    ]
+
+
 def preflight(n_servers: int = 1) -> None:
     """Check everything that would make `n_servers` servers hang or corrupt data instead of failing.
 
@@ -79,6 +99,13 @@ def preflight(n_servers: int = 1) -> None:
         backend then corrupts tensors without an error).
     """
     root = _wheel()
+    free, needed = shutil.disk_usage(leftovers.SHARED_MEMORY).free, n_servers * SHARED_MEMORY_BYTES
+    if free < needed:
+        raise StartError(
+            f"{leftovers.SHARED_MEMORY} has {free / 2**20:.1f} MiB free; Triton servers need {needed >> 20} MiB: "
+            f"{n_servers} times {SHARED_MEMORY_BYTES >> 20}. Make it larger: docker run --shm-size=1g, or, as root, "
+            f"mount -o remount,size=1g {leftovers.SHARED_MEMORY}"
+        )
     if int(np.__version__.split(".")[0]) >= 2:
         raise StartError(f"Triton 2.51's Python backend corrupts tensors under numpy {np.__version__}; install numpy<2")
     stub = _stub(root)
@@ -133,7 +160,7 @@ class TritonServer:
     max_batch_size : int
         Sequences in flight.
     port : int
-        HTTP port; gRPC is the next, metrics the one after.
+        HTTP port, of this machine alone; gRPC is the next, metrics the one after.
     work_dir : Path
         Where the log goes.
     niceness : int
@@ -189,7 +216,7 @@ class TritonServer:
                 root / "bin" / "tritonserver",
                 f"--model-repository={self._write_repository(self._run_folder.path)}",
                 f"--backend-directory={_backend_directory(root, self._run_folder.path)}",
-                f"--http-address={self.host}", f"--http-port={self.http_port}",
+                f"--http-address={LOOPBACK}", f"--http-port={self.http_port}",
                 f"--grpc-address={self.host}", f"--grpc-port={self.grpc_port}",
                 f"--metrics-address={self.host}", f"--metrics-port={self.metrics_port}",
                 "--grpc-http2-max-ping-strikes=0",  # users of a baseline ask it directly, some of them with pings
@@ -197,6 +224,7 @@ class TritonServer:
                 "--exit-timeout-secs=2",
                 "--allow-gpu-metrics=false",
                 "--pinned-memory-pool-byte-size=0",
+                *restrictions(),
                 *python_backend_options(self.shm_prefix),
             ],
             self.log,
@@ -218,7 +246,7 @@ class TritonServer:
 
     def _healthy(self) -> bool:
         try:
-            with _open(f"http://{self.host}:{self.http_port}/v2/health/ready", timeout=1) as reply:
+            with _open(f"http://{LOOPBACK}:{self.http_port}/v2/health/ready", timeout=1) as reply:
                 return reply.status == 200
         except OSError:
             return False

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import select
 import shlex
 import socket
 import subprocess
@@ -35,6 +36,7 @@ from erlib import paths, processes, wire
 LAG_PROBE_S = 0.01
 CONNECT_TIMEOUT_S = 20
 _START_DELAY_S = 0.25
+_WATCH_S = 1.0
 _CONNECTIONS = 50
 _CHANNELS_PER_TARGET = 2
 
@@ -113,6 +115,8 @@ class UserSimulator:
     shares_clock : bool
         Whether gateways run on the host that this object is used on; otherwise what a request waits before a gateway
         reads it is not known. False where `host` is given.
+    watch : callable, optional
+        Asked about once a second while users are waited for; what it raises ends that.
 
     Raises
     ------
@@ -122,7 +126,7 @@ class UserSimulator:
 
     def __init__(
         self, tokenizer: Path, n_processes: int, log: Path, client: Client = "asyncio", niceness: int = 0,
-        host: str | None = None, shares_clock: bool = True,
+        host: str | None = None, shares_clock: bool = True, watch: Callable[[], object] = lambda: None,
     ):  # fmt: skip
         if client == "threads" and n_processes != 1:
             raise ValueError(f"the threaded client is one process, as in the papers, not {n_processes}")
@@ -134,6 +138,7 @@ class UserSimulator:
         self._n_processes = n_processes
         self._log = log
         self._niceness = niceness
+        self._watch = watch
         self._workers: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
@@ -212,12 +217,17 @@ class UserSimulator:
 
     def _receive(self, worker: subprocess.Popen[bytes]) -> dict[str, Any]:
         assert worker.stdout is not None
+        answered = select.poll()
+        answered.register(worker.stdout, select.POLLIN)
+        while not answered.poll(_WATCH_S * 1e3):
+            self._watch()
         line = worker.stdout.readline()
         if not line:
             self._died()
         return json.loads(line)
 
     def _died(self) -> None:
+        self._watch()  # they end, too, if there is nobody to ask
         raise processes.StartError(f"a user process died; {self._log} ends:\n{processes.tail(self._log)}")
 
 

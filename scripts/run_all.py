@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -20,14 +21,10 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a Python without erlib finds it there, and is told more
 
-from erlib import config, keys, paths
+from erlib import config, keys, paths, processes
 
 _REASON = re.compile(r"[a-z]+( \w+)?: ")
 """How erlib's one-line reasons begin: ``sweep: 4 of 4 points found``."""
-
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
 
 
 def main() -> int:
@@ -37,9 +34,9 @@ def main() -> int:
     except config.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
         print("\nstopped", file=sys.stderr)
-        return INTERRUPTED
+        return _status(end)
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -89,9 +86,9 @@ def _run(steps: list[Step], profile: config.Profile, force: bool) -> int:
         try:
             if reason:
                 step.run()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as end:
             print("\nstopped; the same command goes on where this one left off", file=sys.stderr)
-            result, status = "stopped", INTERRUPTED
+            result, status = "stopped", _status(end)
         except Exception as error:
             print(f"\nerror in {step.name}: {_brief(error)}", file=sys.stderr)
             result, status = "failed", 1
@@ -102,6 +99,11 @@ def _run(steps: list[Step], profile: config.Profile, force: bool) -> int:
     print(f"{'total':<24} {'':<8} {sum(seconds for *_, seconds in rows):>8.1f}")
     print(f"figures: {_short(paths.FIGURES / profile.name)}")
     return status
+
+
+def _status(end: BaseException) -> int:
+    """Exit status after the signal that raised `end`, as shells have it: Ctrl-C."""
+    return int(end.code or 0) if isinstance(end, SystemExit) else 128 + signal.SIGINT
 
 
 @contextlib.contextmanager
@@ -362,4 +364,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    processes.end_on_signals()
     sys.exit(main())

@@ -22,7 +22,6 @@ _WATCH_S = 2.0
 
 def main() -> int:
     args = _arguments()
-    processes.end_on_signals(signal.SIGINT)
     try:
         profile = config.load_profile(args.profile, config.read_overrides(args.set))
         (asked,) = sweep.configurations(profile, [args.configuration])
@@ -117,4 +116,5 @@ def _port(text: str) -> int:
 
 
 if __name__ == "__main__":
+    processes.end_on_signals(signal.SIGINT)
     sys.exit(main())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import BASE_PORT
 
-from erlib import leftovers, processes, runfolder, triton
+from erlib import leftovers, processes, runfolder
 
 PREFIX = f"er{BASE_PORT + 600}-"
 OWNER = """
@@ -95,15 +95,10 @@ def test_what_is_claimed_cannot_be_claimed_again_until_its_owner_is_gone(owner):
 
 
 @pytest.fixture
-def server_alike():
-    """A process that looks as a Triton server does that has just started: it has the Python backend's library."""
-    library = triton._wheel() / "backends" / "python" / "libtriton_python.so"
-    code = (
-        "import mmap, sys, time; file = open(sys.argv[1], 'rb')\n"
-        "library = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ); print(flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, library], stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
+def server_alike(tmp_path):
+    """A process that looks as a Triton server does that has just started."""
+    (tmp_path / "tritonserver").symlink_to(shutil.which("sleep"))
+    with subprocess.Popen([tmp_path / "tritonserver", "60"]) as process:
         yield process
         process.kill()
 

@@ -1,12 +1,17 @@
 """serve.py and what else is started by hand: what it takes, what it refuses in one line, what it says."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
+from conftest import BASE_PORT
 
-from erlib import config, paths, sweep
+from erlib import config, paths, processes, sweep
 from scripts import serve
 
 STARTED_BY_HAND = [
@@ -78,3 +83,45 @@ def test_help_says_each_context(monkeypatch, capsys):
     laptop = config.load_profile("laptop")
     for name in config.config_ids():
         assert f"{name} {sweep.context_tokens(laptop, config.load_configuration(name))}" in said
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGHUP, 0),  # its terminal is closed
+        (signal.SIGKILL, -signal.SIGKILL),
+        pytest.param(signal.SIGINT, 0, marks=SLOW),
+        pytest.param(signal.SIGTERM, 0, marks=SLOW),
+    ],
+)
+def test_nothing_of_it_is_left_however_it_ends(number, status, profile):
+    port = BASE_PORT + 650
+    command = [sys.executable, "scripts/serve.py", "p2.A", "--profile", "smoke", "--openai", str(port + 50), "--set"]
+    settings = [f"serving.base_port={port}", f"serving.start_timeout_s={profile.serving.start_timeout_s}"]
+    unblocked = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    environment = os.environ | {"PYTHONPATH": str(paths.ROOT)}
+    with subprocess.Popen(
+        [*command, *settings], cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, text=True, **unblocked
+    ) as served:
+        try:
+            while "Ctrl-C stops everything" not in (line := served.stdout.readline()):
+                assert line, "it has ended"
+            family = psutil.Process(served.pid).children(recursive=True)
+            assert {"tritonserver", "triton_python_b"} <= {process.name()[:15] for process in family}
+            served.send_signal(number)
+            assert served.wait(20) == status
+        finally:
+            served.kill()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+    deadline = time.monotonic() + 5
+    while left := list(Path("/dev/shm").glob(f"er{port + 3}-*")):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    assert [each for each in range(port, port + 60) if processes.listening(each)] == []

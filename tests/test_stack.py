@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +26,7 @@ import psutil
 import pytest
 import tritonclient.grpc as triton_client
 import tritonclient.grpc.aio as triton_client_aio
+import tritonclient.utils as triton_utils
 from conftest import METRICS_PORT
 from test_gateway import metrics
 from tokenizers import Tokenizer
@@ -375,6 +381,119 @@ def test_a_killed_server_is_an_error_and_nothing_is_left(
         assert seen.answers[0].status != "ok"
         with pytest.raises(processes.StartError, match=reason):
             running.require_alive()
+    assert _leftovers(own_ports.base_port) == []
+
+
+def test_a_balancer_that_dies_amid_a_point_is_named_at_once(own_ports, router, server_plan, tokenizer, tmp_path):
+    """Users would connect to it again and again until that is given up."""
+    with stack.Stack("dying", [server_plan], "replicas", own_ports, router, tmp_path) as running:
+        nginx = psutil.Process(running._front.process.pid)
+        watch = functools.partial(running.require_alive, engines=False)
+        with users.UserSimulator(tokenizer, 1, tmp_path / "users.log", watch=watch) as simulator:
+            for process in (*nginx.children(), nginx):
+                process.kill()
+            with pytest.raises(processes.StartError, match="NGINX died with code -9"):
+                simulator.run(_scripts(4, 5), running.targets, 60)
+    assert _leftovers(own_ports.base_port) == []
+
+
+def test_users_are_not_waited_for_once_what_they_ask_has_died(tokenizer, tmp_path):
+    def dead() -> None:
+        raise processes.StartError("gateway 3 died with code -11")
+
+    with (
+        socket.socket() as silent,
+        users.UserSimulator(tokenizer, 1, tmp_path / "users.log", watch=dead) as simulator,
+    ):
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        began = time.monotonic()
+        with pytest.raises(processes.StartError, match="gateway 3 died"):
+            simulator.run(_scripts(4, 5), [f"127.0.0.1:{silent.getsockname()[1]}"], 60)
+        assert time.monotonic() - began < users.CONNECT_TIMEOUT_S / 2
+
+
+@pytest.fixture
+def restricted(expert_router):
+    with triton_client.InferenceServerClient(expert_router.servers[0].url) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("get_system_shared_memory_status", []),
+        ("register_system_shared_memory", ["mine", "/er", 8]),
+        ("unregister_system_shared_memory", []),
+        ("get_cuda_shared_memory_status", []),
+        ("get_model_repository_index", []),
+        ("load_model", ["ensemble"]),
+        ("unload_model", ["ensemble"]),
+        ("get_trace_settings", []),
+        ("update_trace_settings", ["ensemble", {"trace_level": "OFF"}]),
+        ("get_log_settings", []),
+        ("update_log_settings", [{"log_verbose_level": 9}]),
+    ],
+)
+def test_a_client_of_a_server_changes_nothing_there(restricted, method, arguments):
+    with pytest.raises(triton_utils.InferenceServerException, match="restricted"):
+        getattr(restricted, method)(*arguments)
+
+
+def test_of_http_a_server_answers_questions_for_its_health_alone(expert_router):
+    def status(path: str) -> int:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{expert_router.servers[0].http_port}/v2{path}") as reply:
+                return reply.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert status("/health/ready") == status("/health/live") == 200
+    questions = ["", "/logging", "/trace/setting", "/systemsharedmemory/status", "/cudasharedmemory/status"]
+    questions += [f"/models/ensemble{what}" for what in ("", "/stats", "/config")]
+    assert {path: status(path) for path in questions} == dict.fromkeys(questions, 403)
+
+
+def test_too_little_shared_memory_is_said_before_anything_starts(own_ports, server_plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(3 << 20, 0, 3 << 20))
+    with (
+        pytest.raises(processes.StartError, match=r"/dev/shm has 3\.0 MiB free; .* 8 MiB: 2 times 4.*--shm-size"),
+        stack.Stack("cramped", [server_plan] * 2, "direct", own_ports, None, tmp_path),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def _revived(running: stack.Stack) -> list[str]:
+    deadline = time.monotonic() + 30  # a crash takes its time
+    while not (lines := running.revive()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return lines
+
+
+def test_what_dies_is_brought_back_where_clients_look_for_it(own_ports, router, server_plan, tmp_path):
+    """A server that crashes, an engine that is killed, a gateway, the balancer."""
+    with stack.Stack("mortal", [server_plan], "replicas", own_ports, router, tmp_path) as running:
+        assert running.revive() == []
+        server, nginx = running.servers[0], running._front
+        engine = psutil.Process(server.process.pid).children()[0]
+        for kill, who in [
+            (lambda: server.process.send_signal(signal.SIGSEGV), r"Triton server mortal-0 died with code -11"),
+            (running._gateways[1].process.kill, r"gateway 1 died with code -9"),
+            (nginx.process.kill, r"NGINX died with code -9"),
+        ]:
+            kill()
+            (line,) = _revived(running)
+            assert re.match(rf"{who} \(see .*\.died\.log\) and has been started again$", line)
+        assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+        psutil.Process(server.process.pid).children()[0].kill()
+        (line,) = _revived(running)
+        assert re.match(r"Triton server mortal-0 lost its engine \(see .*\) and has been started again$", line)
+        deadline = time.monotonic() + 30  # until the breakers have closed
+        while len(answer(running.targets[0], PROMPT, 3)) != 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
     assert _leftovers(own_ports.base_port) == []
 
 
