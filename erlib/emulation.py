@@ -16,7 +16,7 @@ import json
 import pandas as pd
 import pyarrow as pa
 
-from erlib import batching, clusterer, config, metrics, openvino, prompts, records, simulation, steptimes, sweep
+from erlib import batching, clusterer, config, metrics, openvino, prompts, records, simulation, steptimes, sweep, wire
 from erlib.config import Paper, Profile
 from erlib.prompts import Workload
 from erlib.stack import Classifier
@@ -59,6 +59,7 @@ def system(
         "calibration": json.dumps(dataclasses.asdict(calibration)),
         "answer_limit": json.dumps(answer_limit),
         "slow_motion": str(slow_motion),
+        wire.CONTEXT: str(min(target.kv_tokens, target.max_step_tokens)),
         # for the points' hash: what the name stands for
         "stands_for": config.digest(config.load_configuration(name).system.model_dump(), steptimes.TABLE),
     }

@@ -30,17 +30,16 @@ from typing import Any
 
 import jinja2
 
-from erlib import builds, config, engines, paths, processes, triton
+from erlib import builds, config, engines, paths, processes, triton, wire
 from erlib.config import ConfigError, Flow, RunnerKind
 from erlib.containers import Runner, load_image
 from erlib.processes import StartError
 from erlib.runfolder import RunFolder
 from erlib.tensorrt_llm import Plan
-from erlib.wire import MODEL_NAME
 
 TEMPLATES = paths.ENGINE_SPECS / "triton" / "tensorrt_llm"
 ENGINE_MODEL = "tensorrt_llm"
-MODELS = ("preprocessing", ENGINE_MODEL, "postprocessing", MODEL_NAME)
+MODELS = ("preprocessing", ENGINE_MODEL, "postprocessing", wire.MODEL_NAME)
 """Of an engine's repository; that of the ``llmapi`` flow has the last one alone."""
 _KV_METRIC = "nv_trt_llm_kv_cache_block_metrics"
 _KV_CACHE = re.compile(rf'^{_KV_METRIC}\{{.*kv_cache_block_type="(\w+)".*\}} (\S+)')
@@ -72,10 +71,12 @@ def render(plan: Plan, tokenizer: Path, target: Path, n_processes: int | None = 
     Path
         `target`.
     """
-    models = {MODEL_NAME: "llmapi"} if plan.flow == "llmapi" else {model: model for model in MODELS}
+    models = {wire.MODEL_NAME: "llmapi"} if plan.flow == "llmapi" else {model: model for model in MODELS}
     values = {
         "batch_size": plan.system.batch_size,
         "tokenizer": str(tokenizer),
+        "max_input_tokens": plan.lengths[0],
+        wire.CONTEXT: plan.lengths[1],
         "processes": n_processes or max(1, PROCESSES // plan.system.instances),
         "parameters": _engine_parameters(plan),
         "llm_args": plan.llm_args,

@@ -290,10 +290,12 @@ def workload(profile: Profile, paper: prompts.Paper) -> Workload:
 
 def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, threads: int) -> ServerPlan:
     """How an OpenVINO engine is served; batch size, KV blocks and threads are per instance."""
+    positions = json.loads((engine / "config.json").read_text())["max_position_embeddings"]
     parameters = {
         "engine": str(engine),
         "max_batch_size": str(batch_size),
         "kv_blocks": str(kv_blocks),
+        wire.CONTEXT: str(min(positions, kv_blocks * config.KV_BLOCK_TOKENS)),
         "max_batched_tokens": str(MAX_BATCHED_TOKENS),
         "kv_cache": kv_cache,
         "threads": str(threads),

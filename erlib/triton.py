@@ -45,9 +45,11 @@ name: "{name}"
 backend: "python"
 max_batch_size: {max_batch_size}
 model_transaction_policy {{ decoupled: true }}
+# Optional but for one, because Triton only counts: with stream in the place of max_tokens there are inputs enough. The
+# model says what is missing. One must not be: a request without any input would be the server's end.
 input [
   {{ name: "text_input" data_type: TYPE_STRING dims: [ 1 ] }},
-  {{ name: "max_tokens" data_type: TYPE_INT32 dims: [ 1 ] }},
+  {{ name: "max_tokens" data_type: TYPE_INT32 dims: [ 1 ] optional: true }},
   {{ name: "stream" data_type: TYPE_BOOL dims: [ 1 ] optional: true }},
   {{ name: "end_id" data_type: TYPE_INT32 dims: [ 1 ] optional: true }}
 ]

@@ -3,6 +3,13 @@
 Inputs ``text_input`` BYTES, ``max_tokens`` INT32, ``stream`` BOOL and, optionally, ``end_id`` INT32 (-1: never stop
 early); outputs ``text_output`` BYTES and ``output_ids`` INT32. Every expert and the gateway speak it, so a client need
 not know which of them it talks to. One response is one token; without ``stream``, the whole answer is one response.
+Special tokens have an id, but no text.
+
+What a model says of itself (``ModelConfig``) has the parameter ``context_tokens``: how many tokens a prompt and its
+answer may have together.
+
+An error within a stream is a text without a code. Gateways' and experts' begin with the name of the status that a unary
+call would have, where that says more than UNKNOWN: ``INVALID_ARGUMENT: max_tokens must be at least 1, not 0``.
 """
 
 from __future__ import annotations
@@ -27,8 +34,14 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
 ]
 MAX_PROMPT_BYTES = 4 << 20
+MAX_TOKENS = 2**31 - 1
+"""More cannot be asked for."""
 NEVER_STOP = -1
 """``end_id`` of a forced answer length."""
+CONTEXT = "context_tokens"
+"""The parameter of a model's configuration that says how many tokens a prompt and its answer may have together."""
+MODEL_CONFIG = f"/{SERVICE}/ModelConfig"
+ASK_MODEL_CONFIG = pb.ModelConfigRequest(name=MODEL_NAME).SerializeToString()
 
 _OF_AN_ENSEMBLE = f"in ensemble '{MODEL_NAME}', "
 """What Triton puts before the errors of an ensemble's models."""
@@ -56,8 +69,19 @@ class Response(NamedTuple):
 
 
 def encode_request(prompt: str, max_tokens: int, end_id: int | None = None, request_id: str = "") -> bytes:
-    """Serialise a streaming request; `end_id` None lets the engine stop at its own end-of-sequence token."""
-    text = prompt.encode()
+    """Serialise a streaming request; `end_id` None lets the engine stop at its own end-of-sequence token.
+
+    Raises
+    ------
+    BadRequest
+        If it cannot be written: the prompt is not Unicode, or `max_tokens` no number of 32 bits.
+    """
+    try:
+        text = prompt.encode()
+    except UnicodeEncodeError:
+        raise BadRequest("the prompt holds half of a surrogate pair, which is no character") from None
+    if not -MAX_TOKENS <= max_tokens <= MAX_TOKENS:
+        raise BadRequest(f"max_tokens must be at most {MAX_TOKENS}")
     request = pb.ModelInferRequest(model_name=MODEL_NAME, id=request_id)
     tensors = [
         ("text_input", "BYTES", struct.pack("<I", len(text)) + text),
@@ -127,6 +151,12 @@ def decode_response(message: bytes) -> Response:
         elif tensor.name == "output_ids":
             tokens = struct.unpack(f"<{len(raw) // 4}i", raw)
     return Response("", text, tokens)
+
+
+def context_tokens(reply: bytes) -> int | None:
+    """How many tokens a prompt and its answer may have together, by a serialised ``ModelConfig``; None if unsaid."""
+    parameters = pb.ModelConfigResponse.FromString(reply).config.parameters
+    return int(parameters[CONTEXT].string_value) if CONTEXT in parameters else None
 
 
 def status_of(error: str) -> tuple[StatusCode, str]:

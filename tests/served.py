@@ -115,6 +115,13 @@ def plan_of(name: str, flow: config.Flow = "engine") -> tensorrt_llm.Plan:
     return tensorrt_llm.Plan(configuration, longest, Places(Path("/checkpoints"), Path("/work")), flow)
 
 
+def refusal(url: str, request: bytes) -> str:
+    """What a server says instead of an answer."""
+    with grpc.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
+        (reply,) = channel.stream_stream(wire.STREAM_INFER)(iter([request]), timeout=60)
+        return wire.decode_response(reply).error
+
+
 def answered(messages: list[bytes]) -> list[int]:
     """Token ids of a reply."""
     return [token for message in messages for token in wire.decode_response(message).token_ids]
@@ -134,6 +141,19 @@ def drop(name: str) -> Callable[[pb.ModelInferRequest], None]:
     def change(message: pb.ModelInferRequest) -> None:
         position = [tensor.name for tensor in message.inputs].index(name)
         del message.inputs[position], message.raw_input_contents[position]
+
+    return change
+
+
+def drop_all(message: pb.ModelInferRequest) -> None:
+    message.ClearField("inputs")
+    message.ClearField("raw_input_contents")
+
+
+def with_text(text: str) -> Callable[[pb.ModelInferRequest], None]:
+    def change(message: pb.ModelInferRequest) -> None:
+        position = [tensor.name for tensor in message.inputs].index("text_input")
+        message.raw_input_contents[position] = len(text).to_bytes(4, "little") + text.encode()
 
     return change
 

@@ -28,6 +28,7 @@ import tritonclient.grpc as triton_client
 import tritonclient.grpc.aio as triton_client_aio
 import tritonclient.utils as triton_utils
 from conftest import METRICS_PORT
+from served import changed, drop, drop_all, refusal, wrong_type
 from test_gateway import metrics
 from tokenizers import Tokenizer
 
@@ -56,7 +57,7 @@ def test_one_response_is_one_token_and_the_length_is_forced(expert_router, token
     assert [len(response.token_ids) for response in responses] == [1] * 25
     ids = [response.token_ids[0] for response in responses]
     text = b"".join(response.text for response in responses).decode()
-    assert text == Tokenizer.from_file(str(tokenizer)).decode(ids, skip_special_tokens=False)
+    assert text == Tokenizer.from_file(str(tokenizer)).decode(ids, skip_special_tokens=True)
 
 
 def test_gateway_and_expert_give_the_same_answer(expert_router, router):
@@ -78,9 +79,11 @@ def test_an_answer_may_end_early(expert_router):
     ("prompt", "max_tokens", "reason"),
     [
         ("  \n ", 5, "text_input is empty"),
-        (PROMPT, 0, "max_tokens must be at least 1"),
-        (PROMPT, 5000, "exceed the 512"),
+        (PROMPT, 0, "INVALID_ARGUMENT: max_tokens must be at least 1"),
+        (PROMPT, -7, "INVALID_ARGUMENT: max_tokens must be at least 1"),
+        (PROMPT, 5000, "INVALID_ARGUMENT: 14 input tokens + 5000 output tokens exceed the 512"),
         ("word " * 5000, 5, "exceed the 512"),
+        ("a" * 500_000, 5, "the prompt's 500,000 bytes exceed the 512"),
     ],
 )
 def test_bad_requests_get_a_reason_and_the_next_one_is_served(
@@ -90,6 +93,28 @@ def test_bad_requests_get_a_reason_and_the_next_one_is_served(
     (refused,) = answer(url, prompt, max_tokens)
     assert reason in refused.error
     assert len(answer(url, PROMPT, 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (drop("max_tokens"), "max_tokens is missing: the request has no input 'max_tokens'"),
+        (drop("text_input"), "the request has no input 'text_input'"),
+        (drop_all, "input"),
+        (wrong_type, "data-type is 'INT64', but model 'ensemble' expects 'INT32'"),
+    ],
+)
+def test_what_a_request_lacks_is_said(expert_router, change, reason):
+    request = changed(wire.encode_request(PROMPT, 3, wire.NEVER_STOP), change)
+    for url in (expert_router.targets[0], expert_router.servers[0].url):
+        assert reason in refusal(url, request)
+    assert len(answer(expert_router.servers[0].url, PROMPT, 3)) == 3
+
+
+def test_the_server_says_how_much_context_there_is(expert_router):
+    for url in (expert_router.targets[0], expert_router.servers[0].url):
+        with grpc.insecure_channel(url) as channel:
+            assert wire.context_tokens(channel.unary_unary(wire.MODEL_CONFIG)(wire.ASK_MODEL_CONFIG)) == 512
 
 
 def test_bytes_that_are_not_utf8_are_refused(expert_router):
@@ -164,24 +189,32 @@ def test_the_official_client_talks_to_the_gateway_several_requests_on_one_stream
     assert sorted(replies) == sorted((str(number), 1) for number in range(3) for _ in range(7))
 
 
-def test_cancelling_frees_the_slot(expert_router):
-    """A cancelled request stops generating: the engine counts far fewer tokens than were asked for."""
-    url = expert_router.targets[0]
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("end", ["cancelled", "deadline"])
+def test_whoever_gives_up_frees_the_slot(expert_router, stream, end):
+    """Engines count far fewer tokens than were asked for, whether the answer is to come token by token or as one."""
+    request = wire.encode_request(PROMPT, 450, wire.NEVER_STOP)
+    if not stream:
+        request = changed(request, drop("stream"))
 
-    async def cancel_after_three() -> None:
-        async with grpc.aio.insecure_channel(url) as channel:
-            call = channel.stream_stream(wire.STREAM_INFER)(iter([wire.encode_request(PROMPT, 450, wire.NEVER_STOP)]))
-            for _ in range(3):
-                await call.read()
-            call.cancel()
+    async def give_up() -> None:
+        async with grpc.aio.insecure_channel(expert_router.targets[0]) as channel:
+            timeout = 0.1 if end == "deadline" else None
+            call = channel.stream_stream(wire.STREAM_INFER)(iter([request]), timeout=timeout)
+            if end == "cancelled":
+                await call.initial_metadata()
+                await (call.read() if stream else asyncio.sleep(0.05))
+                call.cancel()
+            assert await call.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
     before = generated_tokens(expert_router)
-    asyncio.run(cancel_after_three())
-    time.sleep(1.0)
-    after = generated_tokens(expert_router)
-    time.sleep(0.5)
-    assert generated_tokens(expert_router) == after
-    assert after - before < 450
+    asyncio.run(give_up())
+    time.sleep(1)
+    after, deadline = -1, time.monotonic() + 30
+    while after != (after := generated_tokens(expert_router)):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert after - before < 300
 
 
 def _scripts(n: int, max_tokens: int, targets: int = 1) -> list[users.Script]:

@@ -119,3 +119,17 @@ def test_bad_requests_say_what_is_wrong(changes, reason):
 )
 def test_the_class_of_an_error_within_a_stream_is_told_by_its_text(error, code, details):
     assert wire.status_of(error) == (StatusCode[code], error if details is None else details)
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [("a", 2**31), ("a", 10**18), ("a", -(2**31) - 1), ("\ud800", 1)])
+def test_what_cannot_be_written_is_a_bad_request(prompt, max_tokens):
+    with pytest.raises(wire.BadRequest, match=r"at most 2147483647|half of a surrogate pair"):
+        wire.encode_request(prompt, max_tokens)
+
+
+@pytest.mark.parametrize("said", [None, 512])
+def test_a_models_configuration_says_its_context(said):
+    reply = pb.ModelConfigResponse()
+    if said:
+        reply.config.parameters["context_tokens"].string_value = str(said)
+    assert wire.context_tokens(reply.SerializeToString()) == said

@@ -26,9 +26,14 @@ class BadRequest(ValueError):
 class Sequence:
     """A request on its way through the engine."""
 
-    def __init__(self, request, tokenizer, eos_token_id):
+    def __init__(self, request, model):
         self.sender = request.get_response_sender()
         text = _input(request, "text_input")
+        if len(text) > model.max_prompt_bytes:  # to tokenise what is too long anyway may take seconds
+            raise BadRequest(
+                f"the prompt's {len(text):,} bytes exceed the {model.engine.max_prompt_tokens} tokens that this engine "
+                f"holds, of at most {model.max_token_bytes} bytes each"
+            )
         try:
             prompt = text.decode("utf-8")
         except UnicodeDecodeError:
@@ -39,18 +44,19 @@ class Sequence:
         if self.max_tokens < 1:
             raise BadRequest(f"max_tokens must be at least 1, not {self.max_tokens}")
         self.stream = bool(_input(request, "stream", False))
-        self.end_id = int(_input(request, "end_id", eos_token_id))
-        self.token_ids = tokenizer.encode(prompt).ids
-        self.sent = 0
-        self.answer = []
+        self.end_id = int(_input(request, "end_id", model.eos_token_id))
+        self.token_ids = model.tokenizer.encode(prompt).ids
+        self.answered = 0  # tokens
+        self.answer = []  # they, where they are sent as one
         self.cancelled = False  # by the client; the engine drops it after the step
 
 
 class Model:
     """A ``TritonPythonModel`` but for its engine, which :meth:`load` makes.
 
-    An engine has ``check(sequence)`` (raises BadRequest), ``submit(sequence)``, ``is_idle``, ``unfinished()`` and
-    ``step()``, which returns (sequence, new token ids, whether it is done) of all sequences that it moved on.
+    An engine has ``max_prompt_tokens``, ``check(sequence)`` (raises BadRequest), ``submit(sequence)``, ``is_idle``,
+    ``unfinished()`` and ``step()``, which returns (sequence, new token ids, whether it is done) of all sequences that
+    it moved on.
     """
 
     def load(self, parameters):
@@ -64,6 +70,9 @@ class Model:
         self.token_bytes = _token_bytes(self.tokenizer)
         self.eos_token_id = json.loads((directory / "config.json").read_text())["eos_token_id"]
         self.engine = self.load(parameters)
+        added = self.tokenizer.get_added_tokens_decoder().values()  # as a prompt may spell them
+        self.max_token_bytes = max(*map(len, self.token_bytes), *(len(token.content.encode()) for token in added))
+        self.max_prompt_bytes = self.engine.max_prompt_tokens * self.max_token_bytes
         self.count_tokens = counter("expert_generated_tokens", "tokens handed to senders")
 
         self.inbox = queue.SimpleQueue()
@@ -80,11 +89,11 @@ class Model:
     def execute(self, requests):
         for request in requests:
             try:
-                sequence = Sequence(request, self.tokenizer, self.eos_token_id)
+                sequence = Sequence(request, self)
                 self.engine.check(sequence)
                 self.inbox.put(sequence)
             except BadRequest as error:
-                _fail(request.get_response_sender(), str(error))
+                _fail(request.get_response_sender(), error)
             except Exception as error:  # a broken request must not stop the others
                 _fail(request.get_response_sender(), f"{type(error).__name__}: {error}")
 
@@ -153,19 +162,19 @@ class Model:
         if not tokens and not (done and sequence.answer):
             _fail(sequence.sender, "the engine ended the sequence without a token")
             return
-        if not sequence.stream:
-            sequence.answer += tokens
-            if done:
-                sequence.sender.send(self._response(sequence.answer), flags=FINAL)
-            return
         for index, token in enumerate(tokens):
-            last = done and index == len(tokens) - 1
-            if sequence.sent % CANCEL_CHECK_EVERY_TOKENS == 0 and sequence.sender.is_cancelled():
+            if sequence.answered % CANCEL_CHECK_EVERY_TOKENS == 0 and sequence.sender.is_cancelled():
                 sequence.cancelled = True
                 sequence.sender.send(flags=FINAL)
                 return
-            sequence.sender.send(self._response([token]), flags=FINAL if last else 0)
-            sequence.sent += 1
+            sequence.answered += 1
+            if sequence.stream:
+                last = done and index == len(tokens) - 1
+                sequence.sender.send(self._response([token]), flags=FINAL if last else 0)
+            else:
+                sequence.answer.append(token)
+        if done and not sequence.stream:
+            sequence.sender.send(self._response(sequence.answer), flags=FINAL)
 
     def _response(self, tokens):
         text = b"".join(self.token_bytes[token] for token in tokens)
@@ -191,6 +200,8 @@ def counter(name, description):
 def _input(request, name, default=None):
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
+        if default is None:
+            raise BadRequest(f"{name} is missing: the request has no input {name!r}")
         return default
     values = tensor.as_numpy().reshape(-1)
     if len(values) != 1:
@@ -198,20 +209,28 @@ def _input(request, name, default=None):
     return values[0]
 
 
-def _fail(sender, message):
-    sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message)), flags=FINAL)
+def _fail(sender, reason):
+    error = pb_utils.TritonError(str(reason))
+    if isinstance(reason, BadRequest):  # said in the text as well, because an error within a stream has no code
+        error = pb_utils.TritonError(f"INVALID_ARGUMENT: {reason}", pb_utils.TritonError.INVALID_ARG)
+    sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
 
 
 def _token_bytes(tokenizer):
-    """Bytes of every token of a byte-level BPE, so that an answer cut anywhere is still exact."""
+    """Bytes of every token of a byte-level BPE, so that an answer cut anywhere is still exact.
+
+    Special tokens, such as the end of sequence, have none.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(byte): byte for byte in printable}
     for offset, byte in enumerate(byte for byte in range(256) if byte not in printable):
         byte_of[chr(256 + offset)] = byte
-    special = {added.content for added in tokenizer.get_added_tokens_decoder().values()}
+    added = tokenizer.get_added_tokens_decoder()
     table = []
     for token in range(tokenizer.get_vocab_size()):
         piece = tokenizer.id_to_token(token) or ""
-        plain = piece in special or any(char not in byte_of for char in piece)
-        table.append(piece.encode() if plain else bytes(byte_of[char] for char in piece))
+        if token in added:
+            table.append(b"" if added[token].special else piece.encode())
+        else:
+            table.append(bytes(byte_of[char] for char in piece))
     return table

@@ -35,6 +35,7 @@ class Engine:
         calibration = Calibration(**json.loads(parameters["calibration"]))
         answer_limit = json.loads(parameters["answer_limit"])
         self.batch = batching.Engine(batching.paper_system(parameters["config"], calibration, answer_limit))
+        self.max_prompt_tokens = self.batch.system.max_step_tokens
         self.slow_motion = float(parameters["slow_motion"])
         self.token = token
         self.running = []

@@ -21,7 +21,7 @@ class Engine:
     def __init__(self, parameters):
         self.max_batch_size = int(parameters["max_batch_size"])
         self.free_blocks = int(parameters["kv_blocks"])
-        self.max_sequence_tokens = self.free_blocks * KV_BLOCK_TOKENS
+        self.max_sequence_tokens = self.max_prompt_tokens = int(parameters["context_tokens"])
         scheduler = genai.SchedulerConfig()
         scheduler.num_kv_blocks = self.free_blocks + 1  # OpenVINO keeps one for itself
         scheduler.max_num_seqs = self.max_batch_size

@@ -26,11 +26,23 @@ class Texts:
         if self.end_id is None:
             raise ValueError(f"{directory}: the end of sequence, {end!r}, is no token of tokenizer.json")
         self.token_bytes = _token_bytes(self.tokenizer)
+        added = self.tokenizer.get_added_tokens_decoder().values()  # as a prompt may spell them
+        self.max_token_bytes = max(*map(len, self.token_bytes), *(len(token.content.encode()) for token in added))
 
-    def read(self, request):
-        """Ids of a request's prompt, how many tokens it asks for, and which one ends the answer (-1: none)."""
+    def read(self, request, max_input_tokens, context_tokens):
+        """Ids of a request's prompt, how many tokens it asks for, and which one ends the answer (-1: none).
+
+        Refuses what the engine has no room for: prompts of more than `max_input_tokens`, and prompts and answers of
+        more than `context_tokens` together. The engine would not say that it is the client's mistake.
+        """
+        text = value(request, "text_input")
+        if len(text) > max_input_tokens * self.max_token_bytes:  # to tokenise what is too long anyway may take seconds
+            raise BadRequest(
+                f"the prompt's {len(text):,} bytes exceed the {max_input_tokens} tokens that a prompt may have, of at "
+                f"most {self.max_token_bytes} bytes each"
+            )
         try:
-            prompt = value(request, "text_input").decode("utf-8")
+            prompt = text.decode("utf-8")
         except UnicodeDecodeError:
             raise BadRequest("text_input is not valid UTF-8") from None
         if not prompt.strip():
@@ -38,7 +50,15 @@ class Texts:
         max_tokens = int(value(request, "max_tokens"))
         if max_tokens < 1:
             raise BadRequest(f"max_tokens must be at least 1, not {max_tokens}")
-        return self.tokenizer.encode(prompt).ids, max_tokens, int(value(request, "end_id", self.end_id))
+        ids = self.tokenizer.encode(prompt).ids
+        if len(ids) > max_input_tokens:
+            raise BadRequest(f"{len(ids)} input tokens exceed the {max_input_tokens} that a prompt may have")
+        if len(ids) + max_tokens > context_tokens:
+            raise BadRequest(
+                f"{len(ids)} input tokens + {max_tokens} output tokens exceed the {context_tokens} that a sequence may "
+                "have"
+            )
+        return ids, max_tokens, int(value(request, "end_id", self.end_id))
 
     def response(self, tokens):
         """Tokens on their way to a client."""
@@ -74,7 +94,7 @@ def value(request, name, default=None):
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
         if default is None:
-            raise BadRequest(f"the request has no input {name!r}")
+            raise BadRequest(f"{name} is missing: the request has no input {name!r}")
         return default
     values = tensor.as_numpy().reshape(-1)
     if len(values) != 1:
@@ -82,17 +102,26 @@ def value(request, name, default=None):
     return values[0]
 
 
-def error(message):
-    """A response that says why there is none."""
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+def error(reason):
+    """A response that says why there is none; a client's mistake in its text as well, because streams show no code."""
+    if isinstance(reason, BadRequest):
+        text, code = f"INVALID_ARGUMENT: {reason}", pb_utils.TritonError.INVALID_ARG
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(reason)))
 
 
 def _token_bytes(tokenizer):
-    """Bytes of every token, of a byte-level BPE (Llama 3) or a SentencePiece one with byte fallback (Llama 2)."""
+    """Bytes of every token, of a byte-level BPE (Llama 3) or a SentencePiece one with byte fallback (Llama 2).
+
+    Special tokens, such as the end of sequence, have none.
+    """
     to_bytes = _byte_level() if isinstance(tokenizer.decoder, decoders.ByteLevel) else _sentencepiece
-    special = {added.content for added in tokenizer.get_added_tokens_decoder().values()}
+    added = {
+        number: b"" if token.special else token.content.encode()
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+    }
     pieces = (tokenizer.id_to_token(token) or "" for token in range(tokenizer.get_vocab_size()))
-    return [piece.encode() if piece in special else to_bytes(piece) for piece in pieces]
+    return [added[token] if token in added else to_bytes(piece) for token, piece in enumerate(pieces)]
 
 
 def _sentencepiece(piece):

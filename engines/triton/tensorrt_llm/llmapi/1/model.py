@@ -27,7 +27,7 @@ class TritonPythonModel:
         self.texts = texts.Texts(parameters["tokenizer"])
         self.generated = texts.TokenCounter()
         llm_args = json.loads(parameters["llm_args"])
-        self.max_seq_len = llm_args["max_seq_len"]
+        self.context_tokens = int(parameters["context_tokens"])
         self.llm = LLM(**llm_args)  # starts a process per GPU
         self.loop = asyncio.new_event_loop()
         self.outbox = queue.SimpleQueue()
@@ -40,7 +40,7 @@ class TritonPythonModel:
             try:
                 asked = self._read(request)
             except texts.BadRequest as error:
-                sender.send(texts.error(str(error)), flags=FINAL)
+                sender.send(texts.error(error), flags=FINAL)
             else:
                 asyncio.run_coroutine_threadsafe(self._serve(sender, *asked), self.loop)
 
@@ -48,12 +48,8 @@ class TritonPythonModel:
         self.llm.shutdown()
 
     def _read(self, request):
-        prompt, max_tokens, end_id = self.texts.read(request)
-        if len(prompt) + max_tokens > self.max_seq_len:  # the LLM API would shorten the answer without a word
-            raise texts.BadRequest(
-                f"{len(prompt)} input tokens + {max_tokens} output tokens exceed the {self.max_seq_len} that a "
-                "sequence may have"
-            )
+        # It knows no longest prompt, and would shorten an answer for which there is no room without a word.
+        prompt, max_tokens, end_id = self.texts.read(request, self.context_tokens, self.context_tokens)
         sampling = SamplingParams(
             max_tokens=max_tokens,
             # Always said: the same token as with an engine, wherever the LLM API would look for one itself.

@@ -7,16 +7,18 @@ import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.texts = texts.Texts(texts.parameters(args)["tokenizer"])
+        said = texts.parameters(args)
+        self.texts = texts.Texts(said["tokenizer"])
+        self.limits = int(said["max_input_tokens"]), int(said["context_tokens"])
 
     def execute(self, requests):
         return [self._respond(request) for request in requests]
 
     def _respond(self, request):
         try:
-            prompt, max_tokens, end_id = self.texts.read(request)
+            prompt, max_tokens, end_id = self.texts.read(request, *self.limits)
         except texts.BadRequest as error:
-            return texts.error(str(error))
+            return texts.error(error)
         outputs = {
             "input_ids": prompt,
             "input_lengths": [len(prompt)],
