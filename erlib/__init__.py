@@ -21,7 +21,7 @@ Modules are listed in the order in which data flows through them; each imports o
     users, threaded_users                     the user simulator; the papers' user simulator
     cluster                                   stack and users on the nodes of a Ray cluster
     preflight, runbook                        what would stop a run; the whole plan of one on GPUs, as text
-    openai_api                                OpenAI's HTTP interface to it
+    http_front, openai_requests, openai_api   OpenAI's HTTP interface to it
     records, sweep, metrics                   the record of each request; resumable sweeps; TTFT, TPOT, throughput
     simulation, emulation, ablation           H100s in virtual time; in real time; what the papers' harness does
     fitting, validation                       step times of measured engines; the simulation beside others' numbers

@@ -92,6 +92,8 @@ class StandIn(grpc.GenericRpcHandler):
         """Its trailing metadata."""
         self.url = ""
         self.is_ready = True
+        self.context_tokens: int | None = None
+        """What it says that a prompt and its answer may have together."""
         self.slots = 10**9
         """Streams at a time; more are refused as by a server whose queue is full."""
         self._busy = 0
@@ -113,12 +115,15 @@ class StandIn(grpc.GenericRpcHandler):
         async def question(message: bytes, context: grpc.aio.ServicerContext) -> bytes:
             self.questions.append(name)
             self.shown = list(context.invocation_metadata() or ())
+            config = pb.ModelConfigResponse()
+            if self.context_tokens is not None:
+                config.config.parameters[wire.CONTEXT].string_value = str(self.context_tokens)
             reply = {
                 "ServerReady": pb.ServerReadyResponse(ready=self.is_ready),
                 "ModelReady": pb.ModelReadyResponse(ready=self.is_ready),
                 "ServerMetadata": pb.ServerMetadataResponse(name="triton", version="2.51", extensions=["x"]),
                 "ModelMetadata": pb.ModelMetadataResponse(name=wire.MODEL_NAME, platform=self.url),
-                "ModelConfig": pb.ModelConfigResponse(),
+                "ModelConfig": config,
                 "ModelStatistics": pb.ModelStatisticsResponse(
                     model_stats=[pb.ModelStatistics(name=wire.MODEL_NAME, inference_count=len(self.requests))]
                 ),
