@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--router", required=True, help="host:port of NGINX or a gateway")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json of the experts")
-    parser.add_argument("--cors", nargs="+", default=[], metavar="ORIGIN", help="whose pages may ask; *: everybody's")
+    parser.add_argument("--cors", nargs="*", default=[], metavar="ORIGIN", help="whose pages may ask; *: everybody's")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.tokenizer))
     front = Front(args.router, tokenizer, _end_id(tokenizer, args.tokenizer.parent))

@@ -28,27 +28,25 @@ def main() -> int:
         if args.metrics and asked.routing in ("direct", "round_robin"):
             raise config.ConfigError(f"{asked.id} has no gateways, whose metrics --metrics would serve")
         (system,) = sweep.systems(profile, [asked])
-        return _serve(profile, system, sweep.context_tokens(profile, asked), args.openai, args.metrics)
+        return _serve(profile, system, sweep.context_tokens(profile, asked), args)
     except (config.ConfigError, processes.StartError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _serve(
-    profile: config.Profile, system: sweep.System, context: int, openai_port: int | None, metrics_port: int | None
-) -> int:
+def _serve(profile: config.Profile, system: sweep.System, context: int, args: argparse.Namespace) -> int:
     settings, logs = profile.serving, paths.run_dir(profile.name) / "logs" / "serve"
-    if openai_port:
-        processes.require_free_ports([openai_port], settings.host)
+    if args.openai:
+        processes.require_free_ports([args.openai], settings.host)
     with stack.Stack(
         system.config, system.servers, system.routing, settings, system.router, logs, system.classifier,
-        metrics_port=metrics_port,
+        metrics_port=args.metrics,
     ) as running:  # fmt: skip
         front = None
         try:
-            if openai_port:
-                front = _start_front(openai_port, settings, running, system, logs)
-                print(f"OpenAI's interface: http://{settings.host}:{openai_port}/v1, model expert-router")
+            if args.openai:
+                front = _start_front(args, settings, running, system, logs)
+                print(f"OpenAI's interface: http://{settings.host}:{args.openai}/v1, model expert-router")
             print(f"gRPC (KServe v2, model ensemble): {', '.join(running.targets)}")
             print(f"experts: {', '.join(server.url for server in running.servers)}")
             if running.metrics_targets:
@@ -60,9 +58,9 @@ def _serve(
                     time.sleep(_WATCH_S)
                     for line in running.revive():
                         print(line, file=sys.stderr, flush=True)
-                    if front and openai_port and front.poll() is not None:
+                    if front and front.poll() is not None:
                         print(f"OpenAI front died with code {front.returncode}; it is started again", file=sys.stderr)
-                        front = _start_front(openai_port, settings, running, system, logs)
+                        front = _start_front(args, settings, running, system, logs)
         finally:
             if front:
                 processes.stop([front], grace_s=1)
@@ -70,14 +68,14 @@ def _serve(
 
 
 def _start_front(
-    port: int, settings: config.ServingSettings, running: stack.Stack, system: sweep.System, logs: Path
+    args: argparse.Namespace, settings: config.ServingSettings, running: stack.Stack, system: sweep.System, logs: Path
 ) -> subprocess.Popen[bytes]:
     command = processes.python(
-        "-m", "erlib.openai_api", "--port", str(port), "--host", settings.host,
-        "--router", running.targets[0], "--tokenizer", system.tokenizer,
+        "-m", "erlib.openai_api", "--port", str(args.openai), "--host", settings.host,
+        "--router", running.targets[0], "--tokenizer", system.tokenizer, "--cors", *args.cors,
     )  # fmt: skip
     front, log = processes.spawn(command, logs / "openai.log"), logs / "openai.log"
-    ready = functools.partial(processes.listening, port, settings.host)
+    ready = functools.partial(processes.listening, args.openai, settings.host)
     try:
         processes.wait_until(ready, front, "OpenAI front", log, settings.start_timeout_s)
     except BaseException:
@@ -103,6 +101,10 @@ def _arguments() -> argparse.Namespace:
         help="change a profile key, as in ./run_all.sh (whose --help lists them)",
     )  # fmt: skip
     parser.add_argument("--openai", type=_port, metavar="PORT", help="also serve OpenAI's HTTP interface there")
+    parser.add_argument(
+        "--cors", nargs="+", default=[], metavar="ORIGIN",
+        help="let pages from there ask it in a browser, e.g. https://chat.example; *: all pages",
+    )  # fmt: skip
     parser.add_argument(
         "--metrics", type=_port, metavar="PORT", help="also serve Prometheus metrics: those of gateway i at PORT + i"
     )
