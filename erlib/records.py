@@ -58,6 +58,9 @@ SCHEMA = pa.schema(
         ("network_us_mean", pa.float64()),  # a TCP connection to what the users ask: one round trip
         ("network_us_sd", pa.float64()),
         ("server_tokens", pa.int64()),  # tokens that the servers counted during the point, all requests
+        # which CPU cores the servers' processes were bound to (null where that cannot be seen)
+        ("server_cores", pa.int32()),  # of the server with the fewest
+        ("server_cpus", pa.string()),  # e.g. "0-111 x 8", or where something binds eight servers: "0 x 8"
         # provenance
         ("point_hash", pa.string()),
         ("profile", pa.string()),

@@ -184,6 +184,10 @@ class Share:
                 total[name] = total.get(name, 0) + value
         return total
 
+    def cores(self) -> list[frozenset[int]]:
+        """CPU cores that each server of this host may use; see :func:`erlib.triton.cores`."""
+        return triton.cores(self.servers)
+
     def require_alive(self, engines: bool = True) -> None:
         """Check that no process has died; without `engines`, in next to no time.
 
@@ -364,6 +368,10 @@ class Stack:
         """What all servers together have counted since they started; see :meth:`erlib.triton.TritonServer.counters`."""
         counted = [counters for counters in self.each(Share.counters) if counters]
         return {name: sum(one[name] for one in counted) for name in counted[0]}
+
+    def cores(self) -> list[frozenset[int]]:
+        """CPU cores that each server may use, by the numbers that they have on its host."""
+        return [each for cores in self.each(Share.cores) for each in cores]
 
     def require_alive(self, engines: bool = True) -> None:
         """Check that no process of the stack has died; see :meth:`Share.require_alive`.

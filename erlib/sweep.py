@@ -14,6 +14,7 @@ import importlib.metadata
 import inspect
 import json
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -477,7 +478,19 @@ def _measure_point(
     serving_stack.require_alive()
     counted = {name: value - before[name] for name, value in serving_stack.counters().items()}
     _verify(point, series, seen.answers, round(counted["expert_generated_tokens"]))
-    records.write(_rows(profile, series, point, seen, counted, started, serving_stack.machines), point.path)
+    where = _where(serving_stack)
+    records.write(_rows(profile, series, point, seen, counted, started, where), point.path)
+
+
+def _where(serving_stack: stack.Stack) -> dict[str, Any]:
+    """Columns that say what the servers run on."""
+    cores = serving_stack.cores()
+    bound = Counter(map(hardware.ranges, cores))
+    return {
+        "host": serving_stack.machines,
+        "server_cores": min(map(len, cores)) if all(cores) else None,
+        "server_cpus": "; ".join(f"{which} x {n}" for which, n in bound.items()) if all(cores) else None,
+    }
 
 
 def _scripts(profile: Profile, series: Series, point: Point, n_targets: int) -> list[users.Script]:
@@ -521,7 +534,7 @@ def _rows(
     seen: users.Observation,
     counted: Mapping[str, float],
     started: str,
-    machines: str,
+    where: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     system = series.system
     shared = {
@@ -546,7 +559,7 @@ def _rows(
         "seed": profile.seed,
         "started": started,
         **provenance(),
-        "host": machines,
+        **where,
     }
     if system.source == "emulated":
         shared |= {

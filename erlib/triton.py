@@ -5,6 +5,7 @@ The wheel is only the carrier of the binary and its Python backend (Triton 2.51)
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ import sys
 import sysconfig
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,31 @@ class TritonServer:
         for source in model_code(self._backend):
             (version / source.name).symlink_to(source)
         return folder / "models"
+
+
+def cores(servers: Sequence[TritonServer]) -> list[frozenset[int]]:
+    """CPU cores that each server may use: those of its process, or of a child of it, that is bound to the fewest.
+
+    Processes are known by the port on their command line, wherever they run: what we have started may be no more than
+    what asks for a container. Empty where none can be seen.
+    """
+    found: dict[str, list[list[int]]] = {f"--http-port={server.http_port}": [] for server in servers}
+    for process in psutil.process_iter(["cmdline"]):
+        program, *words = process.info["cmdline"] or [""]
+        if Path(program).name == "tritonserver":
+            for mark in found.keys() & words:
+                found[mark] += _affinities(process)
+    return [frozenset(min(affinities, key=len, default=())) for affinities in found.values()]
+
+
+def _affinities(process: psutil.Process) -> list[list[int]]:
+    """Of a process and all that it has started."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for member in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                found.append(member.cpu_affinity())
+    return found
 
 
 def _backend_directory(root: Path, folder: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import BASE_PORT
 
-from erlib import builds, config, paths, processes, records, sweep, tensorrt_llm
+from erlib import builds, config, hardware, paths, processes, records, sweep, tensorrt_llm
 
 STANDIN = Path(__file__).with_name("standin_dgx_tools.py")
 SCALED_DOWN = {
@@ -248,6 +248,10 @@ def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
     assert (forced["route_vectorise_ns"] > 0).all()
     assert seen["route_queue_ns"].isna().all()  # users and gateways have no clock in common
     assert (seen["network_us_mean"] > 0).all()
+    all_of_them = hardware.ranges(os.sched_getaffinity(0))
+    assert (seen["server_cores"] == hardware.cores()).all()
+    servers = {"p1.C": 8, "p2.C": 2}
+    assert (seen["server_cpus"] == seen["config"].map(lambda config: f"{all_of_them} x {servers[config]}")).all()
     assert (seen["network_us_sd"] >= 0).all()
     started = (tmp_path / "ssh").read_text().splitlines()
     assert len(started) == 2 * 2  # processes, once per system

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
-from erlib import batching, config, emulation, paths, prompts, records, stack, sweep, users, wire
+from erlib import batching, config, emulation, hardware, paths, prompts, records, stack, sweep, triton, users, wire
 from erlib.batching import CannotServe
 from erlib.steptimes import Calibration
 from tests.test_stack import answer, generated_tokens
@@ -70,6 +72,25 @@ def test_what_it_could_never_serve_is_refused_at_once(emulated, prompt, tokens, 
     assert len(answer(emulated.targets[0], PROMPT, 2)) == 2
 
 
+def test_what_binds_a_server_is_seen(emulated):
+    """As mpirun or a batch system would; the one process with fewer cores than the others is what counts."""
+    everything = os.sched_getaffinity(0)
+    if len(everything) == 1:
+        pytest.skip("there is only one core")
+    assert emulated.cores() == [everything]
+    (stub,) = psutil.Process(emulated.servers[0].process.pid).children()
+    stub.cpu_affinity([min(everything)])
+    try:
+        assert emulated.cores() == [{min(everything)}]
+    finally:
+        stub.cpu_affinity(list(everything))
+    assert emulated.cores() == [everything]
+
+
+def test_a_server_that_cannot_be_seen_is_bound_to_nobody_knows_what(tmp_path):
+    assert triton.cores([triton.TritonServer("elsewhere", "emulated", {}, 1, 59_997, tmp_path)]) == [frozenset()]
+
+
 def test_a_machine_that_is_too_slow_is_told(own_ports, tokenizer, tmp_path):
     """Ten thousand times faster than an H100: nobody keeps that pace."""
     serving = own_ports.serving.model_copy(update={"base_port": own_ports.serving.base_port + 20})
@@ -86,6 +107,8 @@ def test_a_machine_that_is_too_slow_is_told(own_ports, tokenizer, tmp_path):
         assert len(frame) == 4
         assert (frame["output_tokens"] == 12).all()
         assert frame["server_tokens"].iloc[0] == 48
+        assert (frame["server_cores"] == hardware.cores()).all()
+        assert (frame["server_cpus"] == f"{hardware.ranges(os.sched_getaffinity(0))} x 1").all()
     finally:
         shutil.rmtree(paths.run_dir(apart.name))
 

@@ -98,3 +98,10 @@ def test_disk_and_cores_of_what_is_not_there_yet(tmp_path):
 )
 def test_gpus_of_data_centres_are_known_by_their_names(name, expected):
     assert hardware.Gpu(name, 2**30, "535.86", 8.0).is_for_data_centres is expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"), [([], ""), ([0], "0"), ([1, 0], "0-1"), ([0, 1, 2, 5, 8, 9, 7], "0-2,5,7-9")]
+)
+def test_numbers_of_cores_are_written_as_ranges(numbers, expected):
+    assert hardware.ranges(numbers) == expected
