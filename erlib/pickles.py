@@ -1,7 +1,9 @@
 """c-BTM's published clusterer, read without running what is in its pickles.
 
 A pickle can call anything. This reader knows an allow-list: scikit-learn's, scipy's and c-BTM's classes become empty
-shells that only keep their attributes, arrays and tensors come to the CPU, and everything else is refused.
+shells that only keep their attributes, arrays and tensors come to the CPU, and everything else is refused. What is
+allowed can still be put together so that it takes all memory, all time or the whole stack: the reader is a process of
+its own, with as much of them as honest files of that size need.
 """
 
 from __future__ import annotations
@@ -9,7 +11,16 @@ from __future__ import annotations
 import collections
 import hashlib
 import io
+import json
+import os
 import pickle
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +31,15 @@ if TYPE_CHECKING:
     import torch
 
 FILES = ("tfidf.pkl", "kmeans.pkl")
+MOST_BYTES = 4 << 30
+"""What is downloaded of a file; c-BTM's are smaller."""
+
+_REFUSED = 3  # exit status of a reader that says why in the last line of its standard output
+_ENDS: dict[int, str] = {
+    signal.SIGXCPU: "takes more time to read than files of its size need",
+    signal.SIGSEGV: "is nested so deeply that its reader crashes",
+}
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # each reserves memory
 
 
 class PickleError(ValueError):
@@ -48,19 +68,69 @@ def read(path_or_url: str, sha256: tuple[str, str] | None = None) -> Published:
     Raises
     ------
     PickleError
-        If a file is missing, has another hash, is truncated, names anything outside the allow-list, or is not c-BTM's
-        pipeline.
+        If a file is missing, has another hash, is truncated, names anything outside the allow-list, takes more time or
+        memory than its size explains, or is not c-BTM's pipeline.
     """
-    blobs = [_fetch(path_or_url, name) for name in FILES]
-    for name, blob, expected in zip(FILES, blobs, sha256 or (None, None), strict=True):
+    with tempfile.TemporaryDirectory(prefix="erlib-pickles-") as scratch:
+        files = [_fetch(path_or_url, name, Path(scratch)) for name in FILES]
+        asked = {"files": files, "sha256": sha256 or (None, None), "source": path_or_url, "target": scratch}
+        reader = subprocess.run(
+            [sys.executable, "-m", "erlib.pickles"],
+            input=json.dumps(asked, default=str), capture_output=True, text=True, encoding="utf-8", check=False,
+            env={**os.environ, **_ONE_THREAD, "PYTHONUTF8": "1"},
+        )  # fmt: skip
+        told = (reader.stdout.splitlines() or [""])[-1]
+        if reader.returncode:
+            why = _ENDS.get(-reader.returncode, f"ended its reader: {reader.stderr.strip()[-200:]}")
+            raise PickleError(told if reader.returncode == _REFUSED else f"{told} of {path_or_url} {why}")
+        terms = json.loads((Path(scratch) / "terms.json").read_text(encoding="utf-8"))
+        arrays = (np.load(Path(scratch) / f"{name}.npy", allow_pickle=False) for name in Published._fields[1:])
+        return Published(terms, *arrays)
+
+
+# --- inside the reader ------------------------------------------------------------------------------------------
+
+
+def _read_here(files: list[str], sha256: list[str | None], source: str, target: str) -> None:
+    """Unpickle `files` and write what they consist of into `target`."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    parts = []
+    for name, file, expected in zip(FILES, files, sha256, strict=True):
+        print(name, flush=True)  # the last that is known of a reader that crashes
+        blob = Path(file).read_bytes()
         found = hashlib.sha256(blob).hexdigest()
         if expected is not None and found != expected.lower():
-            raise PickleError(f"{name} of {path_or_url} has sha256 {found}, expected {expected}; not read")
-    pipeline, kmeans = (_unpickle(blob, name) for name, blob in zip(FILES, blobs, strict=True))
-    try:
-        return _arrays(pipeline, kmeans, path_or_url)
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise PickleError(f"{path_or_url} does not hold c-BTM's pipeline: {error!r}") from None
+            raise PickleError(f"{name} of {source} has sha256 {found}, expected {expected}; not read")
+        if b"torch" in blob:
+            import torch  # noqa: F401  (before there are limits: its libraries take gigabytes of addresses)
+        with _limited(len(blob)):
+            parts.append(_unpickle(blob, name))
+    with _limited(sum(Path(file).stat().st_size for file in files)):
+        try:
+            published = _arrays(parts[0], parts[1], source)
+        except Exception as error:  # parts that are no c-BTM pipeline can raise anything
+            raise PickleError(f"{source} does not hold c-BTM's pipeline: {error!r}") from None
+        Path(target, "terms.json").write_text(json.dumps(published.terms), encoding="utf-8")
+        for array, value in list(published._asdict().items())[1:]:
+            np.save(Path(target, f"{array}.npy"), value, allow_pickle=False)
+
+
+@contextmanager
+def _limited(size: int) -> Iterator[None]:
+    """Leave this process, for a while, so much memory and time as honest files of `size` bytes need at the most."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limits = {
+        resource.RLIMIT_AS: pages * resource.getpagesize() + (1 << 30) + 8 * size,
+        resource.RLIMIT_CPU: int(used.ru_utime + used.ru_stime + 10 + size / 1e7),
+    }
+    before = {what: resource.getrlimit(what) for what in limits}
+    for what, most in limits.items():
+        hard = before[what][1]
+        resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    yield
+    for what, limit in before.items():
+        resource.setrlimit(what, limit)
 
 
 class _Shell:
@@ -92,13 +162,21 @@ _SHELLS = {
 
 def _unpickle(blob: bytes, name: str) -> Any:
     """Unpickle with an allow-list; sklearn's classes become shells, CUDA tensors come to the CPU."""
-    import torch
 
     def storage(data: bytes) -> Any:
+        import torch
+
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
     def tensor(stored: Any, offset: int, size: Any, stride: Any, *_: object) -> torch.Tensor:
+        import torch
+
         return torch._utils._rebuild_tensor(stored, offset, size, stride)
+
+    def device(*arguments: Any) -> torch.device:
+        import torch
+
+        return torch.device(*arguments)
 
     array, scalar = (empty.__reduce__()[0] for empty in (np.zeros(0), np.float64(0)))
     allowed: dict[str, Any] = {
@@ -111,7 +189,7 @@ def _unpickle(blob: bytes, name: str) -> Any:
         "numpy.float64": np.float64,
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch.storage._load_from_bytes": storage,
-        "torch.device": torch.device,
+        "torch.device": device,
         "collections.OrderedDict": collections.OrderedDict,
     }
 
@@ -128,6 +206,8 @@ def _unpickle(blob: bytes, name: str) -> Any:
         return Reader(io.BytesIO(blob)).load()
     except PickleError:
         raise
+    except MemoryError:
+        raise PickleError(f"{name} takes more memory to read than files of its size need") from None
     except Exception as error:  # a damaged pickle can raise anything
         raise PickleError(f"{name} is damaged or not a pickle ({type(error).__name__}: {error})") from error
 
@@ -157,25 +237,42 @@ def _arrays(pipeline: Any, kmeans: Any, source: str) -> Published:
     )
 
 
-def _fetch(prefix: str, name: str) -> bytes:
+# --- getting the files ------------------------------------------------------------------------------------------
+
+
+def _fetch(prefix: str, name: str, scratch: Path) -> Path:
+    """The file `name` of `prefix`, downloaded into `scratch` if that is a URL."""
     if not prefix.startswith(("http://", "https://")):
         path = Path(prefix) / name
         if not path.is_file():
             raise PickleError(f"no {path}; clusterer.pickles must be a directory or URL with tfidf.pkl, kmeans.pkl")
-        return path.read_bytes()
+        return path
     import requests
     from tqdm import tqdm
 
-    url = f"{prefix.rstrip('/')}/{name}"
+    url, path = f"{prefix.rstrip('/')}/{name}", scratch / name
     try:
-        with requests.get(url, stream=True, timeout=20) as response:
+        with requests.get(url, stream=True, timeout=20) as response, path.open("wb") as file:
             response.raise_for_status()
             total = int(response.headers.get("content-length", 0))
-            blob = bytearray()
             with tqdm(total=total, desc=name, unit="B", unit_scale=True, delay=2) as progress:
                 for chunk in response.iter_content(1 << 20):
-                    blob += chunk
-                    progress.update(len(chunk))
+                    progress.update(file.write(chunk))
+                    if file.tell() > MOST_BYTES:
+                        raise PickleError(f"{url} is larger than {MOST_BYTES:,} bytes, which c-BTM's files are not")
     except requests.RequestException as error:
         raise PickleError(f"cannot download {url}: {error}") from error
-    return bytes(blob)
+    return path
+
+
+def _main() -> int:
+    try:
+        _read_here(**json.load(sys.stdin))
+    except PickleError as error:
+        print(" ".join(str(error).split()))
+        return _REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -12,13 +12,14 @@ import abc
 import importlib.metadata
 import importlib.util
 import itertools
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -111,11 +112,15 @@ class Embedder:
 
         if not (directory / _MODEL).exists():
             raise RouterError(f"{directory} holds no sentence-embedding model; routers.build makes one")
-        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(WORD_PIECES)
-        # One thread: a gateway is one of many on its machine.
-        model = openvino.Core().compile_model(directory / _MODEL, "CPU", {"INFERENCE_NUM_THREADS": 1})
+        try:
+            self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            self._tokenizer.no_padding()
+            self._tokenizer.enable_truncation(WORD_PIECES)
+            # One thread: a gateway is one of many on its machine.
+            model = openvino.Core().compile_model(directory / _MODEL, "CPU", {"INFERENCE_NUM_THREADS": 1})
+        except Exception as error:  # both libraries raise nothing more particular
+            why = " ".join(str(error).split())
+            raise RouterError(f"{directory} holds no readable sentence-embedding model ({why})") from None
         self._request = model.create_infer_request()
 
     def __call__(self, text: str) -> Embedded:
@@ -197,13 +202,14 @@ def experts_of_topics(labels: Sequence[int], n_experts: int) -> Experts:
     Parameters
     ----------
     labels : sequence of int, length n
+        Negative ones are none.
     n_experts : int
 
     Returns
     -------
     int array (number of topics,)
     """
-    sizes = np.bincount(labels)
+    sizes = np.bincount([label for label in labels if label >= 0])
     middle = sizes.cumsum() - sizes / 2
     return (middle * n_experts / sizes.sum()).astype(np.int64)
 
@@ -272,6 +278,8 @@ class LeastLoaded:
 
 _MODEL = "openvino_model.xml"
 _EXAMPLES = "examples.npz"
+NO_EXPERT = -1
+"""Of an example without a topic."""
 
 
 def load(
@@ -330,7 +338,7 @@ def _counted(outstanding: Outstanding | None) -> Outstanding:
 
 def nearest_centre(directory: Path, embed: Embed) -> NearestCentre:
     """The k-means router in a directory that :func:`build` made."""
-    return NearestCentre(embed, np.load(directory / _EXAMPLES)["centres"])
+    return NearestCentre(embed, _made(directory)["centres"])
 
 
 def neighbours(directory: Path, embed: Embed) -> Neighbours:
@@ -341,10 +349,28 @@ def neighbours(directory: Path, embed: Embed) -> Neighbours:
     RouterError
         If the corpus that it was made from has no labels.
     """
-    made = np.load(directory / _EXAMPLES)
-    if "experts" not in made:
+    made = _made(directory)
+    labelled = made.get("experts", np.empty(0)) != NO_EXPERT
+    if not labelled.any():
         raise RouterError("neighbours vote with labelled examples, and the corpus has no labels")
-    return Neighbours(embed, made["examples"], made["experts"], len(made["centres"]))
+    return Neighbours(embed, made["examples"][labelled], made["experts"][labelled], len(made["centres"]))
+
+
+def _made(directory: Path) -> dict[str, npt.NDArray[Any]]:
+    """What :func:`build` has left in `directory`: ``centres``, ``examples`` and, with labels, ``experts``."""
+    file = directory / _EXAMPLES
+    try:
+        with np.load(file) as arrays:
+            made = dict(arrays)
+        centres, examples, experts = made["centres"], made["examples"], made.get("experts", np.empty(0, np.int64))
+        fits = centres.ndim == examples.ndim == 2 and centres.shape[1] == examples.shape[1]
+        fits = fits and clusterer.are_numbers(centres) and np.allclose(np.linalg.norm(examples, axis=1), 1, atol=1e-3)
+        fits = fits and experts.shape in ((0,), (len(examples),)) and experts.dtype.kind == "i"
+        if not fits or experts.max(initial=0) >= len(centres) or experts.min(initial=0) < NO_EXPERT:
+            raise RouterError("its arrays do not fit together, or hold what is no number")
+    except Exception as error:  # a damaged archive raises whatever its parts do
+        raise RouterError(f"{file} is no readable model of a router ({error}); routers.build makes it again") from None
+    return made
 
 
 def build(profile: config.Profile) -> Path:
@@ -381,7 +407,8 @@ def build(profile: config.Profile) -> Path:
         Path(__file__), Path(clusterer.__file__), WHEEL, versions, train.sha, n_experts, examples, profile.seed
     )
     directory = paths.CACHE / "routers" / digest
-    if paths.found(directory, "sentence embeddings"):
+    what = "sentence embeddings"
+    if paths.found(directory, what) and paths.recalled(directory, _made, what) is not None:
         print(f"sentence embeddings: reused {digest} ({train.name}, same settings and code)")
         return directory
     chosen = np.random.default_rng(profile.seed).permutation(len(train.texts))[:examples]
@@ -395,8 +422,10 @@ def build(profile: config.Profile) -> Path:
         centres, _ = clusterer.balanced_kmeans(vectors, n_experts, profile.seed)
         made = {"examples": vectors, "centres": centres}
         if train.labels is not None:
-            made["experts"] = experts_of_topics(train.labels, n_experts)[np.array(train.labels)[chosen]]
+            labels = np.array(train.labels)[chosen]
+            made["experts"] = np.where(labels >= 0, experts_of_topics(train.labels, n_experts)[labels], NO_EXPERT)
         np.savez(partial / _EXAMPLES, allow_pickle=False, **made)
+        shutil.rmtree(directory, ignore_errors=True)  # where one was that cannot be read
     return directory
 
 

@@ -225,7 +225,7 @@ def for_configuration(configuration: Configuration) -> Table:
 
 @functools.cache
 def _table() -> pa.Table:  # not pandas: every emulated engine imports this
-    return pq.read_table(TABLE)
+    return pq.read_table(TABLE, partitioning=None)
 
 
 def _part(rows: pa.Table, name: str) -> Iterator[npt.NDArray[Any]]:

@@ -8,7 +8,9 @@ shows it. c-BTM's is that of a C4 shard, which our corpus is too small to have; 
 
 from __future__ import annotations
 
+import hashlib
 import pickle
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from erlib.clusterer import Clusterer, ClustererError, Floats, Spans
 TERMS = 500_000
 """Vocabulary of one C4 shard, c-BTM's training set, by extrapolation: 0.5 to 0.8 million."""
 
-_FILE = "stock.pkl"
+_FILE, _SHA256 = "stock.pkl", "stock.pkl.sha256"
 _LENGTH = 8  # of a made-up term
 
 
@@ -63,9 +65,22 @@ class Router:
         return cluster, Spans(vectorised - start, projected - vectorised, time.perf_counter_ns() - projected)
 
     def save(self, directory: Path) -> None:
-        """Pickle it into `directory`."""
+        """Pickle it into `directory`, its sha256 beside it."""
         with (directory / _FILE).open("wb") as file:
             pickle.dump(self, file, protocol=pickle.HIGHEST_PROTOCOL)
+        (directory / _SHA256).write_text(_sha256(directory / _FILE), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        return _sha256(directory / _FILE) == (directory / _SHA256).read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def load(directory: Path) -> Router:
@@ -77,13 +92,16 @@ def load(directory: Path) -> Router:
     Raises
     ------
     ClustererError
-        If `directory` holds no such file.
+        If `directory` holds no such file, or another one than was written, or what it holds is no number.
     """
-    try:
-        with (directory / _FILE).open("rb") as file:
-            return pickle.load(file)
-    except FileNotFoundError:
-        raise ClustererError(f"{directory} holds no {_FILE}; stock.build makes one") from None
+    if not _is_whole(directory):
+        raise ClustererError(f"{directory} holds no whole {_FILE}; stock.build makes one")
+    with (directory / _FILE).open("rb") as file:
+        router = pickle.load(file)
+    vectorizer, svd, normalizer = (step for _, step in router.pipeline.steps)
+    row = {"mean": getattr(normalizer, "mean_", None), "scale": getattr(normalizer, "scale_", None)}
+    Clusterer([*vectorizer.vocabulary_], vectorizer.idf_, svd.components_.T, router.centres, **row)  # or says why not
+    return router
 
 
 def pipeline(model: Clusterer) -> Pipeline:
@@ -152,7 +170,7 @@ def build(profile: config.Profile, n_terms: int = TERMS) -> Path:
     source = clusterer.build(profile)
     digest = config.digest(Path(__file__), source.name, n_terms, profile.seed, sklearn.__version__)
     directory = paths.CACHE / "stock" / digest
-    if paths.found(directory, "stock router"):
+    if paths.found(directory, "stock router") and _is_whole(directory):
         print(f"stock router: reused {digest} ({n_terms:,} terms around clusterer {source.name})")
         return directory
     print(f"stock router: making {digest} ({n_terms:,} terms around clusterer {source.name}; none like it yet)")
@@ -160,4 +178,5 @@ def build(profile: config.Profile, n_terms: int = TERMS) -> Path:
     with paths.building(directory) as partial:
         model.save(partial)
         Router(pipeline(model), np.array(model.centres)).save(partial)
+        shutil.rmtree(directory, ignore_errors=True)  # where one was that is damaged
     return directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -49,9 +50,12 @@ def _from_root(value: str) -> str:
     if not value.strip() or "://" in value or any(character < " " for character in value):
         raise ValueError(f"{value!r} is no path of a file or directory")
     try:
-        return str(paths.ROOT / Path(value).expanduser())
+        path = paths.ROOT / Path(value).expanduser()
     except RuntimeError:
         raise ValueError(f"{value!r}: there is no such home directory") from None
+    if len(os.fsencode(path)) > 4095 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise ValueError("is longer than a path can be")
+    return str(path)
 
 
 def _from_root_or_url(value: str) -> str:

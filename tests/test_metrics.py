@@ -124,6 +124,16 @@ def test_damaged_records_are_refused(damage: dict) -> None:
         metrics.answers(synthetic.frame([TWO[0] | damage]))
 
 
+def test_records_that_are_read_twice_are_refused_and_not_added_up() -> None:
+    spans = dict.fromkeys((f"route_{span}_ns" for span in metrics.GATEWAY_SPANS), 1)
+    frame = synthetic.frame([TWO[0] | spans, TWO[1] | spans, request(0, 20.0, 21.0, turn="continuation")])
+    assert metrics.summarise(frame)["answers"].sum() == 3
+    for twice in (pd.concat([frame, frame]), synthetic.frame([*TWO, TWO[1] | {"status": "UNAVAILABLE"}])):
+        for metric in (metrics.summarise, metrics.routing_overhead, metrics.accounting, metrics.answers):
+            with pytest.raises(ValueError, match=r"in the records twice, the first of them p1\.A, 1 users.*once$"):
+                metric(twice)
+
+
 def test_two_measurements_of_one_point_are_refused() -> None:
     with pytest.raises(ValueError, match="2 different measurements"):
         metrics.summarise(synthetic.frame([TWO[0], TWO[1] | {"point_hash": "stale"}]))

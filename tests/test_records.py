@@ -1,5 +1,6 @@
 """A record file that exists is complete, and checked before it is believed."""
 
+import ast
 import errno
 import os
 
@@ -7,7 +8,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from erlib import records
+from erlib import paths, records
 
 
 def _row(**changes):
@@ -24,6 +25,18 @@ def test_what_is_written_is_read(tmp_path):
     assert list(frame["user"]) == [0, 1]
     assert [list(times) for times in frame["token_ns"]] == [[1, 2, 5], []]
     assert list(frame.columns) == records.SCHEMA.names
+
+
+def test_no_table_is_read_by_the_names_of_its_folders():
+    calls = [
+        node
+        for file in paths.STYLE.parent.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("read_table")
+    ]
+    assert calls
+    for call in calls:  # whose default is what arrow calls hive partitioning
+        assert {word.arg: ast.unparse(word.value) for word in call.keywords}.get("partitioning") == "None"
 
 
 def test_no_files_give_an_empty_frame(tmp_path):

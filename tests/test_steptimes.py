@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -45,6 +47,18 @@ def test_the_parts_of_a_step_add_up():
     output = np.interp(66, *np.transpose([(x, value) for (part, x, _), value in ms.items() if part == "output"]))
     step_s = Table("llama-3-8b", "fp16", "fp16", 1).step_s(2, 128, 64, 64 * 1024)
     assert step_s * 1e3 == pytest.approx(sum(parts) + output, rel=1e-5)
+
+
+def test_the_table_says_the_same_in_whatever_folder_the_repository_lies(tmp_path, monkeypatch):
+    expected = Table("llama-3-8b", "fp16", "fp16", 1).decode_s(8, 100)
+    elsewhere = tmp_path / "model=llama" / "seconds=1" / steptimes.TABLE.name
+    elsewhere.parent.mkdir(parents=True)
+    shutil.copy(steptimes.TABLE, elsewhere)
+    monkeypatch.setattr(steptimes, "TABLE", elsewhere)
+    steptimes._table.cache_clear()
+    assert Table("llama-3-8b", "fp16", "fp16", 1).decode_s(8, 100) == expected
+    monkeypatch.undo()
+    steptimes._table.cache_clear()
 
 
 @pytest.mark.parametrize(("sequences", "context_tokens"), [(1, 1), (60, 60 * 333 + 7), (1000, 1000 * 1500)])

@@ -105,6 +105,35 @@ def test_a_plain_clusterer_is_not_a_stock_router(profile: config.Profile) -> Non
         stock.load(clusterer.build(profile))
 
 
+def test_a_pickle_that_has_been_cut_or_changed_is_not_read_and_made_again(
+    profile: config.Profile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = stock.build(profile, 2000)
+    pickled = made / "stock.pkl"
+    whole = pickled.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-200] + b"?" * 200, b""):
+        pickled.write_bytes(damaged)
+        with pytest.raises(ClustererError, match=r"no whole stock\.pkl; stock\.build makes one"):
+            stock.load(made)
+        stock.build(profile, 2000)
+        assert "stock router: making" in capsys.readouterr().out
+        assert stock.load(made).n_clusters == 4
+
+
+def test_pickled_numbers_are_checked(small: Clusterer, tmp_path: Path) -> None:
+    centres = np.array(small.centres)
+    centres[1] = np.nan
+    for centres_, message in ((centres, "centres of the clusterer holds what is no number"), (centres[:, 1:], "fit")):
+        stock.Router(stock.pipeline(small), centres_).save(tmp_path)
+        with pytest.raises(ClustererError, match=message):
+            stock.load(tmp_path)
+    pipeline = stock.pipeline(small)
+    pipeline["svd"].components_[0, 0] = np.inf
+    stock.Router(pipeline, np.array(small.centres)).save(tmp_path)
+    with pytest.raises(ClustererError, match="components of the clusterer"):
+        stock.load(tmp_path)
+
+
 @pytest.mark.parametrize("policy", ["classify", "stock"])
 def test_gateways_of_both_kinds_decide_alike_and_say_how_long_it_took(
     profile: config.Profile, tmp_path: Path, policy: str
