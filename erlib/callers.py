@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 from grpc import StatusCode
 
-from erlib.limits import peer_of
+from erlib.limits import Limits, peer_of
 
 _NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip", "triton_grpc_error")
 """What metadata that concern one hop alone begin with.
@@ -48,9 +48,10 @@ class Caller:
     context : ServicerContext
     behind_proxy : bool
         Whether ``x-real-ip`` can be believed.
+    limits : Limits
     """
 
-    def __init__(self, context: grpc.aio.ServicerContext, behind_proxy: bool):
+    def __init__(self, context: grpc.aio.ServicerContext, behind_proxy: bool, limits: Limits):
         self.context = context
         sent = tuple(context.invocation_metadata() or ())
         self.metadata: dict[str, str | bytes] = dict(sent)
@@ -63,9 +64,17 @@ class Caller:
         """What the call is about to end with."""
         self.tasks: set[asyncio.Task[None]] = set()
         """All that work on it."""
+        self._waiting_per_expert = limits.waiting_per_stream
+        self._turns: dict[int, asyncio.Semaphore] = {}
         self._has_begun = False
         self._one_writer = asyncio.Lock()  # gRPC takes one write at a time; requests of one stream interleave
         self._sender: asyncio.Task[None] | None = None
+
+    def turns(self, expert: int) -> asyncio.Semaphore:
+        """What a request has while it waits for the first response of `expert`."""
+        if expert not in self._turns:
+            self._turns[expert] = asyncio.Semaphore(self._waiting_per_expert)
+        return self._turns[expert]
 
     async def begin(self, metadata: Mapping[str, object]) -> None:
         """Send initial metadata, if nothing has been sent yet.

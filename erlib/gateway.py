@@ -152,7 +152,9 @@ async def _run_until_signalled(args: argparse.Namespace) -> None:
             prometheus_client.start_http_server(args.metrics_port, args.host, telemetry.registry)
         except OSError as error:
             raise StartError(f"cannot serve metrics at {args.host}:{args.metrics_port}: {error}") from None
-    limits = Limits(args.max_prompt_bytes, args.max_streams_per_peer, args.max_requests_per_s)
+    limits = Limits(
+        args.max_prompt_bytes, args.max_streams_per_peer, args.max_requests_per_s, args.max_waiting_per_stream
+    )
     thread = ThreadPoolExecutor(1) if args.policy in routers.SLOW else None
     gateway = Gateway(router.route, behind, args.index, distances, limits, telemetry, args.behind_proxy, thread)
     settings = {name: getattr(args, name) for name in ("max_streams", "silence_s", "drain_s", "insist_s")}
@@ -216,6 +218,12 @@ def _parser() -> argparse.ArgumentParser:
     limits.add_argument("--max-streams", type=_positive(int), help="of all clients")
     limits.add_argument("--max-streams-per-peer", type=_positive(float), default=math.inf)
     limits.add_argument("--max-requests-per-s", type=_positive(float), default=math.inf, help="per peer")
+    limits.add_argument(
+        "--max-waiting-per-stream",
+        type=_positive(int),
+        default=Limits.waiting_per_stream,
+        help="requests of one stream that wait for one expert; more are held back, not refused",
+    )
     limits.add_argument("--behind-proxy", action="store_true", help="x-real-ip names the peer")
 
     seen = parser.add_argument_group("seen from outside")

@@ -1,6 +1,9 @@
 """What one peer may ask of one gateway: streams at a time, requests per second, bytes of a prompt.
 
 A gateway counts for itself: behind a balancer with sixteen of them, a peer may have sixteen times as much.
+
+By default, streams take turns and peers do not: a thousand users of one host, each with a stream of its own, are a load
+like any other, but requests that come on one stream stand in line there, not before everybody else's.
 """
 
 from __future__ import annotations
@@ -30,6 +33,11 @@ class Limits:
     streams_per_peer: float = math.inf
     requests_per_s: float = math.inf
     """Per peer; a second's worth may come at once."""
+    waiting_per_stream: int = 16
+    """Requests of one stream that wait for the first response of one expert; more have to wait here for their turn.
+
+    Those that have had it do not count, so that a stream alone fills every slot that is free.
+    """
     in_flight_per_stream: int = 1024
     """Requests of one stream; more are not read before others are done, so that a flood stays with its sender."""
 

@@ -26,7 +26,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
@@ -55,6 +55,16 @@ _TIME_DIGITS = 20
 """More than this host's clock can show."""
 
 _Done = TypeVar("_Done")
+
+
+class _Try(NamedTuple):
+    """One try to have a request done."""
+
+    replica: Replica
+    has_spare: bool
+    """Whether there may be another one."""
+    begun: Callable[[], None]
+    """To be called when the replica has begun to answer."""
 
 
 class Gateway(grpc.GenericRpcHandler):
@@ -158,7 +168,7 @@ class Gateway(grpc.GenericRpcHandler):
     # --- inference ---
 
     async def _stream_infer(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        caller = Caller(context, self._behind_proxy)
+        caller = Caller(context, self._behind_proxy, self.limits)
         try:
             with self._admitted(caller, "stream"):
                 await self._read_requests(caller)
@@ -212,7 +222,7 @@ class Gateway(grpc.GenericRpcHandler):
             caller.end(_broken(request, error))
 
     async def _infer(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        caller = Caller(context, self._behind_proxy)
+        caller = Caller(context, self._behind_proxy, self.limits)
         caller.ends_on_error = True
         request = Request("unary", caller.peer)
         try:
@@ -246,7 +256,7 @@ class Gateway(grpc.GenericRpcHandler):
         message: bytes,
         request: Request,
         caller: Caller,
-        attempt: Callable[[Replica, bool], Awaitable[_Done]],
+        attempt: Callable[[_Try], Awaitable[_Done]],
     ) -> _Done:
         """Route one request and let `attempt` do it; it is counted, whatever its end.
 
@@ -275,22 +285,25 @@ class Gateway(grpc.GenericRpcHandler):
         message: bytes,
         request: Request,
         caller: Caller,
-        attempt: Callable[[Replica, bool], Awaitable[_Done]],
+        attempt: Callable[[_Try], Awaitable[_Done]],
     ) -> _Done:
         await self._classify(message, request, str(caller.metadata.get("er-sent-ns", "")))
-        expert = self.experts[request.expert]
-        replica = expert.choose()
-        if replica is None:
-            n = len(expert.replicas)
-            raise Failure(StatusCode.UNAVAILABLE, f"expert {request.expert} is down (all {n} of its servers)")
-        try:
-            return await attempt(replica, expert.has_other(replica))
-        except Failure as failure:
-            other = expert.choose(besides=replica)
-            if other is None or request.responses or failure.code is not StatusCode.UNAVAILABLE:
-                raise
-        request.retries += 1
-        return await attempt(other, False)
+        expert, turns = self.experts[request.expert], caller.turns(request.expert)
+        await turns.acquire()
+        with contextlib.ExitStack() as turn:
+            turn.callback(turns.release)
+            replica = expert.choose()
+            if replica is None:
+                n = len(expert.replicas)
+                raise Failure(StatusCode.UNAVAILABLE, f"expert {request.expert} is down (all {n} of its servers)")
+            try:
+                return await attempt(_Try(replica, expert.has_other(replica), turn.close))
+            except Failure as failure:
+                other = expert.choose(besides=replica)
+                if other is None or request.responses or failure.code is not StatusCode.UNAVAILABLE:
+                    raise
+            request.retries += 1
+            return await attempt(_Try(other, False, turn.close))
 
     async def _classify(self, message: bytes, request: Request, sent: str) -> None:
         """Note in `request` which expert it is for; `sent`: the client's ``er-sent-ns``.
@@ -327,10 +340,10 @@ class Gateway(grpc.GenericRpcHandler):
         caller: Caller,
         first: bool,
         hand_on: Callable[[bytes], Awaitable[None]],
-        replica: Replica,
-        has_spare: bool,
+        this: _Try,
     ) -> None:
         """Hand a replica's answer on, as it comes."""
+        replica = this.replica
         request.replica = replica.url
         call = replica.stream_infer(prompt, timeout=caller.context.time_remaining(), metadata=caller.forwarded)
         with replica.busy_with(call), _blaming(replica, request):
@@ -341,17 +354,20 @@ class Gateway(grpc.GenericRpcHandler):
                 await caller.begin(self.who(request))  # only now, because it would have delayed the prompt
             async for message in call:
                 response, failure = message, _in_stream_failure(message) if wire.is_error(message) else None
-                if not request.responses:
+                is_first = not request.responses
+                if is_first:
                     request.spans_ns["first_byte"] = time.monotonic_ns() - t_forwarded_ns
                 if failure is None:
                     replica.responses += 1
                 elif failure.code.name in _SERVER_AT_FAULT:
                     replica.suspect()
-                    if has_spare and not request.responses:
+                    if is_first and this.has_spare:
                         raise Failure(StatusCode.UNAVAILABLE, "its first word was an error")
-                if caller.explain and not request.responses:
-                    request.explanation = self._explanation(request)
-                    response = wire.with_parameters(response, request.explanation)
+                if is_first:
+                    this.begun()
+                    if caller.explain:
+                        request.explanation = self._explanation(request)
+                        response = wire.with_parameters(response, request.explanation)
                 request.responses += 1
                 if failure is not None:
                     request.expert_error = failure.code.name
@@ -360,9 +376,7 @@ class Gateway(grpc.GenericRpcHandler):
                 await hand_on(response)
             request.trailing_metadata = tuple(await call.trailing_metadata())
 
-    async def _collect(
-        self, message: bytes, request: Request, caller: Caller, replica: Replica, has_spare: bool
-    ) -> bytes:
+    async def _collect(self, message: bytes, request: Request, caller: Caller, this: _Try) -> bytes:
         """A replica's one answer. It is asked for as a stream, too: Triton answers only so where a model can stream."""
         answers: list[bytes] = []
 
@@ -372,7 +386,7 @@ class Gateway(grpc.GenericRpcHandler):
                 raise Failure(StatusCode.INVALID_ARGUMENT, f"ModelInfer has room for one response only: {advice}")
             answers.append(response)
 
-        await self._relay(message, request, caller, True, keep, replica, has_spare)
+        await self._relay(message, request, caller, True, keep, this)
         if not answers:
             raise Failure(StatusCode.INTERNAL, f"expert {request.expert} has sent no answer")
         try:

@@ -96,6 +96,8 @@ class StandIn(grpc.GenericRpcHandler):
         """What it says that a prompt and its answer may have together."""
         self.slots = 10**9
         """Streams at a time; more are refused as by a server whose queue is full."""
+        self.line = asyncio.Semaphore(10**9)
+        """What a request has while it is done; others stand in line."""
         self._busy = 0
         self.broken = ""
         """If not empty: the in-stream error that every inference gets, as from a server whose backend is dead."""
@@ -160,7 +162,8 @@ class StandIn(grpc.GenericRpcHandler):
             return
         self._busy += 1
         try:
-            await self._do(message, context, seen)
+            async with self.line:
+                await self._do(message, context, seen)
         finally:
             self._busy -= 1
 

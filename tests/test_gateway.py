@@ -270,6 +270,7 @@ def test_tls_is_spoken_with_clients_and_experts_and_only_with_those_who_can_prov
         ("--expert-client-key client.key", "--expert-client-certificate and --expert-client-key go together"),
         ("--expert-client-certificate c --expert-client-key c", "--expert-client-certificate needs --expert-ca"),
         ("--max-requests-per-s 0", "--max-requests-per-s: must be more than 0, not 0"),
+        ("--max-waiting-per-stream 0", "--max-waiting-per-stream: must be more than 0, not 0"),
         ("--silence-s nan", "--silence-s: must be more than 0, not nan"),
     ],
 )
