@@ -399,14 +399,16 @@ class Stack:
         try:
             self._start()
         except BaseException:
-            self._stop()
+            with processes.undisturbed():
+                self._stop()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        with processes.undisturbed():
+            self._stop()
 
     def _start(self) -> None:
         timeout_s = self._start_timeout_s

@@ -152,7 +152,8 @@ class UserSimulator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        processes.stop(self._workers, grace_s=2)
+        with processes.undisturbed():
+            processes.stop(self._workers, grace_s=2)
         for worker in self._workers:
             for pipe in (worker.stdin, worker.stdout):
                 if pipe:

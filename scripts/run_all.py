@@ -89,6 +89,7 @@ def _run(steps: list[Step], profile: config.Profile, force: bool) -> int:
         except (KeyboardInterrupt, SystemExit) as end:
             print("\nstopped; the same command goes on where this one left off", file=sys.stderr)
             result, status = "stopped", _status(end)
+            logging.getLogger("asyncio").disabled = True  # it would tell of tasks that nobody waits for any more
         except Exception as error:
             print(f"\nerror in {step.name}: {_brief(error)}", file=sys.stderr)
             result, status = "failed", 1

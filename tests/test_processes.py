@@ -151,6 +151,22 @@ def test_a_signal_that_ends_us_lets_us_clean_up_even_if_it_comes_twice(number):
     assert process.returncode == 128 + number
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_clean_up_is_finished_before_a_signal_has_its_way(number):
+    code = (
+        "import os, signal, sys; from erlib import processes\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); processes.end_on_signals()\n"
+        "try:\n"
+        "    with processes.undisturbed():\n"
+        "        os.kill(os.getpid(), int(sys.argv[1])); print('cleaned up', flush=True)\n"
+        "    print('too late')\n"
+        "except (KeyboardInterrupt, SystemExit) as end:\n"
+        "    print(type(end).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(int(number))], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["cleaned up", {2: "KeyboardInterrupt", 15: "SystemExit"}[number]]
+
+
 def test_what_nohup_ignores_stays_ignored():
     code = "import os, signal; from erlib import processes; processes.end_on_signals(); os.kill(os.getpid(), 1)"
     assert subprocess.run(["nohup", sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
