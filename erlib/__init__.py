@@ -5,7 +5,7 @@ Modules are listed in the order in which data flows through them; each imports o
     paths, strict_yaml, values                where things are; YAML that says one thing; what a value may be
     keys, config                              what a profile may say; profiles and configurations
     leftovers, processes                      what is left of dead ones; children that end with us
-    runfolder, kernel                         folders that do, too; what runs the notebooks
+    runfolder, kernel, progress               folders that do, too; what runs the notebooks; what it says meanwhile
     corpus, pickles, clusterer                text; c-BTM's files; the router's model
     stock, routers, prompts                   that model as an unpickled pipeline; other routers; the workloads
     engines, openvino, quality                arithmetic of a configuration; its engine, built; what its format costs

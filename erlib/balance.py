@@ -18,10 +18,10 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm
 
 from erlib import batching, config, emulation, metrics, prompts, simulation, sweep, wire
 from erlib.config import Mix, Profile
+from erlib.progress import Bar
 from erlib.prompts import Prompt
 from erlib.sweep import Series
 
@@ -91,7 +91,7 @@ def run(
     shares = {mix: prompts.mix_shares(mix, workload.n_clusters, workload.sigma) for mix in typing.get_args(Mix)}
     arms: list[tuple[Mix, int]] = [("uniform", 0), *(("normal", added) for added in range(most_added + 1))]
     rows = []
-    for users_now in tqdm(users, desc="replicas", unit="level", delay=2, leave=False):
+    for users_now in Bar(users, desc="replicas", unit="level", delay=2, leave=False):
         for repeat in range(profile.paper_scale.repeats):
             asked = prompts.draw(workload, users_now, "uniform", profile.seed, repeat)
             drawn = {mix: _whose(asked, shares[mix], np.random.default_rng([profile.seed, repeat])) for mix in shares}

@@ -19,11 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from erlib import processes, tensorrt_llm
 from erlib.config import Configuration, Profile, RunnerKind
 from erlib.containers import Command, Runner, load_image
+from erlib.progress import Bar
 from erlib.tensorrt_llm import Plan
 
 
@@ -118,7 +118,7 @@ def build(plans: Sequence[Plan], kind: RunnerKind) -> None:
     runners = {plan.version: Runner(kind, load_image(plan.version), plan.places) for plan, _ in todo}
     programs: dict[tuple[str, str], tuple[str, ...]] = {}
     print(f"builds: {len(plans)} engines, {len(todo)} steps to run")
-    with tqdm(todo, unit="step") as progress:
+    with Bar(todo, unit="step") as progress:
         for plan, command in progress:
             progress.set_description(f"{plan.configuration.id}: {command.purpose} {command.makes.name}")
             runner, tool = runners[plan.version], (plan.version, command.tool)

@@ -23,7 +23,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from erlib import config, engines, hardware, paths, sweep
 
-OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
+# Okabe and Ito's, but for their yellow: too light for white paper, and lost where a page is dark and inverts pictures.
+OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#000000"]
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, _, _ = OKABE_ITO
 GREY = "#7a7a7a"
 
@@ -280,7 +281,9 @@ def panel_row(
 
 def cluster_colours(n: int) -> list[Any]:
     """A colour for each of `n` clusters and its expert."""
-    return OKABE_ITO[:n] if n <= len(OKABE_ITO) else list(plt.get_cmap("turbo")(np.linspace(0.05, 0.95, n)))
+    if n <= len(OKABE_ITO):
+        return OKABE_ITO[:n]
+    return [(*0.75 * colour[:3], 1.0) for colour in plt.get_cmap("turbo")(np.linspace(0.05, 0.95, n))]
 
 
 def box(ax: Axes, x: float, y: float, width: float, height: float, title: str, subtitle: str = "") -> None:

@@ -9,6 +9,7 @@ no record of is not testable there, never guessed.
 from __future__ import annotations
 
 import functools
+import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,12 +17,12 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from tqdm import tqdm
 
 from erlib import config, emulation, paths, records, sweep
 from erlib.config import ConfigError, Profile
 from erlib.evidence import Evidence, NotTestable
 from erlib.predicates import PREDICATES
+from erlib.progress import Bar
 
 Verdict = Literal["holds", "fails", "not testable here", "ambiguous in the paper"]
 HOLDS: Verdict = "holds"
@@ -203,7 +204,7 @@ def _kept_pace(path: Path) -> bool:
 def in_parts(files: Sequence[Path], source: str = "") -> Iterator[pd.DataFrame]:
     """Records of complete points, a few points at a time, so that memory never holds them all."""
     few = 8
-    with tqdm(total=len(files), unit="point", desc=f"claims {source}") as progress:
+    with Bar(total=len(files), unit="point", desc=f"claims {source}") as progress:
         for start in range(0, len(files), few):
             yield records.read_files(files[start : start + few])
             progress.update(len(files[start : start + few]))
@@ -307,11 +308,23 @@ def _markdown(scorecard: pd.DataFrame, profile: Profile) -> str:
     for paper, title in TITLES.items():
         lines = [f"## {title}\n", "| claim | | source | verdict | numbers |", "|---|---|---|---|---|"]
         for row in scorecard[scorecard["paper"] == paper].itertuples():
-            numbers = f"{row.numbers} ([figure]({row.figure}))" if row.figure else row.numbers
-            cells = [row.id, f"{row.claim} ({row.where})", row.source, f"{SIGNS[row.verdict]} {row.verdict}", numbers]
-            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+            cells = [
+                row.id,
+                f"{row.claim} ({row.where})",
+                row.source,
+                f"{SIGNS[row.verdict]} {row.verdict}",
+                row.numbers,
+            ]
+            figure = f" ([figure]({row.figure}))" if row.figure else ""
+            lines.append(f"| {' | '.join(map(_plain, cells))}{figure} |")
         parts.append("\n".join(lines))
     contradictions = [
-        f"- **{row.id}** ({row.where}): {row.conflict}" for row in inconsistencies(scorecard).itertuples()
+        f"- **{row.id}** ({_plain(row.where)}): {_plain(row.conflict)}"
+        for row in inconsistencies(scorecard).itertuples()
     ]
     return "\n\n".join([*parts, "## Where the papers contradict themselves", "\n".join(contradictions)]) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that stays text, and in its cell, wherever Markdown is shown."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "/")

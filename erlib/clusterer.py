@@ -163,7 +163,8 @@ class Clusterer:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.preprocessing import StandardScaler, normalize
         from threadpoolctl import threadpool_limits
-        from tqdm import tqdm
+
+        from erlib.progress import Bar
 
         if normalizer not in ("l2", "standard"):
             raise ClustererError(f"normalizer must be 'l2' or 'standard', not {normalizer!r}")
@@ -180,7 +181,7 @@ class Clusterer:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Your stop_words may be inconsistent")
             try:
-                weights = vectorizer.fit_transform(tqdm(texts, desc="TF-IDF", unit="doc", delay=2))
+                weights = vectorizer.fit_transform(Bar(texts, desc="TF-IDF", unit="doc", delay=2))
             except ValueError as error:
                 raise ClustererError(f"the documents hold no words but stop words and numbers ({error})") from None
         if weights.shape[1] < n_components:
@@ -407,14 +408,15 @@ def balanced_kmeans(vectors: Floats, n_clusters: int, seed: int) -> tuple[Floats
         In every batch the cluster sizes differ by at most one.
     """
     import torch
-    from tqdm import tqdm
+
+    from erlib.progress import Bar
 
     batches = torch.tensor_split(torch.from_numpy(vectors), max(1, len(vectors) // BATCH_DOCUMENTS))
     first = np.random.default_rng(seed).choice(len(batches[0]), n_clusters, replace=False)
     centres = batches[0][first]
     assignment = []
     for number, batch in enumerate(batches, 1):
-        for _ in tqdm(range(ITERATIONS), desc=f"balanced k-means {number}/{len(batches)}", delay=2, leave=False):
+        for _ in Bar(range(ITERATIONS), desc=f"balanced k-means {number}/{len(batches)}", delay=2, leave=False):
             # Squared, and from differences: |x|^2 - 2xc + |c|^2 would lose the small distances to rounding.
             distances = torch.stack([((batch - centre) ** 2).sum(dim=1) for centre in centres])
             clusters = balanced_assignment(distances)
@@ -507,6 +509,7 @@ def build(profile: config.Profile) -> Path:
     ClustererError, corpus.CorpusError
     """
     from erlib import config, corpus
+    from erlib.progress import say
 
     settings = profile.clusterer
     code = [Path(__file__), Path(pickles.__file__)] if settings.pickles else [Path(__file__)]
@@ -523,7 +526,7 @@ def build(profile: config.Profile) -> Path:
         digest = config.digest(*code, train.sha, settings.model_dump(mode="json"), profile.seed, *words)
     directory = paths.CACHE / "clusterers" / digest
     if paths.found(directory, "clusterer") and (kept := paths.recalled(directory, Clusterer.load, "clusterer")):
-        print(f"clusterer: reused {digest} ({source}, same settings and code)")
+        say(f"clusterer: reused {digest} ({source}, same settings and code)")
         _warn(kept)
         return directory
     print(f"clusterer: making {digest} from {source} (none with these settings, code and seed yet)")

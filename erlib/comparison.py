@@ -22,12 +22,12 @@ from string import ascii_lowercase
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm
 
 from erlib import clusterer, config, corpus, hardware, metrics, paths, routers
 from erlib.clusterer import Clusterer
 from erlib.config import Profile
 from erlib.corpus import Corpus
+from erlib.progress import Bar
 from erlib.routers import Router
 
 CHANGED = 0.1
@@ -135,7 +135,7 @@ def compare(
     # Routers that share an embedding model need not ask it twice about one text; only where no time is taken.
     embed = functools.cache(lambda model, text: model(text).vector)
     rows = []
-    for name, router in tqdm(entries.items(), desc="routers", delay=2, leave=False):
+    for name, router in Bar(entries.items(), desc="routers", delay=2, leave=False):
         if isinstance(router, str):
             rows.append({"router": name, "reason": router})
             continue

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from erlib import config, paths
+from erlib.progress import Bar
 
 Split = Literal["train", "holdout"]
 
@@ -216,7 +215,7 @@ def _stream_c4(path: Path, part: str, wanted: int) -> None:
 
         stream = load_dataset("allenai/c4", "en", revision=C4_REVISION, split=part, streaming=True).take(wanted)
         with path.open("w", encoding="utf-8") as file:
-            for row in tqdm(stream, total=wanted, desc=f"C4 {part}", unit="doc"):
+            for row in Bar(stream, total=wanted, desc=f"C4 {part}", unit="doc"):
                 file.write(json.dumps({"text": row["text"]}) + "\n")
     except Exception as error:  # the libraries raise many unrelated types for "no network"
         raise CorpusError(

@@ -6,11 +6,13 @@ and does not find is an error that names the notebook to run first; nothing is d
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from typing import Any, Literal
 
@@ -22,10 +24,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from erlib import canvas, config, metrics, paths
-from erlib.canvas import BLUE, GREY, SKY, VERMILION, command, look, save, style
+from erlib.canvas import BLUE, GREY, SKY, VERMILION, cluster_colours, command, look, save, style
 from erlib.sweep import MissingRecords
 
-__all__ = ["command", "save", "style"]  # what notebooks want from the canvas
+__all__ = ["cluster_colours", "command", "save", "style"]  # what notebooks want from the canvas
 
 Turn = Literal["base", "continuation"]
 
@@ -107,7 +109,8 @@ def finish(
     again = command(profile, notebook if in_order else "07_paper_scale")
     if source.startswith("simulated"):  # drawn at the papers' scale, whose settings are nobody's overrides
         again = f"./run_all.sh --profile {profile.name} --only 07_paper_scale"
-    save(
+    saved = functools.partial(
+        save,
         fig,
         profile.name,
         used["source"].iloc[0],
@@ -129,8 +132,34 @@ def finish(
             },
         },
     )
+    if _waiting:
+        _waiting[-1].append((f"{paper}/{slug}", fig, saved))
+    else:
+        saved()
     plt.close(fig)
     return fig
+
+
+_waiting: list[list[tuple[str, Figure, Callable[[], object]]]] = []
+"""What has been drawn inside of :func:`on_the_same_axes` and is not saved yet."""
+
+
+@contextlib.contextmanager
+def on_the_same_axes() -> Iterator[None]:
+    """For two sources on one scale: what both draw inside gets the same y axes; all is saved at the end."""
+    _waiting.append([])
+    try:
+        yield
+    finally:
+        drawn = _waiting.pop()
+    for item in dict.fromkeys(name for name, *_ in drawn):
+        panels = zip(*(fig.axes for name, fig, _ in drawn if name == item), strict=True)
+        for same in panels:
+            lows, highs = zip(*(ax.get_ylim() for ax in same), strict=True)
+            for ax in same:
+                ax.set_ylim(min(lows), max(highs))
+    for *_, saved in drawn:
+        saved()
 
 
 # --- both papers: architecture and Table I ----------------------------------------------------------------------
@@ -163,7 +192,7 @@ def architecture(clusters: pd.DataFrame, profile: config.Profile, paper: Literal
     if clusters.empty or not {"x", "y", "cluster"} <= set(clusters.columns):
         raise ValueError("the cluster map needs rows with x, y and cluster: run 01_clusterer first")
     n = int(clusters["cluster"].max()) + 1
-    colours = canvas.cluster_colours(n)
+    colours = cluster_colours(n)
     fig, ax = plt.subplots(figsize=(7.2, 3.3))
     ax.set(xlim=(0.5, 99.5), ylim=(2.5, 47.5))
     ax.axis("off")

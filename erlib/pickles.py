@@ -248,14 +248,15 @@ def _fetch(prefix: str, name: str, scratch: Path) -> Path:
             raise PickleError(f"no {path}; clusterer.pickles must be a directory or URL with tfidf.pkl, kmeans.pkl")
         return path
     import requests
-    from tqdm import tqdm
+
+    from erlib.progress import Bar
 
     url, path = f"{prefix.rstrip('/')}/{name}", scratch / name
     try:
         with requests.get(url, stream=True, timeout=20) as response, path.open("wb") as file:
             response.raise_for_status()
             total = int(response.headers.get("content-length", 0))
-            with tqdm(total=total, desc=name, unit="B", unit_scale=True, delay=2) as progress:
+            with Bar(total=total, desc=name, unit="B", unit_scale=True, delay=2) as progress:
                 for chunk in response.iter_content(1 << 20):
                     progress.update(file.write(chunk))
                     if file.tell() > MOST_BYTES:

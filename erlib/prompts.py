@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from erlib import config, corpus, paths
 from erlib.clusterer import Clusterer
+from erlib.progress import Bar, say
 
 Paper = Literal["p1", "p2", "preliminary"]
 Floats = npt.NDArray[np.float64]
@@ -162,7 +162,7 @@ def build(
     digest = config.digest(Path(__file__), _mlperf_quantiles(), paper, per_cluster, *content)
     path = paths.run_dir(profile.name) / "prompts" / f"{paper}-{digest}.parquet"
     if (kept := paths.recalled(path, lambda file: _read(file, k * per_cluster), f"workload {paper}")) is not None:
-        print(f"workload {paper}: reused {path.name} (same texts, router, tokenizer, lengths and code)")
+        say(f"workload {paper}: reused {path.name} (same texts, router, tokenizer, lengths and code)")
         return Workload(kept, k, settings.sigma)
     print(
         f"workload {paper}: cutting {k * per_cluster} prompts from {len(documents.texts)} documents (none cached yet)"
@@ -173,7 +173,7 @@ def build(
     home = clusterer.predict(documents.texts)
     limits, end_id = answer_tokens(paper, profile, k * per_cluster, rng)
     rows: list[tuple[object, ...]] = []
-    with tqdm(total=k * per_cluster, desc=f"prompts {paper}", delay=2, leave=False) as progress:
+    with Bar(total=k * per_cluster, desc=f"prompts {paper}", delay=2, leave=False) as progress:
         for cluster in range(k):
             own = [text for text, c in zip(documents.texts, home, strict=True) if c == cluster]
             passages = _Passages(own or documents.texts, rng)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm
 
 from erlib import config, corpus, engines, openvino, paths
 from erlib.config import ConfigError, Profile
 from erlib.engines import KvCache
 from erlib.openvino import BuiltEngine, build_all, tokenizer
+from erlib.progress import Bar
 
 EVALUATION_TOKENS = 256
 
@@ -46,7 +46,7 @@ def quality(built: Sequence[BuiltEngine], token_ids: npt.ArrayLike) -> pd.DataFr
     ConfigError
         If there are fewer than two tokens, or an FP16 engine is missing.
     """
-    scores = {engine.name: _score(engine, token_ids) for engine in tqdm(built, "perplexity")}
+    scores = {engine.name: _score(engine, token_ids) for engine in Bar(built, "perplexity")}
     rows = []
     for engine in built:
         reference = next((e.name for e in built if e.dtype == "fp16" and e.layers == engine.layers), None)
@@ -119,7 +119,7 @@ def speed(
         reports, scales included, over its tokens).
     """
     rows: list[dict[str, Any]] = []
-    for engine, kv_cache in tqdm(systems, "tokens/s"):
+    for engine, kv_cache in Bar(systems, "tokens/s"):
         job = {"engine": str(engine.path), "kv_cache": kv_cache, "batches": list(batches)}
         job |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
         rows += [

@@ -395,9 +395,8 @@ def build(profile: config.Profile) -> Path:
         If the wheel is not installed, the export fails, or there are fewer documents than clusters.
     CorpusError
     """
-    from tqdm import tqdm
-
     from erlib import config, corpus
+    from erlib.progress import Bar, say
 
     model = _installed_model()
     train = corpus.load(profile.corpus, profile.seed, "train")
@@ -409,7 +408,7 @@ def build(profile: config.Profile) -> Path:
     directory = paths.CACHE / "routers" / digest
     what = "sentence embeddings"
     if paths.found(directory, what) and paths.recalled(directory, _made, what) is not None:
-        print(f"sentence embeddings: reused {digest} ({train.name}, same settings and code)")
+        say(f"sentence embeddings: reused {digest} ({train.name}, same settings and code)")
         return directory
     chosen = np.random.default_rng(profile.seed).permutation(len(train.texts))[:examples]
     if len(chosen) < n_experts:
@@ -418,7 +417,7 @@ def build(profile: config.Profile) -> Path:
     with paths.building(directory) as partial:
         _export(model, partial)
         embed = Embedder(partial)
-        vectors = np.array([embed(train.texts[i]).vector for i in tqdm(chosen, desc="embedding", unit="doc", delay=2)])
+        vectors = np.array([embed(train.texts[i]).vector for i in Bar(chosen, desc="embedding", unit="doc", delay=2)])
         centres, _ = clusterer.balanced_kmeans(vectors, n_experts, profile.seed)
         made = {"examples": vectors, "centres": centres}
         if train.labels is not None:

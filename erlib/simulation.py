@@ -34,12 +34,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import simpy
-from tqdm import tqdm
 
 from erlib import batching, clusterer, config, engines, openvino, processes, prompts, records, steptimes, sweep
 from erlib.batching import CannotServe, Engine, System
 from erlib.clusterer import Clusterer
 from erlib.config import ConfigError, Mix, Paper, Profile
+from erlib.progress import Bar
 from erlib.prompts import Prompt, Workload
 
 Preset = Literal["hardware", "harness"]
@@ -652,7 +652,7 @@ def run(
     parts = sorted(together.values(), key=lambda part: -part[0].users * len(part))
     with (
         processes.pool(workers) as pool,
-        tqdm(total=sum(point.users for point in todo), unit="user", desc=label) as progress,
+        Bar(total=sum(point.users for point in todo), unit="user", desc=label) as progress,
     ):
         jobs = {pool.submit(_write, profile, workloads[part[0].workload], part, columns): part for part in parts}
         try:

@@ -167,11 +167,13 @@ def build(profile: config.Profile, n_terms: int = TERMS) -> Path:
     ------
     ClustererError, corpus.CorpusError
     """
+    from erlib.progress import say
+
     source = clusterer.build(profile)
     digest = config.digest(Path(__file__), source.name, n_terms, profile.seed, sklearn.__version__)
     directory = paths.CACHE / "stock" / digest
     if paths.found(directory, "stock router") and _is_whole(directory):
-        print(f"stock router: reused {digest} ({n_terms:,} terms around clusterer {source.name})")
+        say(f"stock router: reused {digest} ({n_terms:,} terms around clusterer {source.name})")
         return directory
     print(f"stock router: making {digest} ({n_terms:,} terms around clusterer {source.name}; none like it yet)")
     model = padded(Clusterer.load(source), n_terms, profile.seed)

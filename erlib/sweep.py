@@ -15,7 +15,7 @@ import inspect
 import json
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from erlib import (
     batching,
@@ -58,6 +57,7 @@ from erlib import (
 )
 from erlib.cluster import ClusterStack, ClusterUsers
 from erlib.config import ConfigError, Configuration, Mix, Paper, Profile, Routing
+from erlib.progress import Bar
 from erlib.prompts import Workload
 from erlib.triton import ServerPlan
 from erlib.users import Client
@@ -326,6 +326,32 @@ def tokenizer(profile: Profile, paper: prompts.Paper) -> Tokenizer:
     return Tokenizer.from_file(str(tokenizer_file(profile, model)))
 
 
+def overview(series: Iterable[Series]) -> pd.DataFrame:
+    """What serves each configuration of some series, in the words of its backend.
+
+    Returns
+    -------
+    DataFrame
+        One row per configuration: ``routing``, ``servers``, and of each server its engine, slots in the batch, KV
+        blocks and threads, or its GPUs and image.
+    """
+    rows = []
+    for one in series:
+        server, system = one.system.servers[0].description, one.system
+        told = {**server.pop("parameters", {}), **server}
+        told["engine"] = told["engine"].rpartition("-")[0] or told["engine"]  # without the hash
+        shown = {title: told[name] for name, title in _TOLD.items() if name in told}
+        routing = system.routing.replace("_", " ")
+        rows.append({"config": system.config, "routing": routing, "servers": len(system.servers), **shown})
+    return pd.DataFrame(rows).set_index("config")
+
+
+_TOLD = {
+    **{"engine": "engine", "max_batch_size": "slots", "kv_blocks": "KV blocks", "kv_cache": "KV cache"},
+    **{"threads": "threads", "gpus": "GPUs", "image": "image"},
+}
+
+
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
@@ -371,9 +397,10 @@ def run(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
     total, missing = sum(map(len, wanted)), sum(map(len, todo))
     print(f"sweep: {total - missing} of {total} points found by content hash, {missing} to measure")
     if missing:
-        with tqdm(total=sum(point.users for group in todo for point in group), unit="user") as progress:
+        with Bar(total=sum(point.users for group in todo for point in group), unit="user") as progress:
             for part in _by_system(list(zip(sweep, todo, strict=True))):
                 _measure(profile, part, progress)
+            progress.set_description("sweep")
     return read(profile, sweep)
 
 
@@ -411,7 +438,7 @@ def _by_system(todo: Sequence[tuple[Series, list[Point]]]) -> Iterator[list[tupl
         left = [(series, group) for series, group in left if series.system != system]
 
 
-def _measure(profile: Profile, todo: list[tuple[Series, list[Point]]], progress: tqdm) -> None:
+def _measure(profile: Profile, todo: list[tuple[Series, list[Point]]], progress: Bar) -> None:
     """Measure `todo`; where a cluster loses a node, go on with what is left of it at the point that it spoilt."""
     while todo:
         try:
@@ -449,7 +476,7 @@ def _users(profile: Profile, series: Series, serving_stack: stack.Stack) -> user
     )
 
 
-def _measure_points(profile: Profile, todo: list[tuple[Series, list[Point]]], progress: tqdm) -> None:
+def _measure_points(profile: Profile, todo: list[tuple[Series, list[Point]]], progress: Bar) -> None:
     """Measure points of one system; each kind of client starts once."""
     system = todo[0][0].system
     progress.set_description(f"{system.config}: starting")

@@ -241,7 +241,7 @@ class Step:
             papermill.execute_notebook(
                 str(self.notebook), str(self._executed), self._parameters, kernel_name=kernel.NAME,
                 kernel_manager_class=kernel.Kernel, cwd=str(paths.NOTEBOOKS), log_output=True, progress_bar=False,
-                request_save_on_cell_execute=False,
+                request_save_on_cell_execute=False, coalesce_streams=True,  # of each bar, its last state is kept
             )  # fmt: skip
         kept = before.wrote if before else {}
         wrote = {
@@ -284,17 +284,22 @@ class _Log(logging.Handler):
         text = record.getMessage()
         self._file.write(text.rstrip("\r\n") + "\n")
         self._file.flush()
-        is_bar = "%|" in text
-        if not (is_bar or _REASON.match(text)):  # tables and papermill's own chatter are in the log
-            return
-        line = text.replace("\r", "\n").strip().splitlines()[-1]
-        width = shutil.get_terminal_size((120, 20)).columns - 1
-        if is_bar and sys.stdout.isatty():
-            print(f"\r  {line[: width - 2]:<{width - 2}}", end="", flush=True)
-            self._bar = True
-        elif not is_bar:
-            print(("\n" if self._bar else "") + f"  {line[: width - 2]}", flush=True)
-            self._bar = False
+        lines = [line for line in map(str.strip, re.split(r"[\r\n]", text)) if line]
+        if lines and (_is_bar(lines[0]) or _REASON.match(lines[0])):  # the rest is in the log
+            for line in lines:
+                self._show(line)
+
+    def _show(self, line: str) -> None:
+        width = shutil.get_terminal_size((120, 20)).columns - 3
+        if not _is_bar(line):
+            print(("\n" if self._bar else "") + f"  {line[:width]}", flush=True)
+        elif sys.stdout.isatty():
+            print(f"\r  {line[:width]:<{width}}", end="", flush=True)
+        self._bar = _is_bar(line) and sys.stdout.isatty()
+
+
+def _is_bar(line: str) -> bool:
+    return "%|" in line
 
 
 def _notebooks() -> list[Path]:

@@ -322,3 +322,15 @@ def test_scorecard_files_hold_every_row(runs, profile, home):
     assert all(f"| {name} |" in text for name in IDS)
     assert "([figure](measured/paper1/fig07_p99_response_time.png))" in text
     assert claims.counts(scorecard).to_numpy().sum() == len(scorecard)
+
+
+def test_what_looks_like_html_stays_text_in_markdown(runs, profile, home):
+    scorecard = claims.evaluate({"measured": runs}, profile).head(2)
+    evil = "<script>alert(1)</script> & <img src=x onerror=y> a | b\n# heading"
+    scorecard = scorecard.assign(claim=evil, numbers=evil, where=evil, conflict=evil)
+    claims.write(scorecard, profile)
+    text = (home / "laptop/scorecard.md").read_text()
+    assert "<" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;img") == 2 * 4 + 2
+    assert "\n# heading" not in text
+    assert all(line.count("|") == 6 for line in text.splitlines() if line.startswith("| P"))

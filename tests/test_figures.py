@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import nbformat
@@ -154,6 +155,53 @@ def test_simulated_sources_have_every_figure_of_requests(monkeypatch: pytest.Mon
     assert sorted(drawn) == sorted(item for item in TIMED if item[0] != "workbench")
     with pytest.raises(figures.MissingRecords, match="run 07_paper_scale first"):
         figures.load_figures(runs[runs["experiment"] == "load"], full)
+
+
+def test_sources_on_one_scale_are_drawn_on_the_same_axes(
+    records: pd.DataFrame, profile: config.Profile, home: Path
+) -> None:
+    slow = records.assign(source="simulated-harness")
+    for column in ("t_first_ns", "t_last_ns"):
+        slow[column] = slow["t_send_ns"] + 20 * (slow[column] - slow["t_send_ns"])
+    slow["token_ns"] = [
+        (sent + 20 * (np.asarray(stamps) - sent)).astype(np.int64)
+        for sent, stamps in zip(slow["t_send_ns"], slow["token_ns"], strict=True)
+    ]
+    alone = [figures.paper1_p99_response_time(runs, profile) for runs in (records, slow)]
+    assert alone[0].axes[0].get_ylim()[1] < alone[1].axes[0].get_ylim()[1] / 5
+    with figures.on_the_same_axes():
+        together = [figures.paper1_p99_response_time(runs, profile) for runs in (records, slow)]
+        other = figures.paper1_session_throughput(records, profile)
+        before = [ax.get_ylim() for ax in other.axes]
+        picture = home / "paper1" / "fig07_p99_response_time.png"
+        drawn_alone = picture.read_bytes()
+    assert [ax.get_ylim() for ax in together[0].axes] == [ax.get_ylim() for ax in together[1].axes]
+    assert together[0].axes[0].get_ylim()[1] == alone[1].axes[0].get_ylim()[1]
+    assert [ax.get_ylim() for ax in other.axes] == before
+    assert picture.read_bytes() != drawn_alone
+    assert (home.parent / "simulated-harness" / "paper1" / "fig07_p99_response_time.json").exists()
+
+
+def _contrast(colour: Any) -> tuple[float, float]:
+    """With white, and on a dark page, whose pictures are inverted and their hues turned back (CSS filters)."""
+    luminance = np.array([0.2126, 0.7152, 0.0722])
+    turned = np.array([[-0.574, 1.43, 0.144], [0.426, 0.43, 0.144], [0.426, 1.43, -0.856]])  # by 180 degrees
+    found = []
+    for seen in (lambda rgb: rgb, lambda rgb: np.clip(turned @ (0.9 - 0.8 * rgb), 0, 1)):
+        two = [seen(np.array(matplotlib.colors.to_rgb(each))) for each in (colour, "white")]
+        linear = [np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) for rgb in two]
+        low, high = sorted(float(luminance @ rgb) for rgb in linear)
+        found.append((high + 0.05) / (low + 0.05))
+    return found[0], found[1]
+
+
+def test_every_colour_can_be_seen_on_white_and_on_a_dark_page() -> None:
+    figures.style()
+    colours = [look[0] for look in (*canvas.LOOKS.values(), *canvas._SPARE_LOOKS, *canvas.DTYPE_LOOKS.values())]
+    colours += [canvas.GREY, *matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]]
+    for n in (2, 8, 9, 24):
+        colours += canvas.cluster_colours(n)
+    assert {colour: _contrast(colour) for colour in colours if min(_contrast(colour)) < 2} == {}
 
 
 def test_the_preliminary_experiment_is_told_in_its_sources_own_words(

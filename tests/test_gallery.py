@@ -54,7 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, profile: config.Profile) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "FIGURES", tmp_path_factory.mktemp("figures"))
         for i, (source, paper, slug) in enumerate(DRAWN):
-            fig, ax = plt.subplots()
+            fig, ax = plt.subplots(figsize=(7, 3 + 0.2 * i))
             ax.plot([0, 1], [0, i])
             canvas.save(
                 *(fig, profile.name, source, paper, slug),
@@ -244,15 +244,36 @@ def test_light_and_dark_by_preference_and_by_button(browser):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_a_phone_needs_no_sideways_scrolling(browser):
-    phone = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+@pytest.mark.parametrize("width", [360, 800])
+def test_nothing_is_cut_on_a_small_screen(browser, width):
+    small = {"width": width, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", small)
     try:
         browser.refresh()
-        assert browser.execute_script("return document.documentElement.scrollWidth") == 360
+        assert browser.execute_script("return document.documentElement.scrollWidth") == width
+        cut = "return [...document.querySelectorAll('.bar *')].filter(e => e.getBoundingClientRect().right > innerWidth"
+        cut += " || e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== 'visible')"
+        assert browser.execute_script(f"{cut}.map(e => e.outerHTML)") == []
         assert browser.find_element(By.ID, "theme").is_displayed()
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_sources_of_one_scale_stand_side_by_side(browser):
+    """Label by label, picture by picture, caption by caption; a source of another scale has a row of its own."""
+    item = browser.find_element(By.ID, "paper1-fig07_p99_response_time")
+    places = {}
+    for figure in item.find_elements(By.TAG_NAME, "figure"):
+        for part in (".source", "img", "figcaption"):
+            places[figure.get_dom_attribute("data-source"), part] = figure.find_element(By.CSS_SELECTOR, part).rect
+    for left, right in (("measured", "emulated"), ("simulated-hardware", "simulated-harness")):
+        for part in (".source", "img", "figcaption"):
+            assert places[left, part]["y"] == pytest.approx(places[right, part]["y"], abs=1)
+            assert places[left, part]["x"] + places[left, part]["width"] <= places[right, part]["x"]
+    assert places["measured", "figcaption"]["y"] < places["simulated-hardware", ".source"]["y"]
+    lonely = browser.find_element(By.ID, "paper1-fig02_ttft_base")
+    picture, caption = (lonely.find_element(By.CSS_SELECTOR, part).rect for part in ("img", "figcaption"))
+    assert caption["x"] >= picture["x"] + picture["width"]
 
 
 def test_the_scorecard_stands_alone(browser, home, page):

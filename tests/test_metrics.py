@@ -244,6 +244,19 @@ def test_response_time_is_ttft_plus_tpot_times_the_other_tokens(records: pd.Data
     )
 
 
+def test_the_highest_load_is_each_papers_own() -> None:
+    rows = [
+        row
+        for paper, levels in {"p1": (1, 4), "p2": (1, 8)}.items()
+        for users in levels
+        for row in synthetic.point(paper, "load", f"{paper}.A", users, 0)
+    ]
+    table = metrics.at_highest_load(metrics.aggregate(metrics.summarise(synthetic.frame(rows))))
+    assert {(config, users) for config, users, *_ in table.index} == {("p1.A", 4), ("p2.A", 8)}
+    assert list(table.columns) == metrics.HIGHLIGHTS
+    assert table.notna().all(axis=None)
+
+
 def test_accounting_of_a_worked_example() -> None:
     """Two users on eight experts, both on expert 3 at first; one continuation moves to expert 5."""
     routed = {"config": "p1.C", "route_kmeans_ns": 9.0, "point_hash": "a", "server_tokens": 7}

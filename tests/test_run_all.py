@@ -174,6 +174,42 @@ def test_a_damaged_stamp_means_never_run(step, home, stamp):
     assert step.reason_to_run(force=False) == "not run before with this profile"
 
 
+BARS = """
+import sys
+from erlib.progress import Bar, say
+for _ in range(5):
+    say("clusterer: reused")
+with Bar(total=3, unit="user") as bar:
+    for i in range(3):
+        bar.set_description(f"p1.{i}")
+        bar.update(1)
+for _ in Bar(range(3), desc="passing", leave=False):
+    pass
+say("sweep: 3 points")
+"""
+
+
+def test_of_a_bar_the_terminal_sees_every_state_and_the_notebook_the_last(step, monkeypatch, capsys):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(BARS) for _ in range(2)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python"}
+    nbformat.write(notebook, step.notebook)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    step.run()
+    shown = capsys.readouterr().out
+    for state in ("p1.0:   0%|", "p1.1:  33%|", "p1.2: 100%|", "passing: "):
+        assert f"\r  {state}" in shown
+    assert "00:00<" in shown  # how long it has taken and will take fits as well
+    assert "\n  sweep: 3 points" in shown
+    executed = nbformat.read(paths.run_dir("smoke") / "notebooks/00_tiny.ipynb", 4)
+    for cell in executed.cells:
+        (output,) = cell.outputs
+        assert output.name == "stdout"
+        first, bar, last = output.text.splitlines()
+        assert (first, last.strip()) == ("clusterer: reused", "sweep: 3 points")
+        assert bar.startswith("p1.2: 100%|") and len(bar) <= 76
+
+
 def test_names_of_files_that_no_file_can_have_are_gone(step, home):
     path = home / "runs/smoke/notebooks/00_tiny.json"
     path.parent.mkdir(parents=True)

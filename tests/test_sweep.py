@@ -1,10 +1,11 @@
 """What a sweep measures, and what it believes to have been measured."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from erlib import config, records, sweep
+from erlib import config, records, repository, sweep
 from tests import synthetic
 
 
@@ -48,3 +49,20 @@ def test_a_damaged_point_is_measured_again_and_the_others_are_not(measured, caps
     printed = capsys.readouterr().out
     assert f"sweep: {points[0].path.name} of p1.A is made again" in printed
     assert "sweep: 1 of 2 points found by content hash, 1 to measure" in printed
+
+
+def test_an_overview_says_each_thing_once_and_without_hashes():
+    plan = sweep.server_plan(Path("/build/smollm2-135m-2of30-fp16-0123456789abcdef"), 4, 7, "u8", 1)
+    systems = [("p1.A", "direct", [plan]), ("p1.B", "expert_router", [plan] * 8)]
+    table = sweep.overview(
+        SimpleNamespace(system=sweep.System(*system, tokenizer=Path(), router=Path())) for system in systems
+    )
+    assert list(table.columns) == ["routing", "servers", "engine", "slots", "KV blocks", "KV cache", "threads"]
+    assert list(table.loc["p1.B"]) == ["expert router", 8, "smollm2-135m-2of30-fp16", 4, "7", "u8", "1"]
+
+
+def test_an_overview_of_servers_on_gpus(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    plan = repository.RepositoryPlan("tensorrt_llm", {"engine": str(tmp_path)}, 8, repository=tmp_path, gpus=(0, 1))
+    system = sweep.System("p1.A", "direct", [plan], tokenizer=Path(), router=Path())
+    assert list(sweep.overview([SimpleNamespace(system=system)]).loc["p1.A"])[-2:] == [2, None]
