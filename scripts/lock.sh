@@ -35,6 +35,6 @@ done
 
 # Environments of their own.
 lock steptables pyproject.toml --extra steptables
-for environment in modelopt litellm; do
+for environment in modelopt litellm aiperf guidellm; do
   lock "$environment" "locks/$environment.in" --no-emit-package torch --excludes <(without "${cuda[@]}")
 done
