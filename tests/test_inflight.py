@@ -10,13 +10,13 @@ import time
 
 import pytest
 from standin_pb_utils import Request, TritonError, backend, start
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from erlib import batching
 from erlib.steptimes import Calibration
 
 PROMPT = "The goalie stopped thirty shots"
-END = 2
-"""SmolLM2's ``<|im_end|>``."""
+END = 0
 
 
 class Scripted:
@@ -62,21 +62,30 @@ class Scripted:
         return [(sequence, [token], done)]
 
 
-@pytest.fixture
-def shared(monkeypatch):
-    return backend("inflight.py", monkeypatch)
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Of an engine, with a byte-level tokenizer as small as they come."""
+    pieces = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "Ġthe"]
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the")]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+    home = tmp_path_factory.mktemp("engine")
+    tokenizer.save(str(home / "tokenizer.json"))
+    (home / "config.json").write_text(json.dumps({"eos_token_id": END}))
+    return home
 
 
 @pytest.fixture
-def model(shared, tokenizer):
-    """Its engine says `` the`` and then a lion, whose character is cut in two, then the end of sequence."""
+def model(monkeypatch, directory):
+    """Its engine says `` the`` and then a lion, whose character is cut, then the end of sequence."""
+    shared = backend("inflight.py", monkeypatch)
 
     class Model(shared.Model):
         def load(self, parameters):
-            script = [*self.tokenizer.encode(" the 🦁").ids, END]
-            return Scripted(script)
+            return Scripted([*self.tokenizer.encode(" the 🦁").ids, END])
 
-    running = start(Model(), tokenizer.parent)
+    running = start(Model(), directory)
     yield running
     running.engine.may_step.set()
     running.finalize()
@@ -183,8 +192,12 @@ def test_a_prompt_that_must_be_too_long_is_not_tokenised(model):
     assert encoded == [fits]
 
 
-def test_the_bound_of_a_prompts_size_is_never_too_low(model):
-    """Not even for special tokens, which a prompt may spell, and whose text is not answered."""
+def test_the_bound_of_a_prompts_size_is_never_too_low(monkeypatch, tokenizer):
+    """Of SmolLM2's tokens; not even for special ones, which a prompt may spell, and whose text is not answered."""
+    shared = backend("inflight.py", monkeypatch)
+    model = shared.Model()
+    model.load = lambda parameters: Scripted([END])
+    start(model, tokenizer.parent).finalize()
     for token in range(model.tokenizer.get_vocab_size()):
         text = model.tokenizer.decode([token], skip_special_tokens=False)
         if "\N{REPLACEMENT CHARACTER}" not in text:
@@ -192,12 +205,12 @@ def test_the_bound_of_a_prompts_size_is_never_too_low(model):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_emulated_engine_notices_as_well(monkeypatch, tokenizer, stream):
+def test_an_emulated_engine_notices_as_well(monkeypatch, directory, stream):
     """One request is cancelled amid its answer, one while it waits, and the third has the slot."""
     code, paper_system = backend("emulated/model.py", monkeypatch), batching.paper_system
     monkeypatch.setattr(batching, "paper_system", lambda *of: dataclasses.replace(paper_system(*of), batch_size=1))
     model = start(
-        code.TritonPythonModel(), tokenizer.parent, config="p2.D", slow_motion="0.01", answer_limit="null",
+        code.TritonPythonModel(), directory, config="p2.D", slow_motion="0.01", answer_limit="null",
         calibration=json.dumps(dataclasses.asdict(Calibration())),
     )  # fmt: skip
     try:
