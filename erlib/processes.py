@@ -209,8 +209,8 @@ def undisturbed() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in late[:1]:
-            signal.raise_signal(number)
+        if late:
+            signal.raise_signal(late[0])
 
 
 def stop(processes: Iterable[subprocess.Popen[bytes]], grace_s: float = 10.0) -> None:
