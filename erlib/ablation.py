@@ -70,20 +70,21 @@ def run(profile: Profile) -> pd.DataFrame:
     ConfigError
         If memory does not hold the unpickled models that are still needed.
     """
+    _require_memory(profile, 1)  # the model is made before anything is known of points
     arms = plan(profile)
     points = [point for arm in arms for point in sweep.points(serving(profile), arm)]
     if not all(records.found(point.path, "ablation") for point in points):
-        _require_memory(profile)
+        _require_memory(profile, profile.ablation.gateways)
     return sweep.run(serving(profile), arms)
 
 
-def _require_memory(profile: Profile) -> None:
+def _require_memory(profile: Profile, models: int) -> None:
     settings = profile.ablation
-    needed = settings.gateways * settings.terms * profile.clusterer.n_components * _BYTES_PER_WEIGHT
+    needed = models * settings.terms * profile.clusterer.n_components * _BYTES_PER_WEIGHT
     free = psutil.virtual_memory().available
     if free < needed:
         raise ConfigError(
-            f"{settings.gateways} gateways with the stock router need {needed / 1e9:.1f} GB of memory, "
+            f"{models} gateways with the stock router need {needed / 1e9:.1f} GB of memory, "
             f"{free / 1e9:.1f} GB are free: lower ablation.gateways or ablation.terms"
         )
 

@@ -117,8 +117,9 @@ def test_the_figure_shows_all_arms_and_says_what_was_late(monkeypatch, tmp_path)
     assert not drawn.loc[(drawn["users"] == 25) & (drawn["client"] != "none"), "kept_pace"].any()
 
 
-def test_too_little_memory_is_an_error_before_anything_starts():
-    profile = config.load_profile("smoke", {"ablation.gateways": 1000, "ablation.terms": 10**8})
+@pytest.mark.parametrize("terms", [100_000, 10**8], ids=["for all gateways", "for a single one"])
+def test_too_little_memory_is_an_error_before_anything_starts(terms):
+    profile = config.load_profile("smoke", {"ablation.gateways": 1000, "ablation.terms": terms})
     with pytest.raises(config.ConfigError, match=r"need .* GB.*lower ablation\.gateways"):
         ablation.run(profile)
 
