@@ -394,4 +394,5 @@ def _environment() -> dict[str, str]:
     return {
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         "LD_LIBRARY_PATH": ":".join(part for part in libraries if part),
+        "PYTHONUTF8": "1",  # without a locale, it would take the names of files for ASCII
     }

@@ -216,7 +216,7 @@ def triton_server(words, put_standin):
     shutil.rmtree(models, ignore_errors=True)
     shutil.copytree(known["model-repository"], models)
     put_standin(models)
-    server = repository.RepositoryServer("standin", models, int(known["http-port"]), HOME, (), known["http-address"])
+    server = repository.RepositoryServer("standin", models, int(known["http-port"]), HOME, (), known["grpc-address"])
     launch = server.launch
     os.set_inheritable(server._run_folder._lock, True)  # it is the server's, which this process is about to become
     os.environ.update(launch.environment)
