@@ -336,11 +336,14 @@ def _short(path: Path) -> Path:
 
 def _keys() -> str:
     """Each key of a profile with its meaning, type and default, as wide as the terminal."""
-    width, indent = max(60, shutil.get_terminal_size((120, 20)).columns - 1), 37
-    return "\n".join(
-        textwrap.fill(f"  {key.name:<{indent - 3}} {key.text}", width, subsequent_indent=" " * indent)
-        for key in keys.of(config.Profile)
+    indent = 37
+    wrapper = textwrap.TextWrapper(
+        max(60, shutil.get_terminal_size((120, 20)).columns - 1),
+        subsequent_indent=" " * indent,
+        break_long_words=False,  # what can be copied stays whole
+        break_on_hyphens=False,
     )
+    return "\n".join(wrapper.fill(f"  {key.name:<{indent - 3}} {key.text}") for key in keys.of(config.Profile))
 
 
 def _arguments() -> argparse.Namespace:
