@@ -44,8 +44,10 @@ from erlib.telemetry import Request, Telemetry, logger
 Distances = Callable[[str], Sequence[float]]
 """Prompt -> its distance to each cluster's centre."""
 
-_QUESTIONS = ["ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig", "RepositoryIndex"]
+_QUESTIONS = ["ServerReady", "ModelReady", "ModelMetadata", "ModelConfig", "RepositoryIndex"]
 """Methods that any live server is asked to answer. Those that would change a server are not offered."""
+_EXTENSIONS = {"classification", "model_configuration", "parameters", "schedule_policy", "statistics"}
+"""Of what Triton says that it offers, what it offers through a gateway, too."""
 _SERVER_AT_FAULT = {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DATA_LOSS"}
 """Status codes of errors that are not the request's own."""
 _SILENT = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
@@ -120,6 +122,7 @@ class Gateway(grpc.GenericRpcHandler):
             "ModelInfer": self._infer,
             "ModelStatistics": self._statistics,
             "ServerLive": self._live,
+            "ServerMetadata": self._metadata,
             **{question: partial(self._ask, question) for question in _QUESTIONS},
         }.get(name)
         return grpc.unary_unary_rpc_method_handler(answer) if service == wire.SERVICE and answer else None
@@ -413,6 +416,11 @@ class Gateway(grpc.GenericRpcHandler):
 
     async def _live(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return pb.ServerLiveResponse(live=True).SerializeToString()
+
+    async def _metadata(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        reply = pb.ServerMetadataResponse.FromString(await self._ask("ServerMetadata", message, context))
+        reply.extensions[:] = [extension for extension in reply.extensions if extension in _EXTENSIONS]
+        return reply.SerializeToString()
 
     async def _ask(self, question: str, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Ask one server after the other until one answers."""

@@ -18,6 +18,10 @@ from erlib.experts import Expert
 logger = logging.getLogger("erlib.gateway")
 
 _LOGGED = ["id", "kind", "peer", "expert", "replica", "retries", "responses", "expert_error", "code", "spans_ns"]
+NO_EXPERT = "none"
+"""The label of requests that were refused before an expert was chosen."""
+_KINDS = ("stream", "unary")
+_SPANS = ("queue", "vectorise", "svd", "kmeans", "forward", "first_byte")
 _BUCKETS_S = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10, 30, 100]
 
 
@@ -86,6 +90,22 @@ class Telemetry:
             for replica in expert.replicas:
                 outstanding.labels(number, replica.url).set_function(partial(len, replica.calls))
                 up.labels(number, replica.url).set_function(partial(getattr, replica, "is_up"))
+        self._begin_at_zero(len(experts))
+
+    def _begin_at_zero(self, n_experts: int) -> None:
+        """Show all that there may be: what first appears with an event has no rate then, and no ratio before."""
+        experts = [str(number) for number in range(n_experts)]
+        for expert in (*experts, NO_EXPERT):
+            for kind in _KINDS:
+                self._requests.labels(expert, kind)
+            for code in grpc.StatusCode:
+                if code is not grpc.StatusCode.OK:
+                    self._errors.labels(expert, code.name)
+        for expert in experts:
+            self._tokens.labels(expert)
+            self._retries.labels(expert)
+        for span in _SPANS:
+            self._spans.labels(span)
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Count the tasks of `loop` whenever somebody asks."""
@@ -94,7 +114,7 @@ class Telemetry:
 
     def note(self, request: Request) -> None:
         """Count a request that has ended, whatever its end."""
-        expert = str(request.expert) if request.expert >= 0 else ""
+        expert = str(request.expert) if request.expert >= 0 else NO_EXPERT
         self._requests.labels(expert, request.kind).inc()
         if request.code != grpc.StatusCode.OK.name:
             self._errors.labels(expert, request.code).inc()

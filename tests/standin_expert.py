@@ -48,6 +48,14 @@ class Orders:
         return cls(**{name: types[name](value) for name, _, value in pairs if name in types})
 
 
+EXTENSIONS = [
+    "classification", "sequence", "model_repository", "model_repository(unload_dependents)", "schedule_policy",
+    "model_configuration", "system_shared_memory", "cuda_shared_memory", "binary_tensor_data", "parameters",
+    "statistics", "trace", "logging",
+]  # fmt: skip
+"""What Triton says that it offers."""
+
+
 def response(text: bytes, number: int, request_id: str = "") -> bytes:
     """One token as an expert sends it."""
     reply = pb.ModelStreamInferResponse()
@@ -123,7 +131,7 @@ class StandIn(grpc.GenericRpcHandler):
             reply = {
                 "ServerReady": pb.ServerReadyResponse(ready=self.is_ready),
                 "ModelReady": pb.ModelReadyResponse(ready=self.is_ready),
-                "ServerMetadata": pb.ServerMetadataResponse(name="triton", version="2.51", extensions=["x"]),
+                "ServerMetadata": pb.ServerMetadataResponse(name="triton", version="2.51", extensions=EXTENSIONS),
                 "ModelMetadata": pb.ModelMetadataResponse(name=wire.MODEL_NAME, platform=self.url),
                 "ModelConfig": config,
                 "ModelStatistics": pb.ModelStatisticsResponse(

@@ -61,7 +61,7 @@ def test_a_peer_may_hold_so_many_streams_and_another_peer_is_not_affected():
             held = await asyncio.gather(*held)
             again = await asyncio.gather(*start(door.channel, "0", **of("10.0.0.1")))
             counted = door.gateway.telemetry.registry.get_sample_value
-            refused = counted("er_errors_total", {"expert": "", "kind": "RESOURCE_EXHAUSTED"})
+            refused = counted("er_errors_total", {"expert": "none", "kind": "RESOURCE_EXHAUSTED"})
             return [ends(outcomes) for outcomes in (held, more, other, again)], refused
 
     assert asyncio.run(run()) == ([{"OK": 3}, {"RESOURCE_EXHAUSTED": 4}, {"OK": 1}, {"OK": 1}], 4)
@@ -145,22 +145,69 @@ async def metrics(port: int) -> dict[tuple[str, ...], float]:
     return {(sample.name, *sample.labels.values()): sample.value for sample in samples}
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are():
-    async def exposed() -> str:
+def exposed(*requests: Request) -> list[tuple[str, dict[str, str], float]]:
+    """Name, labels and value of all that a gateway before two experts, one of which has two replicas, shows."""
+
+    async def read() -> str:
         telemetry = Telemetry(experts.connect("127.0.0.1:1|127.0.0.1:2,127.0.0.1:3"))
         telemetry.watch(asyncio.get_running_loop())
-        failed = Request("stream", "peer", expert=0, responses=3, retries=1, code="UNAVAILABLE", spans_ns={"svd": 1})
-        telemetry.note(failed)
+        for one in requests:
+            telemetry.note(one)
         return prometheus_client.generate_latest(telemetry.registry).decode()
 
-    lines = asyncio.run(exposed()).splitlines()
-    known = {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
+    families = text_string_to_metric_families(asyncio.run(read()))
+    return [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
+
+
+FAILED = Request("stream", "peer", expert=0, responses=3, retries=1, code="UNAVAILABLE", spans_ns={"svd": 1})
+REFUSED = Request("unary", "peer", code="INVALID_ARGUMENT")
+
+
+def expressions() -> list[str]:
+    """What the dashboard asks for."""
     panels = json.loads((paths.ROOT / "docs" / "grafana.json").read_text())["panels"]
-    asked = {name for panel in panels for target in panel["targets"] for name in METRIC.findall(target["expr"])}
+    return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are():
+    known = {name for name, _, _ in exposed()}
+    asked = {name for expression in expressions() for name in METRIC.findall(expression)}
     assert asked
     assert asked <= known
     of_ours = {name for name in known if name.startswith("er_") and not name.endswith(("_created", "_sum", "_count"))}
     assert of_ours <= asked
+
+
+def test_everything_that_the_dashboard_asks_for_is_of_the_chosen_job():
+    for expression in expressions():
+        for metric in METRIC.finditer(expression):
+            assert expression[metric.end() :].startswith('{job=~"$job"'), expression
+
+
+def test_every_metric_is_there_for_every_expert_before_anything_has_happened():
+    """Else the first event is no increase, and what it is divided by is missing."""
+    before, after = exposed(), exposed(FAILED, REFUSED)
+    counted = {(name, *labels.values()): value for name, labels, value in before if name.endswith("_total")}
+    assert {name for name, *_ in counted if name.startswith("er_")} == {
+        f"er_{what}_total" for what in ("requests", "errors", "tokens", "retries")
+    }
+    assert not [name for name, value in counted.items() if value and name[0].startswith("er_")]
+    new = {(name, *labels.values()) for name, labels, _ in after} - {
+        (name, *labels.values()) for name, labels, _ in before
+    }
+    assert not new
+    for expert in ("0", "1"):
+        for name, *labels in (("retries",), ("tokens",), ("requests", "stream"), ("errors", "UNAVAILABLE")):
+            assert (f"er_{name}_total", expert, *labels) in counted
+    changed = {(name, *labels.values()) for name, labels, value in after if value and name.endswith("_total")}
+    assert {name for name in changed if name[0].startswith("er_")} == {
+        ("er_requests_total", "0", "stream"),
+        ("er_requests_total", "none", "unary"),
+        ("er_errors_total", "0", "UNAVAILABLE"),
+        ("er_errors_total", "none", "INVALID_ARGUMENT"),
+        ("er_tokens_total", "0"),
+        ("er_retries_total", "0"),
+    }
 
 
 def test_metrics_and_log_lines_tell_what_happened_but_not_what_was_asked(tmp_path):

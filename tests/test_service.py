@@ -431,6 +431,9 @@ def test_questions_are_answered_by_any_live_server_and_orders_by_none():
                 await gateway.ask(orders)
             statistics = pb.ModelStatisticsResponse.FromString(await ask["ModelStatistics"](b""))
             assert [model.inference_count for model in statistics.model_stats] == [1, 2]
+            server = pb.ServerMetadataResponse.FromString(await ask["ServerMetadata"](b""))
+            offered = {"classification", "schedule_policy", "model_configuration", "parameters", "statistics"}
+            assert (server.name, set(server.extensions)) == ("triton", offered)
             for name in ("RepositoryModelUnload", "SystemSharedMemoryRegister", "TraceSetting", "LogSettings"):
                 with pytest.raises(grpc.aio.AioRpcError) as error:
                     await ask[name](b"")
