@@ -322,6 +322,7 @@ def test_triton_clients_and_health_checks_are_answered_by_the_gateways(tmp_path)
             client.async_stream_infer(wire.MODEL_NAME, [prompt])
             client.async_stream_infer(wire.MODEL_NAME, [prompt])
             client.stop_stream()
+            prompt.set_data_from_numpy(np.array([["0 n=1"]], dtype=object))  # its one answer has one response
             client.infer(wire.MODEL_NAME, [prompt])
         return got
 
