@@ -38,6 +38,9 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 """The commit that is fetched: what a branch names there may change."""
 
+POSITIONS = 8192
+"""Tokens that SmolLM2-135M was made for."""
+
 COMPUTE = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """Every engine computes in float32. Set, because OpenVINO would take bfloat16, or 8-bit activations, on a CPU that has
 them: then results of two machines could not be compared, nor those of two formats."""

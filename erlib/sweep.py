@@ -276,11 +276,11 @@ def _fitted(profile: Profile) -> preflight.Fitted:
 def context_tokens(profile: Profile, configuration: Configuration) -> int:
     """Tokens of the longest sequence, prompt and answer together, that a system takes.
 
-    A laptop's is what the KV cache of one instance holds; ``scale.tokens`` divides it.
+    A laptop's is what the KV cache of one instance holds (by ``scale.tokens``), but no more than the model takes.
     """
     if profile.serving.backend == "tensorrt_llm":
         return tensorrt_llm.lengths(configuration, profile.workload)[1]
-    return engines.laptop_system(profile, configuration).kv_tokens
+    return min(openvino.POSITIONS, engines.laptop_system(profile, configuration).kv_tokens)
 
 
 def workload(profile: Profile, paper: prompts.Paper) -> Workload:

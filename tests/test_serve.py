@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import BASE_PORT
 
-from erlib import config, paths, processes, sweep
+from erlib import config, paths, processes, sweep, wire
 from scripts import serve
 
 STARTED_BY_HAND = [
@@ -69,10 +69,12 @@ def test_what_set_says_reaches_the_system(monkeypatch):
     assert context > 2000  # a prompt and an answer of paper 2
 
 
-def test_the_context_is_what_an_instance_holds(profile):
-    (system,) = sweep.systems(profile, sweep.configurations(profile, ["p2.E"]))
-    held = int(system.servers[0].parameters["kv_blocks"]) * config.KV_BLOCK_TOKENS
-    assert sweep.context_tokens(profile, config.load_configuration("p2.E")) == held
+@pytest.mark.parametrize("scale", [60, 1])
+def test_the_context_is_what_an_instance_takes(profile, scale):
+    scaled = profile.model_copy(update={"scale": profile.scale.model_copy(update={"tokens": scale})})
+    (system,) = sweep.systems(scaled, sweep.configurations(scaled, ["p2.E"]))
+    taken = int(system.servers[0].parameters[wire.CONTEXT])
+    assert sweep.context_tokens(scaled, config.load_configuration("p2.E")) == taken
 
 
 def test_help_says_each_context(monkeypatch, capsys):
