@@ -131,8 +131,9 @@ class Front:
 
     async def _answer(self, request: web.Request, kind: type[_Completion | _Chat]) -> web.StreamResponse:
         asked = await _read(request, kind)
-        answers = [_Answer(asked, text) for text in asked.texts]
-        frame = _Frame(kind is _Chat, f"er-{next(self._ids)}")
+        number = f"er-{next(self._ids)}"
+        answers = [_Answer(asked, text, number) for text in asked.texts]
+        frame = _Frame(kind is _Chat, number)
         if asked.stream:
             return await self._stream(request, frame, answers[0])
         tasks = [asyncio.create_task(self._whole(answer)) for answer in answers]
@@ -181,9 +182,10 @@ class Front:
         ------
         Refused
         """
-        asked, end_id = answer.asked, wire.NEVER_STOP if answer.asked.is_forced else self._end_id
-        limit = asked.limit or await self._room(answer.text)
-        message = wire.encode_request(answer.text, limit, end_id)
+        is_forced = answer.asked.is_forced
+        limit = answer.asked.limit or await self._room(answer.text)
+        end_id = wire.NEVER_STOP if is_forced else self._end_id
+        message = wire.encode_request(answer.text, limit, end_id, answer.number)
         call = self._channel.stream_stream(wire.STREAM_INFER)(iter([message]))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         finish = ""
@@ -197,7 +199,7 @@ class Front:
                 if finish:  # more than was asked for
                     break
                 answer.tokens += len(response.token_ids)
-                if not asked.is_forced and response.token_ids[-1] in self._ends:
+                if not is_forced and response.token_ids[-1] in self._ends:
                     finish = "stop"
                 elif answer.tokens >= limit:
                     finish = "length"
@@ -258,8 +260,8 @@ class Front:
 class _Answer:
     """What is asked with one prompt, and how many tokens have come."""
 
-    def __init__(self, asked: _Completion | _Chat, text: str):
-        self.asked, self.text = asked, text
+    def __init__(self, asked: _Completion | _Chat, text: str, number: str):
+        self.asked, self.text, self.number = asked, text, number
         self.tokens = 0
 
 
