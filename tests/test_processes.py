@@ -138,7 +138,7 @@ def test_forked_workers_die_with_their_parent():
 def test_a_signal_that_ends_us_lets_us_clean_up_even_if_it_comes_twice(number):
     code = (
         "import os, signal, sys, time; from erlib import processes\n"
-        "processes.end_on_signals()\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); processes.end_on_signals()\n"
         "try:\n"
         "    print(flush=True); time.sleep(60)\n"
         "finally:\n"

@@ -106,10 +106,14 @@ def test_nothing_of_it_is_left_however_it_ends(number, status, profile):
     port = BASE_PORT + 650
     command = [sys.executable, "scripts/serve.py", "p2.A", "--profile", "smoke", "--openai", str(port + 50), "--set"]
     settings = [f"serving.base_port={port}", f"serving.start_timeout_s={profile.serving.start_timeout_s}"]
-    unblocked = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+
+    def hear() -> None:  # whoever runs the tests may have told them not to
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     environment = os.environ | {"PYTHONPATH": str(paths.ROOT)}
     with subprocess.Popen(
-        [*command, *settings], cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, text=True, **unblocked
+        [*command, *settings], cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=hear
     ) as served:
         try:
             while "Ctrl-C stops everything" not in (line := served.stdout.readline()):
