@@ -104,17 +104,12 @@ SLOW = pytest.mark.slow
 )
 def test_nothing_of_it_is_left_however_it_ends(number, status, profile):
     port = BASE_PORT + 650
-    command = [sys.executable, "scripts/serve.py", "p2.A", "--profile", "smoke", "--openai", str(port + 50), "--set"]
+    # Whoever runs the tests may have told them not to hear these signals.
+    command = ["env", "--default-signal=INT,HUP", sys.executable, "scripts/serve.py", "p2.A", "--profile", "smoke"]
     settings = [f"serving.base_port={port}", f"serving.start_timeout_s={profile.serving.start_timeout_s}"]
-
-    def hear() -> None:  # whoever runs the tests may have told them not to
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
+    command += ["--openai", str(port + 50), "--set", *settings]
     environment = os.environ | {"PYTHONPATH": str(paths.ROOT)}
-    with subprocess.Popen(
-        [*command, *settings], cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=hear
-    ) as served:
+    with subprocess.Popen(command, cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, text=True) as served:
         try:
             while "Ctrl-C stops everything" not in (line := served.stdout.readline()):
                 assert line, "it has ended"

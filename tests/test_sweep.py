@@ -51,8 +51,11 @@ def test_a_damaged_point_is_measured_again_and_the_others_are_not(measured, caps
     assert "sweep: 1 of 2 points found by content hash, 1 to measure" in printed
 
 
-def test_an_overview_says_each_thing_once_and_without_hashes():
-    plan = sweep.server_plan(Path("/build/smollm2-135m-2of30-fp16-0123456789abcdef"), 4, 7, "u8", 1)
+def test_an_overview_says_each_thing_once_and_without_hashes(tmp_path):
+    engine = tmp_path / "smollm2-135m-2of30-fp16-0123456789abcdef"
+    engine.mkdir()
+    (engine / "config.json").write_text('{"max_position_embeddings": 8192}')
+    plan = sweep.server_plan(engine, 4, 7, "u8", 1)
     systems = [("p1.A", "direct", [plan]), ("p1.B", "expert_router", [plan] * 8)]
     table = sweep.overview(
         SimpleNamespace(system=sweep.System(*system, tokenizer=Path(), router=Path())) for system in systems
