@@ -393,7 +393,7 @@ class _GrpcUsers(_Http2):
         self._head = (
             b"\x83\x86\x04" + bytes([len(path)]) + path + b"\x01" + bytes([len(authority)]) + authority.encode()
             + _header(b"te", b"trailers") + _header(b"content-type", b"application/grpc")
-            + _header(b"grpc-timeout", b"3600S")
+            + _header(b"grpc-timeout", b"3600S") + _header(*(part.encode() for part in wire.COMPLETE))
         )  # fmt: skip
 
     def request(self, prompt: str, max_tokens: int) -> Stream:

@@ -1,7 +1,6 @@
 """The ways from users to the engine that are compared: direct, through our gateways, through what others would use.
 
-LiteLLM has an environment of its own in the cache, made of pinned packages when it is first used. Envoy is the extra
-``envoy`` of this one.
+LiteLLM has an environment of its own in the cache, made of pinned packages when it is first used.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import psutil
 
 from benchmarks.environments import environment
 from erlib import processes
-from erlib.envoy import Envoy
 from erlib.nginx import Nginx
 from erlib.stack import Gateway
 
@@ -92,13 +90,10 @@ class Site:
         url, relay = self._nginx(running, urls)
         return Way(url, "grpc", [relay, *gateways])
 
-    def envoy_and_gateways(self, running: contextlib.ExitStack) -> Way:
-        urls, gateways = self.gateways(running, GATEWAYS, "--processor")
-        envoy = Envoy(next(self._ports), urls, [self._engine] * EXPERTS, self._work)
-        envoy.start()
-        assert envoy.process is not None
-        running.callback(processes.stop, [envoy.process], 3)
-        return Way(envoy.url, "grpc", [envoy.process, *gateways])
+    def nginx_relaying(self, running: contextlib.ExitStack) -> Way:
+        urls, gateways = self.gateways(running, GATEWAYS, "--hands-over")
+        url, relay = self._nginx(running, urls, [self._engine] * EXPERTS)
+        return Way(url, "grpc", [relay, *gateways])
 
     def litellm(self, running: contextlib.ExitStack) -> Way:
         python = environment("litellm")
@@ -127,8 +122,10 @@ class Site:
             gateway.wait_ready(START_TIMEOUT_S)
         return [gateway.url for gateway in gateways], [gateway.process for gateway in gateways]
 
-    def _nginx(self, running: contextlib.ExitStack, upstreams: list[str]) -> tuple[str, subprocess.Popen[bytes]]:
-        nginx = Nginx(next(self._ports), upstreams, self._work)
+    def _nginx(
+        self, running: contextlib.ExitStack, upstreams: list[str], experts: Sequence[str] = ()
+    ) -> tuple[str, subprocess.Popen[bytes]]:
+        nginx = Nginx(next(self._ports), upstreams, self._work, experts=experts)
         nginx.start()
         assert nginx.process is not None
         running.callback(processes.stop, [nginx.process], 3)
@@ -150,7 +147,7 @@ WAYS: dict[str, Callable[[Site, contextlib.ExitStack], Way]] = {
     "NGINX": Site.nginx,
     "gateway": Site.gateway,
     f"NGINX + {GATEWAYS} gateways": Site.nginx_and_gateways,
-    f"Envoy + {GATEWAYS} gateways": Site.envoy_and_gateways,
+    f"NGINX, asking {GATEWAYS} gateways": Site.nginx_relaying,
     "direct, OpenAI": Site.direct_openai,
     "LiteLLM": Site.litellm,
 }

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 
 import grpc
 import grpc.aio
 from grpc import StatusCode
 
+from erlib import wire
 from erlib.limits import Limits, peer_of
 
 _NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip", "triton_grpc_error")
@@ -58,7 +59,8 @@ class Caller:
         self.peer = peer_of(context.peer(), self.metadata, behind_proxy)
         self.forwarded = forwarded(context)
         self.explain = "er-explain" in self.metadata
-        self.ends_on_error = self.metadata.get("triton_grpc_error") == "true"
+        name, value = wire.STATUS_ON_ERROR
+        self.ends_on_error = self.metadata.get(name) == value or wire.COMPLETE[0] in self.metadata
         self.in_flight = 0
         self.failure: Failure | None = None
         """What the call is about to end with."""
@@ -75,6 +77,17 @@ class Caller:
         if expert not in self._turns:
             self._turns[expert] = asyncio.Semaphore(self._waiting_per_expert)
         return self._turns[expert]
+    @property
+    def metadata_bytes(self) -> int:
+        """Size of what is to be forwarded, as HTTP/2 counts."""
+        return sum(len(name) + len(value) + 32 for name, value in self.forwarded)
+
+    async def read_all(self, begun: Sequence[bytes] = ()) -> AsyncIterator[bytes]:
+        """Its messages, of which those that have `begun` are read already."""
+        for message in begun:
+            yield message
+        while (message := await self.context.read()) is not grpc.aio.EOF:
+            yield message
 
     async def begin(self, metadata: Mapping[str, object]) -> None:
         """Send initial metadata, if nothing has been sent yet.

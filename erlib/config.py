@@ -277,8 +277,9 @@ class ServingSettings(_Section):
         "openvino", description="small engines on the CPU, or the papers' own on GPUs"
     )
     gateways: PositiveInt = Field(16, le=1000, description="routing gateways between the front and the experts")
-    front: Literal["nginx", "envoy"] = Field(
-        "nginx", description="nginx (as in the papers), or envoy (the extra `envoy`): tokens do not pass the gateways"
+    relay: Literal["front", "gateway"] = Field(
+        "front",
+        description="who relays the tokens: NGINX, which asks a gateway for the expert only, or the gateway (papers)",
     )
     # With the most gateways and replicas, the last port is 64,024.
     base_port: int = Field(18000, ge=1024, le=60000, description="first of the ports in use, which follow each other")

@@ -39,6 +39,9 @@ ABANDON_AFTER_S = 5.0
 SLOW_CONNECT_S = 20.0
 """A server that has not finished connecting within this time never will; one on a busy machine takes seconds."""
 
+SERVER_AT_FAULT = {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DATA_LOSS"}
+"""How a request ends for which its server can be suspected, and not its client."""
+
 CHANNEL_OPTIONS = [
     *wire.CHANNEL_OPTIONS,
     # The defaults let a restarted expert wait up to two minutes for the next attempt to connect.

@@ -24,7 +24,7 @@ import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from erlib import envoy, experts, routers, wire
+from erlib import experts, routers, wire
 from erlib.clusterer import Clusterer, ClustererError
 from erlib.limits import Limits
 from erlib.processes import StartError
@@ -45,7 +45,7 @@ async def serving(
     gateway: Gateway,
     address: str,
     *,
-    handlers: Sequence[grpc.GenericRpcHandler] = (),
+    hands_over: bool = False,
     credentials: grpc.ServerCredentials | None = None,
     max_streams: int | None = None,
     silence_s: float = 30.0,
@@ -59,8 +59,8 @@ async def serving(
     gateway : Gateway
     address : str
         ``host:port``; port 0 takes a free one.
-    handlers : sequence of GenericRpcHandler
-        Of what is served beside it.
+    hands_over : bool
+        Whether it hears at the UDP port with the same number what became of requests that NGINX relayed.
     credentials : ServerCredentials, optional
         For TLS; None: plain text.
     max_streams : int, optional
@@ -87,7 +87,7 @@ async def serving(
         "grpc.max_metadata_size": 9 << 10,
     }
     server = grpc.aio.server(options=list(options.items()), maximum_concurrent_rpcs=max_streams)
-    server.add_generic_rpc_handlers((gateway, *handlers))
+    server.add_generic_rpc_handlers((gateway,))
     standing = health.aio.HealthServicer()
     await standing.set(wire.SERVICE, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(standing, server)
@@ -101,6 +101,7 @@ async def serving(
             ", or key and certificate are none" * bool(credentials)
         )
         raise StartError(f"cannot listen at {address}: {reasons}") from None
+    hearing = await _hear(gateway, f"{address.rpartition(':')[0]}:{port}") if hands_over else None
     await server.start()
     replicas = [replica for expert in gateway.experts for replica in expert.replicas]
     background = [
@@ -110,6 +111,8 @@ async def serving(
     try:
         yield port
     finally:
+        if hearing:
+            hearing.close()
         for task in background:
             task.cancel()
         await asyncio.wait(background)
@@ -125,6 +128,16 @@ async def serving(
         await asyncio.wait({stopped, asyncio.create_task(server.stop(None))}, timeout=_SETTLE_S)
         for replica in replicas:
             await replica.close()
+
+
+async def _hear(gateway: Gateway, address: str) -> asyncio.BaseTransport:
+    host, _, port = address.rpartition(":")
+    try:
+        return (await asyncio.get_running_loop().create_datagram_endpoint(
+            lambda: gateway.handovers, local_addr=(host.strip("[]"), int(port))
+        ))[0]  # fmt: skip
+    except OSError as error:
+        raise StartError(f"cannot hear at UDP {address} how requests end: {error}") from None
 
 
 def _router(args: argparse.Namespace, behind: Sequence[experts.Expert]) -> routers.Router:
@@ -157,16 +170,10 @@ async def _run_until_signalled(args: argparse.Namespace) -> None:
     )
     thread = ThreadPoolExecutor(1) if args.policy in routers.SLOW else None
     gateway = Gateway(router.route, behind, args.index, distances, limits, telemetry, args.behind_proxy, thread)
-    settings = {name: getattr(args, name) for name in ("max_streams", "silence_s", "drain_s", "insist_s")}
+    settings = {name: getattr(args, name) for name in ("hands_over", "max_streams", "silence_s", "drain_s", "insist_s")}
     address = f"{args.host}:{args.port}"
     gc.freeze()  # what is there now stays: no collection need look at it again
-    handlers = []
-    if args.processor:
-        envoy.find()
-        from erlib.processor import Processor  # only now: it needs the extra `envoy`
-
-        handlers.append(Processor(gateway))
-    async with serving(gateway, address, handlers=handlers, credentials=_server_credentials(args), **settings):
+    async with serving(gateway, address, credentials=_server_credentials(args), **settings):
         await stopping.wait()
 
 
@@ -203,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         default="classify",
         help="how an expert is chosen, see erlib.routers.load",
     )
-    parser.add_argument("--processor", action="store_true", help="decide for Envoy, too (the extra `envoy`)")
+    parser.add_argument("--hands-over", action="store_true", help="to NGINX, whose configuration names the experts")
     parser.add_argument("--index", type=int, default=0, help="which of the instances this is")
     parser.add_argument(
         "--silence-s", type=_positive(float), default=30.0, help="after which an expert is asked if it is alive"

@@ -27,7 +27,6 @@ from erlib import (
     config,
     corpus,
     engines,
-    envoy,
     estimates,
     hardware,
     nginx,
@@ -56,7 +55,7 @@ _ANSWER_S = 10
 
 
 def basics(profile: Profile) -> list[str]:
-    """Problems that any run on this machine would have: folders, disk space, input files, NGINX or Envoy, ports."""
+    """Problems that any run on this machine would have: folders, disk space, input files, NGINX, ports."""
     found = [*_folders(profile), *_inputs(profile)]
     free = hardware.free_disk_bytes(paths.run_dir(profile.name))
     if free < LEAST_FREE_BYTES:
@@ -65,7 +64,7 @@ def basics(profile: Profile) -> list[str]:
             "Make room, or set ERLIB_HOME to another disk"
         )
     checks: list[Callable[[], object]] = [
-        envoy.find if profile.serving.front == "envoy" else nginx.find,
+        nginx.find,
         lambda: processes.require_free_ports(ports(profile), profile.serving.host),
     ]
     for check in checks:

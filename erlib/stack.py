@@ -15,9 +15,8 @@ from typing import Literal, Self, TypeVar
 import grpc
 import grpc.aio
 
-from erlib import envoy, hardware, leftovers, processes, triton, wire
+from erlib import hardware, leftovers, processes, triton, wire
 from erlib.config import Routing, ServingSettings
-from erlib.envoy import Envoy
 from erlib.nginx import Nginx
 from erlib.processes import StartError
 from erlib.triton import ServerPlan, TritonServer
@@ -124,9 +123,7 @@ class Placement:
 class Share:
     """What one host runs of a stack: all of it, or a part."""
 
-    def __init__(
-        self, host: str, servers: Sequence[TritonServer], gateways: Sequence[Gateway], front: Nginx | Envoy | None
-    ):
+    def __init__(self, host: str, servers: Sequence[TritonServer], gateways: Sequence[Gateway], front: Nginx | None):
         self.host = host
         self.servers = servers
         self._gateways = gateways
@@ -149,8 +146,6 @@ class Share:
         """
         leftovers.sweep()
         triton.preflight(len(self.servers))
-        if isinstance(self._front, Envoy):
-            envoy.find()
         ports = [port for server in self.servers for port in (server.http_port, server.grpc_port, server.metrics_port)]
         ports += [port for gateway in self._gateways for port in gateway.ports]
         processes.require_free_ports([*ports, *([self._front.port] if self._front else [])], self.host)
@@ -281,7 +276,7 @@ class Stack:
 
     Notes
     -----
-    Ports, from ``settings.base_port``: NGINX or Envoy, the gateways, then three for each server.
+    Ports, from ``settings.base_port``: NGINX, the gateways, then three for each server.
     """
 
     def __init__(
@@ -298,7 +293,7 @@ class Stack:
         metrics_port: int | None = None,
     ):
         has_gateways = routing in ("expert_router", "replicas")
-        has_envoy = settings.front == "envoy"
+        hands_over = settings.relay == "front"
         if placement is None:
             gateways = (0,) * (settings.gateways if has_gateways else 0)
             placement = Placement((settings.host,), (0,) * len(servers), gateways, 0, ("",))
@@ -320,18 +315,16 @@ class Stack:
             Gateway(
                 i, addresses[host], settings.base_port + 1 + i, experts, clusterer, policy, directories[host],
                 self.harness_niceness,
-                ["--insist-s", str(settings.start_timeout_s), *(["--processor"] if has_envoy else [])],
+                ["--insist-s", str(settings.start_timeout_s), *(["--hands-over"] if hands_over else [])],
             )
             for i, host in enumerate(placement.gateways)
         ]  # fmt: skip
-        self._front: Nginx | Envoy | None = None
+        self._front: Nginx | None = None
         if has_gateways:
             host = placement.nginx
             upstreams = [gateway.url for gateway in self._gateways]
-            if has_envoy:
-                self._front = Envoy(settings.base_port, upstreams, experts, directories[host], addresses[host])
-            else:
-                self._front = Nginx(settings.base_port, upstreams, directories[host], addresses[host])
+            relayed = experts if hands_over else ()
+            self._front = Nginx(settings.base_port, upstreams, directories[host], addresses[host], relayed)
         if metrics_port:
             for i, gateway in enumerate(self._gateways):
                 gateway.serve_metrics(metrics_port + i)
@@ -351,7 +344,7 @@ class Stack:
 
     @property
     def targets(self) -> list[str]:
-        """Addresses that users connect to: NGINX or Envoy, or the servers themselves where the baseline bypasses it."""
+        """Addresses that users connect to: NGINX, or the servers themselves where the baseline bypasses it."""
         return [self._front.url] if self._front else [server.url for server in self.servers]
 
     @property

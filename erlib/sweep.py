@@ -32,9 +32,9 @@ from erlib import (
     config,
     containers,
     engines,
-    envoy,
     experts,
     gateway,
+    handover,
     hardware,
     limits,
     nginx,
@@ -360,9 +360,9 @@ def points(profile: Profile, series: Series) -> list[Point]:
     base = [
         series.system.description,
         series.client,
-        _code_digest(series.system.backend, bool(profile.serving.cluster), profile.serving.front),
+        _code_digest(series.system.backend, bool(profile.serving.cluster)),
         profile.seed,
-        [profile.serving.gateways, profile.serving.user_processes, profile.serving.front],
+        [profile.serving.gateways, profile.serving.user_processes, profile.serving.relay],
         [profile.serving.users_on, bool(profile.serving.cluster), profile.serving.cluster_users],
         provenance()["host"],
         provenance()["versions"],
@@ -638,9 +638,10 @@ def _git(*arguments: str) -> str:
 
 
 @functools.cache
-def _code_digest(backend: str, in_cluster: bool, front: str) -> str:
+def _code_digest(backend: str, in_cluster: bool) -> str:
     """Hash of the code on the measured path, blind to comments, docstrings and layout."""
-    modules = [wire, processes, triton, routers, experts, limits, telemetry, service, gateway, nginx, stack, users]
+    modules = [wire, processes, triton, routers, experts, limits, telemetry, service, handover, gateway]
+    modules += [nginx, stack, users]
     if backend == repository.ENGINE_MODEL:
         modules += [containers, repository]
         files = [file for file in sorted(repository.TEMPLATES.rglob("*")) if file.is_file()]
@@ -648,13 +649,11 @@ def _code_digest(backend: str, in_cluster: bool, front: str) -> str:
         files = triton.model_code(backend)
     if in_cluster:
         modules += [cluster]
-    if front == "envoy":
-        files += [Path(inspect.getfile(envoy)), Path(inspect.getfile(envoy)).with_name("processor.py")]
     if backend == "emulated":
         from erlib import stock  # and scikit-learn, which takes a second
 
         modules += [engines, steptimes, batching, stock, threaded_users]
-    files += [Path(inspect.getfile(module)) for module in modules]
+    files += [*(Path(inspect.getfile(module)) for module in modules), nginx.TEMPLATE]
     parts: list[Any] = [_skeleton(file) if file.suffix == ".py" else file.read_text() for file in files]
     return config.digest(*parts, inspect.getsource(_scripts))
 

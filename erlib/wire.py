@@ -36,6 +36,8 @@ CHANNEL_OPTIONS = [
 MAX_PROMPT_BYTES = 4 << 20
 MAX_TOKENS = 2**31 - 1
 """More cannot be asked for."""
+COMPLETE = ("er-complete", "1")
+"""Metadata of a client's promise that its stream ends with this request; an error then is the call's status."""
 NEVER_STOP = -1
 """``end_id`` of a forced answer length."""
 CONTEXT = "context_tokens"

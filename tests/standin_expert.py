@@ -253,17 +253,20 @@ async def front(
     drain_s: float = 5.0,
     max_streams: int | None = None,
     insist_s: float = 0.0,
-    beside: Callable[[service.Gateway], Sequence[grpc.GenericRpcHandler]] = lambda _: (),
+    hands_over: bool = False,
     **arguments,
 ) -> AsyncIterator[Front]:
-    """A gateway in front of experts (replicas of one joined by ``|``), in this process, and a channel to it.
-
-    What is served `beside` its inference service is made with it.
-    """
+    """A gateway in front of experts (replicas of one joined by ``|``), in this process, and a channel to it."""
     behind = experts.connect(addresses)
     routing = service.Gateway(arguments.pop("route", first_word), behind, **arguments)
-    settings = {"silence_s": silence_s, "drain_s": drain_s, "max_streams": max_streams, "insist_s": insist_s}
-    async with gateway.serving(routing, "127.0.0.1:0", handlers=beside(routing), **settings) as port:
+    settings = {
+        "silence_s": silence_s,
+        "drain_s": drain_s,
+        "max_streams": max_streams,
+        "insist_s": insist_s,
+        "hands_over": hands_over,
+    }
+    async with gateway.serving(routing, "127.0.0.1:0", **settings) as port:
         url = f"127.0.0.1:{port}"
         async with grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
             yield Front(routing, url, channel)

@@ -20,7 +20,7 @@ from conftest import BASE_PORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from standin_expert import front, response, standin
-from test_faults import free_port, needs_envoy
+from test_faults import free_port
 from test_gateway import gateway_process, metrics
 from tritonclient.grpc import service_pb2 as pb
 
@@ -214,13 +214,13 @@ USERS, TOKENS, SLOW_MOTION = 1000, 50, 10.0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("front", ["nginx", pytest.param("envoy", marks=needs_envoy)])
-def test_a_thousand_streams_outlive_an_expert_that_is_killed_at_half_time(front, profile, tokenizer, tmp_path):
+@pytest.mark.parametrize("relay", ["front", "gateway"])
+def test_a_thousand_streams_outlive_an_expert_that_is_killed_at_half_time(relay, profile, tokenizer, tmp_path):
     """Eight emulated experts in Triton, 16 gateways and what is in front: all requests of other clusters complete.
 
-    Its own end UNAVAILABLE; behind Envoy, those of which a token has come are reset, which gRPC calls INTERNAL.
+    Its own end UNAVAILABLE; if NGINX relays, those of which a token has come are reset, which gRPC calls INTERNAL.
     """
-    serving = profile.serving.model_copy(update={"base_port": BASE_PORT + 500, "gateways": 16, "front": front})
+    serving = profile.serving.model_copy(update={"base_port": BASE_PORT + 500, "gateways": 16, "relay": relay})
     profile = profile.model_copy(update={"serving": config.ServingSettings(**serving.model_dump())})
     system = emulation.system(profile, "p2.D", SLOW_MOTION)
     drawn = prompts.draw(emulation.workload(profile, "p2"), USERS, "uniform", 0, 0)
@@ -267,7 +267,7 @@ def test_a_thousand_streams_outlive_an_expert_that_is_killed_at_half_time(front,
     of_victim = sum(script.cluster == victim for script in scripts)
     assert ended.pop((False, "ok")) == USERS - of_victim
     assert sum(ended.values()) == of_victim
-    assert set(ended) <= {(True, "UNAVAILABLE"), *([(True, "INTERNAL")] if front == "envoy" else [])}
+    assert set(ended) <= {(True, "UNAVAILABLE"), *([(True, "INTERNAL")] if relay == "front" else [])}
     assert all(one.expert == one.cluster and len(one.routing) == 6 for one in answers if one.status == "ok")
     received = [len(one.token_ns) for one in answers if one.cluster != victim]
     assert received == [TOKENS] * (USERS - of_victim)
