@@ -129,7 +129,7 @@ class Share:
         self._gateways = gateways
         self._front = front
         self._parts: list[TritonServer | Gateway] = [*servers, *gateways]
-        self._everything: list[TritonServer | Gateway | Nginx | Envoy] = [*self._parts, *([front] if front else [])]
+        self._everything: list[TritonServer | Gateway | Nginx] = [*self._parts, *([front] if front else [])]
 
     @property
     def title(self) -> str:
@@ -221,7 +221,7 @@ class Share:
             last_words = part.log.with_suffix(".died.log")
             part.log.replace(last_words)
             part.start()
-            if not isinstance(part, (Nginx, Envoy)):  # those wait by themselves
+            if not isinstance(part, Nginx):  # those wait by themselves
                 part.wait_ready(timeout_s)
             lines.append(f"{part.title} {how} (see {last_words}) and has been started again")
         return lines
@@ -238,7 +238,7 @@ class Share:
         leftovers.sweep()
 
 
-def _clean_up(part: TritonServer | Gateway | Nginx | Envoy) -> None:
+def _clean_up(part: TritonServer | Gateway | Nginx) -> None:
     if isinstance(part, (TritonServer, Nginx)):
         part.clean_up()
 
