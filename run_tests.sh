@@ -3,7 +3,7 @@
 . "$(dirname "$0")/scripts/environment.sh"
 cd "$ROOT"
 # What is optional and small is tested, too; where it cannot be had, its tests skip.
-"$PYTHON" scripts/install.py envoy embeddings >>data/runs/install.log || true
+"$PYTHON" scripts/install.py embeddings >>data/runs/install.log || true
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy

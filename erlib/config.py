@@ -50,6 +50,9 @@ Routing = Literal["direct", "round_robin", "expert_router", "replicas"]
 """direct: clients to the one server. round_robin: clients alternate between servers. expert_router: NGINX, gateway,
 the cluster's expert. replicas: NGINX, gateway, the next server in turn (no classification)."""
 
+Relay = Literal["front", "gateway"]
+"""Who relays a routed system's tokens. gateway: as in the papers. front: NGINX, which has asked a gateway whereto."""
+
 Flow = Literal["engine", "llmapi"]
 """How a TensorRT-LLM model comes about; see :mod:`erlib.tensorrt_llm`."""
 Version = Literal["1.2.1", "0.21.0"]
@@ -277,9 +280,9 @@ class ServingSettings(_Section):
         "openvino", description="small engines on the CPU, or the papers' own on GPUs"
     )
     gateways: PositiveInt = Field(16, le=1000, description="routing gateways between the front and the experts")
-    relay: Literal["front", "gateway"] = Field(
+    relay: Relay = Field(
         "front",
-        description="who relays the tokens: NGINX, which asks a gateway for the expert only, or the gateway (papers)",
+        description="who relays the tokens: NGINX, which asks a gateway whereto, or the gateway (papers)",
     )
     # With the most gateways and replicas, the last port is 64,024.
     base_port: int = Field(18000, ge=1024, le=60000, description="first of the ports in use, which follow each other")

@@ -39,6 +39,8 @@ ABANDON_AFTER_S = 5.0
 SLOW_CONNECT_S = 20.0
 """A server that has not finished connecting within this time never will; one on a busy machine takes seconds."""
 
+DOUBT_AGAIN_AFTER_S = 10.0
+"""Between two canaries to a replica that may merely give short answers."""
 SERVER_AT_FAULT = {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DATA_LOSS"}
 """How a request ends for which its server can be suspected, and not its client."""
 
@@ -89,6 +91,7 @@ class Replica:
         self.stream_infer = self._channel.unary_stream(wire.STREAM_INFER)
         self._examination: asyncio.Task[None] | None = None
         self._responses_when_busy: int | None = None
+        self._doubt_again_s = 0.0
 
     @property
     def is_connected(self) -> bool:
@@ -149,6 +152,13 @@ class Replica:
         """Find out, in the background, whether it works; without `infer`: whether it answers at all."""
         if self._examination is None or self._examination.done():
             self._examination = asyncio.create_task(self._examine(infer))
+
+    def doubt(self) -> None:
+        """Suspect it, unless that was done lately: for signs that do not tell a bad answer from a short one."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._doubt_again_s:
+            self._doubt_again_s = now_s + DOUBT_AGAIN_AFTER_S
+            self.suspect()
 
     def suspect_if_silent(self) -> None:
         """Called at intervals: suspect it if it was busy the last time, is now, and has given nothing in between.

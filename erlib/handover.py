@@ -35,6 +35,8 @@ BODY_BYTES = 1 << 20
 _RECEIVE_BUFFER_BYTES = 4 << 20
 _FORGET_AFTER_S = 2 * 3600.0
 """NGINX gives a silent expert up after one hour; what it has not reported long after that, it never will."""
+_ERROR_BYTES = 512
+"""An answer that is no longer may be nothing but an error in the stream, which NGINX does not read."""
 _CODES = {str(code.value[0]): code for code in grpc.StatusCode}
 _CLIENT_GONE = "499"
 
@@ -101,11 +103,11 @@ class Handovers(asyncio.DatagramProtocol):
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
 
     def datagram_received(self, data: bytes, addr: object) -> None:
-        """One line of NGINX's log, as syslog sends it: ``... er: TICKET RELAYED STATUS TRAILER HEADER``."""
+        """One line of NGINX's log, as syslog sends it: ``... er: TICKET RELAYED STATUS BYTES TRAILER HEADER``."""
         words = data.rpartition(b"er: ")[2].decode("ascii", "replace").split()
-        if len(words) != 5 or words[0] not in self._held:
+        if len(words) != 6 or words[0] not in self._held or not words[3].isdecimal():
             return
-        ticket, relayed, status, *grpc_status = words
+        ticket, relayed, status, size, *grpc_status = words
         held = self._end(ticket)
         request, replica = held.request, held.replica
         if relayed == "1":  # the gateway that relayed it counts it
@@ -118,11 +120,13 @@ class Handovers(asyncio.DatagramProtocol):
             request.code = grpc.StatusCode.CANCELLED.name
         else:  # cut off behind its first response: either the client has gone or the server
             request.code = grpc.StatusCode.UNKNOWN.name
-            replica.suspect(infer=False)
-        if code is grpc.StatusCode.OK:
+        if code is not grpc.StatusCode.OK:
+            if request.code in SERVER_AT_FAULT:
+                replica.suspect(infer=code is not None)
+        elif int(size) > _ERROR_BYTES:
             replica.responses += 1
-        elif code in SERVER_AT_FAULT:
-            replica.suspect()
+        else:
+            replica.doubt()
         self._note(request)
 
     def _end(self, ticket: str) -> _Elsewhere:

@@ -80,7 +80,10 @@ class Nginx:
             "gateways": gateways,
             "experts": [replicas.split("|") for replicas in experts],
             "stream_infer": wire.STREAM_INFER,
-            "status_on_error": wire.STATUS_ON_ERROR,
+            "kept": [
+                *("content-length", "er-sent-ns"),
+                *(wire.COMPLETE[0], handover.ASKED, handover.FAILED, wire.STATUS_ON_ERROR),
+            ],
             "told": handover.TOLD,
             "body_bytes": handover.BODY_BYTES,
         }
@@ -105,7 +108,7 @@ class Nginx:
         self._run_folder = RunFolder()
         run = self._run_folder.path
         run.chmod(0o711)  # started by root, it works as a user who may do less
-        (run / "nginx.conf").write_text(_CONFIG.render(run=run, **self._settings))
+        (run / "nginx.conf").write_text(_CONFIG.render(run=run, **self._settings), encoding="utf-8")
         self.process = processes.spawn([binary, "-p", run, "-c", run / "nginx.conf"], self.log)
         processes.wait_until(
             lambda: processes.listening(self.port, self.host), self.process, "NGINX", self.log, timeout_s

@@ -163,9 +163,11 @@ class Gateway(grpc.GenericRpcHandler):
         """Where NGINX is to take a complete request.
 
         None: it has to come through here, because something about it is to be refused, or because its answer is to be
-        explained, or what its peer holds open to be counted.
+        explained, its errors are to end it, or what its peer holds open has to be counted.
         """
         if len(messages) != 1 or caller.explain or self.limits.are_per_peer or self._is_draining:
+            return None
+        if caller.metadata.get(wire.STATUS_ON_ERROR) == "true":  # NGINX does not see errors in the stream
             return None
         if caller.metadata_bytes > _METADATA_BYTES:  # NGINX would not notice, gRPC does
             return None

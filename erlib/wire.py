@@ -37,7 +37,13 @@ MAX_PROMPT_BYTES = 4 << 20
 MAX_TOKENS = 2**31 - 1
 """More cannot be asked for."""
 COMPLETE = ("er-complete", "1")
-"""Metadata of a client's promise that its stream ends with this request; an error then is the call's status."""
+"""Metadata of a client's promise that its stream ends with this request; an error then may end the call."""
+STATUS_ON_ERROR = "triton_grpc_error"
+"""Metadata by which, if "true", Triton ends a stream with the status of the first error, in place of telling it there.
+
+A gateway does it for its clients and never asks an expert for it: Triton 2.51 dies, its heap corrupted, where it ends
+streams in that way and clients cancel.
+"""
 NEVER_STOP = -1
 """``end_id`` of a forced answer length."""
 CONTEXT = "context_tokens"
