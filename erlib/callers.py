@@ -55,7 +55,7 @@ class Caller:
         self.peer = peer_of(context.peer(), self.metadata, behind_proxy)
         self.forwarded = forwarded(context)
         self.explain = "er-explain" in self.metadata
-        self.ends_on_error = self.metadata.get(wire.STATUS_ON_ERROR) == "true" or wire.COMPLETE[0] in self.metadata
+        self.ends_on_error = self.metadata.get(wire.STATUS_ON_ERROR) == "true"
         self.in_flight = 0
         self.failure: Failure | None = None
         """What the call is about to end with."""

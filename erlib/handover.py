@@ -1,12 +1,12 @@
 """Requests that NGINX takes to their expert itself, once a gateway has said which: their tokens cost no Python.
 
 A client whose stream ends with its one request says so by the metadata ``er-complete: 1``. NGINX, started with the
-experts' addresses, reads such a request to its end and puts it to the next gateway, as it is, with ``er-front: 1``. The
-gateway has three answers. It *hands the request over*: the call ends at once with ``x-accel-redirect``, which names the
-place in NGINX's configuration that leads to the replica, with a ticket and what the client is told. It *refuses* it,
-with the status that the client would get anyhow. Or it *takes it*, and relays the answer as ever; NGINX passes it on.
+experts' addresses, reads such a request to its end and puts it to the next gateway, as it is, with ``er-front: 1``.
+The gateway either *hands the request over*: the call ends at once with ``x-accel-redirect``, which names the place in
+NGINX's configuration that leads to the replica, and with what the client is told. Or it *takes it*, and relays the
+answer, or says what is wrong with it, as ever; NGINX passes that on.
 
-When a request that was handed over has ended, NGINX tells the gateway by one datagram: which ticket, and how. So the
+When a request that was handed over has ended, NGINX tells the gateway by one datagram: which, and how. So the
 breakers and the count of what each replica owes know of these requests, too. If the expert fails before its first
 response, NGINX gives the request, which it still holds, to a gateway to relay, with ``er-failed: REPLICA``.
 """
@@ -14,7 +14,6 @@ response, NGINX gives the request, which it still holds, to a gateway to relay, 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +25,8 @@ from erlib.experts import SERVER_AT_FAULT, Replica
 from erlib.telemetry import Request
 
 ASKED = "er-front"
+TICKET = "er-ticket"
+"""NGINX's own, random name for a request."""
 FAILED = "er-failed"
 TOLD = ["er-gateway", "er-expert", *(f"er-{span}-ns" for span in ("queue", "vectorise", "svd", "kmeans", "forward"))]
 """What NGINX tells a client about a request that it was handed."""
@@ -74,14 +75,17 @@ class Handovers(asyncio.DatagramProtocol):
     def __init__(self, note: Callable[[Request], None]):
         self._note = note
         self._held: dict[str, _Elsewhere] = {}
-        self._prefix = secrets.token_hex(8)
-        self._number = 0
+        self._hears = False
 
-    def begin(self, request: Request, replica: Replica, number: int, told: Mapping[str, object]) -> HandedOver:
+    def begin(
+        self, ticket: str, request: Request, replica: Replica, number: int, told: Mapping[str, object]
+    ) -> HandedOver:
         """Count `request` as one that `replica` owes, the one with this `number` of its expert's.
 
         Parameters
         ----------
+        ticket : str
+            Of a request that is not there yet.
         request : Request
         replica : Replica
         number : int
@@ -91,14 +95,17 @@ class Handovers(asyncio.DatagramProtocol):
         now_s = time.monotonic()
         while self._held and now_s - next(iter(self._held.values())).t_s > _FORGET_AFTER_S:
             self._end(next(iter(self._held)))
-        self._number += 1
-        ticket = f"{self._prefix}-{self._number}"
         held = self._held[ticket] = _Elsewhere(request, replica, now_s)
         replica.calls[held] = None
         place = f"@expert-{request.expert}-{number}"
-        return HandedOver({"x-accel-redirect": place, "er-ticket": ticket, **told})
+        return HandedOver({"x-accel-redirect": place, **told})
+
+    def takes(self, ticket: str) -> bool:
+        """Whether it would hear of the end of a request with this ticket, and there is none with it yet."""
+        return self._hears and bool(ticket) and ticket not in self._held
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._hears = True
         # A burst of requests ends as a burst of datagrams.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
 

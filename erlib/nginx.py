@@ -82,7 +82,7 @@ class Nginx:
             "stream_infer": wire.STREAM_INFER,
             "kept": [
                 *("content-length", "er-sent-ns"),
-                *(wire.COMPLETE[0], handover.ASKED, handover.FAILED, wire.STATUS_ON_ERROR),
+                *(wire.COMPLETE[0], handover.ASKED, handover.TICKET, handover.FAILED, wire.STATUS_ON_ERROR),
             ],
             "told": handover.TOLD,
             "body_bytes": handover.BODY_BYTES,

@@ -186,7 +186,7 @@ class Front:
         limit = answer.asked.limit or await self._room(answer.text)
         end_id = wire.NEVER_STOP if is_forced else self._end_id
         message = wire.encode_request(answer.text, limit, end_id, answer.number)
-        call = self._channel.stream_stream(wire.STREAM_INFER)(iter([message]))
+        call = self._channel.unary_stream(wire.STREAM_INFER)(message, metadata=(wire.COMPLETE,))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         finish = ""
         try:

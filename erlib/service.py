@@ -165,11 +165,16 @@ class Gateway(grpc.GenericRpcHandler):
         None: it has to come through here, because something about it is to be refused, or because its answer is to be
         explained, its errors are to end it, or what its peer holds open has to be counted.
         """
-        if len(messages) != 1 or caller.explain or self.limits.are_per_peer or self._is_draining:
-            return None
-        if caller.metadata.get(wire.STATUS_ON_ERROR) == "true":  # NGINX does not see errors in the stream
-            return None
-        if caller.metadata_bytes > _METADATA_BYTES:  # NGINX would not notice, gRPC does
+        ticket = str(caller.metadata.get(handover.TICKET, ""))
+        if (
+            len(messages) != 1
+            or caller.explain
+            or caller.metadata.get(wire.STATUS_ON_ERROR) == "true"  # NGINX does not see errors in the stream
+            or caller.metadata_bytes > _METADATA_BYTES  # nor would it notice
+            or self.limits.are_per_peer
+            or self._is_draining
+            or not self.handovers.takes(ticket)
+        ):
             return None
         request = Request("stream", caller.peer)
         try:
@@ -181,7 +186,7 @@ class Gateway(grpc.GenericRpcHandler):
         if replica is None:
             return None
         request.spans_ns["forward"] = time.monotonic_ns() - request.t_routed_ns
-        return self.handovers.begin(request, replica, expert.replicas.index(replica), self.who(request))
+        return self.handovers.begin(ticket, request, replica, expert.replicas.index(replica), self.who(request))
 
     async def _read_requests(self, caller: Caller, begun: Sequence[bytes] = ()) -> None:
         """Do all requests of a stream, of which those that have `begun` are read already.

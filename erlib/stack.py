@@ -420,8 +420,9 @@ class Stack:
             )
         )
         if self._front:
-            ways = len(self._gateways)
-            await _ask(self._front.url, f"{self._front.title} and the gateways", ways, self._start_timeout_s)
+            what, n = f"{self._front.title} and the gateways", len(self._gateways)
+            for metadata in ((), (wire.COMPLETE,)):  # through the gateways and, if it relays, past them
+                await _ask(self._front.url, what, n, self._start_timeout_s, metadata)
 
     @staticmethod
     def _in_thread(coroutine: Coroutine[None, None, None]) -> None:
@@ -447,7 +448,7 @@ def _on(host: int, parts: Sequence[Result], hosts: Sequence[int]) -> list[Result
     return [part for part, its in zip(parts, hosts, strict=True) if its == host]
 
 
-async def _ask(url: str, what: str, streams: int, timeout_s: float) -> None:
+async def _ask(url: str, what: str, streams: int, timeout_s: float, metadata: Sequence[tuple[str, str]] = ()) -> None:
     """`streams` concurrent canary inferences of two tokens.
 
     Raises
@@ -456,10 +457,11 @@ async def _ask(url: str, what: str, streams: int, timeout_s: float) -> None:
         If one of them fails.
     """
     async with grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
-        infer = channel.stream_stream(wire.STREAM_INFER)
+        infer = channel.unary_stream(wire.STREAM_INFER)
 
         async def one() -> None:
-            call = infer(iter([wire.encode_request(_CANARY, 2, wire.NEVER_STOP)]), timeout=timeout_s)
+            message = wire.encode_request(_CANARY, 2, wire.NEVER_STOP)
+            call = infer(message, timeout=timeout_s, metadata=metadata)
             try:
                 responses = [wire.decode_response(message) async for message in call]
             except grpc.aio.AioRpcError as error:

@@ -37,7 +37,7 @@ MAX_PROMPT_BYTES = 4 << 20
 MAX_TOKENS = 2**31 - 1
 """More cannot be asked for."""
 COMPLETE = ("er-complete", "1")
-"""Metadata of a client's promise that its stream ends with this request; an error then may end the call."""
+"""Metadata of a client's promise that its stream ends with its first request."""
 STATUS_ON_ERROR = "triton_grpc_error"
 """Metadata by which, if "true", Triton ends a stream with the status of the first error, in place of telling it there.
 

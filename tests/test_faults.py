@@ -930,7 +930,7 @@ def test_a_dead_backend_under_a_relaying_nginx_is_found_by_the_canary(note, tmp_
             return before, after, await ended(start(channel, *["0"] * 10))
 
     before, after, repaired = asyncio.run(run())
-    assert ends(before) == {"INTERNAL": 1}
+    assert ends(before) == {"Stub process is not healthy": 1}
     assert ends(after, 0) == {"UNAVAILABLE": 10}
     assert ends(after[10:]) == UNDISTURBED
     assert ends(repaired) == {"OK": 10}

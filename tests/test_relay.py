@@ -167,16 +167,14 @@ def test_the_first_byte_is_in_the_experts_own_time(tmp_path):
 def test_what_is_not_one_good_request_gets_the_gateways_own_answer(tmp_path):
     async def visit(site: Site):
         bad = [b"\xff\xff", wire.encode_request(" ", 1), PROMPT.replace(b"ensemble", b"ensembli")]
-        ended = []
-        for each in [*bad, wire.encode_request("0 " + "x" * Limits().message_bytes, 1)]:
-            with pytest.raises(grpc.aio.AioRpcError) as error:
-                await complete(site, each)
-            ended.append(error.value.code().name)
-        return ended
+        told = [wire.decode_response(*await complete(site, each)).error.partition(":")[0] for each in bad]
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await complete(site, wire.encode_request("0 " + "x" * Limits().message_bytes, 1))
+        return told, error.value.code().name
 
-    ended, (expert,) = through(tmp_path, visit)
-    assert ended[:3] == ["INVALID_ARGUMENT", "INVALID_ARGUMENT", "NOT_FOUND"]
-    assert ended[3] in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")
+    (told, too_long), (expert,) = through(tmp_path, visit)
+    assert told == ["INVALID_ARGUMENT", "INVALID_ARGUMENT", "NOT_FOUND"]
+    assert too_long == "RESOURCE_EXHAUSTED"
     assert not expert.requests
 
 
@@ -328,6 +326,51 @@ def test_a_gateway_knows_what_replicas_owe_though_it_does_not_relay(tmp_path):
             return busy
 
     assert asyncio.run(run()) == [10, 10]
+
+
+def test_who_hangs_up_before_it_is_decided_where_a_request_belongs_leaves_nothing_behind(tmp_path):
+    """NGINX does not know by then which of the gateways it has asked."""
+    long = wire.encode_request("0 n=1 " + "x" * 100_000, 1)
+
+    async def visit(site: Site):
+        for i in range(200):
+            call = site.channel.unary_stream(wire.STREAM_INFER)(long, metadata=(wire.COMPLETE,))
+            await asyncio.sleep(i * 5e-5)
+            call.cancel()
+        assert len(await complete(site, PROMPT)) == 3
+        await eventually(lambda: site.owed == 0)
+
+    through(tmp_path, visit)
+
+
+def test_a_short_answer_may_be_an_error_so_that_a_canary_asks_but_not_for_each(tmp_path):
+    async def visit(site: Site):
+        for _ in range(30):
+            await complete(site, wire.encode_request("0 n=1", 1))
+        await asyncio.sleep(0.2)
+        for _ in range(30):
+            await complete(site, wire.encode_request("0 n=20", 1))
+        await asyncio.sleep(0.2)
+
+    _, (expert,) = through(tmp_path, visit, n_gateways=1)
+    assert len(expert.seen) - len(expert.requests) == 1
+
+
+def test_a_replica_that_answers_with_errors_only_does_not_get_all_requests(tmp_path):
+    """Although it would always be the one that owes the fewest answers."""
+
+    async def run():
+        async with (
+            standin() as broken,
+            standin() as other,
+            site(tmp_path, f"{broken.url}|{other.url}", n_gateways=1) as built,
+        ):
+            broken.broken = "Stub process is not healthy"
+            await complete(built, PROMPT)
+            await eventually(lambda: not built.gateway.experts[0].replicas[0].is_up)
+            return [wire.decode_response(one).error for _ in range(20) for one in await complete(built, PROMPT)]
+
+    assert asyncio.run(run()) == [""] * 60
 
 
 def test_a_forged_end_is_ignored(tmp_path):
