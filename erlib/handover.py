@@ -36,6 +36,7 @@ BODY_BYTES = 1 << 20
 _RECEIVE_BUFFER_BYTES = 4 << 20
 _FORGET_AFTER_S = 2 * 3600.0
 """NGINX gives a silent expert up after one hour; what it has not reported long after that, it never will."""
+_GONE = 10_000
 _ERROR_BYTES = 512
 """An answer that is no longer may be nothing but an error in the stream, which NGINX does not read."""
 _CODES = {str(code.value[0]): code for code in grpc.StatusCode}
@@ -75,23 +76,28 @@ class Handovers(asyncio.DatagramProtocol):
     def __init__(self, note: Callable[[Request], None]):
         self._note = note
         self._held: dict[str, _Elsewhere] = {}
+        self._gone: dict[str, None] = {}
         self._hears = False
 
     def begin(
         self, ticket: str, request: Request, replica: Replica, number: int, told: Mapping[str, object]
-    ) -> HandedOver:
+    ) -> HandedOver | None:
         """Count `request` as one that `replica` owes, the one with this `number` of its expert's.
+
+        None: it cannot be handed over, because nothing would be heard of its end, or that has been heard already.
 
         Parameters
         ----------
         ticket : str
-            Of a request that is not there yet.
+            NGINX's.
         request : Request
         replica : Replica
         number : int
         told : mapping
             What its client is to be told.
         """
+        if not self._hears or not ticket or ticket in self._held or ticket in self._gone:
+            return None
         now_s = time.monotonic()
         while self._held and now_s - next(iter(self._held.values())).t_s > _FORGET_AFTER_S:
             self._end(next(iter(self._held)))
@@ -99,10 +105,6 @@ class Handovers(asyncio.DatagramProtocol):
         replica.calls[held] = None
         place = f"@expert-{request.expert}-{number}"
         return HandedOver({"x-accel-redirect": place, **told})
-
-    def takes(self, ticket: str) -> bool:
-        """Whether it would hear of the end of a request with this ticket, and there is none with it yet."""
-        return self._hears and bool(ticket) and ticket not in self._held
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._hears = True
@@ -112,7 +114,12 @@ class Handovers(asyncio.DatagramProtocol):
     def datagram_received(self, data: bytes, addr: object) -> None:
         """One line of NGINX's log, as syslog sends it: ``... er: TICKET RELAYED STATUS BYTES TRAILER HEADER``."""
         words = data.rpartition(b"er: ")[2].decode("ascii", "replace").split()
-        if len(words) != 6 or words[0] not in self._held or not words[3].isdecimal():
+        if len(words) != 6 or not words[3].isdecimal():
+            return
+        if words[0] not in self._held:  # its client has gone, and this overtakes what says so to the call
+            self._gone[words[0]] = None
+            if len(self._gone) > _GONE:
+                del self._gone[next(iter(self._gone))]
             return
         ticket, relayed, status, size, *grpc_status = words
         held = self._end(ticket)

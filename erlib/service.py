@@ -165,7 +165,6 @@ class Gateway(grpc.GenericRpcHandler):
         None: it has to come through here, because something about it is to be refused, or because its answer is to be
         explained, its errors are to end it, or what its peer holds open has to be counted.
         """
-        ticket = str(caller.metadata.get(handover.TICKET, ""))
         if (
             len(messages) != 1
             or caller.explain
@@ -173,7 +172,6 @@ class Gateway(grpc.GenericRpcHandler):
             or caller.metadata_bytes > _METADATA_BYTES  # nor would it notice
             or self.limits.are_per_peer
             or self._is_draining
-            or not self.handovers.takes(ticket)
         ):
             return None
         request = Request("stream", caller.peer)
@@ -186,6 +184,7 @@ class Gateway(grpc.GenericRpcHandler):
         if replica is None:
             return None
         request.spans_ns["forward"] = time.monotonic_ns() - request.t_routed_ns
+        ticket = str(caller.metadata.get(handover.TICKET, ""))
         return self.handovers.begin(ticket, request, replica, expert.replicas.index(replica), self.who(request))
 
     async def _read_requests(self, caller: Caller, begun: Sequence[bytes] = ()) -> None:
