@@ -225,7 +225,9 @@ def for_configuration(configuration: Configuration) -> Table:
 
 @functools.cache
 def _table() -> pa.Table:  # not pandas: every emulated engine imports this
-    return pq.read_table(TABLE, partitioning=None)
+    # Opened here: Triton's embedded Python may not know the encoding of its name, and pyarrow would insist on it.
+    with TABLE.open("rb") as file:
+        return pq.read_table(file)
 
 
 def _part(rows: pa.Table, name: str) -> Iterator[npt.NDArray[Any]]:

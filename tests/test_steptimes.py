@@ -1,11 +1,14 @@
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
-from erlib import batching, config, engines, records, simulation, steptimes
+from erlib import batching, config, engines, paths, records, simulation, steptimes
 from erlib.fitting import Fitted
 from erlib.prompts import FORCED, Prompt
 from erlib.steptimes import Calibration, OutOfRange, Roofline, Table
@@ -59,6 +62,25 @@ def test_the_table_says_the_same_in_whatever_folder_the_repository_lies(tmp_path
     assert Table("llama-3-8b", "fp16", "fp16", 1).decode_s(8, 100) == expected
     monkeypatch.undo()
     steptimes._table.cache_clear()
+
+
+def test_the_table_is_read_by_a_python_that_does_not_know_how_its_folder_is_called(tmp_path):
+    """As Triton embeds it."""
+    home = tmp_path / "a b;ü"
+    shutil.copytree(paths.ROOT / "erlib", home / "erlib", ignore=shutil.ignore_patterns("__pycache__"))
+    (home / "data").mkdir()
+    shutil.copy(steptimes.TABLE, home / "data")
+    code = "from erlib import steptimes; print(steptimes._table().num_rows)"
+    no_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(home)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | no_locale,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(ran.stdout) == steptimes._table().num_rows
 
 
 @pytest.mark.parametrize(("sequences", "context_tokens"), [(1, 1), (60, 60 * 333 + 7), (1000, 1000 * 1500)])
