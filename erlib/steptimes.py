@@ -227,7 +227,7 @@ def for_configuration(configuration: Configuration) -> Table:
 def _table() -> pa.Table:  # not pandas: every emulated engine imports this
     # Opened here: Triton's embedded Python may not know the encoding of its name, and pyarrow would insist on it.
     with TABLE.open("rb") as file:
-        return pq.read_table(file)
+        return pq.read_table(file, partitioning=None)
 
 
 def _part(rows: pa.Table, name: str) -> Iterator[npt.NDArray[Any]]:
