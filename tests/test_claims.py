@@ -275,7 +275,7 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
     assert "left out p1.A/u4-r0-x.parquet: the emulated engines did not keep pace" in printed
     assert "left out p1.A/u8-r0-x.parquet: it cannot be read" in printed
     assert {name: sum(map(len, parts)) for name, parts in found.items()} == {
-        "measured": 12,
+        "measured": 9,
         "emulated": 3,
         "simulated-harness": 2,
     }

@@ -243,7 +243,8 @@ def test_users_get_exactly_what_they_ask_for(expert_router, tokenizer, tmp_path,
         assert all(np.diff(one.token_ns) > 0)
         if client == "asyncio":
             assert set(one.routing) == {"queue", "vectorise", "svd", "kmeans", "forward", "first_byte"}
-            assert 0 < sum(one.routing.values()) <= one.t_first_ns - one.t_send_ns
+            # NGINX, which relays, takes the time of the first byte from a clock that it reads now and then.
+            assert 0 < sum(one.routing.values()) <= one.t_first_ns - one.t_send_ns + 5e6
         else:  # tritonclient shows no metadata
             assert (one.expert, one.routing) == (-1, {})
     assert sum(len(one.token_ns) for one in seen.answers) == generated_tokens(expert_router) - before
