@@ -314,8 +314,9 @@ import signal, sys
 from pathlib import Path
 from erlib import config, processes
 from scripts import run_all
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 processes.end_on_signals()
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if the tests run in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may have told them not to hear
 profile = config.load_profile("smoke")
 sys.exit(run_all._run([run_all.Step(Path(sys.argv[1]), profile, {}, earlier=[])], profile, force=True))
 """
