@@ -10,6 +10,7 @@ import getpass
 import os
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from erlib import (
     paths,
     pickles,
     processes,
+    runfolder,
     tensorrt_llm,
 )
 from erlib.config import ConfigError, Configuration, Passable, Profile, RunnerKind, Version
@@ -56,7 +58,7 @@ _ANSWER_S = 10
 
 def basics(profile: Profile) -> list[str]:
     """Problems that any run on this machine would have: folders, disk space, input files, NGINX, ports."""
-    found = [*_folders(profile), *_inputs(profile)]
+    found = [*_names(), *_folders(profile), *_inputs(profile)]
     free = hardware.free_disk_bytes(paths.run_dir(profile.name))
     if free < LEAST_FREE_BYTES:
         found.append(
@@ -73,6 +75,24 @@ def basics(profile: Profile) -> list[str]:
         except StartError as error:
             found.append(str(error))
     return found
+
+
+def _names() -> Iterable[str]:
+    """Folders that cannot be named where several are, between colons."""
+    for folder in dict.fromkeys([paths.ROOT, Path(sys.prefix)]):
+        if ":" in str(folder):
+            yield f"{str(folder)!r} holds ':', which ends a folder's name in PATH and PYTHONPATH: move or rename it"
+
+
+def _names_on_gpus(profile: Profile) -> Iterable[str]:
+    """Folders that Triton, in its image or not, hands to a shell as they are, or a container is given with others."""
+    places = tensorrt_llm.places(profile)
+    for key, folder in {"checkpoints": places.checkpoints, "work": places.work}.items():
+        if unsafe := runfolder.NOT_SAFE.search(str(folder)):
+            yield (
+                f"{str(folder)!r} holds {unsafe[0]!r}, which Triton cannot be given: "
+                f"set tensorrt_llm.{key} to a folder named with letters, digits and _ . - + alone"
+            )
 
 
 def _folders(profile: Profile) -> Iterable[str]:
@@ -311,6 +331,7 @@ def check(profile: Profile) -> Report:
         "disk": lambda: _disk(profile, plans),
         "options": lambda: _options(fit, plans),
         "hub": lambda: _hub(profile, plans),
+        "names": lambda: _names_on_gpus(profile),
         "basics": lambda: basics(profile),
     }
     with ThreadPoolExecutor(len(checks)) as pool:  # several wait for somebody's answer

@@ -15,7 +15,8 @@ from pathlib import Path
 from erlib import leftovers
 from erlib.processes import StartError
 
-_NOT_SAFE = re.compile(r"[^A-Za-z0-9_./+-]")
+NOT_SAFE = re.compile(r"[^A-Za-z0-9_./+-]")
+"""What a shell, a configuration file or a list of folders may read as more than a character of a name."""
 
 
 class RunFolder:
@@ -45,7 +46,7 @@ class RunFolder:
 
 
 def _made_in(place: Path) -> tuple[Path, int]:
-    if unsafe := _NOT_SAFE.search(str(place)):
+    if unsafe := NOT_SAFE.search(str(place)):
         raise OSError(f"Triton cannot be given the character {unsafe[0]!r}")
     if os.statvfs(place).f_flag & os.ST_NOEXEC:
         raise OSError("no program can be started there")

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -109,6 +110,9 @@ def preflight(n_servers: int = 1) -> None:
             f"{n_servers} times {SHARED_MEMORY_BYTES >> 20}. Make it larger: docker run --shm-size=1g, or, as root, "
             f"mount -o remount,size=1g {leftovers.SHARED_MEMORY}"
         )
+    for variable, value in {"PATH": Path(sys.executable).parent, "LD_LIBRARY_PATH": _libraries()}.items():
+        if unsafe := re.search("[:;]" if variable == "LD_LIBRARY_PATH" else ":", str(value)):
+            raise StartError(f"{str(value)!r} holds {unsafe[0]!r}, which ends a folder's name in {variable}: rename it")
     if int(np.__version__.split(".")[0]) >= 2:
         raise StartError(f"Triton 2.51's Python backend corrupts tensors under numpy {np.__version__}; install numpy<2")
     stub = _stub(root)
@@ -388,9 +392,14 @@ def _python_version() -> str:
     return ".".join(platform.python_version_tuple()[:2])
 
 
+def _libraries() -> str:
+    """Where this interpreter's library is."""
+    return str(sysconfig.get_config_var("LIBDIR"))
+
+
 def _environment() -> dict[str, str]:
     """The embedded interpreter takes its packages from PATH's python and its library from LD_LIBRARY_PATH."""
-    libraries = [str(sysconfig.get_config_var("LIBDIR")), os.environ.get("LD_LIBRARY_PATH", "")]
+    libraries = [_libraries(), os.environ.get("LD_LIBRARY_PATH", "")]
     return {
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         "LD_LIBRARY_PATH": ":".join(part for part in libraries if part),

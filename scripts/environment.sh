@@ -8,6 +8,8 @@ ROOT=$PWD
 
 fail() { echo "error: $*" >&2; exit 1; }
 
+[[ $ROOT != *:* ]] || fail "$ROOT holds ':', which ends a folder's name in PATH and PYTHONPATH: move or rename it"
+
 as_root() { # as_root COMMAND...: if this user may without being asked for a password
   if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then sudo -n "$@"; else return 1; fi
 }

@@ -239,7 +239,7 @@ class Step:
         self._write(Stamp({}, before.wrote if before else {}, begun, finished=""))
         with _Log(self.log), kernel.environment(paths.CACHE / "jupyter"):
             papermill.execute_notebook(
-                str(self.notebook), str(self._executed), self._parameters, kernel_name=kernel.NAME,
+                _literal(self.notebook), _literal(self._executed), self._parameters, kernel_name=kernel.NAME,
                 kernel_manager_class=kernel.Kernel, cwd=str(paths.NOTEBOOKS), log_output=True, progress_bar=False,
                 request_save_on_cell_execute=False, coalesce_streams=True,  # of each bar, its last state is kept
             )  # fmt: skip
@@ -254,6 +254,11 @@ class Step:
 
     def _write(self, stamp: Stamp) -> None:
         self._stamp.write_text(json.dumps(asdict(stamp)))
+
+
+def _literal(path: Path) -> str:
+    """A path as papermill takes it, which fills in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 class _Log(logging.Handler):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -273,6 +274,18 @@ def test_a_port_in_use_is_named(machine, profile):
         taken.bind(("127.0.0.1", BASE_PORT + 3))
         taken.listen()
         assert str(BASE_PORT + 3) in problem(profile())
+
+
+@pytest.mark.parametrize(("key", "name"), [("work", "a b"), ("checkpoints", "a:b"), ("work", "ü"), ("work", "$(b)")])
+def test_folders_that_a_shell_in_the_image_would_take_apart_are_named(machine, profile, tmp_path, key, name):
+    found = problem(profile(**{f"tensorrt_llm__{key}": str(tmp_path / name)}))
+    assert str(tmp_path / name) in found
+    assert f"set tensorrt_llm.{key}" in found
+
+
+def test_a_folder_that_no_search_path_can_name_is_named(machine, profile, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", Path("/a:b"))
+    assert problem(profile()).startswith("'/a:b' holds ':'")
 
 
 def test_a_flow_that_cannot_express_a_system_says_so(machine, profile):

@@ -3,10 +3,14 @@
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from erlib import config, keys, paths
@@ -282,3 +286,69 @@ def test_the_kernel_is_this_interpreter_and_takes_nothing_of_the_users(step, tmp
     assert not [name for name, value in seen.items() if str(users) in value]
     assert seen["MPLBACKEND"] != "TkAgg"
     assert step.reason_to_run(force=False) == ""
+
+
+def test_braces_in_the_name_of_a_folder_are_part_of_it(step, tmp_path, monkeypatch):
+    """papermill fills in what stands in braces."""
+    odd = tmp_path / "{x} {0}"
+    monkeypatch.setattr(paths, "RUNS", odd)
+    odd.mkdir()
+    notebook = shutil.copy(step.notebook, odd)
+    run_all.Step(Path(notebook), step.profile, {}, earlier=[]).run()
+    assert (odd / "smoke/notebooks/00_tiny.ipynb").exists()
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+
+BUSY = """
+from pathlib import Path
+from erlib import processes
+processes.end_on_signals()
+child = processes.spawn(["sleep", "60"], Path("{log}"))
+print("sweep: started", child.pid, flush=True)
+while True:  # amid a computation
+    sum(range(1000))
+"""
+RUN = """
+import signal, sys
+from pathlib import Path
+from erlib import config, processes
+from scripts import run_all
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+processes.end_on_signals()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may have told them not to hear
+profile = config.load_profile("smoke")
+sys.exit(run_all._run([run_all.Step(Path(sys.argv[1]), profile, {}, earlier=[])], profile, force=True))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGHUP, 129),  # its terminal is closed
+        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_the_kernel_and_what_it_has_started(number, status, tmp_path):
+    cells = [nbformat.v4.new_code_cell("profile = 1"), nbformat.v4.new_code_cell(BUSY.format(log=tmp_path / "log"))]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python"}
+    nbformat.write(notebook, tmp_path / "00_busy.ipynb")
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN, tmp_path / "00_busy.ipynb"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=environment(ERLIB_HOME=str(tmp_path)),
+    ) as run:  # fmt: skip
+        while "sweep: started" not in (line := run.stdout.readline()):
+            assert line, run.stderr.read()
+        family = psutil.Process(run.pid).children(recursive=True)
+        assert int(line.split()[-1]) in {process.pid for process in family}
+        run.send_signal(number)
+        out, err = run.communicate(timeout=30)
+    assert run.returncode == status
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    if number != signal.SIGKILL:
+        assert err.strip() == "stopped; the same command goes on where this one left off"
+        assert re.search(r"00_busy +stopped", out)

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import grpc
@@ -490,6 +490,18 @@ def test_of_http_a_server_answers_questions_for_its_health_alone(expert_router):
     questions = ["", "/logging", "/trace/setting", "/systemsharedmemory/status", "/cudasharedmemory/status"]
     questions += [f"/models/ensemble{what}" for what in ("", "/stats", "/config")]
     assert {path: status(path) for path in questions} == dict.fromkeys(questions, 403)
+
+
+def test_names_of_folders_are_never_read_by_a_shell_or_a_configuration_file(own_ports, server_plan, tmp_path):
+    odd = tmp_path / "a b;$(touch pwned)&'\"\\{x}%s\nü"
+    engine = odd / "engine"
+    engine.parent.mkdir()
+    shutil.copytree(server_plan.parameters["engine"], engine)
+    plan = replace(server_plan, parameters=server_plan.parameters | {"engine": str(engine)})
+    with stack.Stack("odd", [plan], "replicas", own_ports, None, odd / "logs") as running:
+        assert len(answer(running.targets[0], PROMPT, 3)) == 3
+    assert {path.name for path in tmp_path.rglob("pwned")} == set()
+    assert not Path("pwned").exists()
 
 
 def test_too_little_shared_memory_is_said_before_anything_starts(own_ports, server_plan, tmp_path, monkeypatch):
