@@ -69,12 +69,14 @@ def main() -> None:
     expected = clusterer.Clusterer.load(router).predict(prompts)
 
     ports = [BASE_PORT + 1 + index for index in range(args.gateways)]
+    asked_at = [BASE_PORT + 200 + index for index in range(args.gateways)]
     engine_ports = [BASE_PORT + 500, BASE_PORT + 501]
-    processes.require_free_ports([BASE_PORT, *ports, *engine_ports])
+    processes.require_free_ports([BASE_PORT, *ports, *asked_at, *engine_ports])
     experts_at = [f"127.0.0.1:{engine_ports[0]}"] * profile.clusterer.n_clusters
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch)
-        nginx = Nginx(BASE_PORT, [f"127.0.0.1:{port}" for port in ports], logs, experts=experts_at)
+        urls, questions = ([f"127.0.0.1:{port}" for port in each] for each in (ports, asked_at))
+        nginx = Nginx(BASE_PORT, urls, logs, experts=experts_at, questions=questions)
         engine = processes.spawn(
             processes.python("-m", "benchmarks.paced", *map(str, engine_ports)),
             logs / "engine.log",
@@ -84,7 +86,8 @@ def main() -> None:
             processes.spawn(
                 processes.python(
                     *("-m", "erlib.gateway", "--port", str(port), "--experts", ",".join(experts_at)),
-                    *("--clusterer", router, "--index", str(index), "--hands-over", "--insist-s", "30"),
+                    *("--clusterer", router, "--index", str(index), "--insist-s", "30"),
+                    *("--hands-over", str(asked_at[index])),
                 ),
                 logs / f"{index}.log",
             )

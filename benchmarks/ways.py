@@ -91,9 +91,10 @@ class Site:
         return Way(url, "grpc", [relay, *gateways])
 
     def nginx_relaying(self, running: contextlib.ExitStack) -> Way:
-        urls, gateways = self.gateways(running, GATEWAYS, "--hands-over")
-        url, relay = self._nginx(running, urls, [self._engine] * EXPERTS)
-        return Way(url, "grpc", [relay, *gateways])
+        gateways = self._start(running, GATEWAYS, hands_over=True)
+        urls, questions = [each.url for each in gateways], [each.questions for each in gateways]
+        url, relay = self._nginx(running, urls, [self._engine] * EXPERTS, questions)
+        return Way(url, "grpc", [relay, *(each.process for each in gateways)])
 
     def litellm(self, running: contextlib.ExitStack) -> Way:
         python = environment("litellm")
@@ -110,22 +111,33 @@ class Site:
         self, running: contextlib.ExitStack, n: int, *options: str
     ) -> tuple[list[str], list[subprocess.Popen[bytes]]]:
         """Addresses and processes of `n` gateways, started together; all experts are the one engine."""
+        gateways = self._start(running, n, *options)
+        return [each.url for each in gateways], [each.process for each in gateways]
+
+    def _start(self, running: contextlib.ExitStack, n: int, *options: str, hands_over: bool = False) -> list[Gateway]:
         experts = [self._engine] * EXPERTS
-        gateways = [
-            Gateway(index, "127.0.0.1", next(self._ports), experts, self._router, "classify", self._work, 0, options)
-            for index in range(n)
-        ]
+        gateways = []
+        for index in range(n):
+            port = next(self._ports)
+            next(self._ports)  # where it may be asked
+            gateways.append(
+                Gateway(index, "127.0.0.1", port, experts, self._router, "classify", self._work, 0, options, hands_over)
+            )
         for gateway in gateways:
             gateway.start()
             running.callback(processes.stop, [gateway.process], 3)
         for gateway in gateways:
             gateway.wait_ready(START_TIMEOUT_S)
-        return [gateway.url for gateway in gateways], [gateway.process for gateway in gateways]
+        return gateways
 
     def _nginx(
-        self, running: contextlib.ExitStack, upstreams: list[str], experts: Sequence[str] = ()
+        self,
+        running: contextlib.ExitStack,
+        upstreams: list[str],
+        experts: Sequence[str] = (),
+        questions: Sequence[str] = (),
     ) -> tuple[str, subprocess.Popen[bytes]]:
-        nginx = Nginx(next(self._ports), upstreams, self._work, experts=experts)
+        nginx = Nginx(next(self._ports), upstreams, self._work, experts=experts, questions=questions)
         nginx.start()
         assert nginx.process is not None
         running.callback(processes.stop, [nginx.process], 3)

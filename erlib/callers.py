@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping
 
 import grpc
 import grpc.aio
@@ -72,18 +72,6 @@ class Caller:
         if expert not in self._turns:
             self._turns[expert] = asyncio.Semaphore(self._waiting_per_expert)
         return self._turns[expert]
-
-    @property
-    def metadata_bytes(self) -> int:
-        """Size of what is to be forwarded, as HTTP/2 counts."""
-        return sum(len(name) + len(value) + 32 for name, value in self.forwarded)
-
-    async def read_all(self, begun: Sequence[bytes] = ()) -> AsyncIterator[bytes]:
-        """Its messages, of which those that have `begun` are read already."""
-        for message in begun:
-            yield message
-        while (message := await self.context.read()) is not grpc.aio.EOF:
-            yield message
 
     async def begin(self, metadata: Mapping[str, object]) -> None:
         """Send initial metadata, if nothing has been sent yet.

@@ -284,7 +284,7 @@ class ServingSettings(_Section):
         "front",
         description="who relays the tokens: NGINX, which asks a gateway whereto, or the gateway (papers)",
     )
-    # With the most gateways and replicas, the last port is 64,024.
+    # With the most gateways and replicas, the last port is 65,024.
     base_port: int = Field(18000, ge=1024, le=60000, description="first of the ports in use, which follow each other")
     host: Host = Field("127.0.0.1", description="address of this machine that all services listen on")
     start_timeout_s: Seconds = Field(120, description="seconds that a system may take to come up")

@@ -24,7 +24,7 @@ import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from erlib import experts, routers, wire
+from erlib import experts, handover, routers, wire
 from erlib.clusterer import Clusterer, ClustererError
 from erlib.limits import Limits
 from erlib.processes import StartError
@@ -45,7 +45,6 @@ async def serving(
     gateway: Gateway,
     address: str,
     *,
-    hands_over: bool = False,
     credentials: grpc.ServerCredentials | None = None,
     max_streams: int | None = None,
     silence_s: float = 30.0,
@@ -59,8 +58,6 @@ async def serving(
     gateway : Gateway
     address : str
         ``host:port``; port 0 takes a free one.
-    hands_over : bool
-        Whether it hears at the UDP port with the same number what became of requests that NGINX relayed.
     credentials : ServerCredentials, optional
         For TLS; None: plain text.
     max_streams : int, optional
@@ -101,7 +98,6 @@ async def serving(
             ", or key and certificate are none" * bool(credentials)
         )
         raise StartError(f"cannot listen at {address}: {reasons}") from None
-    hearing = await _hear(gateway, f"{address.rpartition(':')[0]}:{port}") if hands_over else None
     await server.start()
     replicas = [replica for expert in gateway.experts for replica in expert.replicas]
     background = [
@@ -111,8 +107,6 @@ async def serving(
     try:
         yield port
     finally:
-        if hearing:
-            hearing.close()
         for task in background:
             task.cancel()
         await asyncio.wait(background)
@@ -128,16 +122,6 @@ async def serving(
         await asyncio.wait({stopped, asyncio.create_task(server.stop(None))}, timeout=_SETTLE_S)
         for replica in replicas:
             await replica.close()
-
-
-async def _hear(gateway: Gateway, address: str) -> asyncio.BaseTransport:
-    host, _, port = address.rpartition(":")
-    try:
-        return (await asyncio.get_running_loop().create_datagram_endpoint(
-            lambda: gateway.handovers, local_addr=(host.strip("[]"), int(port))
-        ))[0]  # fmt: skip
-    except OSError as error:
-        raise StartError(f"cannot hear at UDP {address} how requests end: {error}") from None
 
 
 def _router(args: argparse.Namespace, behind: Sequence[experts.Expert]) -> routers.Router:
@@ -170,10 +154,14 @@ async def _run_until_signalled(args: argparse.Namespace) -> None:
     )
     thread = ThreadPoolExecutor(1) if args.policy in routers.SLOW else None
     gateway = Gateway(router.route, behind, args.index, distances, limits, telemetry, args.behind_proxy, thread)
-    settings = {name: getattr(args, name) for name in ("hands_over", "max_streams", "silence_s", "drain_s", "insist_s")}
+    settings = {name: getattr(args, name) for name in ("max_streams", "silence_s", "drain_s", "insist_s")}
     address = f"{args.host}:{args.port}"
     gc.freeze()  # what is there now stays: no collection need look at it again
-    async with serving(gateway, address, credentials=_server_credentials(args), **settings):
+    async with contextlib.AsyncExitStack() as open_:
+        if args.hands_over:  # NGINX, which waits for the port below, may ask from then on
+            hearing = handover.hearing(gateway.decide, gateway.handovers, f"{args.host}:{args.hands_over}")
+            await open_.enter_async_context(hearing)
+        await open_.enter_async_context(serving(gateway, address, credentials=_server_credentials(args), **settings))
         await stopping.wait()
 
 
@@ -210,7 +198,9 @@ def _parser() -> argparse.ArgumentParser:
         default="classify",
         help="how an expert is chosen, see erlib.routers.load",
     )
-    parser.add_argument("--hands-over", action="store_true", help="to NGINX, whose configuration names the experts")
+    parser.add_argument(
+        "--hands-over", type=int, metavar="PORT", help="where an NGINX that relays asks for the expert (TCP, and UDP)"
+    )
     parser.add_argument("--index", type=int, default=0, help="which of the instances this is")
     parser.add_argument(
         "--silence-s", type=_positive(float), default=30.0, help="after which an expert is asked if it is alive"

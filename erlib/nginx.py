@@ -58,6 +58,8 @@ class Nginx:
     experts : sequence of str
         As the gateways know them: one per cluster, in order, replicas joined by ``|``. Complete requests are relayed to
         them without a gateway between; empty: all go through the gateways.
+    questions : sequence of str
+        Where the gateways are asked about those; as many, in the same order.
     """
 
     title = "NGINX"
@@ -69,6 +71,7 @@ class Nginx:
         work_dir: Path,
         host: str = "127.0.0.1",
         experts: Sequence[str] = (),
+        questions: Sequence[str] = (),
     ):
         self.host, self.port = host, port
         self.log = work_dir / "nginx.log"
@@ -78,11 +81,12 @@ class Nginx:
             "port": port,
             "open_files": min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
             "gateways": gateways,
+            "questions": questions,
             "experts": [replicas.split("|") for replicas in experts],
             "stream_infer": wire.STREAM_INFER,
             "kept": [
                 *("content-length", "er-sent-ns"),
-                *(wire.COMPLETE[0], handover.ASKED, handover.TICKET, handover.FAILED, wire.STATUS_ON_ERROR),
+                *(wire.COMPLETE[0], handover.FAILED, wire.STATUS_ON_ERROR),
             ],
             "told": handover.TOLD,
             "body_bytes": handover.BODY_BYTES,

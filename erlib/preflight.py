@@ -41,6 +41,7 @@ from erlib.config import ConfigError, Configuration, Passable, Profile, RunnerKi
 from erlib.containers import Image, Runner, load_image
 from erlib.hardware import Gpu
 from erlib.processes import StartError
+from erlib.stack import Gateway
 from erlib.tensorrt_llm import CALIBRATION, CHECKPOINTS, NEWEST, TEXTS, Plan
 from erlib.triton import TritonServer
 
@@ -122,9 +123,9 @@ def _inputs(profile: Profile) -> Iterable[str]:
 
 
 def ports(profile: Profile) -> range:
-    """All ports that a stack of eight servers takes: NGINX, the gateways, three for each server."""
+    """All ports that a stack of eight servers takes: NGINX, two for each gateway, three for each server."""
     first = profile.serving.base_port
-    return range(first, first + 1 + profile.serving.gateways + engines.GPUS * TritonServer.PORTS)
+    return range(first, first + 1 + profile.serving.gateways * Gateway.PORTS + engines.GPUS * TritonServer.PORTS)
 
 
 # --- fitted to the machine ----------------------------------------------------------------------------------------

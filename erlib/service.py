@@ -23,7 +23,7 @@ import asyncio
 import contextlib
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -52,7 +52,7 @@ _EXTENSIONS = {"classification", "model_configuration", "parameters", "schedule_
 _SILENT = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
 """How a question ends that a server has not answered."""
 _METADATA_BYTES = 8 << 10
-"""What any gRPC server takes."""
+"""What any gRPC server takes; NGINX would not notice that it does not."""
 _UNREADABLE = "the expert's answer cannot be read"
 _TIME_DIGITS = 20
 """More than this host's clock can show."""
@@ -148,47 +148,42 @@ class Gateway(grpc.GenericRpcHandler):
         caller = Caller(context, self._behind_proxy, self.limits)
         try:
             with self._admitted(caller, "stream"):
-                messages: list[bytes] = []
-                if handover.ASKED in caller.metadata:
-                    messages = [message async for message in caller.read_all()]
-                    if handed_over := await self._hand_over(messages, caller):
-                        raise handed_over
-                await self._read_requests(caller, messages)
-        except handover.HandedOver as order:
-            await context.abort(StatusCode.ABORTED, "see x-accel-redirect", pairs(order.metadata))
+                await self._read_requests(caller)
         except Failure as failure:
             await context.abort(failure.code, failure.details)
 
-    async def _hand_over(self, messages: list[bytes], caller: Caller) -> handover.HandedOver | None:
-        """Where NGINX is to take a complete request.
+    async def decide(self, body: bytes, metadata: Mapping[str, str]) -> Mapping[str, str]:
+        """Where NGINX is to take a complete request with this body; see :mod:`erlib.handover`.
 
-        None: it has to come through here, because something about it is to be refused, or because its answer is to be
-        explained, its errors are to end it, or what its peer holds open has to be counted.
+        Through the gateways goes what is to be refused, and every request whose answer is to be explained, whose errors
+        are to end it, or of which a peer may not have as many as it likes.
         """
+        message = wire.message_of(body)
         if (
-            len(messages) != 1
-            or caller.explain
-            or caller.metadata.get(wire.STATUS_ON_ERROR) == "true"  # NGINX does not see errors in the stream
-            or caller.metadata_bytes > _METADATA_BYTES  # nor would it notice
+            message is None
+            or "er-explain" in metadata
+            or metadata.get(wire.STATUS_ON_ERROR) == "true"  # NGINX does not see errors in the stream
+            or sum(len(name) + len(value) + 32 for name, value in metadata.items()) > _METADATA_BYTES
             or self.limits.are_per_peer
             or self._is_draining
         ):
-            return None
-        request = Request("stream", caller.peer)
+            return handover.THROUGH_GATEWAYS
+        request = Request("stream", metadata.get("x-real-ip", ""))
         try:
-            await self._classify(messages[0], request, str(caller.metadata.get("er-sent-ns", "")))
+            await self._classify(message, request, metadata.get("er-sent-ns", ""))
         except Exception:  # it will come again on its way through here, and then be told, counted and logged
-            return None
+            return handover.THROUGH_GATEWAYS
         expert = self.experts[request.expert]
         replica = expert.choose()
         if replica is None:
-            return None
+            return handover.THROUGH_GATEWAYS
         request.spans_ns["forward"] = time.monotonic_ns() - request.t_routed_ns
-        ticket = str(caller.metadata.get(handover.TICKET, ""))
-        return self.handovers.begin(ticket, request, replica, expert.replicas.index(replica), self.who(request))
+        ticket, number = metadata.get(handover.TICKET, ""), expert.replicas.index(replica)
+        told = self.handovers.begin(ticket, request, replica, number, self.who(request))
+        return told or handover.THROUGH_GATEWAYS
 
-    async def _read_requests(self, caller: Caller, begun: Sequence[bytes] = ()) -> None:
-        """Do all requests of a stream, of which those that have `begun` are read already.
+    async def _read_requests(self, caller: Caller) -> None:
+        """Do all requests of a stream.
 
         Raises
         ------
@@ -199,7 +194,7 @@ class Gateway(grpc.GenericRpcHandler):
         first = True
         async with asyncio.TaskGroup() as requests:  # cancelled with this call, which frees the experts' slots
             with caller.reading():
-                async for message in caller.read_all(begun):
+                while (message := await caller.context.read()) is not grpc.aio.EOF:
                     await room.acquire()
                     task = requests.create_task(self._answer(message, Request("stream", caller.peer), caller, first))
                     caller.tasks.add(task)

@@ -53,11 +53,15 @@ class Gateway:
         How far it stands back where cores are short.
     options : sequence of str
         More of what it takes.
+    hands_over : bool
+        Whether NGINX asks it, at the next port, and relays itself.
     """
+
+    PORTS = 2
 
     def __init__(
         self, index: int, host: str, port: int, experts: Sequence[str], clusterer: Path | None, policy: str,
-        log_dir: Path, niceness: int, options: Sequence[str] = (),
+        log_dir: Path, niceness: int, options: Sequence[str] = (), hands_over: bool = False,
     ):  # fmt: skip
         self.title = f"gateway {index}"
         self.host, self.port = host, port
@@ -68,7 +72,7 @@ class Gateway:
         self._command = processes.python(
             "-m", "erlib.gateway", "--port", str(port), "--host", host, "--experts", ",".join(experts),
             "--clusterer", clusterer or "", "--policy", policy, "--index", str(index), "--behind-proxy",
-            *options,
+            *options, *(("--hands-over", str(port + 1)) if hands_over else ()),
         )  # fmt: skip
 
     @property
@@ -77,9 +81,14 @@ class Gateway:
         return f"{self.host}:{self.port}"
 
     @property
+    def questions(self) -> str:
+        """``host:port`` where NGINX asks it."""
+        return f"{self.host}:{self.port + 1}"
+
+    @property
     def ports(self) -> list[int]:
         """All that it listens on."""
-        return [self.port, *([self.metrics_port] if self.metrics_port else [])]
+        return [self.port, self.port + 1, *([self.metrics_port] if self.metrics_port else [])]
 
     def serve_metrics(self, port: int) -> None:
         """Let it serve Prometheus metrics at `port`, too, once it has been started."""
@@ -276,7 +285,7 @@ class Stack:
 
     Notes
     -----
-    Ports, from ``settings.base_port``: NGINX, the gateways, then three for each server.
+    Ports, from ``settings.base_port``: NGINX, two for each gateway, then three for each server.
     """
 
     def __init__(
@@ -298,7 +307,7 @@ class Stack:
             gateways = (0,) * (settings.gateways if has_gateways else 0)
             placement = Placement((settings.host,), (0,) * len(servers), gateways, 0, ("",))
         addresses, directories = placement.addresses, [log_dir / name for name in placement.log_dirs]
-        first = settings.base_port + 1 + settings.gateways
+        first = settings.base_port + 1 + settings.gateways * Gateway.PORTS
         self.servers = [
             plan.server(f"{label}-{i}", first + i * TritonServer.PORTS, directories[host], addresses[host])
             for i, (plan, host) in enumerate(zip(servers, placement.servers, strict=True))
@@ -313,9 +322,8 @@ class Stack:
         experts = ["|".join(itertools.islice(urls, n)) for n in replicas or [1] * len(servers)]
         self._gateways = [
             Gateway(
-                i, addresses[host], settings.base_port + 1 + i, experts, clusterer, policy, directories[host],
-                self.harness_niceness,
-                ["--insist-s", str(settings.start_timeout_s), *(["--hands-over"] if hands_over else [])],
+                i, addresses[host], settings.base_port + 1 + i * Gateway.PORTS, experts, clusterer, policy,
+                directories[host], self.harness_niceness, ["--insist-s", str(settings.start_timeout_s)], hands_over,
             )
             for i, host in enumerate(placement.gateways)
         ]  # fmt: skip
@@ -323,8 +331,8 @@ class Stack:
         if has_gateways:
             host = placement.nginx
             upstreams = [gateway.url for gateway in self._gateways]
-            relayed = experts if hands_over else ()
-            self._front = Nginx(settings.base_port, upstreams, directories[host], addresses[host], relayed)
+            relayed = (experts, [gateway.questions for gateway in self._gateways]) if hands_over else ()
+            self._front = Nginx(settings.base_port, upstreams, directories[host], addresses[host], *relayed)
         if metrics_port:
             for i, gateway in enumerate(self._gateways):
                 gateway.serve_metrics(metrics_port + i)

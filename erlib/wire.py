@@ -60,6 +60,12 @@ _OF_A_REQUEST = re.compile(
 """How Triton begins to say what is wrong with a request's tensors."""
 
 
+def message_of(body: bytes) -> bytes | None:
+    """The message that is all of a stream's `body`; None: there is none, or several, or it is in part or compressed."""
+    is_one = len(body) >= 5 and body[0] == 0 and len(body) == 5 + int.from_bytes(body[1:5], "big")
+    return body[5:] if is_one else None
+
+
 class BadRequest(ValueError):
     """A request that no expert can serve; the message says what is wrong with it."""
 

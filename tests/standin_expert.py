@@ -17,7 +17,7 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import experts, gateway, service, wire
+from erlib import experts, gateway, handover, service, wire
 
 
 @dataclasses.dataclass
@@ -234,6 +234,8 @@ class Front:
     gateway: service.Gateway
     url: str
     channel: grpc.aio.Channel
+    asked_at: str
+    """Where an NGINX that relays asks it."""
 
     def stream(self, *messages: bytes, **arguments) -> grpc.aio.StreamStreamCall:
         """A stream that sends `messages` and then says that there are no more."""
@@ -259,17 +261,15 @@ async def front(
     """A gateway in front of experts (replicas of one joined by ``|``), in this process, and a channel to it."""
     behind = experts.connect(addresses)
     routing = service.Gateway(arguments.pop("route", first_word), behind, **arguments)
-    settings = {
-        "silence_s": silence_s,
-        "drain_s": drain_s,
-        "max_streams": max_streams,
-        "insist_s": insist_s,
-        "hands_over": hands_over,
-    }
-    async with gateway.serving(routing, "127.0.0.1:0", **settings) as port:
-        url = f"127.0.0.1:{port}"
-        async with grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
-            yield Front(routing, url, channel)
+    settings = {"silence_s": silence_s, "drain_s": drain_s, "max_streams": max_streams, "insist_s": insist_s}
+    async with AsyncExitStack() as exits:
+        asked_at = ""
+        if hands_over:
+            hearing = handover.hearing(routing.decide, routing.handovers, "127.0.0.1:0")
+            asked_at = await exits.enter_async_context(hearing)
+        url = f"127.0.0.1:{await exits.enter_async_context(gateway.serving(routing, '127.0.0.1:0', **settings))}"
+        channel = grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS)
+        yield Front(routing, url, await exits.enter_async_context(channel), asked_at)
 
 
 @asynccontextmanager

@@ -623,10 +623,11 @@ class House:
         self._logs = logs
         self.experts = expert_processes
         port = RELAY_PORT if relays else NGINX_PORT
-        self._ports = [port + 1 + i for i in range(3)]
-        self._options = ["--hands-over"] if relays else []
-        known = [one.url for one in expert_processes] if relays else []
-        self.front = Nginx(port, [f"127.0.0.1:{port}" for port in self._ports], logs, experts=known)
+        self._ports, self._asked_at = [port + 1 + i for i in range(3)], [port + 4 + i for i in range(3)]
+        self._relays = relays
+        urls, questions = ([f"127.0.0.1:{port}" for port in each] for each in (self._ports, self._asked_at))
+        known = ([one.url for one in expert_processes], questions) if relays else ()
+        self.front = Nginx(port, urls, logs, "127.0.0.1", *known)
         self.gateways = [self._gateway(i) for i in range(3)]
         for i in range(3):
             self._wait(i)
@@ -646,7 +647,8 @@ class House:
     def _gateway(self, index: int):
         command = ["-m", "erlib.gateway", "--port", str(self._ports[index]), "--policy", "replicas", "--clusterer", ""]
         command += ["--experts", ",".join(one.url for one in self.experts), "--index", str(index)]
-        return processes.spawn(processes.python(*command, *self._options), self._logs / f"gateway-{index}.log")
+        command += ["--hands-over", str(self._asked_at[index])] if self._relays else []
+        return processes.spawn(processes.python(*command), self._logs / f"gateway-{index}.log")
 
     def _wait(self, index: int) -> None:
         log = self._logs / f"gateway-{index}.log"
@@ -808,7 +810,7 @@ def test_everything_is_killed_and_restarted_under_load(house, note):
 @pytest.fixture(scope="module")
 def relay_house(tmp_path_factory):
     logs = tmp_path_factory.mktemp("relay")
-    processes.require_free_ports(range(RELAY_PORT, RELAY_PORT + 4))
+    processes.require_free_ports(range(RELAY_PORT, RELAY_PORT + 7))
     with process_experts(2, logs / "experts.log") as running:
         built = House(logs, running, relays=True)
         yield built
@@ -819,7 +821,7 @@ def relay_house(tmp_path_factory):
 async def relay_before(work: Path, *addresses: str) -> AsyncIterator[tuple[Front, Nginx, grpc.aio.Channel]]:
     """A gateway in this process, an NGINX that relays in front of it and of its experts, and a channel to NGINX."""
     async with front(",".join(addresses), hands_over=True) as door:
-        built = Nginx(free_port(), [door.url], work, experts=addresses)
+        built = Nginx(free_port(), [door.url], work, experts=addresses, questions=[door.asked_at])
         built.start()
         try:
             async with grpc.aio.insecure_channel(built.url, options=wire.CHANNEL_OPTIONS) as channel:

@@ -68,7 +68,8 @@ async def way(kind: str, work: Path) -> AsyncIterator[tuple[grpc.aio.Channel, St
     async with standin() as expert, front(expert.url, hands_over=relays) as door:
         before = None
         if kind != "gateway":
-            before = Nginx(free_port(), [door.url], work, experts=[expert.url] if relays else ())
+            known = ([expert.url], [door.asked_at]) if relays else ()
+            before = Nginx(free_port(), [door.url], work, "127.0.0.1", *known)
             before.start()
         try:
             url = before.url if before else door.url

@@ -55,11 +55,12 @@ async def site(work: Path, *experts: str, n_gateways: int = 2, **arguments) -> A
             await exits.enter_async_context(front(",".join(experts), index=i, hands_over=True, **arguments))
             for i in range(n_gateways)
         ]
-        built = Nginx(free_port(), [one.url for one in gateways], work, experts=experts)
+        questions = [one.asked_at for one in gateways]
+        built = Nginx(free_port(), [one.url for one in gateways], work, experts=experts, questions=questions)
         built.start()
         exits.callback(processes.stop, [built.process], 2)
         async with grpc.aio.insecure_channel(built.url, options=wire.CHANNEL_OPTIONS) as channel:
-            yield Site(gateways[0].gateway, built.url, channel, gateways)
+            yield Site(gateways[0].gateway, built.url, channel, questions[0], gateways)
 
 
 def through(work: Path, visit, n: int = 1, answer=None, **arguments):
@@ -134,7 +135,7 @@ def test_gateways_are_asked_in_turn_and_say_what_the_model_says(tmp_path):
 
 def test_metadata_pass_both_ways_with_what_the_gateway_tells(tmp_path):
     kept = [("traceparent", "00-ab"), ("token-bin", b"\x00\xfe"), ("twice", "a"), ("twice", "b"), ("my_key", "1")]
-    sent = (*kept, wire.COMPLETE, ("er-sent-ns", str(time.monotonic_ns())), ("er-front", "9"), ("er-failed", "x"))
+    sent = (*kept, wire.COMPLETE, ("er-sent-ns", str(time.monotonic_ns())), ("er-failed", "x"))
 
     async def visit(site: Site):
         call = site.channel.unary_stream(wire.STREAM_INFER)(PROMPT, metadata=sent)
