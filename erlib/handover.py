@@ -40,8 +40,8 @@ BODY_BYTES = 1 << 20
 _HEADER_BYTES, _HEADERS = 128 << 10, 10_000
 """What NGINX takes of metadata; more than gRPC does, which then says so."""
 _RECEIVE_BUFFER_BYTES = 4 << 20
-_FORGET_AFTER_S = 2 * 3600.0
-"""NGINX gives a silent expert up after one hour; what it has not reported long after that, it never will."""
+_FORGET_AFTER_S = 25 * 3600.0
+"""NGINX gives a silent expert up after a day; what it has not reported by then, it never will."""
 _GONE = 10_000
 _ERROR_BYTES = 512
 """An answer that is no longer may be nothing but an error in the stream, which NGINX does not read."""

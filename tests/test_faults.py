@@ -696,7 +696,7 @@ async def kill_a_gateway(house: House) -> tuple[list[Outcome], list[Outcome]]:
         return outcomes, later
 
 
-async def restart_gateways(house: House, reload: bool) -> list[Outcome]:
+async def restart_gateways(house: House) -> list[Outcome]:
     """What becomes of running and new requests while all gateways are restarted by SIGTERM, and NGINX by SIGHUP.
 
     A request that reaches a gateway in the very moment in which it stops listening may be turned away by gRPC.
@@ -709,7 +709,7 @@ async def restart_gateways(house: House, reload: bool) -> list[Outcome]:
             await asyncio.sleep(0.5)
             if isinstance(step, int):
                 await house.restart(step, signal.SIGTERM)
-            elif reload:
+            else:
                 house.front.process.send_signal(signal.SIGHUP)
         await asyncio.sleep(0.5)
         stop.set()
@@ -767,7 +767,7 @@ def test_no_gateway_at_all_is_unavailable(house, note):
 
 
 def test_nginx_is_reloaded_and_gateways_are_restarted_under_load_and_hardly_anybody_notices(house, note):
-    outcomes = asyncio.run(restart_gateways(house, reload=True))
+    outcomes = asyncio.run(restart_gateways(house))
     expectation = "all running and 99 % of new ones OK"
     note("NGINX reloaded, gateways restarted one by one (SIGTERM)", "under load", expectation, outcomes)
 
@@ -861,10 +861,12 @@ def test_no_gateway_at_all_is_unavailable_under_a_relaying_nginx_and_running_str
     note("all gateways restarted under a relaying NGINX", "afterwards", "all OK", later)
 
 
-def test_gateways_are_restarted_under_a_relaying_nginx_and_load_and_hardly_anybody_notices(relay_house, note):
-    outcomes = asyncio.run(restart_gateways(relay_house, reload=False))
+def test_a_relaying_nginx_is_reloaded_and_gateways_are_restarted_under_load_and_hardly_anybody_notices(
+    relay_house, note
+):
+    outcomes = asyncio.run(restart_gateways(relay_house))
     expectation = "all running and 99 % of new ones OK"
-    note("gateways under a relaying NGINX restarted one by one (SIGTERM)", "under load", expectation, outcomes)
+    note("a relaying NGINX reloaded, gateways restarted one by one (SIGTERM)", "under load", expectation, outcomes)
 
 
 @pytest.mark.parametrize("spare", [0, 1], ids=["alone", "with a spare replica"])
