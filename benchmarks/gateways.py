@@ -123,7 +123,7 @@ def main() -> None:
     for name, value in result.items():
         print(f"{name:<42} {value}")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

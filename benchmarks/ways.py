@@ -100,7 +100,7 @@ class Site:
         python = environment("litellm")
         port = next(self._ports)
         configuration = self._work / "litellm.yaml"
-        configuration.write_text(_LITELLM_CONFIG.format(engine=self._openai_engine))
+        configuration.write_text(_LITELLM_CONFIG.format(engine=self._openai_engine), encoding="utf-8")
         command = [
             *(python, "-c", "from litellm import run_server; run_server()", "--config", configuration),
             *("--host", "127.0.0.1", "--port", str(port), "--num_workers", str(LITELLM_WORKERS)),

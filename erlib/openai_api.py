@@ -330,7 +330,7 @@ def _require_model(name: str) -> None:
 def _end_id(tokenizer: Tokenizer, directory: Path) -> int | None:
     """Which token ends an answer, by the ``tokenizer_config.json`` there, if there is one."""
     try:
-        end = json.loads((directory / "tokenizer_config.json").read_text())["eos_token"]
+        end = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
     except FileNotFoundError:
         return None
     return tokenizer.token_to_id(end if isinstance(end, str) else end["content"])

@@ -302,7 +302,7 @@ def workload(profile: Profile, paper: prompts.Paper) -> Workload:
 
 def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, threads: int) -> ServerPlan:
     """How an OpenVINO engine is served; batch size, KV blocks and threads are per instance."""
-    positions = json.loads((engine / "config.json").read_text())["max_position_embeddings"]
+    positions = json.loads((engine / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     parameters = {
         "engine": str(engine),
         "max_batch_size": str(batch_size),
@@ -668,12 +668,12 @@ def _code_digest(backend: str, in_cluster: bool) -> str:
 
         modules += [engines, steptimes, batching, stock, threaded_users]
     files += [*(Path(inspect.getfile(module)) for module in modules), nginx.TEMPLATE]
-    parts: list[Any] = [_skeleton(file) if file.suffix == ".py" else file.read_text() for file in files]
+    parts: list[Any] = [_skeleton(file) if file.suffix == ".py" else file.read_text(encoding="utf-8") for file in files]
     return config.digest(*parts, inspect.getsource(_scripts))
 
 
 def _skeleton(file: Path) -> str:
-    tree = ast.parse(file.read_text())
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (

@@ -133,7 +133,7 @@ class UserSimulator:
         self._command = processes.python("-m", _MODULES[client], tokenizer)
         if host:
             there = shlex.join(["cd", str(paths.ROOT)]) + " && exec " + shlex.join(map(str, self._command))
-            self._command = ["ssh", "-o", "BatchMode=yes", host, there]
+            self._command = ["ssh", "-o", "BatchMode=yes", "--", host, there]
         self._shares_clock = shares_clock and not host
         self._n_processes = n_processes
         self._log = log
