@@ -110,7 +110,7 @@ def test_bad_requests_say_what_is_wrong(changes, reason):
         ("[request id: 7] input byte size mismatch for input 'max_tokens'", "INVALID_ARGUMENT", None),
         ("inference input 'max_tokens' data-type is 'INT64'", "INVALID_ARGUMENT", None),
         ("Stub process 'ensemble_0_0' is not healthy.", "UNKNOWN", None),
-        ("[request id: 7] Exceeds maximum queue size", "UNKNOWN", None),
+        ("[request id: 7] Exceeds maximum queue size", "UNAVAILABLE", None),
         ("Request for unknown model: 'ensemble' is not found", "UNKNOWN", None),
         ("MIDNIGHT: no such code", "UNKNOWN", None),
         ("OK: not at all", "UNKNOWN", None),
