@@ -53,8 +53,8 @@ ASK_MODEL_CONFIG = pb.ModelConfigRequest(name=MODEL_NAME).SerializeToString()
 
 _OF_AN_ENSEMBLE = f"in ensemble '{MODEL_NAME}', "
 """What Triton puts before the errors of an ensemble's models."""
-_OF_A_QUEUE = "Exceeds maximum queue size"
-"""What Triton says of a request that comes while it has as many as it may keep waiting."""
+_NOT_NOW = ("Exceeds maximum queue size", "Server is stopping", "Server not ready")
+"""What Triton says of a request that it has no place for, or comes too late."""
 _OF_A_REQUEST = re.compile(
     r"(\[request id: .*?\] )?(inference (input|request)|input |expected |unexpected )"
     r"|Unable to find shared memory region|failed to get model version|Request for unknown model: '\w+' version"
@@ -183,7 +183,7 @@ def status_of(error: str) -> tuple[StatusCode, str]:
     name, colon, details = error.removeprefix(_OF_AN_ENSEMBLE).partition(": ")
     if colon and name in StatusCode.__members__ and name != StatusCode.OK.name:
         return StatusCode[name], details
-    if _OF_A_QUEUE in error:
+    if any(text in error for text in _NOT_NOW):
         return StatusCode.UNAVAILABLE, error
     return StatusCode.INVALID_ARGUMENT if _OF_A_REQUEST.match(error) else StatusCode.UNKNOWN, error
 

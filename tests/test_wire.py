@@ -111,6 +111,7 @@ def test_bad_requests_say_what_is_wrong(changes, reason):
         ("inference input 'max_tokens' data-type is 'INT64'", "INVALID_ARGUMENT", None),
         ("Stub process 'ensemble_0_0' is not healthy.", "UNKNOWN", None),
         ("[request id: 7] Exceeds maximum queue size", "UNAVAILABLE", None),
+        ("Server is stopping, scheduler for model has stopped accepting new inference requests", "UNAVAILABLE", None),
         ("Request for unknown model: 'ensemble' is not found", "UNKNOWN", None),
         ("MIDNIGHT: no such code", "UNKNOWN", None),
         ("OK: not at all", "UNKNOWN", None),
