@@ -106,7 +106,7 @@ class StandIn(grpc.GenericRpcHandler):
         """Streams at a time; more are refused as by a server whose queue is full."""
         self.line = asyncio.Semaphore(10**9)
         """What a request has while it is done; others stand in line."""
-        self._busy = 0
+        self._busy = self._failures = 0
         self.broken = ""
         """If not empty: the in-stream error that every inference gets, as from a server whose backend is dead."""
 
@@ -135,7 +135,13 @@ class StandIn(grpc.GenericRpcHandler):
                 "ModelMetadata": pb.ModelMetadataResponse(name=wire.MODEL_NAME, platform=self.url),
                 "ModelConfig": config,
                 "ModelStatistics": pb.ModelStatisticsResponse(
-                    model_stats=[pb.ModelStatistics(name=wire.MODEL_NAME, inference_count=len(self.requests))]
+                    model_stats=[
+                        pb.ModelStatistics(
+                            name=wire.MODEL_NAME,
+                            inference_count=len(self.requests),
+                            inference_stats=pb.InferStatistics(fail=pb.StatisticDuration(count=self._failures)),
+                        )
+                    ]
                 ),
             }.get(name)
             if reply is None:
@@ -165,6 +171,7 @@ class StandIn(grpc.GenericRpcHandler):
                 seen.t_end_s = time.monotonic()
 
     async def _answer(self, message: bytes, context: grpc.aio.ServicerContext, seen: Seen) -> None:
+        self._failures += bool(self.broken)
         if self.broken or self._busy >= self.slots:
             await context.write(wire.encode_error(self.broken or "Exceeds maximum queue size"))
             return
