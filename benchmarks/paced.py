@@ -229,9 +229,10 @@ def _triton_response() -> bytes:
 
 
 class _GrpcEngine(_Http2):
-    """Answers every stream, whatever it asks for, with its ``max_tokens`` responses."""
+    """Answers every request with its ``max_tokens`` responses, and an empty one, which asks for it, with "ready"."""
 
     _next = staticmethod(_stamped(_message(_triton_response())))
+    _ready = _message(pb.ServerReadyResponse(ready=True).SerializeToString())
     _head = b"\x88" + _header(b"content-type", b"application/grpc")
     _trailers = _header(b"grpc-status", b"0")
 
@@ -265,6 +266,10 @@ class _GrpcEngine(_Http2):
             return
         del self._requests[stream]
         self.transport.write(_frame(_HEADERS, _END_HEADERS, stream, self._head))
+        if len(request) == 5:
+            self.send(stream, self._ready)
+            self._finish(stream)
+            return
         self._stops[stream] = self._engine.start(
             lambda: self.send(stream, self._next()), lambda: self._finish(stream), _max_tokens(request[5:])
         )
@@ -393,7 +398,7 @@ class _GrpcUsers(_Http2):
         self._head = (
             b"\x83\x86\x04" + bytes([len(path)]) + path + b"\x01" + bytes([len(authority)]) + authority.encode()
             + _header(b"te", b"trailers") + _header(b"content-type", b"application/grpc")
-            + _header(b"grpc-timeout", b"3600S")
+            + _header(b"grpc-timeout", b"3600S") + _header(*(part.encode() for part in wire.COMPLETE))
         )  # fmt: skip
 
     def request(self, prompt: str, max_tokens: int) -> Stream:

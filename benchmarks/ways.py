@@ -1,7 +1,6 @@
 """The ways from users to the engine that are compared: direct, through our gateways, through what others would use.
 
-LiteLLM has an environment of its own in the cache, made of pinned packages when it is first used. Envoy is the extra
-``envoy`` of this one.
+LiteLLM has an environment of its own in the cache, made of pinned packages when it is first used.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import psutil
 
 from benchmarks.environments import environment
 from erlib import processes
-from erlib.envoy import Envoy
 from erlib.nginx import Nginx
 from erlib.stack import Gateway
 
@@ -92,19 +90,17 @@ class Site:
         url, relay = self._nginx(running, urls)
         return Way(url, "grpc", [relay, *gateways])
 
-    def envoy_and_gateways(self, running: contextlib.ExitStack) -> Way:
-        urls, gateways = self.gateways(running, GATEWAYS, "--processor")
-        envoy = Envoy(next(self._ports), urls, [self._engine] * EXPERTS, self._work)
-        envoy.start()
-        assert envoy.process is not None
-        running.callback(processes.stop, [envoy.process], 3)
-        return Way(envoy.url, "grpc", [envoy.process, *gateways])
+    def nginx_relaying(self, running: contextlib.ExitStack) -> Way:
+        gateways = self._start(running, GATEWAYS, hands_over=True)
+        urls, questions = [each.url for each in gateways], [each.questions for each in gateways]
+        url, relay = self._nginx(running, urls, [self._engine] * EXPERTS, questions)
+        return Way(url, "grpc", [relay, *(each.process for each in gateways)])
 
     def litellm(self, running: contextlib.ExitStack) -> Way:
         python = environment("litellm")
         port = next(self._ports)
         configuration = self._work / "litellm.yaml"
-        configuration.write_text(_LITELLM_CONFIG.format(engine=self._openai_engine))
+        configuration.write_text(_LITELLM_CONFIG.format(engine=self._openai_engine), encoding="utf-8")
         command = [
             *(python, "-c", "from litellm import run_server; run_server()", "--config", configuration),
             *("--host", "127.0.0.1", "--port", str(port), "--num_workers", str(LITELLM_WORKERS)),
@@ -115,20 +111,33 @@ class Site:
         self, running: contextlib.ExitStack, n: int, *options: str
     ) -> tuple[list[str], list[subprocess.Popen[bytes]]]:
         """Addresses and processes of `n` gateways, started together; all experts are the one engine."""
+        gateways = self._start(running, n, *options)
+        return [each.url for each in gateways], [each.process for each in gateways]
+
+    def _start(self, running: contextlib.ExitStack, n: int, *options: str, hands_over: bool = False) -> list[Gateway]:
         experts = [self._engine] * EXPERTS
-        gateways = [
-            Gateway(index, "127.0.0.1", next(self._ports), experts, self._router, "classify", self._work, 0, options)
-            for index in range(n)
-        ]
+        gateways = []
+        for index in range(n):
+            port = next(self._ports)
+            next(self._ports)  # where it may be asked
+            gateways.append(
+                Gateway(index, "127.0.0.1", port, experts, self._router, "classify", self._work, 0, options, hands_over)
+            )
         for gateway in gateways:
             gateway.start()
             running.callback(processes.stop, [gateway.process], 3)
         for gateway in gateways:
             gateway.wait_ready(START_TIMEOUT_S)
-        return [gateway.url for gateway in gateways], [gateway.process for gateway in gateways]
+        return gateways
 
-    def _nginx(self, running: contextlib.ExitStack, upstreams: list[str]) -> tuple[str, subprocess.Popen[bytes]]:
-        nginx = Nginx(next(self._ports), upstreams, self._work)
+    def _nginx(
+        self,
+        running: contextlib.ExitStack,
+        upstreams: list[str],
+        experts: Sequence[str] = (),
+        questions: Sequence[str] = (),
+    ) -> tuple[str, subprocess.Popen[bytes]]:
+        nginx = Nginx(next(self._ports), upstreams, self._work, experts=experts, questions=questions)
         nginx.start()
         assert nginx.process is not None
         running.callback(processes.stop, [nginx.process], 3)
@@ -150,7 +159,7 @@ WAYS: dict[str, Callable[[Site, contextlib.ExitStack], Way]] = {
     "NGINX": Site.nginx,
     "gateway": Site.gateway,
     f"NGINX + {GATEWAYS} gateways": Site.nginx_and_gateways,
-    f"Envoy + {GATEWAYS} gateways": Site.envoy_and_gateways,
+    f"NGINX, asking {GATEWAYS} gateways": Site.nginx_relaying,
     "direct, OpenAI": Site.direct_openai,
     "LiteLLM": Site.litellm,
 }

@@ -14,9 +14,8 @@ Modules are listed in the order in which data flows through them; each imports o
     steptimes, batching, estimates            how long a step lasts on H100s; who shares one; how long all takes
     wire, triton, repository                  messages; one server; one that has TensorRT-LLM's model repository
     experts, limits, telemetry                replicas and their breakers; what a peer may ask; what is seen of requests
-    callers, service                          the client's side of a call; what the routing gateway does with requests
-    envoy                                     a front that relays itself
-    processor, gateway                        what a gateway tells that front; the gateway as a process
+    callers, handover                         the client's side of a call; requests that NGINX relays
+    service, gateway                          what the routing gateway does with requests; the gateway as a process
     nginx, stack                              the balancer; all of it
     users, threaded_users                     the user simulator; the papers' user simulator
     cluster                                   stack and users on the nodes of a Ray cluster

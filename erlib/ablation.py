@@ -49,7 +49,7 @@ def plan(profile: Profile) -> list[Series]:
     series = []
     for client, classifier in ARMS:
         system = emulation.system(profile, settings.config, classifier=classifier)
-        system = dataclasses.replace(system, router=router)
+        system = dataclasses.replace(system, router=router, relay="gateway")  # the papers' gateways relay
         most = max(settings.users) if classifier == "ours" else settings.stock_users
         levels = [level for level in settings.users if level <= most]
         series.append(Series(paper, "ablation", system, pool, levels, settings.repeats, ["uniform"], client))

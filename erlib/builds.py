@@ -46,7 +46,7 @@ def is_done(command: Command) -> bool:
     if command.program[0] == "hf" and "dataset" not in command.options:
         return True
     try:
-        return json.loads(stamp(command).read_text())["argv"] == list(command.argv)
+        return json.loads(stamp(command).read_text(encoding="utf-8"))["argv"] == list(command.argv)
     except (OSError, ValueError, KeyError):
         # Texts have no index that would show what is still to come; hf's own notes show that it has begun.
         return command.program[0] == "hf" and not (command.makes / ".cache" / "huggingface").exists()
@@ -70,7 +70,7 @@ def _lacking_weights(directory: Path) -> list[str]:
     index, names, due = directory / "model.safetensors.index.json", ["model.safetensors"], 0
     if index.exists():
         try:
-            content = json.loads(index.read_text())
+            content = json.loads(index.read_text(encoding="utf-8"))
             names = sorted(set(content["weight_map"].values()))
             due = content.get("metadata", {}).get("total_size", 0)
         except (ValueError, KeyError, AttributeError):
@@ -89,7 +89,7 @@ def _size(file: Path) -> int:
 def seconds(command: Command) -> float | None:
     """How long a step took when it was run here; None if it was not."""
     try:
-        return json.loads(stamp(command).read_text())["seconds"]
+        return json.loads(stamp(command).read_text(encoding="utf-8"))["seconds"]
     except (OSError, ValueError, KeyError):
         return None
 
@@ -196,7 +196,7 @@ def _run(command: Command, runner: Runner, program: tuple[str, ...]) -> None:
         "seconds": round(time.monotonic() - began, 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    stamp(command).write_text(json.dumps(done, indent=1) + "\n")
+    stamp(command).write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
 
 
 def fetch_image(runner: Runner) -> None:
@@ -213,7 +213,7 @@ def fetch_image(runner: Runner) -> None:
         return
     work = runner.places.work
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "image.lock").open("w") as lock:
+    with (work / "image.lock").open("wb") as lock:
         if runner.kind != "docker":  # which keeps images on each machine
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)

@@ -14,14 +14,11 @@ import grpc
 import grpc.aio
 from grpc import StatusCode
 
+from erlib import wire
 from erlib.limits import Limits, peer_of
 
-_NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip", "triton_grpc_error")
-"""What metadata that concern one hop alone begin with.
-
-The last asks for what a gateway does itself: Triton 2.51 dies, its heap corrupted, where it ends streams in that way
-and clients cancel.
-"""
+_NOT_FORWARDED = ("er-", "grpc-", "user-agent", "x-real-ip", wire.STATUS_ON_ERROR)
+"""What metadata that concern one hop alone begin with."""
 
 _DETAILS_CHARS = 500
 """A status travels as metadata, of which gRPC takes 8 KB, and every byte that is not ASCII takes three."""
@@ -58,7 +55,7 @@ class Caller:
         self.peer = peer_of(context.peer(), self.metadata, behind_proxy)
         self.forwarded = forwarded(context)
         self.explain = "er-explain" in self.metadata
-        self.ends_on_error = self.metadata.get("triton_grpc_error") == "true"
+        self.ends_on_error = self.metadata.get(wire.STATUS_ON_ERROR) == "true"
         self.in_flight = 0
         self.failure: Failure | None = None
         """What the call is about to end with."""

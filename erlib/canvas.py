@@ -194,6 +194,13 @@ def scale(profile: config.Profile) -> str:
 REPEATS = " Points are means over repeats, bars one standard deviation between repeats."
 
 
+RELAYED = {
+    "front": " NGINX relays the tokens; the gateways only decide.",
+    "gateway": " The gateways relay the tokens, as in the papers.",
+}
+"""Who does, for captions."""
+
+
 def precision_note(profile: config.Profile) -> str | None:
     on_cpu = profile.serving.backend == "openvino"
     return "engine precision is stored, not computed, on a CPU: sizes are real, speed-ups are not" if on_cpu else None

@@ -176,7 +176,7 @@ def read(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
     MissingRecords
         If points of the sweep have not been measured; the message names the notebook to run.
     """
-    series = [sweep.load(profile, "p1"), sweep.load(profile, "p2"), sweep.preliminary(profile), sweep.overhead(profile)]
+    series = [sweep.load(profile, "p1"), sweep.load(profile, "p2"), sweep.preliminary(profile)]
     found: dict[str, Iterable[pd.DataFrame]] = {"measured": [sweep.read(profile, part) for part in series]}
     for source, folder in FULL_SCALE_SOURCES.items():
         newest: dict[tuple[Path, str], Path] = {}

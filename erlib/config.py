@@ -50,6 +50,9 @@ Routing = Literal["direct", "round_robin", "expert_router", "replicas"]
 """direct: clients to the one server. round_robin: clients alternate between servers. expert_router: NGINX, gateway,
 the cluster's expert. replicas: NGINX, gateway, the next server in turn (no classification)."""
 
+Relay = Literal["front", "gateway"]
+"""Who relays a routed system's tokens. gateway: as in the papers. front: NGINX, which has asked a gateway whereto."""
+
 Flow = Literal["engine", "llmapi"]
 """How a TensorRT-LLM model comes about; see :mod:`erlib.tensorrt_llm`."""
 Version = Literal["1.2.1", "0.21.0"]
@@ -277,10 +280,11 @@ class ServingSettings(_Section):
         "openvino", description="small engines on the CPU, or the papers' own on GPUs"
     )
     gateways: PositiveInt = Field(16, le=1000, description="routing gateways between the front and the experts")
-    front: Literal["nginx", "envoy"] = Field(
-        "nginx", description="nginx (as in the papers), or envoy (the extra `envoy`): tokens do not pass the gateways"
+    relay: Relay = Field(
+        "front",
+        description="who relays the tokens: NGINX, which asks a gateway whereto, or the gateway (papers)",
     )
-    # With the most gateways and replicas, the last port is 64,024.
+    # With the most gateways and replicas, the last port is 65,024.
     base_port: int = Field(18000, ge=1024, le=60000, description="first of the ports in use, which follow each other")
     host: Host = Field("127.0.0.1", description="address of this machine that all services listen on")
     start_timeout_s: Seconds = Field(120, description="seconds that a system may take to come up")

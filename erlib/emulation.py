@@ -72,6 +72,7 @@ def system(
         tokenizer=openvino.checkpoint(profile.engines) / "tokenizer.json",
         router=clusterer.build(profile),
         classifier=classifier,
+        relay=profile.serving.relay,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
@@ -245,9 +246,9 @@ def sweeps(
                 found.append(
                     _sweep(f"load, paper {paper[1]}", profile, one, paper, settings.users, settings.repeats, mixes, gpu)
                 )
-    overhead = profile.overhead
+    overhead, ways = profile.overhead, len(get_args(config.Relay))
     found += [
-        _sweep("overhead", profile, one, "overhead", overhead.users, overhead.repeats, ["uniform"], gpu)
+        _sweep("overhead", profile, one, "overhead", overhead.users, overhead.repeats * ways, ["uniform"], gpu)
         for one in load
         if one.id == overhead.config
     ]

@@ -39,6 +39,11 @@ ABANDON_AFTER_S = 5.0
 SLOW_CONNECT_S = 20.0
 """A server that has not finished connecting within this time never will; one on a busy machine takes seconds."""
 
+DOUBT_AGAIN_AFTER_S = 2.0
+"""Between two questions to a replica that may merely give short answers."""
+SERVER_AT_FAULT = {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DATA_LOSS"}
+"""How a request ends for which its server can be suspected, and not its client."""
+
 CHANNEL_OPTIONS = [
     *wire.CHANNEL_OPTIONS,
     # The defaults let a restarted expert wait up to two minutes for the next attempt to connect.
@@ -86,6 +91,9 @@ class Replica:
         self.stream_infer = self._channel.unary_stream(wire.STREAM_INFER)
         self._examination: asyncio.Task[None] | None = None
         self._responses_when_busy: int | None = None
+        self._doubt_again_s = 0.0
+        self._question: asyncio.Task[None] | None = None
+        self._failures = 0
 
     @property
     def is_connected(self) -> bool:
@@ -147,6 +155,31 @@ class Replica:
         if self._examination is None or self._examination.done():
             self._examination = asyncio.create_task(self._examine(infer))
 
+    def doubt(self) -> None:
+        """Ask it whether inferences have failed, unless that was done lately, and suspect it if so.
+
+        For signs that do not tell a bad answer from a short one. Unlike a canary, the question takes no tokens, which a
+        measurement would count.
+        """
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._doubt_again_s:
+            self._doubt_again_s = now_s + DOUBT_AGAIN_AFTER_S
+            self._question = asyncio.create_task(self._ask_for_failures())
+
+    async def _ask_for_failures(self) -> None:
+        """Triton counts those of a backend that is dead, and not the errors that a living one gives as its answers."""
+        try:
+            reply = pb.ModelStatisticsResponse.FromString(await self.ask("ModelStatistics"))
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                self.suspect()
+            return
+        except DecodeError:
+            return
+        before, self._failures = self._failures, sum(one.inference_stats.fail.count for one in reply.model_stats)
+        if self._failures > before:
+            self.suspect()
+
     def suspect_if_silent(self) -> None:
         """Called at intervals: suspect it if it was busy the last time, is now, and has given nothing in between.
 
@@ -159,8 +192,9 @@ class Replica:
 
     async def close(self) -> None:
         """End everything."""
-        if self._examination is not None:
-            self._examination.cancel()
+        for task in (self._examination, self._question):
+            if task is not None:
+                task.cancel()
         await self._channel.close()
 
     async def _examine(self, infer: bool) -> None:

@@ -100,6 +100,9 @@ def finish(
     failed = int((used["status"] != "ok").sum())
     if failed:
         caption += f" {failed} of {len(used)} requests failed and are left out."
+    relays = used["relay"].dropna().unique()
+    if len(relays) == 1:
+        caption += canvas.RELAYED[relays[0]]
     number = re.match(r"(fig|table)0?(\d+)", slug)
     if number:
         reference = f"Paper {paper[-1]}, {number[1].capitalize()}{'.' * (number[1] == 'fig')} {number[2]}"

@@ -24,7 +24,7 @@ import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from erlib import envoy, experts, routers, wire
+from erlib import experts, handover, routers, wire
 from erlib.clusterer import Clusterer, ClustererError
 from erlib.limits import Limits
 from erlib.processes import StartError
@@ -45,7 +45,6 @@ async def serving(
     gateway: Gateway,
     address: str,
     *,
-    handlers: Sequence[grpc.GenericRpcHandler] = (),
     credentials: grpc.ServerCredentials | None = None,
     max_streams: int | None = None,
     silence_s: float = 30.0,
@@ -59,8 +58,6 @@ async def serving(
     gateway : Gateway
     address : str
         ``host:port``; port 0 takes a free one.
-    handlers : sequence of GenericRpcHandler
-        Of what is served beside it.
     credentials : ServerCredentials, optional
         For TLS; None: plain text.
     max_streams : int, optional
@@ -87,7 +84,7 @@ async def serving(
         "grpc.max_metadata_size": 9 << 10,
     }
     server = grpc.aio.server(options=list(options.items()), maximum_concurrent_rpcs=max_streams)
-    server.add_generic_rpc_handlers((gateway, *handlers))
+    server.add_generic_rpc_handlers((gateway,))
     standing = health.aio.HealthServicer()
     await standing.set(wire.SERVICE, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(standing, server)
@@ -160,13 +157,11 @@ async def _run_until_signalled(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in ("max_streams", "silence_s", "drain_s", "insist_s")}
     address = f"{args.host}:{args.port}"
     gc.freeze()  # what is there now stays: no collection need look at it again
-    handlers = []
-    if args.processor:
-        envoy.find()
-        from erlib.processor import Processor  # only now: it needs the extra `envoy`
-
-        handlers.append(Processor(gateway))
-    async with serving(gateway, address, handlers=handlers, credentials=_server_credentials(args), **settings):
+    async with contextlib.AsyncExitStack() as open_:
+        if args.hands_over:  # NGINX, which waits for the port below, may ask from then on
+            hearing = handover.hearing(gateway.decide, gateway.handovers, f"{args.host}:{args.hands_over}")
+            await open_.enter_async_context(hearing)
+        await open_.enter_async_context(serving(gateway, address, credentials=_server_credentials(args), **settings))
         await stopping.wait()
 
 
@@ -203,7 +198,9 @@ def _parser() -> argparse.ArgumentParser:
         default="classify",
         help="how an expert is chosen, see erlib.routers.load",
     )
-    parser.add_argument("--processor", action="store_true", help="decide for Envoy, too (the extra `envoy`)")
+    parser.add_argument(
+        "--hands-over", type=int, metavar="PORT", help="where an NGINX that relays asks for the expert (TCP, and UDP)"
+    )
     parser.add_argument("--index", type=int, default=0, help="which of the instances this is")
     parser.add_argument(
         "--silence-s", type=_positive(float), default=30.0, help="after which an expert is asked if it is alive"

@@ -90,7 +90,7 @@ def free_memory_bytes() -> int:
     free = [psutil.virtual_memory().available]
     for limit, used in _group_limits():
         try:
-            free.append(int(limit.read_text()) - int(used.read_text()))
+            free.append(int(limit.read_text(encoding="utf-8")) - int(used.read_text(encoding="utf-8")))
         except (OSError, ValueError):  # no such controller, or "max"
             continue
     return max(0, min(free))
@@ -99,7 +99,7 @@ def free_memory_bytes() -> int:
 def _group_limits() -> Iterator[tuple[Path, Path]]:
     """Files with limit and use of this process' control groups (versions 1 and 2) and of those around them."""
     try:
-        lines = OWN_CGROUPS.read_text().splitlines()
+        lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -133,7 +133,7 @@ def existing(directory: Path) -> Path:
 def machine() -> str:
     """Cores, processor and memory, e.g. ``2 x AMD EPYC 7763, 24 GB``."""
     model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
             break

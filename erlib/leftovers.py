@@ -79,7 +79,7 @@ class _Status(NamedTuple):
 
 def _status(pid: int) -> _Status:
     try:
-        before, _, after = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
+        before, _, after = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
     except OSError:
         return _Status()
     fields = after.split()
@@ -187,7 +187,7 @@ def _sweep_empty_folders_of_triton() -> None:
 
 def _starts_of_living_servers() -> Iterator[tuple[float, float]]:
     """When each Triton server on this machine started, and when its first child did (s since the epoch)."""
-    boot = time.time() - float(Path("/proc/uptime").read_text().split()[0])
+    boot = time.time() - float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
     processes = {pid: _status(pid) for pid in _processes()}
 
     def began(pid: int) -> float:

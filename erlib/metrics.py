@@ -298,7 +298,7 @@ def routing_spans(records: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``config``, ``mix``, ``users``, ``repeat``, ``turn``, ``input_tokens``, one column per span of
+        ``config``, ``relay``, ``mix``, ``users``, ``repeat``, ``turn``, ``input_tokens``, one column per span of
         :data:`GATEWAY_SPANS` (0 where the gateway skipped it), ``gateway`` (their sum) and ``first_byte``.
     """
     _each_request_once(records)
@@ -306,20 +306,21 @@ def routing_spans(records: pd.DataFrame) -> pd.DataFrame:
     spans = done[[f"route_{span}_ns" for span in [*GATEWAY_SPANS, "first_byte"]]].fillna(0) * 1e-6
     spans.columns = pd.Index([*GATEWAY_SPANS, "first_byte"])
     spans.insert(len(GATEWAY_SPANS), "gateway", spans[GATEWAY_SPANS].sum(axis=1))
-    return pd.concat([done[["config", "mix", "users", "repeat", "turn", "input_tokens"]], spans], axis=1)
+    return pd.concat([done[["config", "relay", "mix", "users", "repeat", "turn", "input_tokens"]], spans], axis=1)
 
 
 def routing_overhead(records: pd.DataFrame) -> pd.DataFrame:
-    """Routing overhead by number of users, span by span.
+    """Routing overhead by who relays and number of users, span by span.
 
     Returns
     -------
     DataFrame
-        One row per (config, users, span), ``gateway`` being the sum of the gateway's own spans: ``requests``,
+        One row per (config, relay, users, span), ``gateway`` being the sum of the gateway's own spans: ``requests``,
         ``mean_ms``, ``sd_ms``, ``median_ms``, ``p99_ms``.
     """
     names = [*GATEWAY_SPANS, "gateway", "first_byte"]
-    long = routing_spans(records).melt(id_vars=["config", "users"], value_vars=names, var_name="span", value_name="ms")
-    return long.groupby(["config", "users", "span"], as_index=False)["ms"].agg(
+    keys = ["config", "relay", "users"]
+    long = routing_spans(records).melt(id_vars=keys, value_vars=names, var_name="span", value_name="ms")
+    return long.groupby([*keys, "span"], as_index=False)["ms"].agg(
         requests="count", mean_ms="mean", sd_ms="std", median_ms="median", p99_ms=p99
     )

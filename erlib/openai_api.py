@@ -186,7 +186,7 @@ class Front:
         limit = answer.asked.limit or await self._room(answer.text)
         end_id = wire.NEVER_STOP if is_forced else self._end_id
         message = wire.encode_request(answer.text, limit, end_id, answer.number)
-        call = self._channel.stream_stream(wire.STREAM_INFER)(iter([message]))
+        call = self._channel.unary_stream(wire.STREAM_INFER)(message, metadata=(wire.COMPLETE,))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         finish = ""
         try:
@@ -330,7 +330,7 @@ def _require_model(name: str) -> None:
 def _end_id(tokenizer: Tokenizer, directory: Path) -> int | None:
     """Which token ends an answer, by the ``tokenizer_config.json`` there, if there is one."""
     try:
-        end = json.loads((directory / "tokenizer_config.json").read_text())["eos_token"]
+        end = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
     except FileNotFoundError:
         return None
     return tokenizer.token_to_id(end if isinstance(end, str) else end["content"])

@@ -170,7 +170,7 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
         "hidden_act": "silu",
         "dtype": "float16",
     }
-    (directory / "config.json").write_text(json.dumps(settings, indent=1))
+    (directory / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     _gguf_tokenizer(fields, directory)
 
 
@@ -192,7 +192,7 @@ def _gguf_tokenizer(fields: dict[str, Any], directory: Path) -> None:
     named = {name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in _SPECIAL.items()}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": fields["llama.context_length"]}
     settings |= named | {"chat_template": fields["tokenizer.chat_template"]}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -311,7 +311,7 @@ def _layers(profile: Profile, size: Size) -> int:
 
 
 def _depth(source: Path) -> int:
-    return int(json.loads((source / "config.json").read_text())["num_hidden_layers"])
+    return int(json.loads((source / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
 
 
 def _target(profile: Profile, layers: int, dtype: Dtype, source: Path) -> Path:
@@ -343,7 +343,7 @@ def _calibration(profile: Profile) -> list[list[int]]:
 
 
 def _read(path: Path) -> BuiltEngine:
-    return BuiltEngine(path=path, **json.loads((path / "engine.json").read_text()))
+    return BuiltEngine(path=path, **json.loads((path / "engine.json").read_text(encoding="utf-8")))
 
 
 # --- the process of its own -------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def _build_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         facts["weights_bytes"] = (partial / "openvino_model.bin").stat().st_size
         facts["stored_as"] = _stored_as(partial)
         facts["build_s"] = round(time.monotonic() - started_s, 1)
-        (partial / "engine.json").write_text(json.dumps(facts, indent=1))
+        (partial / "engine.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         paths.put(partial, target)
         yield facts
 

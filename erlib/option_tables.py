@@ -79,7 +79,7 @@ def load_contract(version: str) -> Contract:
     if not file.exists():
         known = ", ".join(sorted(path.stem for path in TABLES.glob("*.json")))
         raise ConfigError(f"no option tables for TensorRT-LLM {version}; there are some for {known}")
-    return Contract.model_validate_json(file.read_text())
+    return Contract.model_validate_json(file.read_text(encoding="utf-8"))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -68,7 +68,7 @@ def building(target: Path, *, kept: bool = True) -> Iterator[Path]:
 def put(partial: Path, target: Path, *, kept: bool = True) -> None:
     """Give a complete directory its final name; see :func:`building`."""
     if kept:
-        (partial / _SIZES).write_text(json.dumps(_sizes(partial)))
+        (partial / _SIZES).write_text(json.dumps(_sizes(partial)), encoding="utf-8")
     try:
         partial.rename(target)
     except OSError:
@@ -112,7 +112,7 @@ def recalled(file: Path, read: Callable[[Path], _Content], what: str) -> _Conten
 
 def _damage(directory: Path) -> str:
     try:
-        expected, actual = dict(json.loads((directory / _SIZES).read_text())), _sizes(directory)
+        expected, actual = dict(json.loads((directory / _SIZES).read_text(encoding="utf-8"))), _sizes(directory)
     except (OSError, ValueError, TypeError):
         return f"no {_SIZES} says how large its files are"
     changed = [name for name, size in expected.items() if actual.get(name) != size]

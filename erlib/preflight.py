@@ -28,7 +28,6 @@ from erlib import (
     config,
     corpus,
     engines,
-    envoy,
     estimates,
     hardware,
     nginx,
@@ -42,6 +41,7 @@ from erlib.config import ConfigError, Configuration, Passable, Profile, RunnerKi
 from erlib.containers import Image, Runner, load_image
 from erlib.hardware import Gpu
 from erlib.processes import StartError
+from erlib.stack import Gateway
 from erlib.tensorrt_llm import CALIBRATION, CHECKPOINTS, NEWEST, TEXTS, Plan
 from erlib.triton import TritonServer
 
@@ -58,7 +58,7 @@ _ANSWER_S = 10
 
 
 def basics(profile: Profile) -> list[str]:
-    """Problems that any run on this machine would have: folders, disk space, input files, NGINX or Envoy, ports."""
+    """Problems that any run on this machine would have: folders, disk space, input files, NGINX, ports."""
     found = [*_names(), *_folders(profile), *_inputs(profile)]
     free = hardware.free_disk_bytes(paths.run_dir(profile.name))
     if free < LEAST_FREE_BYTES:
@@ -67,7 +67,7 @@ def basics(profile: Profile) -> list[str]:
             "Make room, or set ERLIB_HOME to another disk"
         )
     checks: list[Callable[[], object]] = [
-        envoy.find if profile.serving.front == "envoy" else nginx.find,
+        nginx.find,
         lambda: processes.require_free_ports(ports(profile), profile.serving.host),
     ]
     for check in checks:
@@ -123,9 +123,9 @@ def _inputs(profile: Profile) -> Iterable[str]:
 
 
 def ports(profile: Profile) -> range:
-    """All ports that a stack of eight servers takes: NGINX, the gateways, three for each server."""
+    """All ports that a stack of eight servers takes: NGINX, two for each gateway, three for each server."""
     first = profile.serving.base_port
-    return range(first, first + 1 + profile.serving.gateways + engines.GPUS * TritonServer.PORTS)
+    return range(first, first + 1 + profile.serving.gateways * Gateway.PORTS + engines.GPUS * TritonServer.PORTS)
 
 
 # --- fitted to the machine ----------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def _stand_back(niceness: int) -> None:
     deadline = time.monotonic() + 2
     while niceness and time.monotonic() < deadline:
         try:
-            _AUTOGROUP.write_text(str(niceness))
+            _AUTOGROUP.write_text(str(niceness), encoding="utf-8")
         except BlockingIOError:  # only root may change several within a tenth of a second
             time.sleep(0.05)
         except OSError:  # a kernel without groups, or a container that hides them
@@ -267,7 +267,11 @@ def wait_until(
 
 def tail(log: Path, lines: int = 8) -> str:
     """The last `lines` of a log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else "(no log)"
+    return (
+        "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        if log.exists()
+        else "(no log)"
+    )
 
 
 def require_free_ports(ports: Iterable[int], host: str = "127.0.0.1") -> None:

@@ -163,7 +163,7 @@ def report(profile: Profile) -> pd.DataFrame:
     file = paths.run_dir(profile.name) / "engines.csv"
     systems: list[tuple[BuiltEngine, KvCache]] = [(engine, "f16") for engine in built]
     systems += [(engine, "u8") for engine in built if engine.dtype in ("int8", "fp8")]
-    known = paths.recalled(file, pd.read_csv, "engines")
+    known = paths.recalled(file, lambda file: pd.read_csv(file, dtype={"key": str}), "engines")  # a hash may be digits
     if known is not None and _is_whole(known, [(engine.name, kv_cache, key) for engine, kv_cache in systems]):
         print("engines: already measured with these engines and settings")
         return known

@@ -43,9 +43,10 @@ SCHEMA = pa.schema(
         ("status", pa.string()),  # ok, or what went wrong
         # what the gateway did with it (null where there is none)
         *((f"route_{span}_ns", pa.int64()) for span in _ROUTE_SPANS),
-        # who asks (null where nobody is real), and who classifies (null where nobody does)
+        # who asks (null where nobody is real), who classifies, and who relays the tokens (null where nobody does)
         ("client", pa.string()),  # asyncio | threads
         ("classifier", pa.string()),  # ours | stock
+        ("relay", pa.string()),  # front | gateway
         # emulated engines: wall seconds for one second of theirs; steps, those over 5 % late, and the time so lost
         ("slow_motion", pa.float64()),
         ("steps", pa.int64()),

@@ -87,7 +87,7 @@ def render(plan: Plan, tokenizer: Path, target: Path, n_processes: int | None = 
             version = partial / model / "1"
             version.mkdir(parents=True)
             text = _templates().get_template(f"{source}/config.pbtxt.j2").render(values)
-            (partial / model / "config.pbtxt").write_text(text)
+            (partial / model / "config.pbtxt").write_text(text, encoding="utf-8")
             if (code := TEMPLATES / source / "1" / "model.py").exists():
                 for file in (code, TEMPLATES / "texts.py"):
                     shutil.copy(file, version)  # copied, because a container does not see this repository
@@ -157,7 +157,7 @@ class RepositoryPlan(triton.ServerPlan):
     @property
     def description(self) -> dict[str, Any]:
         """What it is, wherever it lies: the repository's texts, and the engine as its ``config.json`` describes it."""
-        texts = [path.read_text() for path in sorted(self.repository.rglob("*")) if path.is_file()]
+        texts = [path.read_text(encoding="utf-8") for path in sorted(self.repository.rglob("*")) if path.is_file()]
         for name, directory in self.parameters.items():
             texts = [text.replace(directory, name) for text in texts]
         return {
@@ -315,7 +315,9 @@ class RepositoryServer(triton.TritonServer):
                 f"{_PUBLISHED_WITHIN_S:.0f} s after its first answers; see {self.log}"
             )
         engine = self.repository / ENGINE_MODEL / "config.pbtxt"
-        (asked,) = re.findall(r'"max_tokens_in_paged_kv_cache".*?string_value: "(\d+)"', engine.read_text())
+        (asked,) = re.findall(
+            r'"max_tokens_in_paged_kv_cache".*?string_value: "(\d+)"', engine.read_text(encoding="utf-8")
+        )
         if tokens < 0.99 * int(asked):
             raise StartError(
                 f"{self.label}: KV cache of {tokens:,.0f} tokens, not the {int(asked):,} of Table I; something else "

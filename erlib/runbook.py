@@ -21,6 +21,7 @@ from erlib.config import Configuration
 from erlib.containers import Command, Places, Runner
 from erlib.engines import Paper
 from erlib.preflight import Fitted, Report
+from erlib.stack import Gateway
 from erlib.tensorrt_llm import Plan
 from erlib.triton import TritonServer
 
@@ -304,12 +305,12 @@ def _folded(words: Iterable[str], places: Places, indent: int = 0) -> str:
 
 def _servers(fitted: Fitted) -> str:
     settings, rows = fitted.profile.serving, []
-    first = settings.base_port + 1 + settings.gateways
+    first = settings.base_port + 1 + settings.gateways * Gateway.PORTS
     alike: defaultdict[tuple[int, int], list[Configuration]] = defaultdict(list)
     for one in fitted.load:
         hosts = one.routing in ("expert_router", "replicas")
         count, width = one.system.instances, one.system.tensor_parallel
-        gateways = f"{settings.base_port + 1}-{settings.base_port + settings.gateways}"
+        gateways = f"{settings.base_port + 1}-{first - 1}"
         rows.append(
             [one.id, count, _gpu_list(count, width), settings.base_port if hosts else "", gateways if hosts else "",
              *(_every(first + offset, count) for offset in range(TritonServer.PORTS))]

@@ -23,7 +23,7 @@ import asyncio
 import contextlib
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -34,9 +34,10 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import wire
+from erlib import handover, wire
 from erlib.callers import Caller, Failure, NobodyListens, forwarded, pairs
-from erlib.experts import Expert, Replica
+from erlib.experts import SERVER_AT_FAULT, Expert, Replica
+from erlib.handover import Handovers
 from erlib.limits import Limits, Peers, Refused
 from erlib.routers import Route
 from erlib.telemetry import Request, Telemetry, logger
@@ -48,10 +49,10 @@ _QUESTIONS = ["ServerReady", "ModelReady", "ModelMetadata", "ModelConfig", "Repo
 """Methods that any live server is asked to answer. Those that would change a server are not offered."""
 _EXTENSIONS = {"classification", "model_configuration", "parameters", "schedule_policy", "statistics"}
 """Of what Triton says that it offers, what it offers through a gateway, too."""
-_SERVER_AT_FAULT = {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DATA_LOSS"}
-"""Status codes of errors that are not the request's own."""
 _SILENT = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
 """How a question ends that a server has not answered."""
+_METADATA_BYTES = 8 << 10
+"""What any gRPC server takes; NGINX would not notice that it does not."""
 _UNREADABLE = "the expert's answer cannot be read"
 _TIME_DIGITS = 20
 """More than this host's clock can show."""
@@ -110,6 +111,7 @@ class Gateway(grpc.GenericRpcHandler):
         self._peers = Peers(limits)
         self._behind_proxy = behind_proxy
         self._thread = thread
+        self.handovers = Handovers(self.telemetry.note)
         self._is_draining = False
         self._callers: set[Caller] = set()
 
@@ -131,34 +133,6 @@ class Gateway(grpc.GenericRpcHandler):
         """From now on do what streams that are already open have asked for, and no more."""
         self._is_draining = True
 
-    async def direct(self, message: bytes, sent: str) -> tuple[Request, bool] | None:
-        """Decide where a request goes that somebody else takes there; `sent`: its ``er-sent-ns``.
-
-        Returns
-        -------
-        tuple of Request and bool, or None
-            With its expert, and whether that has a spare replica; None: it has to come through here, because something
-            about it is to be refused, or because what its peer holds open has to be counted.
-        """
-        if self._is_draining or self.limits.are_per_peer:
-            return None
-        request = Request("stream", "")
-        try:
-            await self._classify(message, request, sent)
-        except Exception:  # where it comes through here, it is told so, counted and logged
-            return None
-        expert = self.experts[request.expert]
-        replica = expert.choose()
-        return None if replica is None else (request, expert.has_other(replica))
-
-    def ended(self, request: Request) -> None:
-        """Count a request that somebody else took to its expert, and suspect the replicas that may have failed it."""
-        if request.retries or {request.code, request.expert_error} & _SERVER_AT_FAULT:
-            for replica in self.experts[request.expert].replicas:
-                if request.retries or request.replica in (replica.url, ""):
-                    replica.suspect()
-        self.telemetry.note(request)
-
     def who(self, request: Request) -> dict[str, int | str]:
         """What the client is told of its request when it has been forwarded."""
         return {"er-gateway": self.index, "er-expert": request.expert, **request.span_metadata}
@@ -177,6 +151,36 @@ class Gateway(grpc.GenericRpcHandler):
                 await self._read_requests(caller)
         except Failure as failure:
             await context.abort(failure.code, failure.details)
+
+    async def decide(self, body: bytes, metadata: Mapping[str, str]) -> Mapping[str, str]:
+        """Where NGINX is to take a complete request with this body; see :mod:`erlib.handover`.
+
+        Through the gateways goes what is to be refused, and every request whose answer is to be explained, whose errors
+        are to end it, or of which a peer may not have as many as it likes.
+        """
+        message = wire.message_of(body)
+        if (
+            message is None
+            or "er-explain" in metadata
+            or metadata.get(wire.STATUS_ON_ERROR) == "true"  # NGINX does not see errors in the stream
+            or sum(len(name) + len(value) + 32 for name, value in metadata.items()) > _METADATA_BYTES
+            or self.limits.are_per_peer
+            or self._is_draining
+        ):
+            return handover.THROUGH_GATEWAYS
+        request = Request("stream", metadata.get("x-real-ip", ""))
+        try:
+            await self._classify(message, request, metadata.get("er-sent-ns", ""))
+        except Exception:  # it will come again on its way through here, and then be told, counted and logged
+            return handover.THROUGH_GATEWAYS
+        expert = self.experts[request.expert]
+        replica = expert.choose()
+        if replica is None:
+            return handover.THROUGH_GATEWAYS
+        request.spans_ns["forward"] = time.monotonic_ns() - request.t_routed_ns
+        ticket, number = metadata.get(handover.TICKET, ""), expert.replicas.index(replica)
+        told = self.handovers.begin(ticket, request, replica, number, self.who(request))
+        return told or handover.THROUGH_GATEWAYS
 
     async def _read_requests(self, caller: Caller) -> None:
         """Do all requests of a stream.
@@ -295,18 +299,31 @@ class Gateway(grpc.GenericRpcHandler):
         await turns.acquire()
         with contextlib.ExitStack() as turn:
             turn.callback(turns.release)
-            replica = expert.choose()
+            failed = self._failed(expert, caller)
+            replica = expert.choose(besides=failed)
             if replica is None:
                 n = len(expert.replicas)
-                raise Failure(StatusCode.UNAVAILABLE, f"expert {request.expert} is down (all {n} of its servers)")
-            try:
-                return await attempt(_Try(replica, expert.has_other(replica), turn.close))
-            except Failure as failure:
-                other = expert.choose(besides=replica)
-                if other is None or request.responses or failure.code is not StatusCode.UNAVAILABLE:
-                    raise
+                why = "failed before its first response" if failed else f"is down (all {n} of its servers)"
+                raise Failure(StatusCode.UNAVAILABLE, f"expert {request.expert} {why}")
+            if failed is None:
+                try:
+                    return await attempt(_Try(replica, expert.has_other(replica), turn.close))
+                except Failure as failure:
+                    other = expert.choose(besides=replica)
+                    if other is None or request.responses or failure.code is not StatusCode.UNAVAILABLE:
+                        raise
+                replica = other
             request.retries += 1
-            return await attempt(_Try(other, False, turn.close))
+            return await attempt(_Try(replica, False, turn.close))
+
+    @staticmethod
+    def _failed(expert: Expert, caller: Caller) -> Replica | None:
+        """The replica that has failed a request which NGINX took there."""
+        url = caller.metadata.get(handover.FAILED)
+        failed = next((replica for replica in expert.replicas if replica.url == url), None)
+        if failed is not None:
+            failed.suspect()
+        return failed
 
     async def _classify(self, message: bytes, request: Request, sent: str) -> None:
         """Note in `request` which expert it is for; `sent`: the client's ``er-sent-ns``.
@@ -362,7 +379,7 @@ class Gateway(grpc.GenericRpcHandler):
                     request.spans_ns["first_byte"] = time.monotonic_ns() - t_forwarded_ns
                 if failure is None:
                     replica.responses += 1
-                elif failure.code.name in _SERVER_AT_FAULT:
+                elif failure.code.name in SERVER_AT_FAULT:
                     replica.suspect()
                     if is_first and this.has_spare:
                         raise Failure(StatusCode.UNAVAILABLE, "its first word was an error")
@@ -467,7 +484,7 @@ def _blaming(replica: Replica, request: Request) -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        if error.code().name in _SERVER_AT_FAULT:
+        if error.code().name in SERVER_AT_FAULT:
             replica.suspect()
         reason = error.details() if replica.is_connected else f"no connection to {replica.url}: {error.details()}"
         raise Failure(error.code(), f"{who} failed: {reason}") from None

@@ -15,9 +15,8 @@ from typing import Literal, Self, TypeVar
 import grpc
 import grpc.aio
 
-from erlib import envoy, hardware, leftovers, processes, triton, wire
+from erlib import hardware, leftovers, processes, triton, wire
 from erlib.config import Routing, ServingSettings
-from erlib.envoy import Envoy
 from erlib.nginx import Nginx
 from erlib.processes import StartError
 from erlib.triton import ServerPlan, TritonServer
@@ -54,11 +53,15 @@ class Gateway:
         How far it stands back where cores are short.
     options : sequence of str
         More of what it takes.
+    hands_over : bool
+        Whether NGINX asks it, at the next port, and relays itself.
     """
+
+    PORTS = 2
 
     def __init__(
         self, index: int, host: str, port: int, experts: Sequence[str], clusterer: Path | None, policy: str,
-        log_dir: Path, niceness: int, options: Sequence[str] = (),
+        log_dir: Path, niceness: int, options: Sequence[str] = (), hands_over: bool = False,
     ):  # fmt: skip
         self.title = f"gateway {index}"
         self.host, self.port = host, port
@@ -69,7 +72,7 @@ class Gateway:
         self._command = processes.python(
             "-m", "erlib.gateway", "--port", str(port), "--host", host, "--experts", ",".join(experts),
             "--clusterer", clusterer or "", "--policy", policy, "--index", str(index), "--behind-proxy",
-            *options,
+            *options, *(("--hands-over", str(port + 1)) if hands_over else ()),
         )  # fmt: skip
 
     @property
@@ -78,9 +81,14 @@ class Gateway:
         return f"{self.host}:{self.port}"
 
     @property
+    def questions(self) -> str:
+        """``host:port`` where NGINX asks it."""
+        return f"{self.host}:{self.port + 1}"
+
+    @property
     def ports(self) -> list[int]:
         """All that it listens on."""
-        return [self.port, *([self.metrics_port] if self.metrics_port else [])]
+        return [self.port, self.port + 1, *([self.metrics_port] if self.metrics_port else [])]
 
     def serve_metrics(self, port: int) -> None:
         """Let it serve Prometheus metrics at `port`, too, once it has been started."""
@@ -124,15 +132,13 @@ class Placement:
 class Share:
     """What one host runs of a stack: all of it, or a part."""
 
-    def __init__(
-        self, host: str, servers: Sequence[TritonServer], gateways: Sequence[Gateway], front: Nginx | Envoy | None
-    ):
+    def __init__(self, host: str, servers: Sequence[TritonServer], gateways: Sequence[Gateway], front: Nginx | None):
         self.host = host
         self.servers = servers
         self._gateways = gateways
         self._front = front
         self._parts: list[TritonServer | Gateway] = [*servers, *gateways]
-        self._everything: list[TritonServer | Gateway | Nginx | Envoy] = [*self._parts, *([front] if front else [])]
+        self._everything: list[TritonServer | Gateway | Nginx] = [*self._parts, *([front] if front else [])]
 
     @property
     def title(self) -> str:
@@ -149,8 +155,6 @@ class Share:
         """
         leftovers.sweep()
         triton.preflight(len(self.servers))
-        if isinstance(self._front, Envoy):
-            envoy.find()
         ports = [port for server in self.servers for port in (server.http_port, server.grpc_port, server.metrics_port)]
         ports += [port for gateway in self._gateways for port in gateway.ports]
         processes.require_free_ports([*ports, *([self._front.port] if self._front else [])], self.host)
@@ -226,7 +230,7 @@ class Share:
             last_words = part.log.with_suffix(".died.log")
             part.log.replace(last_words)
             part.start()
-            if not isinstance(part, (Nginx, Envoy)):  # those wait by themselves
+            if not isinstance(part, Nginx):  # those wait by themselves
                 part.wait_ready(timeout_s)
             lines.append(f"{part.title} {how} (see {last_words}) and has been started again")
         return lines
@@ -243,7 +247,7 @@ class Share:
         leftovers.sweep()
 
 
-def _clean_up(part: TritonServer | Gateway | Nginx | Envoy) -> None:
+def _clean_up(part: TritonServer | Gateway | Nginx) -> None:
     if isinstance(part, (TritonServer, Nginx)):
         part.clean_up()
 
@@ -281,7 +285,7 @@ class Stack:
 
     Notes
     -----
-    Ports, from ``settings.base_port``: NGINX or Envoy, the gateways, then three for each server.
+    Ports, from ``settings.base_port``: NGINX, two for each gateway, then three for each server.
     """
 
     def __init__(
@@ -298,12 +302,12 @@ class Stack:
         metrics_port: int | None = None,
     ):
         has_gateways = routing in ("expert_router", "replicas")
-        has_envoy = settings.front == "envoy"
+        hands_over = settings.relay == "front"
         if placement is None:
             gateways = (0,) * (settings.gateways if has_gateways else 0)
             placement = Placement((settings.host,), (0,) * len(servers), gateways, 0, ("",))
         addresses, directories = placement.addresses, [log_dir / name for name in placement.log_dirs]
-        first = settings.base_port + 1 + settings.gateways
+        first = settings.base_port + 1 + settings.gateways * Gateway.PORTS
         self.servers = [
             plan.server(f"{label}-{i}", first + i * TritonServer.PORTS, directories[host], addresses[host])
             for i, (plan, host) in enumerate(zip(servers, placement.servers, strict=True))
@@ -318,20 +322,17 @@ class Stack:
         experts = ["|".join(itertools.islice(urls, n)) for n in replicas or [1] * len(servers)]
         self._gateways = [
             Gateway(
-                i, addresses[host], settings.base_port + 1 + i, experts, clusterer, policy, directories[host],
-                self.harness_niceness,
-                ["--insist-s", str(settings.start_timeout_s), *(["--processor"] if has_envoy else [])],
+                i, addresses[host], settings.base_port + 1 + i * Gateway.PORTS, experts, clusterer, policy,
+                directories[host], self.harness_niceness, ["--insist-s", str(settings.start_timeout_s)], hands_over,
             )
             for i, host in enumerate(placement.gateways)
         ]  # fmt: skip
-        self._front: Nginx | Envoy | None = None
+        self._front: Nginx | None = None
         if has_gateways:
             host = placement.nginx
             upstreams = [gateway.url for gateway in self._gateways]
-            if has_envoy:
-                self._front = Envoy(settings.base_port, upstreams, experts, directories[host], addresses[host])
-            else:
-                self._front = Nginx(settings.base_port, upstreams, directories[host], addresses[host])
+            relayed = (experts, [gateway.questions for gateway in self._gateways]) if hands_over else ()
+            self._front = Nginx(settings.base_port, upstreams, directories[host], addresses[host], *relayed)
         if metrics_port:
             for i, gateway in enumerate(self._gateways):
                 gateway.serve_metrics(metrics_port + i)
@@ -351,7 +352,7 @@ class Stack:
 
     @property
     def targets(self) -> list[str]:
-        """Addresses that users connect to: NGINX or Envoy, or the servers themselves where the baseline bypasses it."""
+        """Addresses that users connect to: NGINX, or the servers themselves where the baseline bypasses it."""
         return [self._front.url] if self._front else [server.url for server in self.servers]
 
     @property
@@ -427,8 +428,9 @@ class Stack:
             )
         )
         if self._front:
-            ways = len(self._gateways)
-            await _ask(self._front.url, f"{self._front.title} and the gateways", ways, self._start_timeout_s)
+            what, n = f"{self._front.title} and the gateways", len(self._gateways)
+            for metadata in ((), (wire.COMPLETE,)):  # through the gateways and, if it relays, past them
+                await _ask(self._front.url, what, n, self._start_timeout_s, metadata)
 
     @staticmethod
     def _in_thread(coroutine: Coroutine[None, None, None]) -> None:
@@ -454,7 +456,7 @@ def _on(host: int, parts: Sequence[Result], hosts: Sequence[int]) -> list[Result
     return [part for part, its in zip(parts, hosts, strict=True) if its == host]
 
 
-async def _ask(url: str, what: str, streams: int, timeout_s: float) -> None:
+async def _ask(url: str, what: str, streams: int, timeout_s: float, metadata: Sequence[tuple[str, str]] = ()) -> None:
     """`streams` concurrent canary inferences of two tokens.
 
     Raises
@@ -463,10 +465,11 @@ async def _ask(url: str, what: str, streams: int, timeout_s: float) -> None:
         If one of them fails.
     """
     async with grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
-        infer = channel.stream_stream(wire.STREAM_INFER)
+        infer = channel.unary_stream(wire.STREAM_INFER)
 
         async def one() -> None:
-            call = infer(iter([wire.encode_request(_CANARY, 2, wire.NEVER_STOP)]), timeout=timeout_s)
+            message = wire.encode_request(_CANARY, 2, wire.NEVER_STOP)
+            call = infer(message, timeout=timeout_s, metadata=metadata)
             try:
                 responses = [wire.decode_response(message) async for message in call]
             except grpc.aio.AioRpcError as error:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pandas as pd
 from tokenizers import Tokenizer
@@ -32,9 +32,9 @@ from erlib import (
     config,
     containers,
     engines,
-    envoy,
     experts,
     gateway,
+    handover,
     hardware,
     limits,
     nginx,
@@ -56,7 +56,7 @@ from erlib import (
     wire,
 )
 from erlib.cluster import ClusterStack, ClusterUsers
-from erlib.config import ConfigError, Configuration, Mix, Paper, Profile, Routing
+from erlib.config import ConfigError, Configuration, Mix, Paper, Profile, Relay, Routing
 from erlib.progress import Bar
 from erlib.prompts import Workload
 from erlib.triton import ServerPlan
@@ -88,8 +88,14 @@ class System:
     router: Path
     """Directory of the clusterer."""
     classifier: stack.Classifier = "ours"
+    relay: Relay = "front"
+    """Who relays the tokens, where there are gateways."""
     added: tuple[int, ...] = ()
     """Experts that have one more server, each as often as it has one more; `servers` are in the experts' order."""
+
+    @property
+    def has_gateways(self) -> bool:
+        return self.routing in ("expert_router", "replicas")
 
     @property
     def replicas(self) -> list[int]:
@@ -120,6 +126,7 @@ class System:
             "router": self.router.name,
             "classifier": self.classifier,
             "added": self.added,
+            "relay": self.relay if self.has_gateways else None,
         }
 
 
@@ -188,14 +195,15 @@ def preliminary(profile: Profile) -> list[Series]:
 
 
 def overhead(profile: Profile) -> list[Series]:
-    """The gateway's own latency, span by span, against users: short answers, so that many requests pass it."""
+    """The gateway's own latency, span by span, against users, whoever relays; short answers, so that many pass it."""
     settings = profile.overhead
     pool = workload(profile, "p2")
     short = pool.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP)
     pool = dataclasses.replace(pool, frame=short)
     (target,) = systems(profile, configurations(profile, [settings.config]))
     paper = config.paper_of(settings.config)
-    return [Series(paper, "overhead", target, pool, settings.users, settings.repeats, ["uniform"])]
+    both = [dataclasses.replace(target, relay=relay) for relay in get_args(Relay)]
+    return [Series(paper, "overhead", each, pool, settings.users, settings.repeats, ["uniform"]) for each in both]
 
 
 def systems(profile: Profile, configurations: Sequence[Configuration], sized_for: Workloads = "load") -> list[System]:
@@ -210,7 +218,10 @@ def systems(profile: Profile, configurations: Sequence[Configuration], sized_for
     served = _on_gpus(profile, configurations) if on_gpus else _on_cores(profile, configurations, sized_for)
     router = clusterer.build(profile)
     return [
-        System(each.id, each.routing, plans, tokenizer_file(profile, each.system.model), router)
+        System(
+            *(each.id, each.routing, plans, tokenizer_file(profile, each.system.model), router),
+            relay=profile.serving.relay,
+        )
         for each, plans in zip(configurations, served, strict=True)
     ]
 
@@ -291,7 +302,7 @@ def workload(profile: Profile, paper: prompts.Paper) -> Workload:
 
 def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, threads: int) -> ServerPlan:
     """How an OpenVINO engine is served; batch size, KV blocks and threads are per instance."""
-    positions = json.loads((engine / "config.json").read_text())["max_position_embeddings"]
+    positions = json.loads((engine / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     parameters = {
         "engine": str(engine),
         "max_batch_size": str(batch_size),
@@ -360,9 +371,9 @@ def points(profile: Profile, series: Series) -> list[Point]:
     base = [
         series.system.description,
         series.client,
-        _code_digest(series.system.backend, bool(profile.serving.cluster), profile.serving.front),
+        _code_digest(series.system.backend, bool(profile.serving.cluster)),
         profile.seed,
-        [profile.serving.gateways, profile.serving.user_processes, profile.serving.front],
+        [profile.serving.gateways, profile.serving.user_processes],
         [profile.serving.users_on, bool(profile.serving.cluster), profile.serving.cluster_users],
         provenance()["host"],
         provenance()["versions"],
@@ -371,6 +382,8 @@ def points(profile: Profile, series: Series) -> list[Point]:
     folder = folder / series.experiment / series.system.config
     if series.experiment == "ablation":
         folder = folder / f"{series.client}-{series.system.classifier}"
+    if series.experiment == "overhead":
+        folder = folder / series.system.relay
     result = []
     for repeat in range(series.repeats):
         for mix in series.mixes:
@@ -455,7 +468,7 @@ def _log_dir(profile: Profile, system: System) -> Path:
 
 def _served(profile: Profile, system: System) -> stack.Stack | ClusterStack:
     """A system, here or in a cluster."""
-    serving = profile.serving
+    serving = profile.serving.model_copy(update={"relay": system.relay})
     log_dir = _log_dir(profile, system)
     what = (system.config, system.servers, system.routing, serving, system.router, log_dir, system.classifier)
     return ClusterStack(*what, system.replicas) if serving.cluster else stack.Stack(*what, replicas=system.replicas)
@@ -574,6 +587,7 @@ def _rows(
         "repeat": point.repeat,
         "client": series.client,
         "classifier": system.classifier if system.routing == "expert_router" else None,
+        "relay": system.relay if system.has_gateways else None,
         "client_lag_p99_ms": seen.lag_p99_ms,
         "client_lag_max_ms": seen.lag_max_ms,
         "client_cpu_cores": seen.cpu_cores,
@@ -638,9 +652,10 @@ def _git(*arguments: str) -> str:
 
 
 @functools.cache
-def _code_digest(backend: str, in_cluster: bool, front: str) -> str:
+def _code_digest(backend: str, in_cluster: bool) -> str:
     """Hash of the code on the measured path, blind to comments, docstrings and layout."""
-    modules = [wire, processes, triton, routers, experts, limits, telemetry, service, gateway, nginx, stack, users]
+    modules = [wire, processes, triton, routers, experts, limits, telemetry, service, handover, gateway]
+    modules += [nginx, stack, users]
     if backend == repository.ENGINE_MODEL:
         modules += [containers, repository]
         files = [file for file in sorted(repository.TEMPLATES.rglob("*")) if file.is_file()]
@@ -648,19 +663,17 @@ def _code_digest(backend: str, in_cluster: bool, front: str) -> str:
         files = triton.model_code(backend)
     if in_cluster:
         modules += [cluster]
-    if front == "envoy":
-        files += [Path(inspect.getfile(envoy)), Path(inspect.getfile(envoy)).with_name("processor.py")]
     if backend == "emulated":
         from erlib import stock  # and scikit-learn, which takes a second
 
         modules += [engines, steptimes, batching, stock, threaded_users]
-    files += [Path(inspect.getfile(module)) for module in modules]
-    parts: list[Any] = [_skeleton(file) if file.suffix == ".py" else file.read_text() for file in files]
+    files += [*(Path(inspect.getfile(module)) for module in modules), nginx.TEMPLATE]
+    parts: list[Any] = [_skeleton(file) if file.suffix == ".py" else file.read_text(encoding="utf-8") for file in files]
     return config.digest(*parts, inspect.getsource(_scripts))
 
 
 def _skeleton(file: Path) -> str:
-    tree = ast.parse(file.read_text())
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (

@@ -514,7 +514,7 @@ def _words(options: Mapping[str, Any]) -> list[str]:
 
 def _differences(file: Path, expected: Mapping[str, Any]) -> list[str]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return [f"{file}: not readable ({error})"]
     found = []
@@ -598,7 +598,7 @@ def _refresh(args: argparse.Namespace) -> int:
     print("\n".join(differences) or f"no difference in {', '.join(answers.helps)}")
     print("\n".join(refused) or "every plan fits")
     if args.write:
-        (option_tables.TABLES / f"{args.version}.json").write_text(contract.dumps())
+        (option_tables.TABLES / f"{args.version}.json").write_text(contract.dumps(), encoding="utf-8")
     return 0 if len(answers.helps) == len(contract.tools) and not refused else 1
 
 

@@ -332,7 +332,7 @@ class TritonServer:
             for key, value in sorted({**self._parameters, "engine": str(engine)}.items())
         )
         text = _CONFIG.format(name=MODEL_NAME, max_batch_size=self._max_batch_size, parameters=parameters)
-        (version.parent / "config.pbtxt").write_text(text)
+        (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
         for source in model_code(self._backend):
             (version / source.name).symlink_to(source)
         return folder / "models"

@@ -133,7 +133,7 @@ class UserSimulator:
         self._command = processes.python("-m", _MODULES[client], tokenizer)
         if host:
             there = shlex.join(["cd", str(paths.ROOT)]) + " && exec " + shlex.join(map(str, self._command))
-            self._command = ["ssh", "-o", "BatchMode=yes", host, there]
+            self._command = ["ssh", "-o", "BatchMode=yes", "--", host, there]
         self._shares_clock = shares_clock and not host
         self._n_processes = n_processes
         self._log = log
@@ -263,8 +263,7 @@ async def _request(
     answer = Answer(script.user, script.prompt, script.cluster, turn, script.target, t_send_ns=time.monotonic_ns())
     times: list[int] = []
     messages: list[bytes] = []
-    sent = (("er-sent-ns", str(answer.t_send_ns)),) if shares_clock else ()
-    # In one go with the end of the stream: Envoy takes what is complete straight to its expert.
+    sent = (wire.COMPLETE, *((("er-sent-ns", str(answer.t_send_ns)),) if shares_clock else ()))
     call = channel.unary_stream(wire.STREAM_INFER)(request, timeout=timeout_s, metadata=sent)
     try:
         async for message in call:

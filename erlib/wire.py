@@ -36,6 +36,14 @@ CHANNEL_OPTIONS = [
 MAX_PROMPT_BYTES = 4 << 20
 MAX_TOKENS = 2**31 - 1
 """More cannot be asked for."""
+COMPLETE = ("er-complete", "1")
+"""Metadata of a client's promise that its stream ends with its first request."""
+STATUS_ON_ERROR = "triton_grpc_error"
+"""Metadata by which, if "true", Triton ends a stream with the status of the first error, in place of telling it there.
+
+A gateway does it for its clients and never asks an expert for it: Triton 2.51 dies, its heap corrupted, where it ends
+streams in that way and clients cancel.
+"""
 NEVER_STOP = -1
 """``end_id`` of a forced answer length."""
 CONTEXT = "context_tokens"
@@ -45,11 +53,19 @@ ASK_MODEL_CONFIG = pb.ModelConfigRequest(name=MODEL_NAME).SerializeToString()
 
 _OF_AN_ENSEMBLE = f"in ensemble '{MODEL_NAME}', "
 """What Triton puts before the errors of an ensemble's models."""
+_NOT_NOW = ("Exceeds maximum queue size", "Server is stopping", "Server not ready")
+"""What Triton says of a request that it has no place for, or comes too late."""
 _OF_A_REQUEST = re.compile(
     r"(\[request id: .*?\] )?(inference (input|request)|input |expected |unexpected )"
     r"|Unable to find shared memory region|failed to get model version|Request for unknown model: '\w+' version"
 )
 """How Triton begins to say what is wrong with a request's tensors."""
+
+
+def message_of(body: bytes) -> bytes | None:
+    """The message that is all of a stream's `body`; None: there is none, or several, or it is in part or compressed."""
+    is_one = len(body) >= 5 and body[0] == 0 and len(body) == 5 + int.from_bytes(body[1:5], "big")
+    return body[5:] if is_one else None
 
 
 class BadRequest(ValueError):
@@ -167,6 +183,8 @@ def status_of(error: str) -> tuple[StatusCode, str]:
     name, colon, details = error.removeprefix(_OF_AN_ENSEMBLE).partition(": ")
     if colon and name in StatusCode.__members__ and name != StatusCode.OK.name:
         return StatusCode[name], details
+    if any(text in error for text in _NOT_NOW):
+        return StatusCode.UNAVAILABLE, error
     return StatusCode.INVALID_ARGUMENT if _OF_A_REQUEST.match(error) else StatusCode.UNKNOWN, error
 
 

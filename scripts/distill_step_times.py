@@ -57,7 +57,10 @@ LENGTHS = sorted({round(2**e) for e in np.arange(4, 13.01, 0.25)} | {1})
 
 def systems() -> list[tuple[str, str, str, int]]:
     """(model, dtype, kv_dtype, tensor parallelism) of the papers' configurations and the ones beside them."""
-    specs = [yaml.safe_load(path.read_text()).get("paper") for path in sorted((ROOT / "engines").glob("*.yaml"))]
+    specs = [
+        yaml.safe_load(path.read_text(encoding="utf-8")).get("paper")
+        for path in sorted((ROOT / "engines").glob("*.yaml"))
+    ]
     papers = [(s["model"], s["dtype"], s["kv_dtype"], s["tensor_parallel"]) for s in specs if s]
     return list(dict.fromkeys([*papers, *BEYOND_THE_PAPERS]))
 
@@ -101,7 +104,7 @@ def checkpoint(directory: Path, shape: dict[str, Any]) -> str:
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }
-    (directory / "config.json").write_text(json.dumps(described))
+    (directory / "config.json").write_text(json.dumps(described), encoding="utf-8")
     return str(directory)
 
 
@@ -136,7 +139,7 @@ def main() -> None:
     parser.add_argument("wheel", type=Path, help="aiconfigurator-0.4.0-py3-none-any.whl")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
-    shapes = yaml.safe_load((ROOT / "data" / "llama_shapes.yaml").read_text())
+    shapes = yaml.safe_load((ROOT / "data" / "llama_shapes.yaml").read_text(encoding="utf-8"))
     frames = []
     with tempfile.TemporaryDirectory() as scratch:
         database = Path(scratch) / "systems"

@@ -29,7 +29,7 @@ mapfile -t present < <(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package=\1/p' lo
 on_top=(-c locks/workbench.txt "${present[@]}")
 lock torch-cuda <(echo "torch==$torch") "${on_top[@]}"
 printf '%s\n' "torch==$torch+cpu --hash=sha256:$torch_cpu" >locks/torch-cpu.txt
-for extra in envoy embeddings cluster; do
+for extra in embeddings cluster; do
   lock "$extra" pyproject.toml --extra "$extra" "${on_top[@]}" --no-emit-package torch --excludes <(without "${unneeded[@]}")
 done
 

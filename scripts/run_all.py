@@ -115,7 +115,7 @@ def _alone(profile: config.Profile) -> Iterator[None]:
     run_dir = paths.run_dir(profile.name)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / "lock").open("w")
+        file = (run_dir / "lock").open("wb")
     except OSError as error:
         raise config.ConfigError(
             f"{error.filename} cannot be written ({error.strerror}): set ERLIB_HOME to a folder of yours"
@@ -253,7 +253,7 @@ class Step:
         self._write(Stamp(self._reads(), wrote, begun, finished=str(time.time())))
 
     def _write(self, stamp: Stamp) -> None:
-        self._stamp.write_text(json.dumps(asdict(stamp)))
+        self._stamp.write_text(json.dumps(asdict(stamp)), encoding="utf-8")
 
 
 def _literal(path: Path) -> str:

@@ -53,8 +53,8 @@ def _serve(profile: config.Profile, system: sweep.System, context: int, args: ar
                 print(f"Prometheus scrapes, of every gateway, http://HOST:PORT/metrics: {running.metrics_targets}")
             print(f"context: {context} tokens, prompt and answer{f'; {_LONGER}' if profile.scale.tokens > 1 else ''}")
             print(f"tokenizer: {system.tokenizer.parent}")
-            print(f"logs: {logs}\nCtrl-C stops everything", flush=True)
             with contextlib.suppress(SystemExit):  # a signal's; what we are for is done
+                print(f"logs: {logs}\nCtrl-C stops everything", flush=True)
                 while True:
                     time.sleep(_WATCH_S)
                     for line in running.revive():

@@ -11,7 +11,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from erlib import clusterer, config, openvino, stack, sweep, triton
 
-BASE_PORT = int(os.environ.get("ERLIB_TEST_PORT", "27000"))  # another one lets two runs go side by side
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""Which of the processes that share the tests this is."""
+BASE_PORT = int(os.environ.get("ERLIB_TEST_PORT", "27000")) + 2000 * WORKER
+"""Another ERLIB_TEST_PORT lets two runs go side by side."""
 METRICS_PORT = BASE_PORT + 490
 
 

@@ -17,7 +17,7 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import experts, gateway, service, wire
+from erlib import experts, gateway, handover, service, wire
 
 
 @dataclasses.dataclass
@@ -106,7 +106,7 @@ class StandIn(grpc.GenericRpcHandler):
         """Streams at a time; more are refused as by a server whose queue is full."""
         self.line = asyncio.Semaphore(10**9)
         """What a request has while it is done; others stand in line."""
-        self._busy = 0
+        self._busy = self._failures = 0
         self.broken = ""
         """If not empty: the in-stream error that every inference gets, as from a server whose backend is dead."""
 
@@ -135,7 +135,13 @@ class StandIn(grpc.GenericRpcHandler):
                 "ModelMetadata": pb.ModelMetadataResponse(name=wire.MODEL_NAME, platform=self.url),
                 "ModelConfig": config,
                 "ModelStatistics": pb.ModelStatisticsResponse(
-                    model_stats=[pb.ModelStatistics(name=wire.MODEL_NAME, inference_count=len(self.requests))]
+                    model_stats=[
+                        pb.ModelStatistics(
+                            name=wire.MODEL_NAME,
+                            inference_count=len(self.requests),
+                            inference_stats=pb.InferStatistics(fail=pb.StatisticDuration(count=self._failures)),
+                        )
+                    ]
                 ),
             }.get(name)
             if reply is None:
@@ -165,6 +171,7 @@ class StandIn(grpc.GenericRpcHandler):
                 seen.t_end_s = time.monotonic()
 
     async def _answer(self, message: bytes, context: grpc.aio.ServicerContext, seen: Seen) -> None:
+        self._failures += bool(self.broken)
         if self.broken or self._busy >= self.slots:
             await context.write(wire.encode_error(self.broken or "Exceeds maximum queue size"))
             return
@@ -234,6 +241,8 @@ class Front:
     gateway: service.Gateway
     url: str
     channel: grpc.aio.Channel
+    asked_at: str
+    """Where an NGINX that relays asks it."""
 
     def stream(self, *messages: bytes, **arguments) -> grpc.aio.StreamStreamCall:
         """A stream that sends `messages` and then says that there are no more."""
@@ -253,20 +262,21 @@ async def front(
     drain_s: float = 5.0,
     max_streams: int | None = None,
     insist_s: float = 0.0,
-    beside: Callable[[service.Gateway], Sequence[grpc.GenericRpcHandler]] = lambda _: (),
+    hands_over: bool = False,
     **arguments,
 ) -> AsyncIterator[Front]:
-    """A gateway in front of experts (replicas of one joined by ``|``), in this process, and a channel to it.
-
-    What is served `beside` its inference service is made with it.
-    """
+    """A gateway in front of experts (replicas of one joined by ``|``), in this process, and a channel to it."""
     behind = experts.connect(addresses)
     routing = service.Gateway(arguments.pop("route", first_word), behind, **arguments)
     settings = {"silence_s": silence_s, "drain_s": drain_s, "max_streams": max_streams, "insist_s": insist_s}
-    async with gateway.serving(routing, "127.0.0.1:0", handlers=beside(routing), **settings) as port:
-        url = f"127.0.0.1:{port}"
-        async with grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
-            yield Front(routing, url, channel)
+    async with AsyncExitStack() as exits:
+        asked_at = ""
+        if hands_over:
+            hearing = handover.hearing(routing.decide, routing.handovers, "127.0.0.1:0")
+            asked_at = await exits.enter_async_context(hearing)
+        url = f"127.0.0.1:{await exits.enter_async_context(gateway.serving(routing, '127.0.0.1:0', **settings))}"
+        channel = grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS)
+        yield Front(routing, url, await exits.enter_async_context(channel), asked_at)
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ Requests wait in line for a slot, wave after wave, on the server of their cluste
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -68,6 +68,7 @@ def point(
             rows.append(
                 {
                     **dict(source="measured", paper=paper, experiment=experiment, config=name, mix=mix, users=users),
+                    "relay": "front" if gateway else None,
                     **dict(repeat=repeat, user=user, turn=turn, cluster=int(cluster[user]), expert=int(server[user])),
                     **dict(prompt=user, input_tokens=14 if turn == "base" else 64, output_tokens=int(n[user]) * ok),
                     "t_send_ns": int(start + send[user] * 1e9),
@@ -140,6 +141,10 @@ def preliminary_rows(profile: config.Profile) -> Iterator[dict[str, Any]]:
 
 def overhead_rows(profile: config.Profile) -> Iterator[dict[str, Any]]:
     """The routing-overhead experiment."""
-    for users in profile.overhead.users:
-        for repeat in range(profile.overhead.repeats):
-            yield from point("p2", "overhead", profile.overhead.config, users, repeat, size="small", tokens=8)
+    for relay in get_args(config.Relay):
+        for users in profile.overhead.users:
+            for repeat in range(profile.overhead.repeats):
+                rows = point("p2", "overhead", profile.overhead.config, users, repeat, size="small", tokens=8)
+                yield from (
+                    row | {"relay": relay, "point_hash": config.digest(row["point_hash"], relay)} for row in rows
+                )

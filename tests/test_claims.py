@@ -28,7 +28,7 @@ def profile() -> config.Profile:
 @pytest.fixture(scope="module")
 def runs(profile: config.Profile) -> pd.DataFrame:
     load = [row for paper in ("p1", "p2") for row in synthetic.load_rows(profile, paper)]
-    return synthetic.frame([*load, *synthetic.preliminary_rows(profile), *synthetic.overhead_rows(profile)])
+    return synthetic.frame([*load, *synthetic.preliminary_rows(profile)])
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +254,7 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
     runs, profile, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(paths, "RUNS", tmp_path)
-    for name in ("load", "preliminary", "overhead"):
+    for name in ("load", "preliminary"):
         monkeypatch.setattr(sweep, name, lambda *_: [])
     monkeypatch.setattr(sweep, "read", lambda *_: runs[:3])
     assert list(claims.read(profile)) == ["measured"]
@@ -275,7 +275,7 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
     assert "left out p1.A/u4-r0-x.parquet: the emulated engines did not keep pace" in printed
     assert "left out p1.A/u8-r0-x.parquet: it cannot be read" in printed
     assert {name: sum(map(len, parts)) for name, parts in found.items()} == {
-        "measured": 12,
+        "measured": 9,
         "emulated": 3,
         "simulated-harness": 2,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
 import socket
@@ -10,6 +11,7 @@ import struct
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -20,11 +22,12 @@ from conftest import BASE_PORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from standin_expert import front, response, standin
-from test_faults import free_port, needs_envoy
+from test_faults import free_port
 from test_gateway import gateway_process, metrics
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import config, emulation, prompts, stack, users, wire
+from erlib import config, emulation, processes, prompts, stack, users, wire
+from erlib.nginx import Nginx
 
 # --- broken messages --------------------------------------------------------------------------------------------
 
@@ -112,8 +115,43 @@ def babble(url: str, rng: random.Random) -> None:
             pass
 
 
-def _fuzz(n: int, log: Path) -> tuple[Counter[str], float]:
-    """`n` mutated messages to a gateway process, which must live on; how each was answered, and memory taken (MB)."""
+async def relayed(channel: grpc.aio.Channel, messages: list[bytes]) -> Counter[str]:
+    """As :func:`refusals`, of messages that are said to be all of their streams."""
+    answers: Counter[str] = Counter()
+    infer = channel.unary_stream(wire.STREAM_INFER)
+
+    async def one(message: bytes) -> None:
+        try:
+            (reply,) = [reply async for reply in infer(message, metadata=(wire.COMPLETE,), timeout=60)]
+        except grpc.aio.AioRpcError as error:
+            answers[error.code().name] += 1
+        else:
+            answers["OK" if reply == ANSWER else wire.decode_response(reply).error.split(":")[0]] += 1
+
+    await asyncio.gather(*map(one, messages))
+    return answers
+
+
+@contextlib.contextmanager
+def relaying(log: Path, expert: str, *options: str) -> Iterator[tuple[str, list[psutil.Process]]]:
+    """A gateway process behind an NGINX that relays, its address and all processes."""
+    port = free_port()
+    with gateway_process(log, expert, "--hands-over", str(port), *options) as (url, process):
+        nginx = Nginx(free_port(), [url], log.parent, experts=[expert], questions=[f"127.0.0.1:{port}"])
+        nginx.start()
+        try:
+            yield nginx.url, [process, *psutil.Process(nginx.process.pid).children()]
+        finally:
+            processes.stop([nginx.process], grace_s=2)
+            nginx.clean_up()
+
+
+def _fuzz(n: int, log: Path, relay: str) -> tuple[Counter[str], float]:
+    """`n` mutated messages to a gateway process, or to an NGINX that relays and asks it; they must live on.
+
+    How each was answered, and memory taken (MB).
+    """
+    ask, started = (refusals, gateway_process) if relay == "gateway" else (relayed, relaying)
     rng = random.Random(0)
     n_connections = n // 100
 
@@ -121,28 +159,30 @@ def _fuzz(n: int, log: Path) -> tuple[Counter[str], float]:
         answers: Counter[str] = Counter()
         async with grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
             while (left := n - sum(answers.values())) > 0:
-                answers += await refusals(channel, [mutated(rng) for _ in range(min(500, left))])
+                answers += await ask(channel, [mutated(rng) for _ in range(min(500, left))])
         return answers
 
     async def all_of_it() -> tuple[Counter[str], float]:
         async with standin(lambda _: [ANSWER]) as expert:
-            with gateway_process(log, expert.url) as (url, process):
-                before = process.memory_info().rss
+            with started(log, expert.url) as (url, running):
+                those = running if isinstance(running, list) else [running]
+                before = sum(each.memory_info().rss for each in those)
                 await asyncio.to_thread(lambda: [babble(url, rng) for _ in range(n_connections)])
                 answers = await run(url)
-                grown = (process.memory_info().rss - before) / 1e6
+                grown = (sum(each.memory_info().rss for each in those) - before) / 1e6
                 async with grpc.aio.insecure_channel(url) as channel:  # it lives, and serves
                     stream = channel.unary_stream(wire.STREAM_INFER)(wire.encode_request("0", 1), timeout=10)
                     assert [one async for one in stream] == [ANSWER]
-                assert process.is_running()
+                assert all(each.is_running() for each in those)
                 return answers, grown
 
     return asyncio.run(all_of_it())
 
 
+@pytest.mark.parametrize("relay", ["front", "gateway"])
 @pytest.mark.parametrize("n", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_fuzzed_messages_are_all_answered_and_the_gateway_lives(n, tmp_path):
-    answers, grown_mb = _fuzz(n, tmp_path / "log")
+def test_fuzzed_messages_are_all_answered_and_the_gateway_lives(n, relay, tmp_path):
+    answers, grown_mb = _fuzz(n, tmp_path / "log", relay)
     print(f"{n} fuzzed messages: {dict(answers)}, memory {grown_mb:+.1f} MB")
     assert sum(answers.values()) == n
     assert set(answers) <= REFUSALS | {"OK"}
@@ -154,15 +194,18 @@ def test_fuzzed_messages_are_all_answered_and_the_gateway_lives(n, tmp_path):
 # --- clients that come and go -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("relay", ["front", "gateway"])
 @pytest.mark.parametrize("cycles", [400, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_clients_that_come_and_go_leave_nothing_behind(cycles, tmp_path):
+def test_clients_that_come_and_go_leave_nothing_behind(cycles, relay, tmp_path):
     """Each connects, asks, and leaves at some moment, by cancelling or by closing its connection."""
     rng = random.Random(0)
     port = free_port()
 
     async def one(url: str) -> None:
         channel = grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS)
-        call = channel.unary_stream(wire.STREAM_INFER)(wire.encode_request("0 n=1000 gap=0.002", 1))
+        call = channel.unary_stream(wire.STREAM_INFER)(
+            wire.encode_request("0 n=1000 gap=0.002", 1), metadata=(wire.COMPLETE,)
+        )
         await asyncio.sleep(rng.random() * 0.02)
         if rng.random() < 0.5:
             call.cancel()
@@ -189,7 +232,8 @@ def test_clients_that_come_and_go_leave_nothing_behind(cycles, tmp_path):
         nonlocal expert_url
         async with standin() as expert:
             expert_url = expert.url
-            with gateway_process(tmp_path / "log", expert.url, "--metrics-port", str(port)) as (url, _):
+            started = gateway_process if relay == "gateway" else relaying
+            with started(tmp_path / "log", expert.url, "--metrics-port", str(port)) as (url, _):
                 seen = []
                 for _ in range(5):
                     await many(url, cycles // 5)
@@ -202,8 +246,9 @@ def test_clients_that_come_and_go_leave_nothing_behind(cycles, tmp_path):
     memory_mb = [round(seen["process_resident_memory_bytes"] / 1e6, 1) for seen in fifths]
     print(f"{cycles} cycles: {first} at first, {last} in the end, memory {memory_mb} MB")
     assert last["er_streams"] == 0
-    assert last["er_tasks"] <= first["er_tasks"]
-    assert last["process_open_fds"] <= first["process_open_fds"] + 2
+    kept = 20 if relay == "front" else 0  # NGINX's connections, each of which is a task: as many as have asked at once
+    assert last["er_tasks"] <= first["er_tasks"] + kept
+    assert last["process_open_fds"] <= first["process_open_fds"] + 2 + kept
     assert memory_mb[-1] - memory_mb[0] < 10
     assert "Traceback" not in (tmp_path / "log").read_text()
 
@@ -214,13 +259,13 @@ USERS, TOKENS, SLOW_MOTION = 1000, 50, 10.0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("front", ["nginx", pytest.param("envoy", marks=needs_envoy)])
-def test_a_thousand_streams_outlive_an_expert_that_is_killed_at_half_time(front, profile, tokenizer, tmp_path):
+@pytest.mark.parametrize("relay", ["front", "gateway"])
+def test_a_thousand_streams_outlive_an_expert_that_is_killed_at_half_time(relay, profile, tokenizer, tmp_path):
     """Eight emulated experts in Triton, 16 gateways and what is in front: all requests of other clusters complete.
 
-    Its own end UNAVAILABLE; behind Envoy, those of which a token has come are reset, which gRPC calls INTERNAL.
+    Its own end UNAVAILABLE; if NGINX relays, those of which a token has come are reset, which gRPC calls INTERNAL.
     """
-    serving = profile.serving.model_copy(update={"base_port": BASE_PORT + 500, "gateways": 16, "front": front})
+    serving = profile.serving.model_copy(update={"base_port": BASE_PORT + 500, "gateways": 16, "relay": relay})
     profile = profile.model_copy(update={"serving": config.ServingSettings(**serving.model_dump())})
     system = emulation.system(profile, "p2.D", SLOW_MOTION)
     drawn = prompts.draw(emulation.workload(profile, "p2"), USERS, "uniform", 0, 0)
@@ -267,7 +312,7 @@ def test_a_thousand_streams_outlive_an_expert_that_is_killed_at_half_time(front,
     of_victim = sum(script.cluster == victim for script in scripts)
     assert ended.pop((False, "ok")) == USERS - of_victim
     assert sum(ended.values()) == of_victim
-    assert set(ended) <= {(True, "UNAVAILABLE"), *([(True, "INTERNAL")] if front == "envoy" else [])}
+    assert set(ended) <= {(True, "UNAVAILABLE"), *([(True, "INTERNAL")] if relay == "front" else [])}
     assert all(one.expert == one.cluster and len(one.routing) == 6 for one in answers if one.status == "ok")
     received = [len(one.token_ns) for one in answers if one.cluster != victim]
     assert received == [TOKENS] * (USERS - of_victim)

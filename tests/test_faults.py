@@ -30,23 +30,12 @@ from standin_expert import Front, eventually, first_word, front, setting, standi
 from tabulate import tabulate
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import envoy, experts, gateway, paths, processes, service, wire
+from erlib import experts, gateway, paths, processes, service, wire
 from erlib.limits import Limits
 from erlib.nginx import Nginx
 
 STANDIN = Path(__file__).with_name("standin_expert.py")
-NGINX_PORT, ENVOY_PORT = BASE_PORT + 400, BASE_PORT + 410
-
-
-def _why_no_envoy() -> str:
-    try:
-        envoy.find()
-    except processes.StartError as error:
-        return str(error)
-    return ""
-
-
-needs_envoy = pytest.mark.skipif(bool(_why_no_envoy()), reason=_why_no_envoy())
+NGINX_PORT, RELAY_PORT = BASE_PORT + 400, BASE_PORT + 410
 
 # --- how requests end -------------------------------------------------------------------------------------------
 
@@ -70,10 +59,11 @@ class Outcome:
 
 
 async def request(channel: grpc.aio.Channel, prompt: str, **arguments) -> Outcome:
-    """Send one prompt on a stream of its own and see how that ends."""
+    """Send one prompt on a stream of its own, complete with that, and see how it ends."""
     outcome = Outcome(int(prompt.split(maxsplit=1)[0]))
     began_s = last_s = time.monotonic()
-    call = channel.unary_stream(wire.STREAM_INFER)(wire.encode_request(prompt, 1), **arguments)
+    metadata = (wire.COMPLETE, *arguments.pop("metadata", ()))
+    call = channel.unary_stream(wire.STREAM_INFER)(wire.encode_request(prompt, 1), metadata=metadata, **arguments)
     try:
         async for message in call:
             outcome.longest_gap_s = max(outcome.longest_gap_s, time.monotonic() - last_s)
@@ -627,19 +617,17 @@ def test_draining_lets_requests_end_and_takes_no_more(note):
 
 
 class House:
-    """Two experts, three gateways that take them in turn, and NGINX or Envoy in front: all processes."""
+    """Two experts, three gateways that take them in turn, and NGINX, which `relays` or lets them: all processes."""
 
-    def __init__(self, logs: Path, expert_processes: list[Process], front: type[Nginx | envoy.Envoy] = Nginx):
+    def __init__(self, logs: Path, expert_processes: list[Process], relays: bool = False):
         self._logs = logs
         self.experts = expert_processes
-        port = NGINX_PORT if front is Nginx else ENVOY_PORT
-        self._ports = [port + 1 + i for i in range(3)]
-        gateways = [f"127.0.0.1:{port}" for port in self._ports]
-        if front is Nginx:
-            self.front, self._options = Nginx(port, gateways, logs), []
-        else:
-            self.front = front(port, gateways, [one.url for one in expert_processes], logs)
-            self._options = ["--processor"]
+        port = RELAY_PORT if relays else NGINX_PORT
+        self._ports, self._asked_at = [port + 1 + i for i in range(3)], [port + 4 + i for i in range(3)]
+        self._relays = relays
+        urls, questions = ([f"127.0.0.1:{port}" for port in each] for each in (self._ports, self._asked_at))
+        known = ([one.url for one in expert_processes], questions) if relays else ()
+        self.front = Nginx(port, urls, logs, "127.0.0.1", *known)
         self.gateways = [self._gateway(i) for i in range(3)]
         for i in range(3):
             self._wait(i)
@@ -659,7 +647,8 @@ class House:
     def _gateway(self, index: int):
         command = ["-m", "erlib.gateway", "--port", str(self._ports[index]), "--policy", "replicas", "--clusterer", ""]
         command += ["--experts", ",".join(one.url for one in self.experts), "--index", str(index)]
-        return processes.spawn(processes.python(*command, *self._options), self._logs / f"gateway-{index}.log")
+        command += ["--hands-over", str(self._asked_at[index])] if self._relays else []
+        return processes.spawn(processes.python(*command), self._logs / f"gateway-{index}.log")
 
     def _wait(self, index: int) -> None:
         log = self._logs / f"gateway-{index}.log"
@@ -707,7 +696,7 @@ async def kill_a_gateway(house: House) -> tuple[list[Outcome], list[Outcome]]:
         return outcomes, later
 
 
-async def restart_gateways(house: House, reload: bool) -> list[Outcome]:
+async def restart_gateways(house: House) -> list[Outcome]:
     """What becomes of running and new requests while all gateways are restarted by SIGTERM, and NGINX by SIGHUP.
 
     A request that reaches a gateway in the very moment in which it stops listening may be turned away by gRPC.
@@ -720,7 +709,7 @@ async def restart_gateways(house: House, reload: bool) -> list[Outcome]:
             await asyncio.sleep(0.5)
             if isinstance(step, int):
                 await house.restart(step, signal.SIGTERM)
-            elif reload:
+            else:
                 house.front.process.send_signal(signal.SIGHUP)
         await asyncio.sleep(0.5)
         stop.set()
@@ -778,7 +767,7 @@ def test_no_gateway_at_all_is_unavailable(house, note):
 
 
 def test_nginx_is_reloaded_and_gateways_are_restarted_under_load_and_hardly_anybody_notices(house, note):
-    outcomes = asyncio.run(restart_gateways(house, reload=True))
+    outcomes = asyncio.run(restart_gateways(house))
     expectation = "all running and 99 % of new ones OK"
     note("NGINX reloaded, gateways restarted one by one (SIGTERM)", "under load", expectation, outcomes)
 
@@ -815,26 +804,24 @@ def test_everything_is_killed_and_restarted_under_load(house, note):
     note("everything killed and restarted", "afterwards", "all OK", later)
 
 
-# --- with Envoy in front ----------------------------------------------------------------------------------------
+# --- with an NGINX in front that relays -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def envoy_house(tmp_path_factory):
-    logs = tmp_path_factory.mktemp("envoy")
-    processes.require_free_ports(range(ENVOY_PORT, ENVOY_PORT + 4))
+def relay_house(tmp_path_factory):
+    logs = tmp_path_factory.mktemp("relay")
+    processes.require_free_ports(range(RELAY_PORT, RELAY_PORT + 7))
     with process_experts(2, logs / "experts.log") as running:
-        built = House(logs, running, envoy.Envoy)
+        built = House(logs, running, relays=True)
         yield built
         built.stop()
 
 
 @asynccontextmanager
-async def envoy_before(work: Path, *addresses: str) -> AsyncIterator[tuple[Front, envoy.Envoy, grpc.aio.Channel]]:
-    """A gateway in this process with a processor, Envoy in front of it and of its experts, and a channel to Envoy."""
-    from erlib.processor import Processor
-
-    async with front(",".join(addresses), beside=lambda gateway: [Processor(gateway)]) as door:
-        built = envoy.Envoy(free_port(), [door.url], addresses, work)
+async def relay_before(work: Path, *addresses: str) -> AsyncIterator[tuple[Front, Nginx, grpc.aio.Channel]]:
+    """A gateway in this process, an NGINX that relays in front of it and of its experts, and a channel to NGINX."""
+    async with front(",".join(addresses), hands_over=True) as door:
+        built = Nginx(free_port(), [door.url], work, experts=addresses, questions=[door.asked_at])
         built.start()
         try:
             async with grpc.aio.insecure_channel(built.url, options=wire.CHANNEL_OPTIONS) as channel:
@@ -843,53 +830,51 @@ async def envoy_before(work: Path, *addresses: str) -> AsyncIterator[tuple[Front
             processes.stop([built.process], grace_s=2)
 
 
-@needs_envoy
-def test_a_gateway_killed_under_envoy_takes_no_streams_along(envoy_house, note):
-    running, later = asyncio.run(kill_a_gateway(envoy_house))
+def test_a_gateway_killed_under_a_relaying_nginx_takes_no_streams_along(relay_house, note):
+    running, later = asyncio.run(kill_a_gateway(relay_house))
     assert ends(running) == {"OK": 30}
     assert ends(later) == {"OK": 30}
-    note("gateway killed under Envoy", "mid-stream", "all OK: tokens do not pass it", running)
-    note("gateway killed under Envoy", "before connecting", "the other gateways do it: all OK", later)
+    note("gateway killed under a relaying NGINX", "mid-stream", "all OK: tokens do not pass it", running)
+    note("gateway killed under a relaying NGINX", "before connecting", "the other gateways do it: all OK", later)
 
 
-@needs_envoy
-def test_no_gateway_at_all_is_unavailable_under_envoy_and_running_streams_go_on(envoy_house, note):
+def test_no_gateway_at_all_is_unavailable_under_a_relaying_nginx_and_running_streams_go_on(relay_house, note):
     async def run():
-        async with through(envoy_house) as channel:
+        async with through(relay_house) as channel:
             running = start(channel, *["0 n=40 gap=0.05"] * 10)
             await asyncio.sleep(1)
-            for gateway_process in envoy_house.gateways:
+            for gateway_process in relay_house.gateways:
                 gateway_process.kill()
                 gateway_process.wait()
             refused = await ended(start(channel, *["0"] * 5))
             outcomes = await ended(running)
             for index in range(3):
-                await envoy_house.restart(index, signal.SIGKILL)
+                await relay_house.restart(index, signal.SIGKILL)
             return outcomes, refused, await ended(start(channel, *["0"] * 30))
 
     running, refused, later = asyncio.run(run())
     assert ends(running) == {"OK": 10}
     assert ends(refused) == {"UNAVAILABLE": 5}
     assert ends(later) == {"OK": 30}
-    note("all gateways killed under Envoy", "mid-stream", "all OK", running)
-    note("all gateways killed under Envoy", "before connecting", "UNAVAILABLE", refused)
-    note("all gateways restarted under Envoy", "afterwards", "all OK", later)
+    note("all gateways killed under a relaying NGINX", "mid-stream", "all OK", running)
+    note("all gateways killed under a relaying NGINX", "before connecting", "UNAVAILABLE", refused)
+    note("all gateways restarted under a relaying NGINX", "afterwards", "all OK", later)
 
 
-@needs_envoy
-def test_gateways_are_restarted_under_envoy_and_load_and_hardly_anybody_notices(envoy_house, note):
-    outcomes = asyncio.run(restart_gateways(envoy_house, reload=False))
+def test_a_relaying_nginx_is_reloaded_and_gateways_are_restarted_under_load_and_hardly_anybody_notices(
+    relay_house, note
+):
+    outcomes = asyncio.run(restart_gateways(relay_house))
     expectation = "all running and 99 % of new ones OK"
-    note("gateways under Envoy restarted one by one (SIGTERM)", "under load", expectation, outcomes)
+    note("a relaying NGINX reloaded, gateways restarted one by one (SIGTERM)", "under load", expectation, outcomes)
 
 
-@needs_envoy
 @pytest.mark.parametrize("spare", [0, 1], ids=["alone", "with a spare replica"])
 @pytest.mark.parametrize(
     ("phase", "prompt"),
     [("before connecting", "0"), ("before the first response", "0 first=1.5"), ("mid-stream", "0 n=30 gap=0.05")],
 )
-def test_an_expert_killed_under_envoy_harms_only_its_own_requests(phase, prompt, spare, note, tmp_path):
+def test_an_expert_killed_under_a_relaying_nginx_harms_only_its_own_requests(phase, prompt, spare, note, tmp_path):
     """As behind a gateway, but a stream that has begun is reset, which gRPC's clients call INTERNAL."""
 
     async def run(victim: Process) -> list[Outcome]:
@@ -899,7 +884,7 @@ def test_an_expert_killed_under_envoy_harms_only_its_own_requests(phase, prompt,
                 "|".join([victim.url, *(one.url for one in stand_ins[2:])]),
                 *(one.url for one in stand_ins[:2]),
             ]
-            door, _, channel = await exits.enter_async_context(envoy_before(tmp_path, *addresses))
+            door, _, channel = await exits.enter_async_context(relay_before(tmp_path, *addresses))
             if phase == "before connecting":
                 victim.kill()
             tasks = start(channel, *[prompt] * 10, *STEADY)
@@ -925,20 +910,19 @@ def test_an_expert_killed_under_envoy_harms_only_its_own_requests(phase, prompt,
     assert ends(outcomes[10:]) == UNDISTURBED
     lost = "none" if spare and phase != "mid-stream" else "those on it" if spare else "all"
     note(
-        f"expert killed under Envoy, {'one spare replica' if spare else 'the only replica'}", phase,
+        f"expert killed under a relaying NGINX, {'one spare replica' if spare else 'the only replica'}", phase,
         f"{lost} of its 10 requests fail, the 2 of others complete", outcomes,
     )  # fmt: skip
 
 
-@needs_envoy
-def test_a_dead_backend_under_envoy_is_found_by_the_canary(note, tmp_path):
+def test_a_dead_backend_under_a_relaying_nginx_is_found_by_the_canary(note, tmp_path):
     """As behind a gateway, but that a spare replica is not asked for the request that got the error."""
 
     async def run():
         async with (
             standin() as broken,
             standin() as other,
-            envoy_before(tmp_path, broken.url, other.url) as (door, _, channel),
+            relay_before(tmp_path, broken.url, other.url) as (door, _, channel),
         ):
             replica = door.gateway.experts[0].replicas[0]
             broken.broken = "Stub process is not healthy"
@@ -955,33 +939,18 @@ def test_a_dead_backend_under_envoy_is_found_by_the_canary(note, tmp_path):
     assert ends(after[10:]) == UNDISTURBED
     assert ends(repaired) == {"OK": 10}
     note(
-        "dead backend under Envoy, the only replica", "before the first response",
+        "dead backend under a relaying NGINX, the only replica", "before the first response",
         "the server's error until a canary has failed, then UNAVAILABLE; OK once repaired", before + after + repaired,
     )  # fmt: skip
 
 
-@needs_envoy
-@pytest.mark.parametrize(("error", "canaries"), [("INVALID_ARGUMENT:~" + "x" * 300, 0), ("no~idea", 1)])
-def test_whose_fault_an_error_under_envoy_is_decides_whether_a_canary_is_sent(error, canaries, tmp_path):
-    async def run():
-        async with standin() as expert, envoy_before(tmp_path, expert.url) as (door, _, channel):
-            await ended(start(channel, f"0 error={error}"))
-            counted = door.gateway.telemetry.registry.get_sample_value
-            labels = {"expert": "0", "kind": error.partition(":")[0] if ":" in error else "UNKNOWN"}
-            await eventually(lambda: counted("er_errors_total", labels) == 1)
-            await eventually(lambda: len(expert.seen) - len(expert.requests) == canaries)
-
-    asyncio.run(run())
-
-
-@needs_envoy
-def test_a_slow_client_of_envoy_slows_nobody_else_and_fills_no_memory(note, tmp_path):
+def test_a_slow_client_of_a_relaying_nginx_slows_nobody_else_and_fills_no_memory(note, tmp_path):
     """As of a gateway: 1 byte per second of 200 MB."""
 
     async def run():
         async with (
             standin() as expert,
-            envoy_before(tmp_path, expert.url) as (_, built, quick),
+            relay_before(tmp_path, expert.url) as (_, built, quick),
             Line(built.url) as line,
             grpc.aio.insecure_channel(line.url, options=wire.CHANNEL_OPTIONS) as channel,
         ):
@@ -1006,20 +975,20 @@ def test_a_slow_client_of_envoy_slows_nobody_else_and_fills_no_memory(note, tmp_
     longest_s, before_s = (median(one.longest_gap_s for one in outcomes) for outcomes in (beside, alone))
     assert longest_s < before_s + 0.1
     note(
-        "client of Envoy takes 1 byte/s", "mid-stream", "20 others OK and no slower; its own ends with its deadline",
+        "client of a relaying NGINX takes 1 byte/s", "mid-stream",
+        "20 others OK and no slower; its own ends with its deadline",
         [*beside, outcome], f"{sent} of 2,000 responses made, memory {grown / 1e6:+.0f} MB",
     )  # fmt: skip
 
 
-@needs_envoy
-def test_two_hundred_streams_under_envoy_of_which_one_experts_are_killed_add_up(note, tmp_path):
+def test_two_hundred_streams_under_a_relaying_nginx_of_which_one_experts_are_killed_add_up(note, tmp_path):
     n, tokens, n_experts = 200, 50, 4
 
     async def run(victim: Process) -> list[Outcome]:
         async with AsyncExitStack() as exits:
             stand_ins = [await exits.enter_async_context(standin()) for _ in range(n_experts - 1)]
             addresses = [victim.url, *(one.url for one in stand_ins)]
-            _, _, channel = await exits.enter_async_context(envoy_before(tmp_path, *addresses))
+            _, _, channel = await exits.enter_async_context(relay_before(tmp_path, *addresses))
             tasks = start(channel, *(f"{i % n_experts} n={tokens} gap=0.05" for i in range(n)))
             await asyncio.sleep(2)
             victim.kill()
@@ -1035,6 +1004,6 @@ def test_two_hundred_streams_under_envoy_of_which_one_experts_are_killed_add_up(
     assert set(ends(outcomes, 0)) <= {"INTERNAL", "UNAVAILABLE"}  # at most one end each: Outcome.end checks it
     assert len(outcomes) == n
     note(
-        "expert killed under Envoy, 200 streams of 50 tokens", "mid-stream",
+        "expert killed under a relaying NGINX, 200 streams of 50 tokens", "mid-stream",
         "its 50 end with one status each, the others have all tokens", outcomes,
     )  # fmt: skip

@@ -9,7 +9,6 @@ import grpc.aio
 import numpy as np
 import pandas as pd
 import pytest
-from test_faults import needs_envoy
 
 from benchmarks import gateway, ways
 from benchmarks.paced import ENDLESS, Users
@@ -52,10 +51,10 @@ def test_a_grpc_client_gets_what_it_asks_the_engine_for(site, engine):
         assert not any(response.error for response in responses)
 
 
-ENVOY = pytest.param(f"Envoy + {ways.GATEWAYS} gateways", marks=needs_envoy)
+RELAYING = f"NGINX, asking {ways.GATEWAYS} gateways"
 
 
-@pytest.mark.parametrize("name", ["direct", "direct, OpenAI", "gateway", "NGINX", ENVOY])
+@pytest.mark.parametrize("name", ["direct", "direct, OpenAI", "gateway", "NGINX", RELAYING])
 def test_users_get_every_token_in_time(site, engine, name, monkeypatch):
     monkeypatch.setattr(ways, "GATEWAYS", 2)  # as good as sixteen
     engine.report(0.02)

@@ -201,7 +201,7 @@ def test_locks_name_all_that_their_packages_ask_for():
     from packaging.requirements import Requirement
 
     unneeded = {"torchvision", "sentence-transformers"}  # see scripts/lock.sh
-    locked_here = pins("".join(LOCKS[name] for name in ("workbench", "torch-cuda", "envoy", "embeddings")))
+    locked_here = pins("".join(LOCKS[name] for name in ("workbench", "torch-cuda", "embeddings")))
     missing, seen = {}, set()
     todo = [(name, "") for name in locked_here]
     while todo:
@@ -273,9 +273,9 @@ def test_both_scripts_work_in_folders_of_any_name_and_notice_a_copy(tmp_path, wh
         tests = each.run("run_tests.sh", "-k", "a b", **shell)
         assert tests.stdout.splitlines() == [
             f"ruff.py|{prefix}|check|.", f"ruff.py|{prefix}|format|--check|.", f"mypy.py|{prefix}",
-            f"pytest.py|{prefix}|-k|a b",
+            f"pytest.py|{prefix}|-n|2|--dist|loadfile|-k|a b",
         ], tests.stderr  # fmt: skip
-        assert log.read_text().splitlines()[1:] == [f"install.py|{prefix}|envoy|embeddings"]
+        assert log.read_text().splitlines()[1:] == [f"install.py|{prefix}|embeddings"]
     assert not list(tmp_path.rglob("pwned"))
 
 

@@ -11,12 +11,12 @@ import grpc
 import grpc.aio
 import pytest
 from standin_expert import StandIn, front, standin
-from test_faults import free_port, needs_envoy
+from test_faults import free_port
 
-from erlib import envoy, processes, wire
+from erlib import processes, wire
 from erlib.nginx import Nginx
 
-FRONTS = ["gateway", "NGINX", pytest.param("Envoy", marks=needs_envoy)]
+FRONTS = ["gateway", "NGINX", "NGINX that relays"]
 
 METADATA: list[tuple[str, str | bytes]] = [
     ("my_key", "1"),
@@ -64,16 +64,12 @@ SIZES = {
 @asynccontextmanager
 async def way(kind: str, work: Path) -> AsyncIterator[tuple[grpc.aio.Channel, StandIn, str]]:
     """A channel to a gateway or to what is in front of it, the expert behind, and where the channel leads."""
-    from erlib.processor import Processor
-
-    handlers = {"beside": lambda gateway: [Processor(gateway)]} if kind == "Envoy" else {}
-    async with standin() as expert, front(expert.url, **handlers) as door:
-        before = {
-            "gateway": lambda: None,
-            "NGINX": lambda: Nginx(free_port(), [door.url], work),
-            "Envoy": lambda: envoy.Envoy(free_port(), [door.url], [expert.url], work),
-        }[kind]()
-        if before:
+    relays = kind == "NGINX that relays"
+    async with standin() as expert, front(expert.url, hands_over=relays) as door:
+        before = None
+        if kind != "gateway":
+            known = ([expert.url], [door.asked_at]) if relays else ()
+            before = Nginx(free_port(), [door.url], work, "127.0.0.1", *known)
             before.start()
         try:
             url = before.url if before else door.url
@@ -97,7 +93,9 @@ def joined(values: dict[str, list[str | bytes]]) -> dict[str, str | list[bytes]]
 async def exchange(channel, expert, metadata):
     """What the expert sees of `metadata`, and the client of the same as the expert's trailing metadata."""
     expert.tells = metadata
-    call = channel.unary_stream(wire.STREAM_INFER)(wire.encode_request("0", 1), metadata=metadata, timeout=10)
+    call = channel.unary_stream(wire.STREAM_INFER)(
+        wire.encode_request("0", 1), metadata=(*metadata, wire.COMPLETE), timeout=10
+    )
     responses = [wire.decode_response(message) async for message in call]
     assert [response.error for response in responses] == ["", "", ""]
     return expert.requests[-1].metadata, list(await call.trailing_metadata())
@@ -125,16 +123,15 @@ def test_metadata_beyond_what_grpc_takes_are_refused_by_each_front_in_the_same_c
     async def run():
         async with way(kind, tmp_path) as (channel, *_):
             metadata = [(f"k{i}", "x" * 10_000) for i in range(n_bytes // 10_000)]
-            call = channel.unary_stream(wire.STREAM_INFER)(wire.encode_request("0", 1), metadata=metadata, timeout=10)
+            call = channel.unary_stream(wire.STREAM_INFER)(
+                wire.encode_request("0", 1), metadata=(*metadata, wire.COMPLETE), timeout=10
+            )
             try:
                 return [wire.decode_response(message).error async for message in call]
             except grpc.aio.AioRpcError as error:
                 return [f"{error.code().name}: {error.details()}"]
 
-    ends = set(asyncio.run(run()))
-    if kind == "Envoy" and ends == {""}:  # which leaves it to the expert, who took them
-        return
-    (end,) = ends
+    (end,) = asyncio.run(run())
     assert end.startswith("RESOURCE_EXHAUSTED: ")
 
 
@@ -142,7 +139,7 @@ def test_metadata_beyond_what_grpc_takes_are_refused_by_each_front_in_the_same_c
 def test_a_client_that_wants_its_stream_to_end_with_an_error_gets_that_through_each_front(kind, tmp_path):
     async def run():
         async with way(kind, tmp_path) as (channel, *_):
-            metadata = [("triton_grpc_error", "true")]
+            metadata = [("triton_grpc_error", "true"), wire.COMPLETE]
             call = channel.unary_stream(wire.STREAM_INFER)(wire.encode_request(" ", 1), metadata=metadata, timeout=10)
             return [message async for message in call]
 

@@ -168,6 +168,7 @@ def test_one_repeat_has_no_spread() -> None:
 
 def test_routing_overhead_sums_the_gateways_own_spans() -> None:
     spans = {f"route_{span}_ns": (i + 1) * 1_000_000 for i, span in enumerate(metrics.GATEWAY_SPANS)}
+    spans["relay"] = "front"
     rows = [request(0, 0.0, 1.0, **spans, route_first_byte_ns=500_000_000), request(1, 0.0, 1.0, route_forward_ns=None)]
     table = metrics.routing_overhead(synthetic.frame(rows)).set_index("span")
     assert table.loc["gateway", "mean_ms"] == pytest.approx(1 + 2 + 3 + 4 + 5)  # the expert's first byte is not in it

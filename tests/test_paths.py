@@ -1,5 +1,6 @@
 """What is kept under the hash of its content is checked before it is believed."""
 
+import ast
 import os
 import shutil
 
@@ -72,3 +73,16 @@ def test_a_cached_file_that_cannot_be_read_counts_as_none(tmp_path, capsys, cont
     assert paths.recalled(file, pd.read_parquet, "router comparison") is None
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("router comparison: table.parquet is made again: it cannot be read")
+
+
+def test_no_file_is_read_or_written_in_the_encoding_of_whoever_runs_it():
+    where = [
+        f"{file.relative_to(paths.ROOT)}:{node.lineno}"
+        for folder in ("erlib", "scripts", "benchmarks", "engines/triton")
+        for file in (paths.ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).rpartition(".")[2] in {"read_text", "write_text"}
+        and "encoding" not in {word.arg for word in node.keywords}
+    ]
+    assert where == []

@@ -547,7 +547,7 @@ def test_the_plan_has_ports_launches_memory_and_both_tables(plan_text):
     text = plan_text()
     servers = section(text, "Servers")
     assert re.search(
-        rf"p1.B +8 +0 \.\.\. 7 +{BASE_PORT} +{BASE_PORT + 1}-{BASE_PORT + 16} +{BASE_PORT + 17}, \+3", servers
+        rf"p1.B +8 +0 \.\.\. 7 +{BASE_PORT} +{BASE_PORT + 1}-{BASE_PORT + 32} +{BASE_PORT + 33}, \+3", servers
     )
     assert "CUDA_VISIBLE_DEVICES=0,1,2,3 " in servers
     memory = section(text, "Memory of each GPU")

@@ -604,16 +604,6 @@ def test_distances_are_those_to_the_centres(router):
     assert int(np.argmin(distances)) == model.route(prompt)[0]
 
 
-def test_a_request_that_cannot_be_routed_is_not_sent_past_the_gateway():
-    async def run():
-        async with setting(1) as (gateway, _):
-            prompts = ["0", "no number at all", " "]
-            direct = [await gateway.gateway.direct(wire.encode_request(prompt, 1), "") for prompt in prompts]
-            return [None if one is None else one[0].expert for one in direct]
-
-    assert asyncio.run(run()) == [0, None, None]
-
-
 def test_a_router_that_fails_is_an_internal_error_of_that_request_alone(caplog):
     async def run():
         async with setting(1) as (gateway, _):

@@ -31,6 +31,7 @@ from conftest import METRICS_PORT
 from served import changed, drop, drop_all, refusal, wrong_type
 from test_gateway import metrics
 from tokenizers import Tokenizer
+from tritonclient.grpc import service_pb2 as pb
 
 from erlib import paths, processes, stack, users, wire
 from erlib.clusterer import Clusterer
@@ -243,7 +244,8 @@ def test_users_get_exactly_what_they_ask_for(expert_router, tokenizer, tmp_path,
         assert all(np.diff(one.token_ns) > 0)
         if client == "asyncio":
             assert set(one.routing) == {"queue", "vectorise", "svd", "kmeans", "forward", "first_byte"}
-            assert 0 < sum(one.routing.values()) <= one.t_first_ns - one.t_send_ns
+            # NGINX, which relays, takes the time of the first byte from a clock that it reads now and then.
+            assert 0 < sum(one.routing.values()) <= one.t_first_ns - one.t_send_ns + 5e6
         else:  # tritonclient shows no metadata
             assert (one.expert, one.routing) == (-1, {})
     assert sum(len(one.token_ns) for one in seen.answers) == generated_tokens(expert_router) - before
@@ -419,6 +421,30 @@ def test_a_killed_server_is_an_error_and_nothing_is_left(
         with pytest.raises(processes.StartError, match=reason):
             running.require_alive()
     assert _leftovers(own_ports.base_port) == []
+
+
+def test_triton_counts_failures_of_a_dead_engine_and_not_the_errors_of_a_living_one(own_ports, server_plan, tmp_path):
+    """By which a gateway tells a short answer from an error that it does not see."""
+
+    def failures(url: str) -> int:
+        with grpc.insecure_channel(url) as channel:
+            reply = channel.unary_unary(f"/{wire.SERVICE}/ModelStatistics")(b"")
+        (model,) = pb.ModelStatisticsResponse.FromString(reply).model_stats
+        return model.inference_stats.fail.count
+
+    def error(url: str, tokens: int) -> str:
+        with grpc.insecure_channel(url) as channel:
+            message = wire.encode_request(PROMPT, tokens, wire.NEVER_STOP)
+            (reply,) = channel.unary_stream(wire.STREAM_INFER)(message, timeout=20)
+            return wire.decode_response(reply).error
+
+    with stack.Stack("failing", [server_plan], "replicas", own_ports, None, tmp_path) as running:
+        (server,) = running.servers
+        assert error(server.url, 99_999).startswith("INVALID_ARGUMENT") and failures(server.url) == 0
+        (engine,) = psutil.Process(server.process.pid).children()
+        engine.kill()
+        processes.wait_until(lambda: not server.has_backend(), server.process, "Triton", server.log, 20)
+        assert "not healthy" in error(server.url, 1) and failures(server.url) == 1
 
 
 def test_a_balancer_that_dies_amid_a_point_is_named_at_once(own_ports, router, server_plan, tokenizer, tmp_path):

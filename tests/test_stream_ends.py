@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 from standin_expert import Front, eventually, front, setting, standin
-from test_faults import Line, envoy_before, needs_envoy
+from test_faults import Line, relay_before
 from test_gateway import gateway_process
 
 from erlib import wire
@@ -19,6 +19,7 @@ from erlib.limits import Limits
 from erlib.telemetry import Request
 
 AS_STATUS = (("triton_grpc_error", "true"),)
+NOT_AS_STATUS = (("triton_grpc_error", "false"), wire.COMPLETE)
 FLOWS = wire.encode_request("0 n=100000", 1)
 """Something is on its way to the client all the time."""
 STUFFS = wire.encode_request("0 n=2000 bytes=100000", 1)
@@ -79,21 +80,28 @@ def test_the_first_failure_ends_a_stream_that_is_being_written_to(message, code,
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("kind", ["gateway", pytest.param("Envoy", marks=needs_envoy)])
+@pytest.mark.parametrize("kind", ["gateway", "NGINX that relays"])
 def test_experts_are_not_asked_to_end_streams_with_a_status_themselves(kind, tmp_path):
     """Triton dies of it when clients cancel. The gateway reads it off the expert's text."""
 
     async def run() -> tuple[str, str, set[str]]:
         async with standin() as expert, AsyncExitStack() as exits:
-            if kind == "Envoy":
-                _, _, channel = await exits.enter_async_context(envoy_before(tmp_path, expert.url))
+            if kind == "NGINX that relays":
+                _, _, channel = await exits.enter_async_context(relay_before(tmp_path, expert.url))
             else:
                 channel = (await exits.enter_async_context(front(expert.url))).channel
             failing = wire.encode_request("0 error=INVALID_ARGUMENT:~too~long", 1)
-            call = channel.unary_stream(wire.STREAM_INFER)(failing, metadata=AS_STATUS, timeout=20)
+            infer = channel.unary_stream(wire.STREAM_INFER)
+            async for _ in infer(wire.encode_request("0 n=1", 1), metadata=NOT_AS_STATUS, timeout=20):
+                pass
+            call = infer(failing, metadata=(*AS_STATUS, wire.COMPLETE), timeout=20)
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 [message async for message in call]
-            return error.value.code().name, error.value.details(), {key for key, _ in expert.requests[0].metadata}
+            return (
+                error.value.code().name,
+                error.value.details(),
+                {key for request in expert.requests for key, _ in request.metadata},
+            )
 
     code, details, seen = asyncio.run(run())
     assert (code, details) == ("INVALID_ARGUMENT", "too long")

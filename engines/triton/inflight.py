@@ -68,7 +68,7 @@ class Model:
         directory = Path(parameters["engine"])
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.token_bytes = _token_bytes(self.tokenizer)
-        self.eos_token_id = json.loads((directory / "config.json").read_text())["eos_token_id"]
+        self.eos_token_id = json.loads((directory / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
         self.engine = self.load(parameters)
         added = self.tokenizer.get_added_tokens_decoder().values()  # as a prompt may spell them
         self.max_token_bytes = max(*map(len, self.token_bytes), *(len(token.content.encode()) for token in added))

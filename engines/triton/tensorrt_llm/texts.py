@@ -21,7 +21,7 @@ class Texts:
 
     def __init__(self, directory):
         self.tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
-        end = json.loads((Path(directory) / "tokenizer_config.json").read_text())["eos_token"]
+        end = json.loads((Path(directory) / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
         self.end_id = self.tokenizer.token_to_id(end if isinstance(end, str) else end["content"])
         if self.end_id is None:
             raise ValueError(f"{directory}: the end of sequence, {end!r}, is no token of tokenizer.json")
