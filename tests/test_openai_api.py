@@ -463,7 +463,8 @@ def test_what_is_no_http_is_refused_as_everything_else(sent, status, caplog):
     assert head.split()[1] == str(status)
     assert "content-type: application/json" in head
     assert set(said["error"]) == {"message", "type", "param", "code"}
-    assert caplog.records == []  # whoever likes could fill the disk with it
+    # Whoever likes could fill the disk with it. What gRPC says when two event loops have shared its poller is not ours.
+    assert [record for record in caplog.records if "PollerCompletionQueue" not in record.getMessage()] == []
 
 
 def idle_connections(port, n):
