@@ -162,7 +162,7 @@ class Replica:
         measurement would count.
         """
         now_s = asyncio.get_running_loop().time()
-        if now_s >= self._doubt_again_s:
+        if now_s >= self._doubt_again_s and (self._question is None or self._question.done()):
             self._doubt_again_s = now_s + DOUBT_AGAIN_AFTER_S
             self._question = asyncio.create_task(self._ask_for_failures())
 

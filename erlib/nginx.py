@@ -84,7 +84,7 @@ class Nginx:
             "questions": questions,
             "experts": [replicas.split("|") for replicas in experts],
             "stream_infer": wire.STREAM_INFER,
-            "kept": [
+            "withheld": [
                 *("content-length", "er-sent-ns"),
                 *(wire.COMPLETE[0], handover.FAILED, wire.STATUS_ON_ERROR),
             ],
