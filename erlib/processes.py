@@ -312,3 +312,10 @@ def _owner(port: int) -> str:
     except psutil.Error:
         pass
     return ""
+
+
+def keep_last_words(log: Path) -> Path:
+    """Set the log of a process that died aside, because the next one begins its own; returns where it lies now."""
+    aside = log.with_suffix(".died.log")
+    log.replace(aside)
+    return aside

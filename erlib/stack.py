@@ -227,8 +227,7 @@ class Share:
                 continue
             processes.stop([part.process], grace_s=0)
             _clean_up(part)
-            last_words = part.log.with_suffix(".died.log")
-            part.log.replace(last_words)
+            last_words = processes.keep_last_words(part.log)
             part.start()
             if not isinstance(part, Nginx):  # those wait by themselves
                 part.wait_ready(timeout_s)

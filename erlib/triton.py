@@ -41,6 +41,11 @@ SHARED_MEMORY_BYTES = 4 << 20
 UNTOLD = secrets.token_hex(16)
 """What would have to be sent to a server to be let do all it can."""
 LOOPBACK = "127.0.0.1"
+_ABORTED_WHILE_LOADING = "boost::interprocess::lock_exception"
+"""Last words of Triton's Python backend when, seldom and on busy machines, it ends a server that loads its models.
+
+Reported with and without load (triton-inference-server/server issue 8882, tensorrtllm_backend issue 349), not mended.
+"""
 
 _CONFIG = """\
 name: "{name}"
@@ -243,13 +248,32 @@ class TritonServer:
         """Wait until the server says that it is ready (a canary inference, which :class:`~erlib.stack.Stack` sends,
         is what shows that it works: Triton goes on saying "ready" when the backend process is dead).
 
+        One that its own Python backend aborts while it loads, a known fault, is started a second time.
+
         Raises
         ------
         StartError
             If it exits or is not ready within `timeout_s`.
         """
+        try:
+            self._wait_ready(timeout_s)
+        except StartError:
+            if _ABORTED_WHILE_LOADING not in processes.tail(self.log):
+                raise
+            self._start_again()
+            self._wait_ready(timeout_s)
+
+    def _wait_ready(self, timeout_s: float) -> None:
         assert self.process is not None
-        processes.wait_until(self._healthy, self.process, f"Triton server {self.label}", self.log, timeout_s)
+        processes.wait_until(self._healthy, self.process, self.title, self.log, timeout_s)
+
+    def _start_again(self) -> None:
+        assert self.process is not None
+        processes.stop([self.process], grace_s=0)
+        self.clean_up()
+        last_words = processes.keep_last_words(self.log)
+        print(f"{self.title} was aborted by its Python backend while it loaded (see {last_words}): starting it again")
+        self.start()
 
     def _healthy(self) -> bool:
         try:

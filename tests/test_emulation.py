@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import shutil
 
 import numpy as np
@@ -11,7 +12,21 @@ import pandas as pd
 import psutil
 import pytest
 
-from erlib import batching, config, emulation, hardware, paths, prompts, records, stack, sweep, triton, users, wire
+from erlib import (
+    batching,
+    config,
+    emulation,
+    hardware,
+    paths,
+    processes,
+    prompts,
+    records,
+    stack,
+    sweep,
+    triton,
+    users,
+    wire,
+)  # fmt: skip
 from erlib.batching import CannotServe
 from erlib.steptimes import Calibration
 from tests.test_stack import answer, generated_tokens
@@ -85,6 +100,39 @@ def test_what_binds_a_server_is_seen(emulated):
     finally:
         stub.cpu_affinity(list(everything))
     assert emulated.cores() == [everything]
+
+
+@pytest.mark.parametrize("says", ["boost::interprocess::lock_exception", "no space left on device"])
+def test_what_tritons_python_backend_aborts_is_started_once_more(says, own_ports, tmp_path, monkeypatch, capsys):
+    """The real server behind a program that dies the first time, as a busy machine's sometimes does."""
+    real = triton._wheel()
+    wheel = tmp_path / "packages" / "pytriton" / "tritonserver"
+    (wheel / "bin").mkdir(parents=True)
+    for name in ("backends", "python_backend_stubs"):
+        (wheel / name).symlink_to(real / name)
+    (tmp_path / "packages" / "nvidia_pytriton.libs").symlink_to(real.parent.parent / "nvidia_pytriton.libs")
+    program = wheel / "bin" / "tritonserver"
+    program.write_text(
+        f'#!/bin/bash\n[ -e {tmp_path}/died ] && exec {shlex.quote(str(real / "bin" / "tritonserver"))} "$@"\n'
+        f'touch {tmp_path}/died; echo "  what():  {says}"; kill -ABRT $$\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(triton, "_wheel", lambda: wheel)
+    system = emulation.system(own_ports, "p2.A")
+    server = system.servers[0].server("p2.A-0", own_ports.serving.base_port + 40, tmp_path, "127.0.0.1")
+    try:
+        server.start()
+        if not says.startswith("boost"):
+            with pytest.raises(processes.StartError, match=f"code -6 while starting(.|\n)*{says}"):
+                server.wait_ready(30)
+            return
+        server.wait_ready(30)
+        assert len(answer(server.url, PROMPT, 3)) == 3
+    finally:
+        processes.stop([server.process], grace_s=0)
+        server.clean_up()
+    assert "p2.A-0 was aborted by its Python backend while it loaded" in capsys.readouterr().out
+    assert says in (tmp_path / "triton-p2.A-0.died.log").read_text()
 
 
 def test_a_server_that_cannot_be_seen_is_bound_to_nobody_knows_what(tmp_path):
