@@ -12,7 +12,8 @@ import erlib  # noqa: F401  (says what to do where this Python lacks the package
 # isort: split
 import pandas as pd
 
-from erlib import config, quality
+from erlib import config
+from erlib.engines import quality
 
 profile = config.load_profile(sys.argv[1] if len(sys.argv) > 1 else "laptop")
 table = quality.report(profile).drop(columns=["label", "parameters", "key"])

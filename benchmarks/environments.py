@@ -7,8 +7,8 @@ import sys
 import venv
 from pathlib import Path
 
-from erlib import config, paths
-from erlib.processes import StartError
+from erlib import cache, paths
+from erlib.machine.processes import StartError
 
 
 def environment(*locks: str) -> Path:
@@ -26,10 +26,10 @@ def environment(*locks: str) -> Path:
     """
     name = locks[-1]
     files = sorted(path for lock in locks for path in (paths.ROOT / "locks").glob(f"{lock}*.txt"))
-    directory = paths.CACHE / "environments" / f"{name}-{config.digest(*files, sys.version)}"
+    directory = paths.CACHE / "environments" / f"{name}-{cache.digest(*files, sys.version)}"
     if not directory.exists():
         print(f"{name}: installing into {directory}")
-        with paths.building(directory) as partial:
+        with cache.building(directory) as partial:
             venv.create(partial, with_pip=True)
             command = [partial / "bin" / "python", paths.ROOT / "scripts" / "install.py", *locks]
             done = subprocess.run(command, capture_output=True, text=True, check=False)

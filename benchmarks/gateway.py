@@ -42,9 +42,12 @@ from tqdm import tqdm
 
 from benchmarks.paced import ENDLESS, Stream, Users
 from benchmarks.ways import GATEWAYS, WAYS, Site, Way
-from erlib import clusterer, config, corpus, paths, processes, stock, sweep
-from erlib.clusterer import Clusterer
-from erlib.processes import StartError
+from erlib import config, paths, provenance
+from erlib.machine import processes
+from erlib.machine.processes import StartError
+from erlib.routing import clusterer, sklearn_pipeline
+from erlib.routing.clusterer import Clusterer
+from erlib.workload import corpus
 
 LEVELS = (1, 10, 100, 300, 1000)
 BASE_PORT = 24000
@@ -319,7 +322,7 @@ def classification(router: Path, texts: Sequence[str], seed: int) -> pd.DataFram
     model = Clusterer.load(router)
     rows = []
     for n_terms in tqdm(VOCABULARIES, desc="vocabularies"):
-        padded = stock.padded(_trimmed(model, n_terms), n_terms, seed)
+        padded = sklearn_pipeline.padded(_trimmed(model, n_terms), n_terms, seed)
         for n_words in CLASSIFIED_WORDS:
             starts = np.linspace(0, len(words) - n_words, CLASSIFIED_PROMPTS).astype(int)
             prompts = [" ".join(words[start : start + n_words]) for start in starts]
@@ -407,7 +410,7 @@ def main() -> None:
     long_enough = [words for text in texts if len(words := text.split()) >= PROMPT_WORDS]
     prompts = [" ".join(words[:PROMPT_WORDS]) for words in long_enough]
     about = {
-        **sweep.provenance(),
+        **provenance.provenance(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "arguments": {name: str(value) for name, value in vars(options).items() if name != "out"},
         "load_average": os.getloadavg(),

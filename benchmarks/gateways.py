@@ -26,8 +26,12 @@ import grpc.aio
 import numpy as np
 from tqdm import tqdm
 
-from erlib import clusterer, config, corpus, processes, wire
-from erlib.nginx import Nginx
+from erlib import config
+from erlib.machine import processes
+from erlib.routing import clusterer
+from erlib.serving import wire
+from erlib.serving.nginx import Nginx
+from erlib.workload import corpus
 
 BASE_PORT = 26000
 IN_FLIGHT = 64

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import wire
+from erlib.serving import wire
 
 ENDLESS = 1_000_000_000
 """``max_tokens`` of a stream that its reader ends."""

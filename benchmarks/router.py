@@ -21,9 +21,11 @@ import erlib  # noqa: F401  (says what to do where this Python lacks the package
 # isort: split
 import numpy as np
 
-from erlib import config, corpus, stock
-from erlib.clusterer import Clusterer
-from erlib.routers import Route
+from erlib import config
+from erlib.routing import sklearn_pipeline
+from erlib.routing.clusterer import Clusterer
+from erlib.routing.policies import Route
+from erlib.workload import corpus
 
 WORDS = 335
 
@@ -51,10 +53,10 @@ def main() -> None:
     documents = corpus.load(profile.corpus, profile.seed, "holdout").texts
     long_enough = [words for text in documents if len(words := text.split()) >= WORDS]
     prompts = [" ".join(words[:WORDS]) for words in long_enough[: options.prompts]]
-    router = stock.build(profile, options.terms)
+    router = sklearn_pipeline.build(profile, options.terms)
     warnings.filterwarnings("ignore", message="Your stop_words may be inconsistent")
     ours_ms, ours_clusters = times_ms(Clusterer.load(router).route, prompts)
-    stock_ms, stock_clusters = times_ms(stock.load(router).route, prompts)
+    stock_ms, stock_clusters = times_ms(sklearn_pipeline.load(router).route, prompts)
     if ours_clusters != stock_clusters:
         raise SystemExit("the two paths name different clusters")
     result = {

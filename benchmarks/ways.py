@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 
 from benchmarks.environments import environment
-from erlib import processes
-from erlib.nginx import Nginx
-from erlib.stack import Gateway
+from erlib.machine import processes
+from erlib.serving.nginx import Nginx
+from erlib.serving.stack import Gateway
 
 GATEWAYS = 16
 EXPERTS = 8

@@ -109,7 +109,7 @@ def checkpoint(directory: Path, shape: dict[str, Any]) -> str:
 
 
 def distil(handle: Any) -> Iterator[tuple[str, int, int, float]]:
-    """(part, x, y, milliseconds); a step's parts add up: see :class:`erlib.steptimes.Table`."""
+    """(part, x, y, milliseconds); a step's parts add up: see :class:`erlib.paper_scale.steptimes.Table`."""
     for tokens in TOKENS:
         shared, _, _ = handle.mixed_step_breakdown_per_op(0, tokens, 1, 2)
         yield "dense", tokens, 0, sum(op[1] for op in shared if op[0] != "context_logits_gemm")

@@ -21,7 +21,9 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a Python without erlib finds it there, and is told more
 
-from erlib import config, keys, paths, processes
+from erlib import cache, config, paths
+from erlib.config import keys
+from erlib.machine import processes
 
 _REASON = re.compile(r"[a-z]+( \w+)?: ")
 """How erlib's one-line reasons begin: ``sweep: 4 of 4 points found``."""
@@ -40,7 +42,7 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    from erlib import preflight, runbook  # and pandas and clients of the hub: not for --help, nor to refuse a key
+    from erlib.dgx import preflight, runbook  # and pandas and clients of the hub: not for --help, nor to refuse a key
 
     if args.profile.endswith((".yaml", ".yml")):
         args.profile = str(Path(args.profile).absolute())  # notebooks run in a directory of their own
@@ -110,7 +112,7 @@ def _status(end: BaseException) -> int:
 @contextlib.contextmanager
 def _alone(profile: config.Profile) -> Iterator[None]:
     """Refuse to start beside another run of the same profile, or without what any run needs."""
-    from erlib import preflight
+    from erlib.dgx import preflight
 
     run_dir = paths.run_dir(profile.name)
     try:
@@ -147,9 +149,9 @@ def _damage(wrote: dict[str, int]) -> Iterator[str]:
 
 
 def _corpus(profile: config.Profile) -> str:
-    """The user's own corpus by content; one that cannot be read is :func:`erlib.preflight.basics`' to tell."""
+    """The user's own corpus by content; one that cannot be read is :func:`erlib.dgx.preflight.basics`' to tell."""
     path = profile.corpus.path
-    return config.digest(Path(path)) if path and os.path.isfile(path) and os.access(path, os.R_OK) else ""
+    return cache.digest(Path(path)) if path and os.path.isfile(path) and os.access(path, os.R_OK) else ""
 
 
 @dataclass(frozen=True)
@@ -179,16 +181,16 @@ class Step:
         self._stamp = self._executed.with_suffix(".json")
         self.log = self._run_dir / "logs" / f"{notebook.stem}.log"
         self._inputs = {
-            "the notebook": config.digest(notebook),
+            "the notebook": cache.digest(notebook),
             "the profile": profile.digest,
-            "erlib": config.digest(
-                *sorted(paths.STYLE.parent.glob("*.py")), *sorted(paths.STYLE.parent.glob("*.j2")), paths.STYLE
+            "erlib": cache.digest(
+                *(file for file in sorted(paths.STYLE.parent.rglob("*")) if file.suffix in (".py", ".j2", ".mplstyle"))
             ),
-            "engines": config.digest(
+            "engines": cache.digest(
                 *sorted(paths.ENGINE_SPECS.glob("*.yaml")), *sorted((paths.ENGINE_SPECS / "triton").rglob("*.py"))
             ),
-            "data": config.digest(*sorted(path for path in paths.FACTS.iterdir() if path.is_file())),
-            "the pinned packages": config.digest(paths.ROOT / "locks" / "workbench.txt"),
+            "data": cache.digest(*sorted(path for path in paths.FACTS.iterdir() if path.is_file())),
+            "the pinned packages": cache.digest(paths.ROOT / "locks" / "workbench.txt"),
             "the corpus": _corpus(profile),
         }
 
@@ -216,7 +218,7 @@ class Step:
     def _reads(self) -> dict[str, str]:
         """All inputs by content; what earlier notebooks made stands for itself by when they ran."""
         runs = [before.finished if (before := step._last_run()) else "" for step in self._earlier]
-        return {**self._inputs, "an earlier notebook's results": config.digest(runs)}
+        return {**self._inputs, "an earlier notebook's results": cache.digest(runs)}
 
     def _last_run(self) -> Stamp | None:
         from pydantic import TypeAdapter
@@ -230,7 +232,7 @@ class Step:
         """Execute with papermill; the executed copy is kept whether or not it succeeds."""
         import papermill
 
-        from erlib import kernel
+        from erlib.machine import kernel
 
         for directory in (self._executed.parent, self.log.parent):
             directory.mkdir(parents=True, exist_ok=True)

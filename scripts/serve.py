@@ -13,7 +13,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a Python without erlib finds it there, and is told more
 
-from erlib import config, paths, processes, stack, sweep
+from erlib import config, paths
+from erlib.load import backends, experiments
+from erlib.machine import processes
+from erlib.serving import stack
 
 _LONGER = "--set scale.tokens=1 gives the papers' lengths"
 _WATCH_S = 2.0
@@ -24,17 +27,17 @@ def main() -> int:
     args = _arguments()
     try:
         profile = config.load_profile(args.profile, config.read_overrides(args.set))
-        (asked,) = sweep.configurations(profile, [args.configuration])
+        (asked,) = backends.of(profile).configurations(profile, [args.configuration])
         if args.metrics and asked.routing in ("direct", "round_robin"):
             raise config.ConfigError(f"{asked.id} has no gateways, whose metrics --metrics would serve")
-        (system,) = sweep.systems(profile, [asked])
-        return _serve(profile, system, sweep.context_tokens(profile, asked), args)
+        (system,) = experiments.systems(profile, [asked])
+        return _serve(profile, system, backends.of(profile).context_tokens(profile, asked), args)
     except (config.ConfigError, processes.StartError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _serve(profile: config.Profile, system: sweep.System, context: int, args: argparse.Namespace) -> int:
+def _serve(profile: config.Profile, system: experiments.System, context: int, args: argparse.Namespace) -> int:
     settings, logs = profile.serving, paths.run_dir(profile.name) / "logs" / "serve"
     if args.openai:
         processes.require_free_ports([args.openai], settings.host)
@@ -69,10 +72,14 @@ def _serve(profile: config.Profile, system: sweep.System, context: int, args: ar
 
 
 def _start_front(
-    args: argparse.Namespace, settings: config.ServingSettings, running: stack.Stack, system: sweep.System, logs: Path
+    args: argparse.Namespace,
+    settings: config.ServingSettings,
+    running: stack.Stack,
+    system: experiments.System,
+    logs: Path,
 ) -> subprocess.Popen[bytes]:
     command = processes.python(
-        "-m", "erlib.openai_api", "--port", str(args.openai), "--host", settings.host,
+        "-m", "erlib.serving.openai_api", "--port", str(args.openai), "--host", settings.host,
         "--router", running.targets[0], "--tokenizer", system.tokenizer, "--cors", *args.cors,
     )  # fmt: skip
     front, log = processes.spawn(command, logs / "openai.log"), logs / "openai.log"
@@ -88,7 +95,8 @@ def _start_front(
 def _arguments() -> argparse.Namespace:
     laptop = config.load_profile("laptop")
     contexts = [
-        f"{name} {sweep.context_tokens(laptop, config.load_configuration(name))}" for name in config.config_ids()
+        f"{name} {backends.of(laptop).context_tokens(laptop, config.load_configuration(name))}"
+        for name in config.config_ids()
     ]
     parser = argparse.ArgumentParser(
         prog="python scripts/serve.py",

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from erlib import clusterer, config, openvino, stack, sweep, triton
+from erlib import config
+from erlib.engines import build
+from erlib.load import laptop
+from erlib.routing import clusterer
+from erlib.serving import stack, triton
 
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 """Which of the processes that share the tests this is."""
@@ -33,7 +37,7 @@ def router(profile: config.Profile) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(profile: config.Profile) -> Path:
     """``tokenizer.json`` of the engines."""
-    return openvino.checkpoint(profile.engines) / "tokenizer.json"
+    return build.checkpoint(profile.engines) / "tokenizer.json"
 
 
 @pytest.fixture(scope="session")
@@ -63,8 +67,8 @@ def llama2_like(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def server_plan(profile: config.Profile) -> triton.ServerPlan:
     """One real engine (a one-layer sibling): four slots, room for sequences of 512 tokens."""
-    engine = openvino.build(profile, "small", "fp16")
-    return sweep.server_plan(engine.path, batch_size=4, kv_blocks=16, kv_cache="f16", threads=1)
+    engine = build.build(profile, "small", "fp16")
+    return laptop.server_plan(engine.path, batch_size=4, kv_blocks=16, kv_cache="f16", threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -80,10 +80,11 @@ def texts():
 
 def checkpoint(repo_id):
     """Files of a model's repository, which holds the weights three times."""
-    from erlib import engines, tensorrt_llm
+    from erlib.dgx import tensorrt_llm
+    from erlib.engines import llama
 
     (model,) = (model for model, name in tensorrt_llm.CHECKPOINTS.items() if name == repo_id)
-    shape = engines.shape(model)
+    shape = llama.shape(model)
     sizes = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "vocab_size": shape.vocabulary}
     half = shape.parameters
     shards = {f"model-{part}-of-2.safetensors": half for part in (1, 2)}
@@ -126,7 +127,7 @@ def docker(argv):
 
 
 def say_help(image, tool):
-    from erlib import containers, option_tables
+    from erlib.dgx import containers, option_tables
 
     versions = option_tables.TABLES.glob("*.json")
     (version,) = (path.stem for path in versions if containers.load_image(path.stem).reference == image)
@@ -135,12 +136,12 @@ def say_help(image, tool):
 
 
 def convert(argv):
-    from erlib import engines
+    from erlib.engines import llama
 
     known = options(argv)
     target = Path(known["--output_dir"])
     model = json.loads((Path(known["--model_dir"]) / "config.json").read_text())["model"]
-    shape = engines.shape(model)
+    shape = llama.shape(model)
     algorithms = {"fp8": ("FP8", "FP8"), "int4_awq": ("W4A16_AWQ", None), None: (None, None)}
     weights, kv_cache = algorithms[known.get("--qformat")]
     if "--int8_kv_cache" in argv:
@@ -159,7 +160,7 @@ def convert(argv):
 
 
 def build(argv):
-    from erlib import engines
+    from erlib.engines import llama
 
     parser = argparse.ArgumentParser()
     for name in ("max_batch_size", "max_input_len", "max_num_tokens", "max_seq_len", "tokens_per_block"):
@@ -176,7 +177,7 @@ def build(argv):
     ranks = model["mapping"]["tp_size"]
     for rank in range(ranks):
         with (target / f"rank{rank}.engine").open("wb") as file:
-            file.truncate(int(engines.shape(model["model"]).loaded_bytes(dtype, ranks) / ranks))
+            file.truncate(int(llama.shape(model["model"]).loaded_bytes(dtype, ranks) / ranks))
     if os.environ.get("STANDIN_FAILS") == target.name:
         sys.exit("[TRT-LLM] [E] out of memory")
     (target / "config.json").write_text(json.dumps(description))
@@ -184,7 +185,7 @@ def build(argv):
 
 def serve(argv):
     """The first rank only: the others would hold parts of an engine that is not there."""
-    from erlib import repository
+    from erlib.dgx import repository
 
     words = argv[argv.index("tritonserver") + 1 :]
 
@@ -208,7 +209,8 @@ def serve_llm_api(argv):
 
 def triton_server(words, put_standin):
     """The real one, on a copy of the repository with a stand-in in it."""
-    from erlib import repository, triton
+    from erlib.dgx import repository
+    from erlib.serving import triton
 
     triton.preflight()
     known = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)

@@ -17,7 +17,8 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import experts, gateway, handover, service, wire
+from erlib.gateway import experts, handover, process, service
+from erlib.serving import wire
 
 
 @dataclasses.dataclass
@@ -274,7 +275,7 @@ async def front(
         if hands_over:
             hearing = handover.hearing(routing.decide, routing.handovers, "127.0.0.1:0")
             asked_at = await exits.enter_async_context(hearing)
-        url = f"127.0.0.1:{await exits.enter_async_context(gateway.serving(routing, '127.0.0.1:0', **settings))}"
+        url = f"127.0.0.1:{await exits.enter_async_context(process.serving(routing, '127.0.0.1:0', **settings))}"
         channel = grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS)
         yield Front(routing, url, await exits.enter_async_context(channel), asked_at)
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from erlib import triton
+from erlib.serving import triton
 
 FINAL = 1
 

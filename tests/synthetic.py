@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from erlib import config, records
+from erlib import cache, config
+from erlib.load import records
 
 # seconds per decode step: alone, and added by each request in the batch
 STEP_S = {"large": (0.020, 0.0035), "small": (0.012, 0.0016)}
@@ -81,7 +82,7 @@ def point(
                         for s in records._ROUTE_SPANS
                     },
                     **dict(client_lag_p99_ms=0.4, client_lag_max_ms=2.0, client_cpu_cores=0.1, server_tokens=0),
-                    "point_hash": config.digest(paper, experiment, name, mix, users, repeat),
+                    "point_hash": cache.digest(paper, experiment, name, mix, users, repeat),
                     **dict(profile="synthetic", profile_hash="0" * 16, git_commit="0" * 40, host=host),
                     **dict(versions="{}", seed=0, started="2024-01-01T00:00:00Z"),
                 }
@@ -95,7 +96,7 @@ ROUTE_MU = (0.0, 0.6, -0.6, -2.0, 0.3, 4.0)  # log ms: queue, vectorise, svd, km
 
 
 def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows as :func:`erlib.records.read` would return them."""
+    """Rows as :func:`erlib.load.records.read` would return them."""
     return pa.Table.from_pylist(rows, schema=records.SCHEMA).to_pandas()
 
 
@@ -146,5 +147,5 @@ def overhead_rows(profile: config.Profile) -> Iterator[dict[str, Any]]:
             for repeat in range(profile.overhead.repeats):
                 rows = point("p2", "overhead", profile.overhead.config, users, repeat, size="small", tokens=8)
                 yield from (
-                    row | {"relay": relay, "point_hash": config.digest(row["point_hash"], relay)} for row in rows
+                    row | {"relay": relay, "point_hash": cache.digest(row["point_hash"], relay)} for row in rows
                 )

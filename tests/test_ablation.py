@@ -6,7 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from erlib import ablation, config, paths, records, wire, workbench
+from erlib import config, paths
+from erlib.load import records
+from erlib.paper_scale import ablation
+from erlib.report import workbench
+from erlib.serving import wire
 
 ENGINE_S = 0.03
 """Time per token of the made-up engine."""

@@ -15,9 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erlib import balance, batching, config, emulation, paths, prompts, simulation, stack, sweep, users, wire, workbench
-from erlib.batching import CannotServe
-from erlib.prompts import FORCED, Prompt
+from erlib import config, paths
+from erlib.load import experiments, points, sweep, users
+from erlib.paper_scale import batching, emulation, replicas, simulation
+from erlib.paper_scale.batching import CannotServe
+from erlib.report import workbench
+from erlib.serving import stack, wire
+from erlib.workload import prompts
+from erlib.workload.prompts import FORCED, Prompt
 
 
 @given(
@@ -31,13 +36,13 @@ def test_no_other_choice_leaves_less_demand_on_the_busiest_instance(weights: lis
         return float((shares / (1 + np.bincount(added, minlength=len(shares)))).max())
 
     others = itertools.combinations_with_replacement(range(len(shares)), replicas)
-    added = balance.hottest(shares, replicas)
+    added = replicas.hottest(shares, replicas)
     assert busiest(added) == pytest.approx(min(map(busiest, others)))
-    assert added[:-1] == balance.hottest(shares, max(0, replicas - 1))  # one at a time
+    assert added[:-1] == replicas.hottest(shares, max(0, replicas - 1))  # one at a time
 
 
 def test_the_normal_mix_is_hottest_in_the_middle() -> None:
-    assert set(balance.hottest(prompts.mix_shares("normal", 8, 2.0), 2)) == {3, 4}
+    assert set(replicas.hottest(prompts.mix_shares("normal", 8, 2.0), 2)) == {3, 4}
 
 
 @given(added=st.lists(st.integers(0, 7), max_size=5), clusters=st.lists(st.integers(0, 7), min_size=1, max_size=60))
@@ -72,7 +77,7 @@ def test_replicas_belong_to_experts(name: str, added: tuple[int, ...]) -> None:
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     profile = config.load_profile("smoke", {"paper_scale.repeats": 2, "workload.sigma": 1.0})
-    return balance.run(profile, configs=["p2.D"], users=[300], most_added=4)
+    return replicas.run(profile, configs=["p2.D"], users=[300], most_added=4)
 
 
 def test_both_mixes_answer_the_same(table: pd.DataFrame) -> None:
@@ -90,7 +95,7 @@ def test_replicas_help_the_normal_mix(table: pd.DataFrame) -> None:
     assert normal.loc[0, "response_p99_s"] > 1.1 * uniform["response_p99_s"]
     assert normal.loc[4, "response_p99_s"] < 0.9 * normal.loc[0, "response_p99_s"]
     assert normal.loc[4, "session_tokens_per_s"] > normal.loc[0, "session_tokens_per_s"]
-    enough = balance.needed(table).loc[("p2.D", 300), "response_p99_s"]
+    enough = replicas.needed(table).loc[("p2.D", 300), "response_p99_s"]
     assert normal.loc[enough, "response_p99_s"] <= uniform["response_p99_s"]
     assert (normal.loc[: enough - 1, "response_p99_s"] > uniform["response_p99_s"]).all()
 
@@ -98,7 +103,7 @@ def test_replicas_help_the_normal_mix(table: pd.DataFrame) -> None:
 def test_what_never_suffices_is_missing() -> None:
     rows = [("uniform", 0, 5.0, 100.0), ("normal", 0, 9.0, 80.0), ("normal", 1, 6.0, 99.0), ("normal", 2, 5.5, 100.0)]
     made = pd.DataFrame(rows, columns=["mix", "added", "response_p99_s", "session_tokens_per_s"])
-    needed = balance.needed(made.assign(config="p2.D", users=10, ttft_mean_s=1.0)).loc[("p2.D", 10)]
+    needed = replicas.needed(made.assign(config="p2.D", users=10, ttft_mean_s=1.0)).loc[("p2.D", 10)]
     assert pd.isna(needed["response_p99_s"])
     assert needed["session_tokens_per_s"] == 2 and needed["ttft_mean_s"] == 0
 
@@ -115,11 +120,11 @@ def small(profile: config.Profile) -> config.Profile:
 
 
 @pytest.fixture(scope="module")
-def plan(small: config.Profile) -> list[sweep.Series]:
-    return balance.plan(small)
+def plan(small: config.Profile) -> list[experiments.Series]:
+    return replicas.plan(small)
 
 
-def test_arms_differ_in_nothing_but_replicas(plan: list[sweep.Series], small: config.Profile) -> None:
+def test_arms_differ_in_nothing_but_replicas(plan: list[experiments.Series], small: config.Profile) -> None:
     assert [sorted(series.mixes) for series in plan] == [["normal", "uniform"], ["normal"]]
     assert [len(series.system.servers) for series in plan] == [8, 10]
     assert [series.system.replicas for series in plan] == [[1] * 8, [1, 1, 1, 2, 2, 1, 1, 1]]
@@ -128,7 +133,7 @@ def test_arms_differ_in_nothing_but_replicas(plan: list[sweep.Series], small: co
         assert series.system.source == "emulated"
         assert (series.workload.frame["max_tokens"] == 8).all()
         assert (series.workload.frame["end_id"] == wire.NEVER_STOP).all()
-    points = [point for series in plan for point in sweep.points(small, series)]
+    points = [point for series in plan for point in points.points(small, series)]
     assert len({point.hash for point in points}) == len({point.path for point in points}) == 3
 
 
@@ -136,7 +141,7 @@ def test_nothing_is_emulated_where_experts_lack_clusters(
     small: config.Profile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fewer = small.model_copy(update={"clusterer": small.clusterer.model_copy(update={"n_clusters": 4})})
-    assert balance.plan(fewer) == []
+    assert replicas.plan(fewer) == []
     assert "p2.D has 8 experts for 4 clusters" in capsys.readouterr().out
 
 
@@ -145,11 +150,13 @@ def test_replicas_need_a_system_that_classifies() -> None:
         config.load_profile("smoke", {"replicas.config": "p2.R"})
 
 
-def _emulated(profile: config.Profile, plan: list[sweep.Series], slower: float, lost_time: float = 0.0) -> pd.DataFrame:
+def _emulated(
+    profile: config.Profile, plan: list[experiments.Series], slower: float, lost_time: float = 0.0
+) -> pd.DataFrame:
     """Records as of a stack whose requests take `slower` times what they take in virtual time."""
     frames = []
     for series in plan:
-        for point in sweep.points(profile, series):
+        for point in points.points(profile, series):
             alone = emulation.simulated(profile, [replace(series, mixes=[point.mix])])
             pace = {"slow_motion": 2.0, "steps": 100, "late_steps": 1, "lost_time": lost_time, "client_lag_p99_ms": 7.0}
             who = {"client": "asyncio", "classifier": "ours", "host": "here", "git_commit": "c", "profile_hash": "p"}
@@ -164,26 +171,26 @@ def _emulated(profile: config.Profile, plan: list[sweep.Series], slower: float, 
 
 @pytest.mark.parametrize(("slower", "verdict"), [(1.0, "in 9 of 9 values (9 "), (1.2, "in 0 of 9 values (0 ")])
 def test_emulation_and_simulation_are_said_to_agree_only_if_they_do(
-    small: config.Profile, plan: list[sweep.Series], slower: float, verdict: str
+    small: config.Profile, plan: list[experiments.Series], slower: float, verdict: str
 ) -> None:
-    table = balance.beside_simulation(small, plan, _emulated(small, plan, slower))
-    compared = balance.agreement(table)
-    assert len(compared) == 3 * len(balance.BETTER)
+    table = replicas.beside_simulation(small, plan, _emulated(small, plan, slower))
+    compared = replicas.agreement(table)
+    assert len(compared) == 3 * len(replicas.BETTER)
     ratio = compared["ratio"].unstack("metric")
     assert ratio["response_p99_s"].to_numpy() == pytest.approx(slower)
     assert ratio["session_tokens_per_s"].to_numpy() == pytest.approx(1 / slower)
     assert compared["agrees"].all() == (slower == 1)
-    said = balance.finding(table)
+    said = replicas.finding(table)
     assert verdict in said and "up to 7 ms late" in said and "pace" not in said
     assert dict(table.groupby("added")["gpus"].first()) == {0: 8, 2: 10}
 
 
 def test_the_figure_names_what_is_emulated_and_what_is_not(
-    small: config.Profile, plan: list[sweep.Series], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small: config.Profile, plan: list[experiments.Series], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     made = _emulated(small, plan, 1.1, lost_time=0.2)
-    table = balance.beside_simulation(small, plan, made)
+    table = replicas.beside_simulation(small, plan, made)
     fig = workbench.replicas_emulated(table, made, small)
     labels = {text.get_text() for text in fig.legends[0].get_texts()}
     assert {"normal mix, emulated", "normal mix, simulated", "uniform mix, emulated"} <= labels
@@ -196,7 +203,7 @@ def test_the_figure_names_what_is_emulated_and_what_is_not(
 
 @pytest.mark.slow
 def test_replicas_share_their_experts_requests_on_a_real_stack(
-    small: config.Profile, plan: list[sweep.Series], tmp_path: Path
+    small: config.Profile, plan: list[experiments.Series], tmp_path: Path
 ) -> None:
     """Every answer's tokens were made by a server of its expert, and all replicas had their part."""
     system, workload = plan[1].system, plan[1].workload
@@ -226,14 +233,14 @@ def test_replicas_share_their_experts_requests_on_a_real_stack(
 
 @pytest.mark.slow
 def test_the_experiment_runs_on_a_real_stack_and_is_resumed(
-    small: config.Profile, plan: list[sweep.Series], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: config.Profile, plan: list[experiments.Series], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     apart = small.model_copy(update={"name": f"smoke-{tmp_path.name}"})
     try:
         made = sweep.run(apart, plan)
         assert set(made["source"]) == {"emulated"} and set(made["status"]) == {"ok"}
         assert set(made["experiment"]) == {"replicas"} and len(made) == 3 * 40
-        compared = balance.agreement(balance.beside_simulation(apart, plan, made))
+        compared = replicas.agreement(replicas.beside_simulation(apart, plan, made))
         # what is left is the harness, on whatever machine this is: a wrong scale would be off by far more
         assert compared["ratio_replayed"].between(0.5, 2).all()
         capsys.readouterr()

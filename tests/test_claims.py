@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from erlib import claims, config, evidence, paths, records, sweep
-from erlib.claims import AMBIGUOUS, FAILS, HOLDS, UNTESTABLE
+from erlib import config, paths
+from erlib.claims import evidence, verdicts
+from erlib.claims.verdicts import AMBIGUOUS, FAILS, HOLDS, UNTESTABLE
+from erlib.load import records, sweep
 from tests import synthetic
 
 IDS = [f"P1-S{i:02d}" for i in range(1, 23)] + [f"P1-R{i:02d}" for i in range(1, 33)]
@@ -56,9 +58,9 @@ def at_full_scale(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(users=runs["users"].replace({8: 200, 16: 500, 32: 1000}))
 
 
-def row(name: str, runs: pd.DataFrame, profile: config.Profile, source: str = "measured") -> claims.Row:
-    claim = next(claim for claim in claims.load() if claim.id == name)
-    return claims.judge(claim, None if claim.by_arithmetic else _evidence(source, runs, profile))
+def row(name: str, runs: pd.DataFrame, profile: config.Profile, source: str = "measured") -> verdicts.Row:
+    claim = next(claim for claim in verdicts.load() if claim.id == name)
+    return verdicts.judge(claim, None if claim.by_arithmetic else _evidence(source, runs, profile))
 
 
 _SEEN: dict[tuple[str, int], tuple[pd.DataFrame, evidence.Evidence]] = {}
@@ -79,12 +81,12 @@ def _evidence(source: str, runs: pd.DataFrame, profile: config.Profile) -> evide
 def scorecard(runs: pd.DataFrame, profile: config.Profile, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "FIGURES", tmp_path_factory.mktemp("none"))
-        return claims.evaluate({"measured": runs, "emulated": runs}, profile)
+        return verdicts.evaluate({"measured": runs, "emulated": runs}, profile)
 
 
 def test_every_claim_has_one_verdict_per_source_with_numbers_or_a_reason(scorecard):
     assert list(scorecard["id"].unique()) == IDS
-    assert set(scorecard["verdict"]) <= set(claims.VERDICTS)
+    assert set(scorecard["verdict"]) <= set(verdicts.VERDICTS)
     assert (scorecard["numbers"] != "").all()
     for name, rows in scorecard.groupby("id"):
         assert sorted(rows["source"]) in (["arithmetic"], ["emulated", "measured"]), name
@@ -95,7 +97,7 @@ def test_every_claim_has_one_verdict_per_source_with_numbers_or_a_reason(scoreca
 
 
 def test_known_contradictions_have_their_own_list(scorecard):
-    found = claims.inconsistencies(scorecard)
+    found = verdicts.inconsistencies(scorecard)
     assert {"P1-S06", "P1-S09", "P1-S17", "P1-R32", "P2-S03", "P2-S06", "P2-S16", "X1", "X2", "X3"} <= set(found["id"])
     assert found["id"].is_unique
 
@@ -144,10 +146,10 @@ def test_arithmetic_on_records_and_on_print_turns(runs, profile):
     cut.at[0, "token_ns"] = cut.at[0, "token_ns"][:2]
     cut.loc[0, ["output_tokens", "t_last_ns"]] = [2, cut.at[0, "token_ns"][-1]]
     assert row("P1-S13", cut, profile).verdict == row("P1-S22", cut, profile).verdict == FAILS
-    claim = next(claim for claim in claims.load() if claim.id == "P1-S05")
+    claim = next(claim for claim in verdicts.load() if claim.id == "P1-S05")
     wrong = {"computes_to": {"quantity": "kv_tokens", "printed": {"p1.B": 80000}, "tolerance": 0.03}}
-    assert claims.judge(claim, None).verdict == HOLDS
-    assert claims.judge(claim.model_copy(update={"checks": [wrong]}), None).verdict == FAILS
+    assert verdicts.judge(claim, None).verdict == HOLDS
+    assert verdicts.judge(claim.model_copy(update={"checks": [wrong]}), None).verdict == FAILS
 
 
 def test_routing_claims_turn_with_the_gateways_spans(runs, profile):
@@ -180,13 +182,14 @@ def test_absolute_numbers_of_h100s_are_not_tested_on_a_laptop(runs, profile):
 
 
 def test_the_preliminary_experiment_is_judged_at_the_papers_scale(runs, profile):
-    found = {claim.id: claim for claim in claims.load()}
+    found = {claim.id: claim for claim in verdicts.load()}
     simulated = at_full_scale(runs[runs["experiment"] == "preliminary"])
 
     def judged(records):
         evidence_of = evidence.Evidence("simulated-hardware", records, profile)
         return {
-            name: claims.judge(found[name], evidence_of) for name in ("P2-R04", "P2-R05", "P2-R06", "P2-R07", "P2-S12")
+            name: verdicts.judge(found[name], evidence_of)
+            for name in ("P2-R04", "P2-R05", "P2-R06", "P2-R07", "P2-S12")
         }
 
     ahead = judged(stretched(simulated, 0.5, config="p2.fp8-tp8-bs200"))
@@ -233,7 +236,7 @@ def test_a_difference_within_the_spread_is_said_to_be_one(runs, profile):
 
 def test_sources_without_records_and_damaged_claims_are_refused(runs, profile, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no records for source 'emulated'"):
-        claims.evaluate({"emulated": runs[:0]}, profile)
+        verdicts.evaluate({"emulated": runs[:0]}, profile)
     good = {"id": "P1-S01", "where": "I", "type": "ord", "claim": "x"}
     for entry, message in [
         ({**good, "checks": [{"belo": {}}]}, "did you mean 'below'"),
@@ -244,10 +247,10 @@ def test_sources_without_records_and_damaged_claims_are_refused(runs, profile, t
     ]:
         (tmp_path / "claims.yaml").write_text(yaml.safe_dump([entry]))
         monkeypatch.setattr(paths, "FACTS", tmp_path)
-        claims.load.cache_clear()
+        verdicts.load.cache_clear()
         with pytest.raises(config.ConfigError, match=message):
-            claims.load()
-    claims.load.cache_clear()
+            verdicts.load()
+    verdicts.load.cache_clear()
 
 
 def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
@@ -257,7 +260,7 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
     for name in ("load", "preliminary"):
         monkeypatch.setattr(sweep, name, lambda *_: [])
     monkeypatch.setattr(sweep, "read", lambda *_: runs[:3])
-    assert list(claims.read(profile)) == ["measured"]
+    assert list(verdicts.read(profile)) == ["measured"]
     for i, name in enumerate(
         ["simulated/harness/p1.A/u1-r0-old", "simulated/harness/p1.A/u1-r0-new", "emulated/load/p1.A/u1-r0-x"]
     ):
@@ -270,7 +273,7 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
     late = [row | {"lost_time": 0.06, "point_hash": "x"} for row in synthetic.point("p1", "load", "p1.A", 4, 0)]
     records.write(late, tmp_path / profile.name / "emulated/load/p1.A/u4-r0-x.parquet")
     (tmp_path / profile.name / "emulated/load/p1.A/u8-r0-x.parquet").touch()
-    found = claims.read(profile)
+    found = verdicts.read(profile)
     printed = capsys.readouterr().out
     assert "left out p1.A/u4-r0-x.parquet: the emulated engines did not keep pace" in printed
     assert "left out p1.A/u8-r0-x.parquet: it cannot be read" in printed
@@ -284,7 +287,7 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
 def test_records_in_parts_judge_as_whole_ones(runs, profile, scorecard):
     parts = (part for _, part in runs.groupby(["paper", "config", "users"]))
     whole = scorecard[scorecard["source"] != "emulated"].reset_index(drop=True)
-    pd.testing.assert_frame_equal(claims.evaluate({"measured": parts}, profile), whole)
+    pd.testing.assert_frame_equal(verdicts.evaluate({"measured": parts}, profile), whole)
 
 
 # --- measures -------------------------------------------------------------------------------------------------------
@@ -314,21 +317,21 @@ def test_scorecard_files_hold_every_row(runs, profile, home):
     picture = home / "laptop/measured/paper1/fig07_p99_response_time.png"
     picture.parent.mkdir(parents=True)
     picture.touch()
-    scorecard = claims.evaluate({"measured": runs}, profile)
-    claims.write(scorecard, profile)
+    scorecard = verdicts.evaluate({"measured": runs}, profile)
+    verdicts.write(scorecard, profile)
     again = pd.read_csv(home / "laptop/scorecard.csv", keep_default_na=False)
     pd.testing.assert_frame_equal(again, scorecard)
     text = (home / "laptop/scorecard.md").read_text()
     assert all(f"| {name} |" in text for name in IDS)
     assert "([figure](measured/paper1/fig07_p99_response_time.png))" in text
-    assert claims.counts(scorecard).to_numpy().sum() == len(scorecard)
+    assert verdicts.counts(scorecard).to_numpy().sum() == len(scorecard)
 
 
 def test_what_looks_like_html_stays_text_in_markdown(runs, profile, home):
-    scorecard = claims.evaluate({"measured": runs}, profile).head(2)
+    scorecard = verdicts.evaluate({"measured": runs}, profile).head(2)
     evil = "<script>alert(1)</script> & <img src=x onerror=y> a | b\n# heading"
     scorecard = scorecard.assign(claim=evil, numbers=evil, where=evil, conflict=evil)
-    claims.write(scorecard, profile)
+    verdicts.write(scorecard, profile)
     text = (home / "laptop/scorecard.md").read_text()
     assert "<" not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;img") == 2 * 4 + 2

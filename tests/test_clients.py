@@ -20,8 +20,9 @@ from conftest import BASE_PORT
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.environments import environment
-from erlib import paths, processes
-from erlib.processes import StartError
+from erlib import paths
+from erlib.machine import processes
+from erlib.machine.processes import StartError
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,14 @@ import pandas as pd
 import psutil
 import pytest
 
-from erlib import cluster, config, hardware, paths, processes, prompts, records, sweep, triton
-from erlib.cluster import Node
-from erlib.repository import RepositoryPlan
+from erlib import config, paths
+from erlib.cluster import on_ray
+from erlib.cluster.on_ray import Node
+from erlib.dgx.repository import RepositoryPlan
+from erlib.load import experiments, records, sweep
+from erlib.machine import hardware, processes
+from erlib.serving import triton
+from erlib.workload import prompts
 
 PROMPT = "The goalie stopped thirty shots and the team went home with two points"
 
@@ -59,7 +64,7 @@ GPU, EXPERT = {"GPU": 1}, {"experts": 1}
     ],
 )
 def test_servers_are_spread_and_users_kept_apart(nodes, demands, expected):
-    assert names(cluster.place(nodes, demands)) == expected
+    assert names(on_ray.place(nodes, demands)) == expected
 
 
 def test_users_may_share_a_node_if_the_profile_says_so():
@@ -67,11 +72,11 @@ def test_users_may_share_a_node_if_the_profile_says_so():
     with pytest.raises(
         processes.StartError, match=r"8 servers leave no node for the users.*all of a, b.*cluster_users"
     ):
-        cluster.place(nodes, [GPU] * 8)
-    assert names(cluster.place(nodes, [GPU] * 8, "anywhere")) == ("abababab", "a")
-    assert names(cluster.place(nodes, [GPU] * 4, "anywhere")) == ("bbbb", "a")
+        on_ray.place(nodes, [GPU] * 8)
+    assert names(on_ray.place(nodes, [GPU] * 8, "anywhere")) == ("abababab", "a")
+    assert names(on_ray.place(nodes, [GPU] * 4, "anywhere")) == ("bbbb", "a")
     reserved = [node("a", GPU=4), node("b", GPU=4, users=1)]
-    assert names(cluster.place(reserved, [GPU] * 8, "anywhere")) == ("abababab", "b")
+    assert names(on_ray.place(reserved, [GPU] * 8, "anywhere")) == ("abababab", "b")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +93,7 @@ def test_users_may_share_a_node_if_the_profile_says_so():
 )
 def test_what_is_lacking_is_said(nodes, demands, message):
     with pytest.raises(processes.StartError, match=message):
-        cluster.place(nodes, demands, "anywhere")
+        on_ray.place(nodes, demands, "anywhere")
 
 
 def test_servers_ask_for_gpus_or_seats_or_cores():
@@ -96,19 +101,19 @@ def test_servers_ask_for_gpus_or_seats_or_cores():
     on_cores = triton.ServerPlan("openvino", {"threads": "2"}, 8)
     emulated = triton.ServerPlan("emulated", {}, 8)
     plain, counted = [node("a")], [node("a"), node("b", experts=2)]
-    assert cluster.demands_of([on_gpus, on_cores, emulated], plain) == [{"GPU": 4}, {"CPU": 2}, {"CPU": 1}]
-    assert cluster.demands_of([on_gpus, on_cores], counted) == [{"GPU": 4}, EXPERT]
+    assert on_ray.demands_of([on_gpus, on_cores, emulated], plain) == [{"GPU": 4}, {"CPU": 2}, {"CPU": 1}]
+    assert on_ray.demands_of([on_gpus, on_cores], counted) == [{"GPU": 4}, EXPERT]
 
 
 def test_gpus_are_those_of_all_nodes_for_experts(monkeypatch):
     monkeypatch.setattr(hardware, "gpus", lambda: [hardware.H100] * 4)
     monkeypatch.setattr(
-        cluster, "living_nodes", lambda address: [node("a", GPU=4), node("b", GPU=4), node("c", GPU=4, users=1)]
+        on_ray, "living_nodes", lambda address: [node("a", GPU=4), node("b", GPU=4), node("c", GPU=4, users=1)]
     )
-    assert cluster.gpus(None) == [hardware.H100] * 4
-    assert cluster.gpus("auto") == [hardware.H100] * 8
+    assert on_ray.gpus(None) == [hardware.H100] * 4
+    assert on_ray.gpus("auto") == [hardware.H100] * 8
     monkeypatch.setattr(hardware, "gpus", list)
-    assert cluster.gpus("auto") == []
+    assert on_ray.gpus("auto") == []
 
 
 def test_users_have_one_place():
@@ -155,8 +160,8 @@ def own(profile, several_nodes, tmp_path):
 def series(tokenizer, router, server_plan, users, tokens):
     columns = {"prompt": range(16), "paper": "p2", "cluster": np.arange(16) % 8, "text": PROMPT, "input_tokens": 14}
     pool = pd.DataFrame({**columns, "paper_input_tokens": 14, "max_tokens": tokens, "end_id": prompts.FORCED})
-    system = sweep.System("p2.E", "expert_router", [server_plan] * 8, tokenizer, router)
-    return sweep.Series("p2", "load", system, prompts.Workload(pool, 8, 2.0), users, 2, ["uniform"])
+    system = experiments.System("p2.E", "expert_router", [server_plan] * 8, tokenizer, router)
+    return experiments.Series("p2", "load", system, prompts.Workload(pool, 8, 2.0), users, 2, ["uniform"])
 
 
 def filled(frame):
@@ -251,14 +256,14 @@ def test_resources_that_another_job_holds_are_an_error(own, several_nodes, token
         def is_running(self) -> bool:
             return True
 
-    cluster.living_nodes(several_nodes.address)
+    on_ray.living_nodes(several_nodes.address)
     holder = ray.remote(Job).options(num_cpus=0, resources={"experts": 4}).remote()
     ray.get(holder.is_running.remote())
     impatient = own.serving.model_copy(update={"start_timeout_s": 10.0})
     try:
         with (
             pytest.raises(processes.StartError, match="does not answer within 10 s"),
-            cluster.ClusterStack(
+            on_ray.ClusterStack(
                 "held", [server_plan] * 8, "replicas", impatient, router, paths.run_dir(own.name) / "logs"
             ),
         ):

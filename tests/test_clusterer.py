@@ -30,9 +30,10 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from erlib import clusterer, config, paths
-from erlib import pickles as reader
-from erlib.clusterer import Clusterer, ClustererError
+from erlib import config, paths
+from erlib.routing import clusterer
+from erlib.routing import pickles as reader
+from erlib.routing.clusterer import Clusterer, ClustererError
 from tests import texts
 
 pytestmark = [
@@ -380,7 +381,7 @@ def test_the_number_of_cores_makes_no_other_clusterer() -> None:
 def test_gateway_path_imports_numpy_only(small: Clusterer, tmp_path: Path) -> None:
     small.save(tmp_path)
     code = (
-        "import sys; from erlib.clusterer import Clusterer; m = Clusterer.load(sys.argv[1]); "
+        "import sys; from erlib.routing.clusterer import Clusterer; m = Clusterer.load(sys.argv[1]); "
         "m.route('topicaa topicab'); m.predict(['topicbb']); "
         "print([n for n in ('sklearn', 'scipy', 'torch', 'pandas', 'pydantic', 'tqdm') if n in sys.modules])"
     )

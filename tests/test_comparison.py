@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erlib import comparison, config, paths, routers
-from erlib.clusterer import Spans
-from erlib.corpus import Corpus
+from erlib import config, paths
+from erlib.routing import comparison, policies
+from erlib.routing.clusterer import Spans
+from erlib.workload.corpus import Corpus
 from tests import texts
 
 words = st.lists(st.text("abcdefgh", min_size=1, max_size=8), max_size=60).map(" ".join)
@@ -85,8 +86,8 @@ def table(documents: Corpus) -> pd.DataFrame:
     entries = {
         "topic": FirstWord(),
         "always": Always(),
-        "turns": routers.RoundRobin(4),
-        "random": routers.Random(4, 0),
+        "turns": policies.RoundRobin(4),
+        "random": policies.Random(4, 0),
         "absent": "because",
     }
     return comparison.compare(entries, documents, seed=0, n_documents=200, n_prompts=20).set_index("router")
@@ -128,7 +129,7 @@ def test_without_labels_there_is_no_agreement_but_everything_else(documents: Cor
 
 def test_decisions_repeat_with_the_seed(documents: Corpus) -> None:
     def decided(seed: int) -> pd.DataFrame:
-        entries = {"topic": FirstWord(), "random": routers.Random(4, 0)}
+        entries = {"topic": FirstWord(), "random": policies.Random(4, 0)}
         table = comparison.compare(entries, documents, seed, n_documents=100, n_prompts=2)
         return table.drop(columns=[c for c in table if "_ms_" in c])
 
@@ -143,9 +144,9 @@ def test_a_profile_is_compared_once(
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
 
     def missing(profile: config.Profile) -> Path:
-        raise routers.RouterError("no wheel")
+        raise policies.RouterError("no wheel")
 
-    monkeypatch.setattr(routers, "build", missing)
+    monkeypatch.setattr(policies, "build", missing)
     made, topics = texts.topical(300)
     lines = [f'{{"text": "{text}", "topic": "{topic}"}}' for text, topic in zip(made, topics, strict=True)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))

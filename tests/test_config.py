@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from erlib import config, paths, preflight, triton
+from erlib import cache, config, paths
+from erlib.dgx import preflight
+from erlib.serving import triton
 from scripts import run_all
 
 
@@ -244,8 +246,8 @@ def test_digest_tells_content_apart(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_text("ab")
     two.write_text("c")
-    assert config.digest(one, two) != config.digest(two, one)
-    assert config.digest({"a": 1, "b": 2}) == config.digest({"b": 2, "a": 1})
+    assert cache.digest(one, two) != cache.digest(two, one)
+    assert cache.digest({"a": 1, "b": 2}) == cache.digest({"b": 2, "a": 1})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from standin_expert import eventually, front, standin
 from test_faults import free_port
 from test_metadata import FRONTS, way
 
-from erlib import experts, wire
+from erlib.gateway import experts
+from erlib.serving import wire
 
 
 @asynccontextmanager

@@ -9,13 +9,14 @@ from typing import get_args
 import pytest
 import yaml
 
-from erlib import config, containers, option_tables
+from erlib import config
 from erlib.config import ConfigError
-from erlib.containers import Command, Places, Runner
+from erlib.dgx import containers, option_tables
+from erlib.dgx.containers import Command, Places, Runner
 
 PLACES = Places(Path("/data/checkpoints"), Path("/data/built"))
 BUILD = Command("build", ("trtllm-build",), ("--workers", "8"), Path("/data/built/engine"), "trtllm-build")
-CHECK = Command("check", ("python", "-m", "erlib.tensorrt_llm"), ("check", "p1.A"), Path("/data/built/engine"))
+CHECK = Command("check", ("python", "-m", "erlib.dgx.tensorrt_llm"), ("check", "p1.A"), Path("/data/built/engine"))
 VERSIONS = list(yaml.safe_load(containers.IMAGES.read_text()))
 
 

@@ -21,7 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erlib import config, corpus, paths
+from erlib import config, paths
+from erlib.workload import corpus
 from tests import texts
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import BASE_PORT
 
-from erlib import builds, config, hardware, paths, processes, records, sweep, tensorrt_llm
+from erlib import config, paths
+from erlib.dgx import builds, tensorrt_llm
+from erlib.load import experiments, records, sweep
+from erlib.machine import hardware, processes
 
 STANDIN = Path(__file__).with_name("standin_dgx_tools.py")
 SCALED_DOWN = {
@@ -208,10 +211,10 @@ def test_what_does_not_fit_is_told_before_anything_is_built(dgx, monkeypatch):
     profile, calls = dgx
     monkeypatch.setenv("STANDIN_GPUS", "1")
     with pytest.raises(config.ConfigError, match=r"p1\.A: 138 GB of weights.* do not fit a GPU of 85 GB"):
-        sweep.load(profile(**{"paper1.configs": ["p1.A"]}), "p1")
+        experiments.load_sweep(profile(**{"paper1.configs": ["p1.A"]}), "p1")
     monkeypatch.setenv("STANDIN_GPUS", "0")
     with pytest.raises(config.ConfigError, match=r"nvidia-smi finds none"):
-        sweep.load(profile(**{"paper1.configs": ["p1.A"]}), "p1")
+        experiments.load_sweep(profile(**{"paper1.configs": ["p1.A"]}), "p1")
     assert built(calls()) == []
 
 
@@ -219,7 +222,7 @@ def test_four_gpus_carry_four_experts(dgx, monkeypatch):
     profile, _ = dgx
     monkeypatch.setenv("STANDIN_GPUS", "4")
     wanted = profile(**{"paper1.configs": ["p1.C"], "clusterer.n_clusters": 4})
-    (series,) = sweep.load(wanted, "p1")
+    (series,) = experiments.load_sweep(wanted, "p1")
     assert [plan.gpus for plan in series.system.servers] == [(0,), (1,), (2,), (3,)]
 
 
@@ -236,7 +239,7 @@ def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
         profile(**{"serving.users_on": "load-node"})
     apart = {"serving.users_on": "load-node", "serving.host": "127.0.0.2"}
     wanted = profile(**apart, **{"paper1.configs": ["p1.C"], "paper2.configs": ["p2.C"]})
-    seen = sweep.run(wanted, [*sweep.load(wanted, "p1"), *sweep.load(wanted, "p2")])
+    seen = sweep.run(wanted, [*experiments.load_sweep(wanted, "p1"), *experiments.load_sweep(wanted, "p2")])
 
     assert list(seen.columns) == records.SCHEMA.names
     assert set(seen["source"]) == {"measured"}
@@ -267,7 +270,7 @@ def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
 
     before = len(calls())
     capsys.readouterr()
-    again = sweep.run(wanted, [*sweep.load(wanted, "p1"), *sweep.load(wanted, "p2")])
+    again = sweep.run(wanted, [*experiments.load_sweep(wanted, "p1"), *experiments.load_sweep(wanted, "p2")])
     assert "sweep: 2 of 2 points found by content hash" in capsys.readouterr().out
     assert len(again) == len(seen)
     assert {call[0] for call in calls()[before:]} == {"nvidia-smi"}
@@ -277,7 +280,7 @@ def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
 def test_the_llm_api_needs_a_download_and_one_process(dgx):
     profile, calls = dgx
     wanted = profile(**{"tensorrt_llm.flow": "llmapi", "paper2.configs": ["p2.A"]})
-    seen = sweep.run(wanted, sweep.load(wanted, "p2"))
+    seen = sweep.run(wanted, experiments.load_sweep(wanted, "p2"))
     assert set(seen["source"]) == {"measured"}
     assert set(seen["status"]) == {"ok"}
     assert seen["user"].nunique() == 2

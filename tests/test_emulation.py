@@ -12,23 +12,14 @@ import pandas as pd
 import psutil
 import pytest
 
-from erlib import (
-    batching,
-    config,
-    emulation,
-    hardware,
-    paths,
-    processes,
-    prompts,
-    records,
-    stack,
-    sweep,
-    triton,
-    users,
-    wire,
-)  # fmt: skip
-from erlib.batching import CannotServe
-from erlib.steptimes import Calibration
+from erlib import config, paths
+from erlib.load import experiments, points, records, sweep, users
+from erlib.machine import hardware, processes
+from erlib.paper_scale import batching, emulation
+from erlib.paper_scale.batching import CannotServe
+from erlib.paper_scale.steptimes import Calibration
+from erlib.serving import stack, triton, wire
+from erlib.workload import prompts  # fmt: skip
 from tests.test_stack import answer, generated_tokens
 
 PROMPT = "The goalie stopped thirty shots and the team went home with two points"
@@ -145,7 +136,7 @@ def test_a_machine_that_is_too_slow_is_told(own_ports, tokenizer, tmp_path):
     apart = own_ports.model_copy(update={"name": f"smoke-{tmp_path.name}", "serving": serving})
     system = emulation.system(own_ports, "p2.A", slow_motion=1e-4)
     pool = prompts.Workload(_pool(4), 8, 2.0)
-    series = sweep.Series("p2", "load", system, pool, [4], 1, ["uniform"])
+    series = experiments.Series("p2", "load", system, pool, [4], 1, ["uniform"])
     frame = sweep.run(apart, [series])
     try:
         (row,) = emulation.pace(frame).to_dict("records")
@@ -209,7 +200,7 @@ def test_slow_motion_is_part_of_a_points_name(own_ports):
 
     def name(**changes):
         system = emulation.system(own_ports, "p2.A", **changes)
-        (point,) = sweep.points(own_ports, sweep.Series("p2", "load", system, pool, [4], 1, ["uniform"]))
+        (point,) = points.points(own_ports, experiments.Series("p2", "load", system, pool, [4], 1, ["uniform"]))
         assert "emulated" in point.path.parts
         return point.hash
 
@@ -221,7 +212,7 @@ def test_slow_motion_is_part_of_a_points_name(own_ports):
 def test_what_is_simulated_beside_it_has_the_same_requests(own_ports, experiment, turns):
     """Paper 1's users send continuation prompts, but not in the ablation."""
     pool = prompts.Workload(_pool(8), 8, 2.0)
-    series = sweep.Series("p1", experiment, emulation.system(own_ports, "p1.D"), pool, [1, 4], 2, ["uniform"])
+    series = experiments.Series("p1", experiment, emulation.system(own_ports, "p1.D"), pool, [1, 4], 2, ["uniform"])
     virtual = emulation.simulated(own_ports, [series])
     assert set(virtual["turn"]) == turns
     assert set(virtual["experiment"]) == {experiment}

@@ -26,8 +26,13 @@ from test_faults import free_port
 from test_gateway import gateway_process, metrics
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import config, emulation, processes, prompts, stack, users, wire
-from erlib.nginx import Nginx
+from erlib import config
+from erlib.load import users
+from erlib.machine import processes
+from erlib.paper_scale import emulation
+from erlib.serving import stack, wire
+from erlib.serving.nginx import Nginx
+from erlib.workload import prompts
 
 # --- broken messages --------------------------------------------------------------------------------------------
 

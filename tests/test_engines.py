@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from erlib import config, engines
+from erlib import config
 from erlib.config import ConfigError
+from erlib.engines import llama
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def laptop():
 
 @pytest.fixture(scope="module")
 def table():
-    both = [engines.table1("p1"), engines.table1("p2")]
+    both = [llama.table1("p1"), llama.table1("p2")]
     return {row.config: row for frame in both for row in frame.itertuples()}
 
 
@@ -30,7 +31,7 @@ def table():
     ],
 )
 def test_parameters_are_those_of_the_published_checkpoints(model, parameters):
-    assert engines.shape(model).parameters == parameters
+    assert llama.shape(model).parameters == parameters
 
 
 @pytest.mark.parametrize(
@@ -44,27 +45,27 @@ def test_parameters_are_those_of_the_published_checkpoints(model, parameters):
     ],
 )
 def test_kv_bytes_per_token(model, dtype, kv_bytes):
-    assert engines.shape(model).kv_bytes_per_token(dtype) == kv_bytes
+    assert llama.shape(model).kv_bytes_per_token(dtype) == kv_bytes
 
 
 def test_the_kv_cache_takes_what_the_weights_leave():
     for name in ("p2.A", "p2.B", "p2.C"):
         system = config.load_configuration(name).system
-        room = engines.most_kv_tokens(system.model, system.dtype, system.kv_dtype, system.tensor_parallel)
-        assert 1.05 < room / engines.kv_tokens(system) < 1.4  # what the paper prints fits, and is not far off
+        room = llama.most_kv_tokens(system.model, system.dtype, system.kv_dtype, system.tensor_parallel)
+        assert 1.05 < room / llama.kv_tokens(system) < 1.4  # what the paper prints fits, and is not far off
     free = 4 * (84.9e9 - 4e9) - 2 * 70.554e9
-    assert engines.most_kv_tokens("llama-3-70b", "fp16", "fp16", 4) == pytest.approx(0.95 * free / 327_680, rel=0.001)
+    assert llama.most_kv_tokens("llama-3-70b", "fp16", "fp16", 4) == pytest.approx(0.95 * free / 327_680, rel=0.001)
     with pytest.raises(ConfigError, match="141 GB of weights, which leave no memory of 1 x H100"):
-        engines.most_kv_tokens("llama-3-70b", "fp16", "fp16", 1)
+        llama.most_kv_tokens("llama-3-70b", "fp16", "fp16", 1)
 
 
 def test_unknown_model_names_the_known_ones():
     with pytest.raises(ConfigError, match="llama-2-13b"):
-        engines.shape("llama-4")
+        llama.shape("llama-4")
 
 
 def test_a_sibling_loses_layers_and_keeps_the_embedding():
-    whole, half = engines.smollm2(30), engines.smollm2(15)
+    whole, half = llama.smollm2(30), llama.smollm2(15)
     assert half.embedding == whole.embedding
     assert half.linear * 2 == whole.linear
 
@@ -113,7 +114,7 @@ def test_a_wrong_print_does_not_agree(monkeypatch):
         return whole(name).model_copy(update=wrong) if name == "p2.D" else whole(name)
 
     monkeypatch.setattr(config, "load_configuration", load)
-    agree = engines.table1("p2").set_index("config").weights_agree
+    agree = llama.table1("p2").set_index("config").weights_agree
     assert agree.to_dict() == {"p2.A": True, "p2.B": True, "p2.C": True, "p2.D": False, "p2.E": True}
 
 
@@ -154,7 +155,7 @@ def test_every_system_fits_its_gpus(table):
 
 
 def test_batch_and_kv_cache_shrink_by_the_profiles_factors(laptop):
-    plan = engines.laptop_system(laptop, config.load_configuration("p1.A"))
+    plan = llama.laptop_system(laptop, config.load_configuration("p1.A"))
     assert plan.batch_size == round(600 / 31.25)
     tokens = 1_116_943 / (31.25 * 24)
     assert tokens <= plan.kv_tokens < tokens + config.KV_BLOCK_TOKENS
@@ -162,14 +163,14 @@ def test_batch_and_kv_cache_shrink_by_the_profiles_factors(laptop):
 
 @pytest.mark.parametrize("name", config.config_ids())
 def test_every_plan_holds_one_sequence_and_one_user(laptop, name):
-    plan = engines.laptop_system(laptop, config.load_configuration(name))
-    assert plan.kv_tokens >= plan.max_sequence_tokens >= engines.longest_sequence_tokens(laptop, name[:2])
+    plan = llama.laptop_system(laptop, config.load_configuration(name))
+    assert plan.kv_tokens >= plan.max_sequence_tokens >= llama.longest_sequence_tokens(laptop, name[:2])
     assert plan.batch_size >= 1
     assert plan.threads >= 1
 
 
 def test_the_longest_sequence_is_prompt_and_both_answers(laptop):
-    tokens = engines.longest_sequence_tokens(laptop, "p1")
+    tokens = llama.longest_sequence_tokens(laptop, "p1")
     assert math.ceil((1535 + 1200 + 30) / 24) < tokens < (1535 + 1200 + 30) / 24 + 20
 
 
@@ -177,14 +178,14 @@ def test_a_kv_cache_that_cannot_hold_one_sequence_is_refused(laptop):
     spec = config.load_configuration("p1.C")
     small = spec.model_copy(update={"laptop": spec.laptop.model_copy(update={"kv_blocks": 3})})
     with pytest.raises(ConfigError, match=r"p1\.C: laptop.kv_blocks is 3, but one sequence of 127 tokens needs 4"):
-        engines.laptop_system(laptop, small)
+        llama.laptop_system(laptop, small)
     enough = spec.model_copy(update={"laptop": spec.laptop.model_copy(update={"kv_blocks": 4, "batch_size": 7})})
-    plan = engines.laptop_system(laptop, enough)
+    plan = llama.laptop_system(laptop, enough)
     assert (plan.kv_blocks, plan.batch_size) == (4, 7)
 
 
 def test_needed_engines_cover_configurations_and_all_formats_without_repetition(laptop):
-    wanted = engines.needed(laptop)
+    wanted = llama.needed(laptop)
     assert len(wanted) == len(set(wanted))
     for name in [*laptop.paper1.configs, *laptop.paper2.configs]:
         spec = config.load_configuration(name).laptop

@@ -30,9 +30,12 @@ from standin_expert import Front, eventually, first_word, front, setting, standi
 from tabulate import tabulate
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import experts, gateway, paths, processes, service, wire
-from erlib.limits import Limits
-from erlib.nginx import Nginx
+from erlib import paths
+from erlib.gateway import experts, process, service
+from erlib.gateway.limits import Limits
+from erlib.machine import processes
+from erlib.serving import wire
+from erlib.serving.nginx import Nginx
 
 STANDIN = Path(__file__).with_name("standin_expert.py")
 NGINX_PORT, RELAY_PORT = BASE_PORT + 400, BASE_PORT + 410
@@ -586,7 +589,7 @@ def test_draining_lets_requests_end_and_takes_no_more(note):
     async def run():
         async with standin() as expert, AsyncExitStack() as exits:
             routing = service.Gateway(first_word, experts.connect(expert.url))
-            url = f"127.0.0.1:{await exits.enter_async_context(gateway.serving(routing, '127.0.0.1:0'))}"
+            url = f"127.0.0.1:{await exits.enter_async_context(process.serving(routing, '127.0.0.1:0'))}"
             async with grpc.aio.insecure_channel(url) as channel, grpc.aio.insecure_channel(url) as late_channel:
                 idle = channel.stream_stream(wire.STREAM_INFER)()  # a stream that its client keeps open
                 await idle.write(wire.encode_request("0 n=1", 1))

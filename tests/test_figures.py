@@ -14,7 +14,12 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from erlib import balance, canvas, comparison, config, engines, figures, metrics, paths, workbench
+from erlib import config, paths
+from erlib.engines import llama
+from erlib.load import metrics
+from erlib.paper_scale import replicas
+from erlib.report import canvas, figures, workbench
+from erlib.routing import comparison
 from tests import synthetic
 
 matplotlib.use("agg")
@@ -24,7 +29,7 @@ LENGTHS = pd.DataFrame({"input_tokens": [2, 6, 9, 40], "paper_input_tokens": [48
 
 ITEMS: dict[tuple[str, str], Callable[[pd.DataFrame, config.Profile], object]] = {
     ("paper1", "fig01_architecture"): lambda _, cfg: figures.architecture(CLUSTERS, cfg, "paper1"),
-    ("paper1", "table1_models"): lambda _, cfg: figures.table1_models(engines.table1("p1"), cfg, "paper1"),
+    ("paper1", "table1_models"): lambda _, cfg: figures.table1_models(llama.table1("p1"), cfg, "paper1"),
     ("paper1", "fig02_ttft_base"): lambda runs, cfg: figures.paper1_ttft(runs, cfg, "base"),
     ("paper1", "fig03_ttft_continuation"): lambda runs, cfg: figures.paper1_ttft(runs, cfg, "continuation"),
     ("paper1", "fig04_tpot_base"): lambda runs, cfg: figures.paper1_tpot(runs, cfg, "base"),
@@ -34,7 +39,7 @@ ITEMS: dict[tuple[str, str], Callable[[pd.DataFrame, config.Profile], object]] =
     ("paper1", "fig08_session_throughput"): figures.paper1_session_throughput,
     ("paper1", "fig09_bucket_throughput"): figures.paper1_bucket_throughput,
     ("paper2", "fig01_architecture"): lambda _, cfg: figures.architecture(CLUSTERS, cfg, "paper2"),
-    ("paper2", "table1_models"): lambda _, cfg: figures.table1_models(engines.table1("p2"), cfg, "paper2"),
+    ("paper2", "table1_models"): lambda _, cfg: figures.table1_models(llama.table1("p2"), cfg, "paper2"),
     ("paper2", "fig02_input_tokens"): lambda _, cfg: figures.paper2_input_tokens(LENGTHS, cfg),
     ("paper2", "fig03_preliminary"): figures.paper2_preliminary,
     ("paper2", "fig04_ttft"): figures.paper2_ttft,
@@ -334,8 +339,8 @@ def test_the_notebook_draws_every_item_of_its_paper(paper: str) -> None:
 
 def test_replicas_are_drawn_from_the_simulations_table(home: Path) -> None:
     profile = config.load_profile("smoke")
-    table = balance.run(profile, configs=["p2.E"], users=[30, 60], most_added=1)
-    workbench.replicas(table, profile)
+    table = replicas.run(profile, configs=["p2.E"], users=[30, 60], most_added=1)
+    workbench.replicas_simulated(table, profile)
     folder = home.parents[1] / "smoke" / "simulated-hardware" / "workbench"
     assert len(pd.read_csv(folder / "replicas.csv")) == len(table)
     about = json.loads((folder / "replicas.json").read_text())

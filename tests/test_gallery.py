@@ -18,7 +18,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from erlib import canvas, claims, config, gallery, paths
+from erlib import config, paths
+from erlib.claims import verdicts
+from erlib.report import canvas, gallery
 from tests import synthetic
 
 matplotlib.use("agg")
@@ -45,7 +47,7 @@ def profile() -> config.Profile:
 @pytest.fixture(scope="module")
 def scorecard(profile: config.Profile) -> pd.DataFrame:
     runs = synthetic.frame([row for paper in ("p1", "p2") for row in synthetic.load_rows(profile, paper)])
-    return claims.evaluate({"measured": runs, "emulated": runs}, profile)
+    return verdicts.evaluate({"measured": runs, "emulated": runs}, profile)
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from standin_expert import eventually, setting, standin
 from test_faults import ends, free_port, request, start
 
-from erlib import experts, paths, processes, wire
-from erlib.limits import Limits, Peers, peer_of
-from erlib.telemetry import Request, Telemetry
+from erlib import paths
+from erlib.gateway import experts
+from erlib.gateway.limits import Limits, Peers, peer_of
+from erlib.gateway.telemetry import Request, Telemetry
+from erlib.machine import processes
+from erlib.serving import wire
 
 PROMPT = "0 the colour of my secret is octarine"
 METRIC = re.compile(r"\b(?:er|process)_\w+")
@@ -96,7 +99,7 @@ def test_a_gateway_may_hold_so_many_streams_of_all_peers():
 
 def test_peers_that_come_and_go_leave_nothing_behind(monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr("erlib.limits.time.monotonic", lambda: next(clock) * 1e-3)
+    monkeypatch.setattr("erlib.gateway.limits.time.monotonic", lambda: next(clock) * 1e-3)
     peers = Peers(Limits(requests_per_s=1000))
     for number in range(20_000):
         with peers.stream(f"peer {number}"):

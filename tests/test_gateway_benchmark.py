@@ -13,7 +13,8 @@ import pytest
 from benchmarks import gateway, ways
 from benchmarks.paced import ENDLESS, Users
 from benchmarks.ways import Site
-from erlib import processes, wire
+from erlib.machine import processes
+from erlib.serving import wire
 
 BASE_PORT = 27700
 

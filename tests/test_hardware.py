@@ -5,7 +5,7 @@ import os
 import psutil
 import pytest
 
-from erlib import hardware
+from erlib.machine import hardware
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 from standin_pb_utils import Request, TritonError, backend, start
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from erlib import batching
-from erlib.steptimes import Calibration
+from erlib.paper_scale import batching
+from erlib.paper_scale.steptimes import Calibration
 
 PROMPT = "The goalie stopped thirty shots"
 END = 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import BASE_PORT
 
-from erlib import leftovers, processes, runfolder
+from erlib.machine import leftovers, processes, runfolder
 
 PREFIX = f"er{BASE_PORT + 600}-"
 OWNER = """

@@ -13,8 +13,9 @@ import pytest
 from standin_expert import StandIn, front, standin
 from test_faults import free_port
 
-from erlib import processes, wire
-from erlib.nginx import Nginx
+from erlib.machine import processes
+from erlib.serving import wire
+from erlib.serving.nginx import Nginx
 
 FRONTS = ["gateway", "NGINX", "NGINX that relays"]
 

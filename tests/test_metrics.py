@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erlib import metrics
+from erlib.load import metrics
 from tests import synthetic
 
 S = 1_000_000_000

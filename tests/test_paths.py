@@ -7,13 +7,13 @@ import shutil
 import pandas as pd
 import pytest
 
-from erlib import paths
+from erlib import cache, paths
 
 
 @pytest.fixture
 def kept(tmp_path):
     target = tmp_path / "0123456789abcdef"
-    with paths.building(target) as partial:
+    with cache.building(target) as partial:
         (partial / "inner").mkdir()
         (partial / "model.bin").write_bytes(b"weights")
         (partial / "inner" / "tokenizer.json").write_text("{}")
@@ -22,10 +22,10 @@ def kept(tmp_path):
 
 def test_what_is_whole_is_found_and_left_alone(kept, capsys):
     (kept / "written by somebody later").touch()
-    assert paths.found(kept, "engines")
-    assert paths.found(kept, "engines")
+    assert cache.found(kept, "engines")
+    assert cache.found(kept, "engines")
     assert capsys.readouterr().out == ""
-    assert not paths.found(kept.with_name("other"), "engines")
+    assert not cache.found(kept.with_name("other"), "engines")
 
 
 @pytest.mark.parametrize(
@@ -44,33 +44,33 @@ def test_what_is_whole_is_found_and_left_alone(kept, capsys):
 )
 def test_what_is_damaged_is_removed_with_one_line(kept, capsys, damage):
     damage(kept)
-    assert not paths.found(kept, "engines")
+    assert not cache.found(kept, "engines")
     assert not kept.exists()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("engines: 0123456789abcdef is made again: ")
 
 
 def test_what_is_not_kept_holds_nothing_else(tmp_path):
-    with paths.building(tmp_path / "models", kept=False) as partial:
+    with cache.building(tmp_path / "models", kept=False) as partial:
         (partial / "config.pbtxt").touch()
     assert [file.name for file in (tmp_path / "models").iterdir()] == ["config.pbtxt"]
 
 
 def test_a_file_in_the_place_of_a_folder_is_removed(tmp_path):
     (tmp_path / "kept").touch()
-    assert not paths.found(tmp_path / "kept", "engines")
+    assert not cache.found(tmp_path / "kept", "engines")
     assert not (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"text"])
 def test_a_cached_file_that_cannot_be_read_counts_as_none(tmp_path, capsys, content):
     file = tmp_path / "table.parquet"
-    assert paths.recalled(file, pd.read_parquet, "router comparison") is None
+    assert cache.recalled(file, pd.read_parquet, "router comparison") is None
     assert capsys.readouterr().out == ""
     pd.DataFrame({"x": [1]}).to_parquet(file)
-    assert list(paths.recalled(file, pd.read_parquet, "router comparison")["x"]) == [1]
+    assert list(cache.recalled(file, pd.read_parquet, "router comparison")["x"]) == [1]
     file.write_bytes(content)
-    assert paths.recalled(file, pd.read_parquet, "router comparison") is None
+    assert cache.recalled(file, pd.read_parquet, "router comparison") is None
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("router comparison: table.parquet is made again: it cannot be read")
 

@@ -16,23 +16,14 @@ from huggingface_hub.errors import GatedRepoError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erlib import (
-    batching,
-    builds,
-    config,
-    engines,
-    estimates,
-    hardware,
-    option_tables,
-    paths,
-    preflight,
-    prompts,
-    runbook,
-    simulation,
-    tensorrt_llm,
-)
+from erlib import config, paths
 from erlib.config import ConfigError
-from erlib.hardware import Gpu
+from erlib.dgx import builds, estimates, option_tables, preflight, runbook, tensorrt_llm
+from erlib.engines import llama
+from erlib.machine import hardware
+from erlib.machine.hardware import Gpu
+from erlib.paper_scale import batching, simulation
+from erlib.workload import prompts
 
 BASE_PORT = 27800
 H100 = "NVIDIA H100 80GB HBM3, 81559, 590.44.01, 9.0"
@@ -365,18 +356,18 @@ def test_what_is_fitted_never_exceeds_the_gpus_nor_the_paper(name, n_gpus, gpu_b
     configuration = config.load_configuration(name)
     printed = configuration.system
     try:
-        result, losses = engines.on_gpus(configuration, n_gpus, gpu_bytes, has_fp8)
+        result, losses = llama.on_gpus(configuration, n_gpus, gpu_bytes, has_fp8)
     except ConfigError as error:
         assert name in str(error)
         return
     system = result.system
     assert system.instances * system.tensor_parallel <= n_gpus
-    assert engines.gpu_memory(system).total <= gpu_bytes
+    assert llama.gpu_memory(system).total <= gpu_bytes
     assert has_fp8 or "fp8" not in (system.dtype, system.kv_dtype)
     for field in ("instances", "tensor_parallel", "batch_size"):
         assert getattr(system, field) <= getattr(printed, field)
     longest = 335 + 2 * 1200 if name.startswith("p1") else 2021
-    assert longest <= engines.kv_tokens(system) <= engines.kv_tokens(printed)
+    assert longest <= llama.kv_tokens(system) <= llama.kv_tokens(printed)
     assert (result is configuration) == (not losses)
     if system.kv_cache_gb == printed.kv_cache_gb:
         assert system.batch_size == printed.batch_size
@@ -386,7 +377,7 @@ def test_what_is_fitted_never_exceeds_the_gpus_nor_the_paper(name, n_gpus, gpu_b
 @pytest.mark.parametrize("gpu", [hardware.H100, H200], ids=["H100", "H200"])
 def test_eight_gpus_of_the_papers_size_or_more_carry_what_the_papers_print(name, gpu):
     configuration = config.load_configuration(name)
-    result, losses = engines.on_gpus(configuration, 8, gpu.usable_bytes, gpu.has_fp8)
+    result, losses = llama.on_gpus(configuration, 8, gpu.usable_bytes, gpu.has_fp8)
     assert result is configuration
     assert losses == []
 
@@ -419,8 +410,8 @@ def test_a_baseline_becomes_narrower_before_it_becomes_fewer(profile):
     assert (systems["p2.A"].system.tensor_parallel, systems["p2.A"].title) == (4, "70B FP16 TP4")
     assert (systems["p2.C"].system.instances, systems["p2.C"].system.tensor_parallel) == (2, 2)
     assert systems["p2.C"].title == "2 x 70B FP8 TP2"
-    tokens = engines.kv_tokens(systems["p2.A"].system)
-    assert tokens < engines.kv_tokens(config.load_configuration("p2.A").system)
+    tokens = llama.kv_tokens(systems["p2.A"].system)
+    assert tokens < llama.kv_tokens(config.load_configuration("p2.A").system)
     assert systems["p2.A"].system.batch_size == 200  # still held as longest sequences
     assert systems["p1.A"].system.batch_size < 600
 

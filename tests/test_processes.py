@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from erlib import leftovers, processes
+from erlib.machine import leftovers, processes
 
 
 def test_a_killed_parent_takes_its_children_along(tmp_path):

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp, kstest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from erlib import clusterer, config, paths, prompts, users
-from erlib.clusterer import Clusterer
+from erlib import config, paths
+from erlib.load import users
+from erlib.routing import clusterer
+from erlib.routing.clusterer import Clusterer
+from erlib.workload import prompts
 from tests import texts
 
 MLPERF = texts.C4.with_name("mlperf_llama2_70b_lengths.csv")

@@ -8,7 +8,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from erlib import paths, records
+from erlib import paths
+from erlib.load import records
 
 
 def _row(**changes):

@@ -21,9 +21,11 @@ from test_faults import free_port
 from test_service import RESPONSES
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import handover, processes, users, wire
-from erlib.limits import Limits
-from erlib.nginx import Nginx
+from erlib.gateway.limits import Limits
+from erlib.load import users
+from erlib.machine import processes
+from erlib.serving import wire
+from erlib.serving.nginx import Nginx
 
 PROMPT = wire.encode_request("0 n=3", 5, request_id="7")
 
@@ -182,12 +184,12 @@ def test_what_is_not_one_good_request_gets_the_gateways_own_answer(tmp_path):
 def test_a_body_beyond_the_buffer_is_refused_at_once(tmp_path):
     async def visit(site: Site):
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            await complete(site, wire.encode_request("0 " + "x" * 2 * handover.BODY_BYTES, 1), timeout=10)
+            await complete(site, wire.encode_request("0 " + "x" * 2 * wire.BODY_BYTES, 1), timeout=10)
         return error.value
 
     error, (expert,) = through(tmp_path, visit)
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert str(handover.BODY_BYTES) in error.details()
+    assert str(wire.BODY_BYTES) in error.details()
     assert not expert.requests
 
 

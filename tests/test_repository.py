@@ -36,10 +36,14 @@ from served import (
 from tritonclient.grpc import InferenceServerClient, model_config_pb2
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import config, processes, repository, stack, triton, users, wire
-from erlib.containers import Places
-from erlib.processes import StartError
-from erlib.tensorrt_llm import Plan
+from erlib import config
+from erlib.dgx import repository
+from erlib.dgx.containers import Places
+from erlib.dgx.tensorrt_llm import Plan
+from erlib.load import users
+from erlib.machine import processes
+from erlib.machine.processes import StartError
+from erlib.serving import stack, triton, wire
 
 STANDIN = Path(__file__).with_name("standin_tensorrt_llm.py")
 STANDIN_LLM_API = Path(__file__).with_name("standin_llm_api.py")

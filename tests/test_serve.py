@@ -11,7 +11,10 @@ import psutil
 import pytest
 from conftest import BASE_PORT
 
-from erlib import config, paths, processes, sweep, wire
+from erlib import config, paths
+from erlib.load import backends, experiments
+from erlib.machine import processes
+from erlib.serving import wire
 from scripts import serve
 
 STARTED_BY_HAND = [
@@ -60,7 +63,7 @@ def test_ports_that_are_none_are_refused(port, monkeypatch, capsys):
 def test_what_set_says_reaches_the_system(monkeypatch):
     asked = []
     monkeypatch.setattr(serve, "_serve", lambda profile, system, context, *_: asked.append((profile, context)) or 0)
-    monkeypatch.setattr(sweep, "systems", lambda profile, configurations: configurations)
+    monkeypatch.setattr(experiments, "systems", lambda profile, configurations: configurations)
     command = ["serve.py", "p2.E", "--set", "scale.tokens=1", "seed=5", "--set", "serving.base_port=26500"]
     monkeypatch.setattr(sys, "argv", command)
     assert serve.main() == 0
@@ -72,9 +75,9 @@ def test_what_set_says_reaches_the_system(monkeypatch):
 @pytest.mark.parametrize("scale", [60, 1])
 def test_the_context_is_what_an_instance_takes(profile, scale):
     scaled = profile.model_copy(update={"scale": profile.scale.model_copy(update={"tokens": scale})})
-    (system,) = sweep.systems(scaled, sweep.configurations(scaled, ["p2.E"]))
+    (system,) = experiments.systems(scaled, backends.of(scaled).configurations(scaled, ["p2.E"]))
     taken = int(system.servers[0].parameters[wire.CONTEXT])
-    assert sweep.context_tokens(scaled, config.load_configuration("p2.E")) == taken
+    assert backends.of(scaled).context_tokens(scaled, config.load_configuration("p2.E")) == taken
 
 
 def test_help_says_each_context(monkeypatch, capsys):
@@ -84,7 +87,7 @@ def test_help_says_each_context(monkeypatch, capsys):
     said = " ".join(capsys.readouterr().out.split())
     laptop = config.load_profile("laptop")
     for name in config.config_ids():
-        assert f"{name} {sweep.context_tokens(laptop, config.load_configuration(name))}" in said
+        assert f"{name} {backends.of(laptop).context_tokens(laptop, config.load_configuration(name))}" in said
 
 
 # --- how it ends ------------------------------------------------------------------------------------------------

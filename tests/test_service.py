@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from standin_expert import Front, eventually, front, response, setting, standin
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import wire
+from erlib.serving import wire
 
 PROMPT = wire.encode_request("0 hello", 5, request_id="7")
 ONE = wire.encode_request("0 n=1", 5)
@@ -594,12 +594,12 @@ def test_an_explained_response_keeps_what_is_unknown():
 
 
 def test_distances_are_those_to_the_centres(router):
-    from erlib import gateway
-    from erlib.clusterer import Clusterer
+    from erlib.gateway import process
+    from erlib.routing.clusterer import Clusterer
 
     model = Clusterer.load(router)
     prompt = "The goalie stopped thirty shots and the team went home with two points"
-    distances = gateway.distances_with(model)(prompt)
+    distances = process.distances_with(model)(prompt)
     assert len(distances) == model.n_clusters
     assert int(np.argmin(distances)) == model.route(prompt)[0]
 

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erlib import batching, config, metrics, prompts, records, simulation, steptimes
-from erlib.batching import CannotServe, System
-from erlib.prompts import FORCED, Prompt
-from erlib.simulation import HARDWARE, HARNESS, Harness
+from erlib import config
+from erlib.load import metrics, records
+from erlib.paper_scale import batching, simulation, steptimes
+from erlib.paper_scale.batching import CannotServe, System
+from erlib.paper_scale.simulation import HARDWARE, HARNESS, Harness
+from erlib.workload import prompts
+from erlib.workload.prompts import FORCED, Prompt
 from tests.test_steptimes import Linear
 
 

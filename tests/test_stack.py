@@ -33,8 +33,11 @@ from test_gateway import metrics
 from tokenizers import Tokenizer
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import paths, processes, stack, users, wire
-from erlib.clusterer import Clusterer
+from erlib import paths
+from erlib.load import users
+from erlib.machine import processes
+from erlib.routing.clusterer import Clusterer
+from erlib.serving import stack, wire
 
 PROMPT = "The goalie stopped thirty shots and the team went home with two points"
 
@@ -315,7 +318,7 @@ def test_the_threaded_client_ends_by_itself(expert_router, tokenizer):
         }
         for tokens, timeout_s in ((5, 60), (450, 0.15))
     ]
-    command = [sys.executable, "-m", "erlib.threaded_users", str(tokenizer)]
+    command = [sys.executable, "-m", "erlib.load.threaded_users", str(tokenizer)]
     lines = "".join(json.dumps(job) + "\n" for job in jobs)
     done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=60, check=True)
     results = [json.loads(line) for line in done.stdout.splitlines()]

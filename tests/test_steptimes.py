@@ -8,10 +8,13 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from erlib import batching, config, engines, paths, records, simulation, steptimes
-from erlib.fitting import Fitted
-from erlib.prompts import FORCED, Prompt
-from erlib.steptimes import Calibration, OutOfRange, Roofline, Table
+from erlib import config, paths
+from erlib.engines import llama
+from erlib.load import records
+from erlib.paper_scale import batching, simulation, steptimes
+from erlib.paper_scale.fitting import Fitted
+from erlib.paper_scale.steptimes import Calibration, OutOfRange, Roofline, Table
+from erlib.workload.prompts import FORCED, Prompt
 
 PAPERS = [name for name in config.config_ids() if config.load_configuration(name).paper]
 
@@ -136,7 +139,7 @@ def test_calibration():
 
 
 def test_roofline_is_bound_by_memory_then_by_arithmetic():
-    shape = engines.shape("llama-3-8b")
+    shape = llama.shape("llama-3-8b")
     steps = Roofline(shape, steptimes.H100)
     read_s = (shape.linear + shape.embedding) * 2 / (3.35e12 * 0.75)
     assert steps.decode_s(1, 1) == pytest.approx(read_s, rel=0.01)
@@ -152,7 +155,7 @@ def test_roofline_is_bound_by_memory_then_by_arithmetic():
 @pytest.mark.parametrize("name", ["p1.A", "p1.C", "p1.D", "p2.B", "p2.C", "p2.E"])
 def test_roofline_and_table_tell_of_the_same_hardware(name):
     system = config.load_configuration(name).system
-    crude = Roofline(engines.shape(system.model), steptimes.H100, system.dtype, system.kv_dtype, system.tensor_parallel)
+    crude = Roofline(llama.shape(system.model), steptimes.H100, system.dtype, system.kv_dtype, system.tensor_parallel)
     table = steptimes.for_configuration(config.load_configuration(name))
     for step in ((0, 0, 64, 64_000), (4, 1340, 0, 0), (0, 0, 256, 256_000)):
         assert 0.4 < crude.step_s(*step) / table.step_s(*step) < 1.6

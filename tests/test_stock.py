@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import sklearn
 
-from erlib import clusterer, config, paths, processes, stock, wire
-from erlib.clusterer import Clusterer, ClustererError
+from erlib import config, paths
+from erlib.machine import processes
+from erlib.routing import clusterer, sklearn_pipeline
+from erlib.routing.clusterer import Clusterer, ClustererError
+from erlib.serving import wire
 from tests import texts
 from tests.conftest import BASE_PORT
 
@@ -38,7 +41,7 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Profile:
 
 
 def test_the_pipeline_is_the_clusterer(small: Clusterer) -> None:
-    pipeline = stock.pipeline(small)
+    pipeline = sklearn_pipeline.pipeline(small)
     assert list(pipeline.named_steps) == ["tfidf", "svd", "normalizer"]
     np.testing.assert_allclose(pipeline.transform(PROMPTS), small.transform(PROMPTS), atol=1e-5)
 
@@ -50,11 +53,13 @@ def test_terms_that_another_stop_word_list_lets_in_are_kept() -> None:
     known = [*fitted.terms, "bill"]
     model = Clusterer(known, np.append(fitted.idf, 1.0), np.vstack([fitted.components, np.ones(8)]), fitted.centres)
     assert "bill" not in fitted.terms
-    np.testing.assert_allclose(stock.pipeline(model).transform(["bill"]), model.transform(["bill"]), atol=1e-5)
+    np.testing.assert_allclose(
+        sklearn_pipeline.pipeline(model).transform(["bill"]), model.transform(["bill"]), atol=1e-5
+    )
 
 
 def test_padding_changes_the_size_only(small: Clusterer) -> None:
-    padded = stock.padded(small, 3000, seed=0)
+    padded = sklearn_pipeline.padded(small, 3000, seed=0)
     assert len(padded.terms) == len(set(padded.terms)) == 3000
     assert set(small.terms) < set(padded.terms)
     assert padded.terms == sorted(padded.terms, key=str.lower)
@@ -62,18 +67,22 @@ def test_padding_changes_the_size_only(small: Clusterer) -> None:
     np.testing.assert_allclose(padded.transform(PROMPTS), small.transform(PROMPTS), atol=1e-6)
     made_up = sorted(set(padded.terms) - set(small.terms))
     assert (padded.transform([" ".join(made_up)]) == small.transform([""])).all()
-    assert padded.digest == stock.padded(small, 3000, seed=0).digest != stock.padded(small, 3000, seed=1).digest
+    assert (
+        padded.digest
+        == sklearn_pipeline.padded(small, 3000, seed=0).digest
+        != sklearn_pipeline.padded(small, 3000, seed=1).digest
+    )
 
 
 def test_a_large_vocabulary_is_not_padded(small: Clusterer) -> None:
-    assert stock.padded(small, len(small.terms), seed=0) is small
+    assert sklearn_pipeline.padded(small, len(small.terms), seed=0) is small
 
 
 def test_real_prompts_keep_their_cluster() -> None:
     c4 = texts.c4()
     model = Clusterer.fit(c4[:400], n_components=50)
-    padded = stock.padded(model, len(model.terms) + 5000, seed=0)
-    router = stock.Router(stock.pipeline(padded), padded.centres)
+    padded = sklearn_pipeline.padded(model, len(model.terms) + 5000, seed=0)
+    router = sklearn_pipeline.Router(sklearn_pipeline.pipeline(padded), padded.centres)
     expected = model.predict(c4[400:600])
     assert len(set(expected)) == 8
     assert (padded.predict(c4[400:600]) == expected).all()
@@ -81,12 +90,12 @@ def test_real_prompts_keep_their_cluster() -> None:
 
 
 def test_build_makes_one_model_in_two_forms_once(profile: config.Profile, capsys: pytest.CaptureFixture[str]) -> None:
-    first = stock.build(profile, 2000)
+    first = sklearn_pipeline.build(profile, 2000)
     assert "making" in capsys.readouterr().out
-    assert stock.build(profile, 2000) == first
+    assert sklearn_pipeline.build(profile, 2000) == first
     assert "reused" in capsys.readouterr().out
-    assert stock.build(profile, 2001) != first
-    plain, ours, theirs = Clusterer.load(clusterer.build(profile)), Clusterer.load(first), stock.load(first)
+    assert sklearn_pipeline.build(profile, 2001) != first
+    plain, ours, theirs = Clusterer.load(clusterer.build(profile)), Clusterer.load(first), sklearn_pipeline.load(first)
     assert len(ours.terms) == 2000
     for prompt in PROMPTS:
         cluster, spans = theirs.route(prompt)
@@ -95,43 +104,43 @@ def test_build_makes_one_model_in_two_forms_once(profile: config.Profile, capsys
 
 
 def test_another_scikit_learn_gets_another_pickle(profile: config.Profile, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = stock.build(profile, 2000)
+    first = sklearn_pipeline.build(profile, 2000)
     monkeypatch.setattr(sklearn, "__version__", "0.0")
-    assert stock.build(profile, 2000) != first
+    assert sklearn_pipeline.build(profile, 2000) != first
 
 
 def test_a_plain_clusterer_is_not_a_stock_router(profile: config.Profile) -> None:
     with pytest.raises(ClustererError, match=r"stock\.build"):
-        stock.load(clusterer.build(profile))
+        sklearn_pipeline.load(clusterer.build(profile))
 
 
 def test_a_pickle_that_has_been_cut_or_changed_is_not_read_and_made_again(
     profile: config.Profile, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = stock.build(profile, 2000)
+    made = sklearn_pipeline.build(profile, 2000)
     pickled = made / "stock.pkl"
     whole = pickled.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-200] + b"?" * 200, b""):
         pickled.write_bytes(damaged)
         with pytest.raises(ClustererError, match=r"no whole stock\.pkl; stock\.build makes one"):
-            stock.load(made)
-        stock.build(profile, 2000)
+            sklearn_pipeline.load(made)
+        sklearn_pipeline.build(profile, 2000)
         assert "stock router: making" in capsys.readouterr().out
-        assert stock.load(made).n_clusters == 4
+        assert sklearn_pipeline.load(made).n_clusters == 4
 
 
 def test_pickled_numbers_are_checked(small: Clusterer, tmp_path: Path) -> None:
     centres = np.array(small.centres)
     centres[1] = np.nan
     for centres_, message in ((centres, "centres of the clusterer holds what is no number"), (centres[:, 1:], "fit")):
-        stock.Router(stock.pipeline(small), centres_).save(tmp_path)
+        sklearn_pipeline.Router(sklearn_pipeline.pipeline(small), centres_).save(tmp_path)
         with pytest.raises(ClustererError, match=message):
-            stock.load(tmp_path)
-    pipeline = stock.pipeline(small)
+            sklearn_pipeline.load(tmp_path)
+    pipeline = sklearn_pipeline.pipeline(small)
     pipeline["svd"].components_[0, 0] = np.inf
-    stock.Router(pipeline, np.array(small.centres)).save(tmp_path)
+    sklearn_pipeline.Router(pipeline, np.array(small.centres)).save(tmp_path)
     with pytest.raises(ClustererError, match="components of the clusterer"):
-        stock.load(tmp_path)
+        sklearn_pipeline.load(tmp_path)
 
 
 @pytest.mark.parametrize("policy", ["classify", "stock"])
@@ -140,7 +149,7 @@ def test_gateways_of_both_kinds_decide_alike_and_say_how_long_it_took(
 ) -> None:
     port, log = BASE_PORT + 300, tmp_path / "gateway.log"
     nobody = ",".join(f"127.0.0.1:{port + 1 + i}" for i in range(4))  # the decision is told before an expert is asked
-    router = stock.build(profile, 2000)
+    router = sklearn_pipeline.build(profile, 2000)
     command = ["--port", str(port), "--experts", nobody, "--clusterer", str(router), "--policy", policy]
     gateway = processes.spawn(processes.python("-m", "erlib.gateway", *command), log)
 

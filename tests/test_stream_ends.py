@@ -14,9 +14,9 @@ from standin_expert import Front, eventually, front, setting, standin
 from test_faults import Line, relay_before
 from test_gateway import gateway_process
 
-from erlib import wire
-from erlib.limits import Limits
-from erlib.telemetry import Request
+from erlib.gateway.limits import Limits
+from erlib.gateway.telemetry import Request
+from erlib.serving import wire
 
 AS_STATUS = (("triton_grpc_error", "true"),)
 NOT_AS_STATUS = (("triton_grpc_error", "false"), wire.COMPLETE)

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from erlib import config, paths, strict_yaml
+from erlib import config, paths
+from erlib.config import strict_yaml
 
 
 @pytest.mark.parametrize(

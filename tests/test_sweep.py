@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from erlib import config, records, repository, sweep
+from erlib import config, provenance
+from erlib.dgx import repository
+from erlib.load import experiments, laptop, records, sweep
 from tests import synthetic
 
 
@@ -25,7 +27,7 @@ def measured(tmp_path, monkeypatch):
                 rows = synthetic.point("p1", "load", "p1.A", point.users, 0)
                 records.write([row | {"point_hash": str(point.users)} for row in rows], point.path)
 
-    monkeypatch.setattr(sweep, "points", lambda profile, series: points)
+    monkeypatch.setattr(points, "points", lambda profile, series: points)
     monkeypatch.setattr(sweep, "_measure", measure)
     return points, names
 
@@ -41,7 +43,7 @@ def test_a_damaged_point_is_measured_again_and_the_others_are_not(measured, caps
     assert len(sweep.run(profile, SERIES)) == 1 + 4
     assert len(names) == 2
     points[0].path.write_bytes(points[1].path.read_bytes())  # another point's rows under this one's name
-    with pytest.raises(sweep.MissingRecords, match=r"1 of 2 points .* are damaged; run .*05_load_sweep"):
+    with pytest.raises(provenance.MissingRecords, match=r"1 of 2 points .* are damaged; run .*05_load_sweep"):
         sweep.read(profile, SERIES)
     capsys.readouterr()
     assert sorted(sweep.run(profile, SERIES)["users"]) == [1, 4, 4, 4, 4]
@@ -55,10 +57,10 @@ def test_an_overview_says_each_thing_once_and_without_hashes(tmp_path):
     engine = tmp_path / "smollm2-135m-2of30-fp16-0123456789abcdef"
     engine.mkdir()
     (engine / "config.json").write_text('{"max_position_embeddings": 8192}')
-    plan = sweep.server_plan(engine, 4, 7, "u8", 1)
+    plan = laptop.server_plan(engine, 4, 7, "u8", 1)
     systems = [("p1.A", "direct", [plan]), ("p1.B", "expert_router", [plan] * 8)]
-    table = sweep.overview(
-        SimpleNamespace(system=sweep.System(*system, tokenizer=Path(), router=Path())) for system in systems
+    table = experiments.overview(
+        SimpleNamespace(system=experiments.System(*system, tokenizer=Path(), router=Path())) for system in systems
     )
     assert list(table.columns) == ["routing", "servers", "engine", "slots", "KV blocks", "KV cache", "threads"]
     assert list(table.loc["p1.B"]) == ["expert router", 8, "smollm2-135m-2of30-fp16", 4, "7", "u8", "1"]
@@ -67,5 +69,5 @@ def test_an_overview_says_each_thing_once_and_without_hashes(tmp_path):
 def test_an_overview_of_servers_on_gpus(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     plan = repository.RepositoryPlan("tensorrt_llm", {"engine": str(tmp_path)}, 8, repository=tmp_path, gpus=(0, 1))
-    system = sweep.System("p1.A", "direct", [plan], tokenizer=Path(), router=Path())
-    assert list(sweep.overview([SimpleNamespace(system=system)]).loc["p1.A"])[-2:] == [2, None]
+    system = experiments.System("p1.A", "direct", [plan], tokenizer=Path(), router=Path())
+    assert list(experiments.overview([SimpleNamespace(system=system)]).loc["p1.A"])[-2:] == [2, None]

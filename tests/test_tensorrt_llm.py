@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from erlib import config, containers, engines, option_tables, prompts, tensorrt_llm
+from erlib import config
 from erlib.config import ConfigError, WorkloadSettings
-from erlib.containers import Places
-from erlib.option_tables import OptionError
+from erlib.dgx import containers, option_tables, tensorrt_llm
+from erlib.dgx.containers import Places
+from erlib.dgx.option_tables import OptionError
+from erlib.engines import llama
+from erlib.workload import prompts
 
 PLACES = Places(Path("/data/checkpoints"), Path("/data/built"))
 PAPERS = [name for name in config.config_ids() if config.load_configuration(name).paper]
@@ -154,7 +157,7 @@ def test_a_baseline_of_our_own_shares_the_engine_that_it_stands_beside():
 
 def written(made, **changed):
     """What TensorRT-LLM leaves in an engine's directory (its weights as holes in files)."""
-    system, shape = made.system, engines.shape(made.system.model)
+    system, shape = made.system, llama.shape(made.system.model)
     algorithm = {"fp16": None, "int8": "W8A16", "fp8": "FP8", "int4": "W4A16_AWQ"}[system.dtype]
     kv_algorithm = {"fp16": None, "int8": "INT8", "fp8": "FP8"}[system.kv_dtype]
     quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": kv_algorithm, "group_size": 128}

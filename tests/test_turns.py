@@ -10,8 +10,8 @@ import pytest
 from standin_expert import StandIn, eventually, setting
 from test_faults import ends, start
 
-from erlib import wire
-from erlib.limits import Limits
+from erlib.gateway.limits import Limits
+from erlib.serving import wire
 
 WAITING = Limits().waiting_per_stream
 

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from erlib import config, fitting, paths, simulation, steptimes, validation
-from erlib.prompts import FORCED, Prompt
-from erlib.simulation import Harness
+from erlib import config, paths
+from erlib.paper_scale import fitting, simulation, steptimes, validation
+from erlib.paper_scale.simulation import Harness
+from erlib.workload.prompts import FORCED, Prompt
 from tests import synthetic
 from tests.test_steptimes import Linear
 
@@ -208,7 +209,7 @@ def test_errors_are_summed_up():
 
 @pytest.mark.parametrize("levels", [LEVELS, LEVELS[:2]], ids=["predicted", "too few loads"])
 def test_the_figure_carries_all_three_comparisons(levels, measured, aisimulate, tmp_path, monkeypatch):
-    from erlib import figures, workbench
+    from erlib.report import figures, workbench
 
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     figures.style()

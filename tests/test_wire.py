@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
-from erlib import wire
+from erlib.serving import wire
 
 prompts = st.text(min_size=1, max_size=200).filter(lambda text: text.strip() and _encodable(text))
 

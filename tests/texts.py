@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from erlib import config, corpus
+from erlib import config
+from erlib.workload import corpus
 
 C4 = Path(__file__).parents[2] / "shared" / "data" / "c4_validation_2k.parquet"
 COMMON = [f"common{chr(97 + i)}" for i in range(26)]

@@ -1,8 +1,8 @@
 """Triton Python-backend model that only keeps time: its steps last as long as those of an engine on H100s would.
 
-Which requests share a step and how long it lasts are the simulation's (``erlib.batching``, ``erlib.steptimes``), the
-clock is the wall's. Every token is the same word, one that the router ignores, so that a continuation prompt stays in
-its cluster; answers never end early.
+Which requests share a step and how long it lasts are the simulation's (``erlib.paper_scale.batching``,
+``erlib.paper_scale.steptimes``), the clock is the wall's. Every token is the same word, one that the router ignores, so
+that a continuation prompt stays in its cluster; answers never end early.
 
 A machine that is busy elsewhere ends steps late. A step more than 5 % late counts as late, and the time is lost;
 smaller delays are caught up with. Both are counted, so that nobody takes a slow laptop for a slow H100.
@@ -13,8 +13,8 @@ import time
 
 import inflight
 
-from erlib import batching
-from erlib.steptimes import Calibration
+from erlib.paper_scale import batching
+from erlib.paper_scale.steptimes import Calibration
 
 WORD = " the"
 LATE = 0.05

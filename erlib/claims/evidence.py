@@ -1,0 +1,243 @@
+"""One source's records, summarised so that a claim can ask by the papers' configurations and numbers of users."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import signal, stats
+
+from erlib import config
+from erlib.config import Profile
+from erlib.load import metrics
+
+Levels = int | Sequence[int]
+"""Users on the papers' scale: from and to, or one level."""
+
+
+class NotTestable(Exception):
+    """A source has no record of what a predicate asks for; the message says of what."""
+
+
+class Value(NamedTuple):
+    """Mean over repeats and its spread (NaN for a single repeat)."""
+
+    mean: float
+    sd: float
+
+
+FULL_SCALE = config.Scale(users=1, tokens=1)
+
+
+class Evidence:
+    """One source's records, summarised so that predicates can ask by the papers' numbers of users.
+
+    At the papers' scale a source holds gigabytes of timestamps, so records may come in parts, each with whole points;
+    only summaries, and the requests without their timestamps, are kept.
+
+    Parameters
+    ----------
+    source : str
+        ``measured``, ``emulated``, ``simulated-...``. All but ``measured`` are on the papers' own scale.
+    records : DataFrame or iterable of DataFrame
+        As :func:`erlib.load.records.read` returns them.
+    profile : Profile
+        Its scale says what the measured users, tokens and seconds stand for.
+
+    Raises
+    ------
+    ValueError
+        If there are no records, or they are damaged.
+    """
+
+    def __init__(self, source: str, records: pd.DataFrame | Iterable[pd.DataFrame], profile: Profile) -> None:
+        self.source = source
+        self.profile = profile
+        self.scale = profile.scale if source == "measured" else FULL_SCALE
+        parts = [records] if isinstance(records, pd.DataFrame) else records
+        seen = [self._summary(part) for part in parts if not part.empty]
+        if not seen:
+            raise ValueError(f"no records for source {source!r}: leave it out, or run its notebooks first")
+        done, curves, tables = (pd.concat(kind, ignore_index=True) for kind in zip(*seen, strict=True))
+        self.done: pd.DataFrame = done
+        """The answered requests with their latencies, without timestamps."""
+        self.curves: pd.DataFrame = curves
+        """Tokens over time of the load experiment, by turn: 60 s buckets in paper 1, 2 s in paper 2, scaled."""
+        keys = ["experiment", "config", "mix", "users", "turn", "metric"]
+        over = tables.groupby(keys)["value"].agg(["mean", "std"])
+        self.values = {key: Value(*row) for key, row in zip(over.index, over.to_numpy(), strict=True)}
+        """(experiment, config, mix, users, turn, metric) -> mean and sd over repeats."""
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether absolute seconds are an H100's."""
+        return self.source != "measured" or self.profile.serving.backend == "tensorrt_llm"
+
+    def _summary(self, part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+        """Requests, curves, and one row per point, turn and metric."""
+        keys = [*metrics.POINT, "turn"]
+        general = metrics.summarise(part).melt(keys, metrics.METRICS, "metric")
+        done = metrics.answers(part)
+        # Slow motion divides the gateways' own time too, which is real: it says nothing of theirs or the papers'.
+        done["route_kmeans_ns"] = done["route_kmeans_ns"].where(done["slow_motion"].fillna(1) == 1)
+        own = [
+            dict(zip(keys, key, strict=True)) | {"metric": name, "value": value}
+            for key, group in done.groupby(keys)
+            for name, value in {**_of_answers(group), **_of_routing(group)}.items()
+        ]
+        load = part[part["experiment"] == "load"]
+        width_s = {"p1": 60 / self.scale.seconds, "p2": 2 / self.scale.seconds}
+        curves = pd.concat(
+            metrics.bucket_throughput(group, width_s[paper]).assign(turn=turn)
+            for (paper, turn), group in [*load.groupby(["paper", "turn"]), (("p1", ""), load[:0])]
+        )
+        over = [
+            dict(zip(keys, key, strict=True)) | {"metric": name, "value": value}
+            for key, group in curves.groupby(keys)
+            for name, value in _of_buckets(group["tokens_per_s"].to_numpy()).items()
+        ]
+        table = pd.concat([general, pd.DataFrame(own), pd.DataFrame(over)]).dropna(subset="value")
+        return done.drop(columns="token_ns"), curves, table
+
+    def paper_users(self, users: int) -> float:
+        """The papers' users that `users` stand for; one user is one user at any scale."""
+        return users if users == 1 else users * self.scale.users
+
+    def resolve(self, name: str) -> str:
+        """``p2.fp8-tp4-best`` -> the batch size with the lowest response time at the most users."""
+        stem = name.removesuffix("best")
+        if stem == name:
+            return name
+        tried = {
+            (key[3], value.mean, key[1])
+            for key, value in self.values.items()
+            if key[0] == "preliminary" and key[1].startswith(stem) and key[5] == "response_mean_s"
+        }
+        if not tried:
+            raise NotTestable(f"no preliminary records of {stem.removesuffix('-')}")
+        most = max(users for users, _, _ in tried)
+        return min((seconds, config_id) for users, seconds, config_id in tried if users == most)[1]
+
+    def series(
+        self, metric: str, name: str, users: Levels, turn: str, mix: str = "", experiment: str = "load"
+    ) -> dict[int, Value]:
+        """Values of one configuration at the levels that stand for the papers' `users`, on this source's scale.
+
+        Raises
+        ------
+        NotTestable
+            If there are none.
+        """
+        name = self.resolve(name)
+        found = {
+            (key[2], key[3]): value
+            for key, value in self.values.items()
+            if (key[0], key[1], key[4], key[5]) == (experiment, name, turn, metric)
+        }
+        mixes = sorted({key[0] for key in found})
+        if not mix:  # paper 2 shows the normal mix; systems that ignore clusters are measured under one mix only
+            mix = "normal" if name.startswith("p2") and "normal" in mixes else "uniform"
+        if mix not in mixes and len(mixes) == 1:
+            mix = mixes[0]
+        at = {level: value for (which, level), value in found.items() if which == mix}
+        if not at:
+            short = f": its runs have fewer than {LEAST_BUCKETS} time buckets" * metric.startswith("bucket_")
+            raise NotTestable(f"no {LABELS[metric]} of {name}{f' ({mix} mix)' * (mix == 'normal')}{short}")
+        chosen = self._levels(at, users)
+        if not chosen:
+            raise NotTestable(f"no level of {name} stands for {name_users(users)} users")
+        return {level: at[level] for level in chosen}
+
+    def _levels(self, available: Iterable[int], users: Levels) -> list[int]:
+        paper = {level: self.paper_users(level) for level in sorted(available)}
+        if not isinstance(users, int):
+            return [level for level, at in paper.items() if users[0] <= round(at) <= users[1]]
+        nearest = min(paper, key=lambda level: abs(paper[level] - users))
+        return [nearest] if abs(paper[nearest] / users - 1) <= 0.3 else []
+
+    def requests(self, paper: str, experiment: str = "load") -> pd.DataFrame:
+        """The answered requests of one paper's experiment, or :class:`NotTestable`."""
+        mine = self.done[(self.done["paper"] == paper) & (self.done["experiment"] == experiment)]
+        if mine.empty:
+            raise NotTestable(f"no {experiment} records of paper {paper[-1]}")
+        return mine
+
+    def at(self, level: int, turn: str) -> str:
+        same = self.paper_users(level) == level
+        where = f"{level} user{'s' * (level > 1)}" + ("" if same else f" (papers: {self.paper_users(level):.0f})")
+        return where + (", continuation" if turn == "continuation" else "")
+
+
+def _of_answers(done: pd.DataFrame) -> dict[str, float]:
+    tpot = done["tpot_s"].dropna()
+    return {"ttft_min_s": done["ttft_s"].min(), "tpot_iqr_s": stats.iqr(tpot) if len(tpot) else np.nan}
+
+
+def _of_routing(done: pd.DataFrame) -> dict[str, float]:
+    if done["route_kmeans_ns"].isna().all():
+        return {}
+    ms = metrics.routing_spans(done)["gateway"]
+    return {
+        "gateway_mean_ms": ms.mean(),
+        "gateway_cv": ms.std() / ms.mean(),
+        "gateway_p99_over_median": metrics.p99(ms) / ms.median(),
+        "gateway_share": ms.mean() / 1e3 / done["response_s"].median(),
+    }
+
+
+LEAST_BUCKETS = 6
+"""A run over fewer time buckets has no shape."""
+
+
+def _of_buckets(tokens_per_s: np.ndarray) -> dict[str, float]:
+    if len(tokens_per_s) < LEAST_BUCKETS:
+        return {}
+    mean, peak = tokens_per_s.mean(), tokens_per_s.max()
+    third = len(tokens_per_s) // 3
+    low, high = np.quantile(tokens_per_s, [0.05, 0.95])
+    # a peak stands out by a fifth of the highest; zeros around let the first and the last bucket be one
+    peaks, _ = signal.find_peaks(np.pad(tokens_per_s, 1), prominence=peak / 5)
+    return {
+        "bucket_mean_tokens_per_s": mean,
+        "bucket_peak_tokens_per_s": peak,
+        "bucket_p5_tokens_per_s": low,
+        "bucket_p95_tokens_per_s": high,
+        "bucket_cv": tokens_per_s.std() / mean,
+        "bucket_start_over_peak": tokens_per_s[0] / peak,
+        "bucket_end_over_peak": tokens_per_s[-third:].mean() / peak,
+        "bucket_peaks": float(len(peaks)),
+    }
+
+
+LABELS = {
+    "ttft_mean_s": "mean TTFT",
+    "ttft_sd_s": "sd of TTFT",
+    "ttft_median_s": "median TTFT",
+    "ttft_min_s": "lowest TTFT",
+    "tpot_mean_s": "mean TPOT",
+    "tpot_median_s": "median TPOT",
+    "tpot_iqr_s": "interquartile range of TPOT",
+    "response_mean_s": "mean response time",
+    "response_median_s": "median response time",
+    "response_p99_s": "p99 response time",
+    "user_tokens_per_s_mean": "user throughput",
+    "session_tokens_per_s": "session throughput",
+    "gateway_mean_ms": "mean routing latency",
+    "gateway_cv": "sd over mean of routing latency",
+    "gateway_p99_over_median": "p99 over median of routing latency",
+    "gateway_share": "routing latency over median response time",
+    "bucket_mean_tokens_per_s": "mean bucket throughput",
+    "bucket_peak_tokens_per_s": "peak bucket throughput",
+    "bucket_p5_tokens_per_s": "5th percentile of bucket throughput",
+    "bucket_p95_tokens_per_s": "95th percentile of bucket throughput",
+    "bucket_cv": "sd over mean of bucket throughput",
+    "bucket_start_over_peak": "first bucket over the peak",
+    "bucket_end_over_peak": "mean of the last third of the buckets over the peak",
+    "bucket_peaks": "peaks over time",
+}
+
+
+def name_users(users: Levels) -> str:
+    return f"{users:,}" if isinstance(users, int) else f"{users[0]:,} to {users[1]:,}"

@@ -1,0 +1,336 @@
+"""Every claim of both papers, checked against each source of records and against arithmetic.
+
+The claims are ``data/claims.yaml``; what decides one is a *predicate* with parameters from there. A predicate either
+computes from the papers' own numbers (source ``arithmetic``) or looks at one source's records through
+:class:`~erlib.claims.evidence.Evidence`, at the papers' scale of users. What a source has
+no record of is not testable there, never guessed.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from erlib import config, paths
+from erlib.claims.evidence import Evidence, NotTestable
+from erlib.claims.predicates import PREDICATES
+from erlib.config import ConfigError, Profile
+from erlib.load import experiments, records, sweep
+from erlib.machine.progress import Bar
+from erlib.paper_scale import emulation
+
+Verdict = Literal["holds", "fails", "not testable here", "ambiguous in the paper"]
+HOLDS: Verdict = "holds"
+FAILS: Verdict = "fails"
+UNTESTABLE: Verdict = "not testable here"
+AMBIGUOUS: Verdict = "ambiguous in the paper"
+VERDICTS = (HOLDS, FAILS, UNTESTABLE, AMBIGUOUS)
+
+ARITHMETIC = "arithmetic"
+"""The source of claims that the papers' own numbers decide."""
+
+
+class Claim(BaseModel):
+    """One entry of ``data/claims.yaml``, which explains the fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    where: str
+    type: Literal["arith", "setup", "num", "ord", "shape", "concl"]
+    claim: str
+    figure: str = ""
+    checks: list[dict[str, dict[str, Any]]] = []
+    also: list[str] = []
+    ambiguous: str = ""
+    untestable: str = ""
+    given: dict[str, str] = {}
+    conflict: str = ""
+
+    @model_validator(mode="after")
+    def _decidable(self) -> Claim:
+        if sum(map(bool, (self.checks, self.also, self.untestable))) > 1:
+            raise ValueError(f"{self.id}: give one of checks, also, untestable")
+        if not (self.checks or self.also or self.untestable or self.ambiguous):
+            raise ValueError(f"{self.id}: give checks, or why there are none")
+        for name, parameters in self._calls():
+            if name not in PREDICATES:
+                raise ValueError(f"{self.id}: no predicate {name!r}{config.nearest(name, list(PREDICATES))}")
+            try:
+                PREDICATES[name].bind(parameters)
+            except TypeError as error:
+                raise ValueError(f"{self.id}: {name}: {error}") from None
+        if len({PREDICATES[name].arithmetic for name, _ in self._calls()}) > 1:
+            raise ValueError(f"{self.id}: arithmetic and records decide different claims")
+        return self
+
+    def _calls(self) -> list[tuple[str, dict[str, Any]]]:
+        return [call for check in self.checks for call in check.items()]
+
+    @property
+    def paper(self) -> str:
+        """``paper1``, ``paper2`` or, across them, ``both``."""
+        return {"P1": "paper1", "P2": "paper2"}.get(self.id[:2], "both")
+
+    @property
+    def by_arithmetic(self) -> bool:
+        return any(PREDICATES[name].arithmetic for name, _ in self._calls())
+
+    @property
+    def criterion(self) -> str:
+        """What is tested, in words, thresholds included."""
+        if self.also:
+            return f"{' and '.join(self.also)} hold"
+        return "; ".join(PREDICATES[name].words(parameters) for name, parameters in self._calls())
+
+    @property
+    def picture(self) -> str:
+        """``<paper>/<slug>`` of its figure, empty if it has none."""
+        return self.figure if "/" in self.figure or not self.figure else f"{self.paper}/{self.figure}"
+
+
+@functools.cache
+def load() -> list[Claim]:
+    """All claims, in the papers' order.
+
+    Raises
+    ------
+    ConfigError
+        If an entry is malformed, names an unknown predicate or claim, or gives a predicate wrong parameters.
+    """
+    path = paths.FACTS / "claims.yaml"
+    try:
+        claims = [Claim(**entry) for entry in config.read_yaml(path)]
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    known = [claim.id for claim in claims]
+    for name in [*known, *(other for claim in claims for other in claim.also)]:
+        if known.count(name) != 1:
+            raise ConfigError(f"{path}: there must be exactly one claim {name!r}, there are {known.count(name)}")
+    return claims
+
+
+# --- the scorecard ----------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    verdict: Verdict
+    numbers: str
+
+
+def judge(claim: Claim, evidence: Evidence | None) -> Row:
+    """Verdict on one claim, and the numbers or the reason behind it; `evidence` None: by arithmetic."""
+    if claim.untestable:
+        return Row(UNTESTABLE, claim.untestable)
+    if evidence:
+        for source, reason in claim.given.items():
+            if evidence.source.startswith(source):
+                return Row(UNTESTABLE, reason)
+    row = _conjunction(claim, evidence)
+    if claim.ambiguous:
+        if not claim.checks:
+            return Row(AMBIGUOUS, claim.ambiguous)
+        reading = "" if all("report" in check for check in claim.checks) else f"as read here: {row.verdict}: "
+        return Row(AMBIGUOUS, f"{claim.ambiguous}; {reading}{row.numbers}")
+    return row
+
+
+def _conjunction(claim: Claim, evidence: Evidence | None) -> Row:
+    """All must hold; one that fails decides, one that cannot be tested leaves the claim open."""
+    parts: list[Row] = []
+    for other in (other for other in load() if other.id in claim.also):
+        row = judge(other, evidence)
+        parts.append(Row(row.verdict, f"{other.id} {row.verdict}"))
+    for name, parameters in claim._calls():
+        predicate = PREDICATES[name]
+        try:
+            finding = predicate.function(*(() if predicate.arithmetic else (evidence,)), **parameters)
+            parts.append(Row(HOLDS if finding.holds else FAILS, finding.numbers))
+        except NotTestable as reason:
+            parts.append(Row(UNTESTABLE, str(reason)))
+    verdict = next((v for v in (FAILS, UNTESTABLE, AMBIGUOUS) if any(part.verdict == v for part in parts)), HOLDS)
+    return Row(verdict, "; ".join(dict.fromkeys(part.numbers for part in parts)))
+
+
+FULL_SCALE_SOURCES = {
+    "emulated": "emulated/load",
+    "simulated-hardware": "simulated/hardware",
+    "simulated-harness": "simulated/harness",
+}
+"""Sources on the papers' own scale, and where their records lie in a run's directory."""
+
+
+def read(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
+    """The records of every source that this profile has run, in parts.
+
+    ``measured`` is the sweep's; of the others (:data:`FULL_SCALE_SOURCES`), where a point was made more than once (its
+    inputs changed), the newest counts. Emulated points whose engines did not keep pace are left out, and named.
+
+    Raises
+    ------
+    MissingRecords
+        If points of the sweep have not been measured; the message names the notebook to run.
+    """
+    series = [
+        experiments.load_sweep(profile, "p1"),
+        experiments.load_sweep(profile, "p2"),
+        experiments.preliminary_sweep(profile),
+    ]
+    found: dict[str, Iterable[pd.DataFrame]] = {"measured": [sweep.read(profile, part) for part in series]}
+    for source, folder in FULL_SCALE_SOURCES.items():
+        newest: dict[tuple[Path, str], Path] = {}
+        directory = paths.run_dir(profile.name) / folder
+        for path in sorted(directory.rglob("[!.]*.parquet"), key=lambda path: path.stat().st_mtime_ns):
+            newest[path.parent, path.stem.rpartition("-")[0]] = path
+        for key, path in list(newest.items()):
+            if damage := records.damage(path):
+                print(f"claims: left out {path.relative_to(directory)}: {damage}")
+                del newest[key]
+        late = [path for path in newest.values() if not _kept_pace(path)]
+        for path in late:
+            print(f"claims: left out {path.relative_to(directory)}: the emulated engines did not keep pace")
+        if files := sorted(set(newest.values()) - set(late)):
+            found[source] = in_parts(files, source)
+    return found
+
+
+def _kept_pace(path: Path) -> bool:
+    """Whether a point's engines, if they were emulated, lost no more time than they may."""
+    table = pq.read_table(path, columns=["lost_time"], schema=records.SCHEMA, partitioning=None)
+    return not (table["lost_time"].to_numpy() > emulation.KEPT_PACE).any()
+
+
+def in_parts(files: Sequence[Path], source: str = "") -> Iterator[pd.DataFrame]:
+    """Records of complete points, a few points at a time, so that memory never holds them all."""
+    few = 8
+    with Bar(total=len(files), unit="point", desc=f"claims {source}") as progress:
+        for start in range(0, len(files), few):
+            yield records.read_files(files[start : start + few])
+            progress.update(len(files[start : start + few]))
+
+
+COLUMNS = [
+    *("id", "paper", "where", "type", "claim", "source", "verdict", "numbers", "criterion", "figure", "conflict"),
+]
+"""Columns of :func:`evaluate`'s frame."""
+
+
+def evaluate(records_by_source: Mapping[str, pd.DataFrame | Iterable[pd.DataFrame]], profile: Profile) -> pd.DataFrame:
+    """Every claim against every source.
+
+    Parameters
+    ----------
+    records_by_source : mapping
+        Source (``measured``, ``emulated``, ``simulated-hardware``, ``simulated-harness``; those that exist) to its
+        records, as :func:`erlib.load.records.read` returns them, whole or in parts (:func:`in_parts`). ``measured`` is
+        on the scale of `profile`, all others on the papers'.
+    profile : Profile
+
+    Returns
+    -------
+    DataFrame
+        One row per claim and source, claims of arithmetic once with source ``arithmetic``: ``id``, ``paper``,
+        ``where``, ``type``, ``claim``, ``source``, ``verdict``, ``numbers`` (behind the verdict, or the reason why
+        there is none), ``criterion`` (what was tested), ``figure`` (relative to the profile's figures, empty where not
+        drawn), ``conflict`` (what the claim contradicts inside the papers).
+
+    Raises
+    ------
+    ValueError
+        If a source has no records, or its records are damaged.
+    """
+    sources = {name: Evidence(name, frame, profile) for name, frame in records_by_source.items()}
+    rows = []
+    for claim in load():
+        where: Mapping[str, Evidence | None] = {ARITHMETIC: None} if claim.by_arithmetic else sources
+        for source, evidence in where.items():
+            row = judge(claim, evidence)
+            rows.append(
+                {
+                    **{name: getattr(claim, name) for name in ("id", "paper", "where", "type", "claim")},
+                    "source": source,
+                    "verdict": row.verdict,
+                    "numbers": row.numbers,
+                    "criterion": claim.criterion,
+                    "figure": _figure(profile, source, claim.picture),
+                    "conflict": claim.conflict,
+                }
+            )
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _figure(profile: Profile, source: str, picture: str) -> str:
+    """Relative path of the claim's figure as this source drew it; Table I is the same for all, drawn as measured."""
+    link = f"{'measured' if source == ARITHMETIC else source}/{picture}.png"
+    return link if picture and (paths.FIGURES / profile.name / link).exists() else ""
+
+
+def counts(scorecard: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts (columns) by source (rows)."""
+    table = scorecard.groupby(["source", "verdict"]).size().unstack(fill_value=0)
+    order = [source for source in scorecard["source"].unique() if source != ARITHMETIC] + [ARITHMETIC]
+    return table.reindex(index=[name for name in order if name in table.index], columns=VERDICTS, fill_value=0)
+
+
+def inconsistencies(scorecard: pd.DataFrame) -> pd.DataFrame:
+    """The claims that contradict other numbers or statements of the same papers, once each."""
+    return scorecard[scorecard["conflict"] != ""].drop_duplicates("id")
+
+
+def write(scorecard: pd.DataFrame, profile: Profile) -> None:
+    """Write ``figures/<profile>/scorecard.{csv,md}``; the page is :func:`erlib.report.gallery.write`'s."""
+    directory = paths.FIGURES / profile.name
+    directory.mkdir(parents=True, exist_ok=True)
+    scorecard.to_csv(directory / "scorecard.csv", index=False)
+    (directory / "scorecard.md").write_text(_markdown(scorecard, profile), encoding="utf-8")
+
+
+SIGNS: dict[str, str] = {HOLDS: "✓", FAILS: "✗", UNTESTABLE: "–", AMBIGUOUS: "?"}
+TITLES = {"paper1": "Paper 1", "paper2": "Paper 2", "both": "Across the papers"}
+TYPES = {
+    "arith": "arithmetic",
+    "setup": "setup",
+    "num": "number",
+    "ord": "ordering",
+    "shape": "shape",
+    "concl": "conclusion",
+}
+"""What a claim's type is called."""
+
+
+def _markdown(scorecard: pd.DataFrame, profile: Profile) -> str:
+    parts = [
+        f"# Scorecard of both papers' claims, profile {profile.name}",
+        "✓ holds, ✗ fails, – not testable here, ? ambiguous in the paper. The thresholds are ours.",
+        counts(scorecard).to_markdown(),
+    ]
+    for paper, title in TITLES.items():
+        lines = [f"## {title}\n", "| claim | | source | verdict | numbers |", "|---|---|---|---|---|"]
+        for row in scorecard[scorecard["paper"] == paper].itertuples():
+            cells = [
+                row.id,
+                f"{row.claim} ({row.where})",
+                row.source,
+                f"{SIGNS[row.verdict]} {row.verdict}",
+                row.numbers,
+            ]
+            figure = f" ([figure]({row.figure}))" if row.figure else ""
+            lines.append(f"| {' | '.join(map(_plain, cells))}{figure} |")
+        parts.append("\n".join(lines))
+    contradictions = [
+        f"- **{row.id}** ({_plain(row.where)}): {_plain(row.conflict)}"
+        for row in inconsistencies(scorecard).itertuples()
+    ]
+    return "\n\n".join([*parts, "## Where the papers contradict themselves", "\n".join(contradictions)]) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that stays text, and in its cell, wherever Markdown is shown."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "/")

@@ -1,0 +1,1 @@
+"""Experts, gateways and users on the nodes of a Ray cluster."""

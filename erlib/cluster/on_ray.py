@@ -1,0 +1,484 @@
+"""More than one machine: experts, gateways, NGINX and users on the nodes of a Ray cluster that is already there.
+
+Ray places and watches; nothing that is measured passes through it. On every node one actor keeps that node's
+:class:`~erlib.serving.stack.Share` of the stack, and on the users' node another keeps the
+:class:`~erlib.load.users.UserSimulator`. All of them end with the driver, however it ends.
+
+Servers of TensorRT-LLM ask for as many GPUs as they have ranks. Engines on a CPU ask for one of the custom resource
+``experts`` where a node offers it, and for CPUs otherwise. Gateways and NGINX run beside the experts and ask for
+nothing. Users get a node that offers the custom resource ``users``; where none does, the one that is missed least.
+
+Every node needs this repository, its environment, and engines and router at the same places: a shared file system.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar
+
+from erlib import paths
+from erlib.config import Routing, ServingSettings
+from erlib.load.users import Client, Observation, Script, UserSimulator
+from erlib.machine import hardware
+from erlib.machine.hardware import Gpu
+from erlib.machine.processes import StartError
+from erlib.serving import stack
+from erlib.serving.stack import Classifier, NodeLost, Share
+from erlib.serving.triton import ServerPlan
+
+EXPERTS, USERS = "experts", "users"
+"""Custom resources: how many engines a node may run without a GPU; that it is there for the users."""
+
+_VERDICT_S = 120
+"""By when Ray has said whether a node that does not answer is lost; its own limit is about a minute."""
+_OBITUARY_S = 5
+"""The same where it already knows that an actor is gone."""
+_WATCH_S = 1.0
+_STOP_S = 30
+
+_ENDED_BY_THE_KERNEL = {"RAY_kill_child_processes_on_worker_exit": "0"}
+"""An actor's children get SIGTERM when it ends, as :mod:`erlib.machine.processes` wants it. Ray would kill them, and an
+NGINX that is killed leaves its worker behind, a Triton its shared memory."""
+
+Demand = Mapping[str, float]
+"""What one server asks of its node, by Ray's names of resources."""
+Kept = TypeVar("Kept")
+Result = TypeVar("Result")
+
+
+# --- placement ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of the cluster and all that it has, in use or not."""
+
+    id: str
+    name: str
+    address: str
+    resources: Demand
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Which nodes run the servers, in order, and which the users."""
+
+    servers: tuple[Node, ...]
+    users: Node
+
+
+def place(nodes: Sequence[Node], demands: Sequence[Demand], users: Literal["apart", "anywhere"] = "apart") -> Seats:
+    """Spread servers evenly over nodes, as far as resources allow, and find a node for the users.
+
+    Parameters
+    ----------
+    nodes : sequence of Node
+    demands : sequence of mapping
+        What each server asks for.
+    users : {"apart", "anywhere"}
+        Whether the users' node must be free of servers. ``anywhere``: it is, if that is possible.
+
+    Raises
+    ------
+    StartError
+        If the servers do not fit, or leave no node for the users; says what is lacking.
+    """
+    reserved = [node for node in nodes if node.resources.get(USERS)]
+    for candidate in reserved or sorted(nodes, key=lambda node: _room([node], demands)):
+        seats = _seat([node for node in nodes if node not in (*reserved, candidate)], demands)
+        if None not in seats:
+            return Seats(_complete(seats), candidate)
+    seats = _seat(nodes, demands)
+    if None in seats:
+        asked = ", ".join(f"{count} x {_list(dict(demand))}" for demand, count in _counted(demands))
+        has = "; ".join(f"{node.name} has {_list(node.resources)}" for node in nodes)
+        raise StartError(
+            f"the cluster has room for {_room(nodes, demands)} of {len(demands)} servers, which ask for {asked}: {has}"
+        )
+    if users == "apart":
+        names = ", ".join(node.name for node in nodes)
+        raise StartError(
+            f"{len(demands)} servers leave no node for the users: they need all of {names}. Add a node, or let users "
+            "run beside experts with --set serving.cluster_users=anywhere"
+        )
+    seated = Counter(node.id for node in _complete(seats))
+    return Seats(_complete(seats), min(reserved or nodes, key=lambda node: seated[node.id]))
+
+
+def demands_of(plans: Sequence[ServerPlan], nodes: Sequence[Node]) -> list[Demand]:
+    """What each server asks for in this cluster."""
+    counted = any(node.resources.get(EXPERTS) for node in nodes)
+
+    def of(plan: ServerPlan) -> Demand:
+        return {EXPERTS: 1} if counted and "GPU" not in plan.demand else plan.demand
+
+    return [of(plan) for plan in plans]
+
+
+def _seat(nodes: Sequence[Node], demands: Sequence[Demand]) -> list[Node | None]:
+    """A node for each server, the one with the fewest so far that has room; the most demanding choose first."""
+    left = {node.id: dict(node.resources) for node in nodes}
+    seated: Counter[str] = Counter()
+    seats: list[Node | None] = [None] * len(demands)
+    for i in sorted(range(len(demands)), key=lambda i: -sum(demands[i].values())):
+        demand = demands[i]
+        fitting = [n for n in nodes if all(left[n.id].get(name, 0) >= amount for name, amount in demand.items())]
+        if fitting:
+            node = seats[i] = min(fitting, key=lambda node: seated[node.id])
+            seated[node.id] += 1
+            for name, amount in demand.items():
+                left[node.id][name] -= amount
+    return seats
+
+
+def _complete(seats: Sequence[Node | None]) -> tuple[Node, ...]:
+    return tuple(node for node in seats if node)
+
+
+def _room(nodes: Sequence[Node], demands: Sequence[Demand]) -> int:
+    return len(_complete(_seat(nodes, demands)))
+
+
+def _counted(demands: Sequence[Demand]) -> list[tuple[tuple[tuple[str, float], ...], int]]:
+    return Counter(tuple(sorted(demand.items())) for demand in demands).most_common()
+
+
+def _list(resources: Demand) -> str:
+    """E.g. ``4 CPU, 2 GPU``, without what Ray adds for itself."""
+    named = {name: amount for name, amount in resources.items() if name in ("CPU", "GPU", EXPERTS, USERS)}
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(named.items())) or "nothing"
+
+
+# --- the cluster --------------------------------------------------------------------------------------------------
+
+
+def living_nodes(address: str) -> list[Node]:
+    """Living nodes of the cluster at `address` (``auto``, or ``HOST:PORT`` of its head).
+
+    Raises
+    ------
+    StartError
+        If Ray is not installed or there is no cluster.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise StartError(
+            "serving.cluster needs Ray, which is not installed: .venv/bin/python scripts/install.py cluster"
+        ) from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise StartError(f"no Ray cluster at {address} (start one with ray start --head): {error}") from None
+    living = [node for node in ray.nodes() if node["Alive"]]
+    found = [Node(n["NodeID"], n["NodeName"], n["NodeManagerAddress"], n["Resources"]) for n in living]
+    return sorted(found, key=lambda node: (node.name, node.id))
+
+
+def gpus(address: str | None) -> list[Gpu]:
+    """GPUs of this machine or, in a cluster, of all nodes for experts, taken to be of the kind that this node has.
+
+    Raises
+    ------
+    StartError
+        If there is no cluster at `address`.
+    """
+    here = hardware.gpus()
+    if not address or not here:
+        return here
+    serving = [node.resources for node in living_nodes(address) if not node.resources.get(USERS)]
+    return here[:1] * int(sum(resources.get("GPU", 0) for resources in serving))
+
+
+class _Keeper(Generic[Kept]):
+    """Actor that keeps something on its node and lets it work.
+
+    It has one thread, its worker process's main thread. What that starts dies with it: the kernel sends the death
+    signal that :func:`erlib.machine.processes.spawn` asks for when the starting *thread* ends.
+    """
+
+    def __init__(self, kept: Kept):
+        self._kept = kept
+
+    def let(self, do: Callable[[Kept], Result]) -> Result:
+        return do(self._kept)
+
+
+class _Remote(Generic[Kept]):
+    """The driver's end of a :class:`_Keeper`.
+
+    Parameters
+    ----------
+    node : Node
+        Where it runs.
+    demand : mapping
+        What it holds there.
+    kept : object
+        Sent to the node; what happens to it there does not come back.
+    what : str
+        Of the stack, for messages.
+    cluster : str
+        Address.
+    """
+
+    def __init__(self, node: Node, demand: Demand, kept: Kept, what: str, cluster: str):
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self.node = node
+        self._what = what
+        self._cluster = cluster
+        self._actor = (
+            ray.remote(_Keeper)
+            .options(
+                num_cpus=demand.get("CPU", 0),
+                num_gpus=demand.get("GPU", 0),
+                resources={name: amount for name, amount in demand.items() if name not in ("CPU", "GPU")},
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+                runtime_env={"env_vars": _ENDED_BY_THE_KERNEL},
+            )
+            .remote(kept)
+        )
+
+    def begin(self, do: Callable[[Kept], Any]) -> Any:
+        """Let it work; returns what :meth:`result` takes."""
+        return self._actor.let.remote(do)
+
+    def result(self, reply: Any, timeout_s: float | None = None) -> Any:
+        """What came of it.
+
+        Raises
+        ------
+        NodeLost
+            If its node is gone.
+        StartError
+            As raised there, or if there is no answer within `timeout_s`, or if the actor has died alone.
+        """
+        import ray
+
+        try:
+            return ray.get(reply, timeout=timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, StartError):
+                raise StartError(f"{self.node.name}: {error.cause}") from None
+            raise error.cause from None
+        except ray.exceptions.GetTimeoutError:
+            raise StartError(
+                f"{self.node.name} does not answer within {timeout_s:.0f} s: is what it should run there, "
+                f"{self._what}, more than other jobs leave of its resources?"
+            ) from None
+        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
+            reason = error
+        # Ray knows of a lost actor before it knows of a lost node.
+        unsure = isinstance(reason, ray.exceptions.ActorUnavailableError)
+        deadline = time.monotonic() + (_VERDICT_S if unsure else _OBITUARY_S)
+        while time.monotonic() < deadline:
+            self.require_node()
+            time.sleep(_WATCH_S / 4)
+        raise StartError(f"the actor with {self._what} died, but its node {self.node.name} did not: {reason}")
+
+    def require_node(self) -> None:
+        """Check that the node lives.
+
+        Raises
+        ------
+        NodeLost
+            If not.
+        """
+        if self.node.id not in {node.id for node in living_nodes(self._cluster)}:
+            raise NodeLost(f"node {self.node.name} is lost, and with it {self._what}")
+
+    def end(self) -> None:
+        """End the actor, and with it the processes that it has started."""
+        import ray
+
+        ray.kill(self._actor)
+
+
+# --- the two halves of a point ------------------------------------------------------------------------------------
+
+
+class ClusterStack(stack.Stack):
+    """A stack on the nodes of a Ray cluster; see :class:`erlib.serving.stack.Stack`, whose parameters it takes.
+
+    Raises
+    ------
+    StartError
+        Also if there is no cluster, or not enough of it.
+    NodeLost
+        On entering and whenever a host is asked for something.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        servers: list[ServerPlan],
+        routing: Routing,
+        settings: ServingSettings,
+        clusterer: Path | None,
+        log_dir: Path,
+        classifier: Classifier = "ours",
+        replicas: Sequence[int] | None = None,
+    ):
+        assert settings.cluster is not None
+        self.address = settings.cluster
+        living = living_nodes(self.address)
+        asked = demands_of(servers, living)
+        seats = place(living, asked, settings.cluster_users)
+        self.users_node = seats.users
+        self._nodes = [node for node in living if node in seats.servers]
+        self._demands = [
+            _total(demand for demand, its in zip(asked, seats.servers, strict=True) if its == node)
+            for node in self._nodes
+        ]
+        self._one_machine = len({node.address for node in living}) == 1
+        n_gateways = settings.gateways if routing in ("expert_router", "replicas") else 0
+        placement = stack.Placement(
+            addresses=tuple(settings.host if self._one_machine else node.address for node in self._nodes),
+            servers=tuple(self._nodes.index(node) for node in seats.servers),
+            gateways=tuple(itertools.islice(itertools.cycle(range(len(self._nodes))), n_gateways)),
+            nginx=0,
+            log_dirs=tuple(_directory(node) for node in self._nodes),
+        )
+        super().__init__(label, servers, routing, settings, clusterer, log_dir, classifier, placement, replicas)
+        self._inputs = [Path(plan.parameters["engine"]) for plan in servers] + ([clusterer] if clusterer else [])
+        fronts = {self._nodes[host].address for host in placement.gateways}
+        self.users_share_clock = fronts <= {self.users_node.address}
+        """Whether users and gateways read one clock."""
+        self.users_machine = ""
+        """What the users' node is, once they are there."""
+        self._hosts: list[_Remote[Share]] = []
+
+    def each(self, do: Callable[[Share], Result]) -> list[Result]:
+        replies = [host.begin(do) for host in self._hosts]
+        return [host.result(reply) for host, reply in zip(self._hosts, replies, strict=True)]
+
+    @property
+    def machines(self) -> str:
+        counted = Counter(self.each(lambda share: hardware.machine()))
+        how = "sharing" if self._one_machine else "of"
+        experts = [f"{count} node{'s' * (count > 1)} {how} {machine}" for machine, count in counted.items()]
+        return "; ".join([*experts, f"users on {self.users_machine}"])
+
+    def require_nodes(self) -> None:
+        """Check that all nodes live, without asking anybody there.
+
+        Raises
+        ------
+        NodeLost
+            If one does not.
+        """
+        for host in self._hosts:
+            host.require_node()
+
+    def _start(self) -> None:
+        for node, demand, share in zip(self._nodes, self._demands, self._shares, strict=True):
+            self._hosts.append(_Remote(node, demand, share, share.title, self.address))
+        inputs = self._inputs
+        try:
+            for host in self._hosts:
+                host.result(host.begin(lambda share: _settle(share, inputs)), self._start_timeout_s)
+        except BaseException:
+            self._end()  # nothing runs yet that would have to be stopped
+            raise
+        try:
+            super()._start()
+        except StartError:
+            self.each(lambda share: None)  # if it failed because a node is lost, that is what to say
+            raise
+
+    def _stop(self) -> None:
+        import ray
+
+        replies = [host.begin(Share.stop) for host in self._hosts]
+        if replies:
+            ray.wait(replies, num_returns=len(replies), timeout=_STOP_S)
+        self._end()
+
+    def _end(self) -> None:
+        for host in self._hosts:
+            host.end()
+        self._hosts = []
+
+
+class ClusterUsers:
+    """The users of a stack, on the node that they have; used as :class:`erlib.load.users.UserSimulator` is."""
+
+    def __init__(self, served: ClusterStack, tokenizer: Path, n_processes: int, log: Path, client: Client):
+        self._served = served
+        self._log = log.parent / _directory(served.users_node) / log.name
+        self._simulator = UserSimulator(
+            tokenizer, n_processes, self._log, client, served.harness_niceness, None, served.users_share_clock
+        )
+
+    def __enter__(self) -> Self:
+        node = self._served.users_node
+        self._remote = _Remote(node, {}, self._simulator, "the users", self._served.address)
+        try:
+            self._served.users_machine = self._remote.result(self._remote.begin(_enter))
+        except BaseException:
+            self._remote.end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remote.end()
+
+    def run(self, scripts: Sequence[Script], targets: Sequence[str], timeout_s: float) -> Observation:
+        """Let all users of one point do their scripts; see :meth:`erlib.load.users.UserSimulator.run`.
+
+        Raises
+        ------
+        NodeLost
+            As soon as Ray knows of it: requests to a host that is gone would wait for their time limit.
+        StartError
+            If a user process dies.
+        """
+        import ray
+
+        reply = self._remote.begin(lambda simulator: simulator.run(scripts, targets, timeout_s))
+        while not ray.wait([reply], timeout=_WATCH_S)[0]:
+            self._served.require_nodes()
+        try:
+            return self._remote.result(reply)
+        except StartError:
+            self._served.require_alive()  # if it failed because a node is lost, that is what to say
+            raise
+
+
+def _directory(node: Node) -> str:
+    return f"{node.name}-{node.id[:6]}"
+
+
+def _total(demands: Iterable[Demand]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for demand in demands:
+        for name, amount in demand.items():
+            total[name] = total.get(name, 0) + amount
+    return total
+
+
+def _enter(simulator: UserSimulator) -> str:
+    simulator.__enter__()
+    return hardware.machine()
+
+
+def _settle(share: Share, inputs: Sequence[Path]) -> None:
+    """Check what must lie on this node, and give the servers the GPUs that Ray has set aside for them."""
+    import ray
+
+    for path in (paths.ENGINE_SPECS, *inputs):
+        if not path.exists():
+            raise StartError(f"{path} is missing here; all nodes need it, on a shared file system or copied")
+    gpus = (int(gpu) for gpu in ray.get_gpu_ids())
+    for server in share.servers:
+        server.take_gpus(gpus)

@@ -1,0 +1,1 @@
+"""Planning, building and serving TensorRT-LLM's engines on GPUs."""

@@ -1,0 +1,253 @@
+"""What a format costs and saves: perplexity, agreement with FP16 and tokens per second of built engines.
+
+Size, perplexity and agreement are the formats' own. Tokens per second are this CPU's, which computes them all alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from erlib import cache, config, paths
+from erlib.config import ConfigError, Profile
+from erlib.engines import build, llama
+from erlib.engines.build import BuiltEngine, build_all, tokenizer
+from erlib.engines.llama import KvCache
+from erlib.machine.progress import Bar
+from erlib.workload import corpus
+
+EVALUATION_TOKENS = 256
+
+
+def quality(built: Sequence[BuiltEngine], token_ids: npt.ArrayLike) -> pd.DataFrame:
+    """Perplexity of each engine, and how often its most probable next token is the FP16 engine's.
+
+    Computed in float32 on consecutive windows of `EVALUATION_TOKENS` tokens, the first token of each unscored.
+
+    Parameters
+    ----------
+    built : sequence of BuiltEngine
+        Each depth must come with its FP16 engine.
+    token_ids : int array (n,)
+        Text that no engine was calibrated on.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per engine: ``name``, ``perplexity``, ``perplexity_ratio`` (to FP16), ``argmax_agreement`` (0 to 1).
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer than two tokens, or an FP16 engine is missing.
+    """
+    scores = {engine.name: _score(engine, token_ids) for engine in Bar(built, "perplexity")}
+    rows = []
+    for engine in built:
+        reference = next((e.name for e in built if e.dtype == "fp16" and e.layers == engine.layers), None)
+        if reference is None:
+            raise ConfigError(f"{engine.name} has no FP16 engine of the same depth beside it to be compared with")
+        (nll, best), (nll_fp16, best_fp16) = scores[engine.name], scores[reference]
+        rows.append(
+            {
+                "name": engine.name,
+                "perplexity": np.exp(nll),
+                "perplexity_ratio": np.exp(nll - nll_fp16),
+                "argmax_agreement": np.mean(best == best_fp16),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def perplexity(engine: BuiltEngine, token_ids: npt.ArrayLike) -> float:
+    """exp of the mean negative log-likelihood per token; see :func:`quality`."""
+    return float(np.exp(_score(engine, token_ids)[0]))
+
+
+def _score(engine: BuiltEngine, token_ids: npt.ArrayLike) -> tuple[float, npt.NDArray[np.int64]]:
+    """Mean negative log-likelihood (nats per token) and the most probable next tokens."""
+    import openvino as runtime
+
+    ids = np.asarray(token_ids, dtype=np.int64)
+    if ids.ndim != 1 or len(ids) < 2:
+        raise ConfigError(f"perplexity needs one sequence of at least two token ids, got shape {ids.shape}")
+    width = min(EVALUATION_TOKENS, len(ids))
+    windows = ids[: len(ids) // width * width].reshape(-1, width)
+    model = runtime.Core().compile_model(engine.path / "openvino_model.xml", "CPU", build.COMPUTE)
+    losses, best = [], []
+    for window in windows:
+        request = model.create_infer_request()  # a new request has an empty KV cache
+        request.infer(build.feed(window))
+        logits = request.get_tensor("logits").data[0, :-1].astype(np.float32)
+        peak = logits.max(axis=-1)
+        log_sum = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=-1))
+        losses.append(log_sum - logits[np.arange(width - 1), window[1:]])
+        best.append(logits.argmax(axis=-1))
+    return float(np.mean(losses)), np.concatenate(best)
+
+
+def speed(
+    systems: Sequence[tuple[BuiltEngine, KvCache]], batches: Sequence[int], tokens: int, prompt_tokens: int = 32
+) -> pd.DataFrame:
+    """Tokens per second of the continuous-batching pipeline, called directly with all cores.
+
+    Greedy, forced length, all prompts submitted at once, after a warm-up. Not the formats' own speed: a CPU
+    computes all of them in float32.
+
+    Parameters
+    ----------
+    systems : sequence of (BuiltEngine, {'f16', 'u8'})
+        Engines and the precision of their KV cache, one process each. ``u8`` stands for both of the papers' 8-bit
+        caches; a CPU has no FP8 one.
+    batches : sequence of int
+        Concurrent requests.
+    tokens : int
+        Tokens that each request generates.
+    prompt_tokens : int
+        Length of each (random) prompt.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per system and batch: ``name``, ``kv_cache``, ``batch``, ``tokens_per_s`` (prefill included),
+        ``kv_bytes_per_token`` (size of the cache that the pipeline
+        reports, scales included, over its tokens).
+    """
+    rows: list[dict[str, Any]] = []
+    for engine, kv_cache in Bar(systems, "tokens/s"):
+        job = {"engine": str(engine.path), "kv_cache": kv_cache, "batches": list(batches)}
+        job |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
+        rows += [
+            {"name": engine.name, "kv_cache": kv_cache, **row}
+            for row in build.in_own_process("erlib.engines.quality", [job])
+        ]
+    return pd.DataFrame(rows)
+
+
+def report(profile: Profile) -> pd.DataFrame:
+    """Build and measure all engines that a profile needs; kept in ``engines.csv`` of the profile's run directory.
+
+    Perplexity and agreement are measured at the depth ``engines.quality_layers`` on the first
+    ``engines.perplexity_tokens`` tokens of held-out text: the shallower siblings are load, not language models.
+
+    Parameters
+    ----------
+    profile : Profile
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per engine and KV cache: ``name``, ``label``, ``dtype``, ``kv_cache``, ``layers``, ``parameters``,
+        ``weights_bytes``, ``bits_per_weight``, ``kv_bytes_per_token``, ``perplexity``,
+        ``perplexity_ratio``, ``argmax_agreement``, one ``tokens_per_s_at_<batch>`` per batch size, and ``key``, the
+        hash of what was measured.
+
+    Raises
+    ------
+    ConfigError, RuntimeError
+        As :func:`build_all`; ConfigError also if the held-out text is too short.
+    """
+    settings = profile.engines
+    built = list({engine.name: engine for engine in build_all(profile, llama.needed(profile))}.values())
+    built.sort(key=lambda engine: (-engine.layers, list(llama.BYTES_PER_VALUE).index(engine.dtype)))
+    code = [inspect.getsource(part) for part in (_score, _speed_worker, report)]
+    measured = settings.perplexity_tokens, settings.speed_batches, settings.speed_tokens
+    key = cache.digest(
+        [engine.path.name for engine in built], measured, corpus.fingerprint(profile.corpus), profile.seed, code
+    )
+    file = paths.run_dir(profile.name) / "engines.csv"
+    systems: list[tuple[BuiltEngine, KvCache]] = [(engine, "f16") for engine in built]
+    systems += [(engine, "u8") for engine in built if engine.dtype in ("int8", "fp8")]
+    known = cache.recalled(file, lambda file: pd.read_csv(file, dtype={"key": str}), "engines")  # a hash may be digits
+    if known is not None and _is_whole(known, [(engine.name, kv_cache, key) for engine, kv_cache in systems]):
+        print("engines: already measured with these engines and settings")
+        return known
+    whole = [engine for engine in built if engine.layers == settings.quality_layers]
+    qualities = quality(whole, _held_out(profile))
+    speeds = speed(systems, settings.speed_batches, settings.speed_tokens)
+    speeds = speeds.pivot(index=["name", "kv_cache", "kv_bytes_per_token"], columns="batch", values="tokens_per_s")
+    speeds = speeds.add_prefix("tokens_per_s_at_").rename_axis(columns=None).reset_index()
+    fields = ["name", "label", "dtype", "layers", "parameters", "weights_bytes", "bits_per_weight"]
+    table = pd.DataFrame([{field: getattr(engine, field) for field in fields} for engine in built])
+    table = table.merge(qualities, how="left", on="name").merge(speeds, on="name")
+    table["key"] = key
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    table.to_csv(partial, index=False)
+    partial.rename(file)
+    return table
+
+
+def _is_whole(table: pd.DataFrame, wanted: Sequence[tuple[str, str, str]]) -> bool:
+    """Whether a kept table has the row of each (engine, KV cache, hash of what was measured), and no other."""
+    identity = ["name", "kv_cache", "key"]
+    return set(identity) <= set(table) and [*table[identity].itertuples(index=False, name=None)] == [*wanted]
+
+
+def _held_out(profile: Profile) -> list[int]:
+    bpe, ids, wanted = tokenizer(profile), list[int](), profile.engines.perplexity_tokens
+    for text in corpus.load(profile.corpus, profile.seed, split="holdout").texts:
+        ids += bpe.encode(text).ids
+        if len(ids) >= wanted:
+            return ids[:wanted]
+    raise ConfigError(f"held-out text has {len(ids)} tokens; engines.perplexity_tokens asks for {wanted}")
+
+
+# --- the process of its own ---
+
+
+def _speed_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    import openvino as runtime
+    import openvino_genai as genai
+
+    for job in jobs:
+        length = job["prompt_tokens"] + job["tokens"]
+        blocks = max(job["batches"]) * -(-(length + 1) // config.KV_BLOCK_TOKENS)
+        scheduler = genai.SchedulerConfig()
+        scheduler.num_kv_blocks = blocks
+        scheduler.max_num_seqs = max(job["batches"])
+        scheduler.max_num_batched_tokens = max(256, length)
+        scheduler.dynamic_split_fuse = False
+        scheduler.enable_prefix_caching = False
+        pipeline = genai.ContinuousBatchingPipeline(
+            job["engine"],
+            scheduler,
+            "CPU",
+            {"KV_CACHE_PRECISION": job["kv_cache"], **build.COMPUTE},
+        )
+        generation = genai.GenerationConfig()
+        generation.max_new_tokens = generation.min_new_tokens = job["tokens"]
+        generation.ignore_eos, generation.do_sample = True, False
+        random = np.random.default_rng(0)
+        for warm, batch in [(False, 1), *((True, batch) for batch in job["batches"])]:
+            started_s = time.perf_counter()
+            handles = [
+                pipeline.add_request(
+                    i, runtime.Tensor(random.integers(100, 40000, (1, job["prompt_tokens"]))), generation
+                )
+                for i in range(batch)
+            ]
+            while pipeline.has_non_finished_requests():
+                pipeline.step()
+            wall_s = time.perf_counter() - started_s
+            generated = sum(len(output.generated_ids) for handle in handles for output in handle.read_all())
+            if generated != batch * job["tokens"]:
+                raise RuntimeError(f"{job['engine']} generated {generated} tokens, not {batch * job['tokens']}")
+            if not warm:
+                continue
+            yield {
+                "batch": batch,
+                "tokens_per_s": generated / wall_s,
+                "kv_bytes_per_token": pipeline.get_metrics().cache_size_in_bytes / blocks / config.KV_BLOCK_TOKENS,
+            }
+
+
+if __name__ == "__main__":
+    build.do_jobs(_speed_worker)

@@ -1,0 +1,1 @@
+"""The papers' routing gateway, a process of its own: ``python -m erlib.gateway``."""

@@ -1,0 +1,200 @@
+"""What is to be measured: experiments of a profile, and the systems they are about."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pandas as pd
+from tokenizers import Tokenizer
+
+from erlib import config
+from erlib.config import Configuration, Mix, Paper, Profile, Relay, Routing
+from erlib.load import backends
+from erlib.load.backends import Workloads
+from erlib.load.users import Client
+from erlib.routing import clusterer
+from erlib.serving import stack, wire
+from erlib.serving.triton import ServerPlan
+from erlib.workload import prompts
+from erlib.workload.prompts import Workload
+
+Experiment = Literal["load", "preliminary", "overhead", "ablation", "replicas"]
+
+
+@dataclass(frozen=True)
+class System:
+    """A configuration made concrete on this machine: what a :class:`~erlib.serving.stack.Stack` serves."""
+
+    config: str
+    routing: Routing
+    servers: list[ServerPlan]
+    tokenizer: Path
+    router: Path
+    """Directory of the clusterer."""
+    classifier: stack.Classifier = "ours"
+    relay: Relay = "front"
+    """Who relays the tokens, where there are gateways."""
+    added: tuple[int, ...] = ()
+    """Experts that have one more server, each as often as it has one more; `servers` are in the experts' order."""
+
+    @property
+    def has_gateways(self) -> bool:
+        return self.routing in ("expert_router", "replicas")
+
+    @property
+    def replicas(self) -> list[int]:
+        """How many servers each expert has."""
+        return [1 + self.added.count(expert) for expert in range(len(self.servers) - len(self.added))]
+
+    @property
+    def backend(self) -> str:
+        return self.servers[0].backend
+
+    @property
+    def source(self) -> Literal["measured", "emulated"]:
+        """What its records are."""
+        return "emulated" if self.backend == "emulated" else "measured"
+
+    @property
+    def slow_motion(self) -> float:
+        """Wall seconds that stand for one second of its engines."""
+        return float(self.servers[0].parameters.get("slow_motion", 1))
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a point's hash knows of the system: engine and router by their content hashes, not by where they lie."""
+        return {
+            "config": self.config,
+            "routing": self.routing,
+            "servers": [server.description for server in self.servers],
+            "router": self.router.name,
+            "classifier": self.classifier,
+            "added": self.added,
+            "relay": self.relay if self.has_gateways else None,
+        }
+
+
+@dataclass(frozen=True)
+class Series:
+    """All points of one system with one workload."""
+
+    paper: Paper
+    experiment: Experiment
+    system: System
+    workload: Workload
+    users: list[int]
+    repeats: int
+    mixes: list[Mix]
+    client: Client = "asyncio"
+
+    @property
+    def continues(self) -> bool:
+        """Whether users send a continuation prompt: paper 1's chat scenario does (section IV-B), paper 2's does not."""
+        return self.paper == "p1" and self.experiment == "load"
+
+
+def load_sweep(profile: Profile, paper: Paper) -> list[Series]:
+    """The papers' main experiment: all configurations of one paper under rising load.
+
+    Mixes other than the first are measured only where requests are routed by cluster: to a baseline that ignores the
+    cluster they are the same.
+    """
+    settings = profile.paper1 if paper == "p1" else profile.paper2
+    pool = workload(profile, paper)
+    series = []
+    for target in systems(profile, backends.of(profile).configurations(profile, settings.configs)):
+        mixes = settings.mixes if target.routing == "expert_router" else settings.mixes[:1]
+        series.append(Series(paper, "load", target, pool, settings.users, settings.repeats, mixes))
+    return series
+
+
+def preliminary_sweep(profile: Profile) -> list[Series]:
+    """Paper 2's search for its baselines (section IV-C): data types x batch sizes x tensor parallelism, one
+    instance."""
+    settings = profile.preliminary
+    pool = workload(profile, "preliminary")
+    targets = systems(profile, backends.of(profile).preliminary_configurations(profile), "preliminary")
+    return [
+        Series("p2", "preliminary", target, pool, settings.users, settings.repeats, ["uniform"]) for target in targets
+    ]
+
+
+def overhead_sweep(profile: Profile) -> list[Series]:
+    """The gateway's own latency, span by span, against users, whoever relays; short answers, so that many pass it."""
+    settings = profile.overhead
+    pool = workload(profile, "p2")
+    short = pool.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP)
+    pool = dataclasses.replace(pool, frame=short)
+    (target,) = systems(profile, backends.of(profile).configurations(profile, [settings.config]))
+    paper = config.paper_of(settings.config)
+    both = [dataclasses.replace(target, relay=relay) for relay in get_args(Relay)]
+    return [Series(paper, "overhead", each, pool, settings.users, settings.repeats, ["uniform"]) for each in both]
+
+
+def systems(profile: Profile, configurations: Sequence[Configuration], sized_for: Workloads = "load") -> list[System]:
+    """What stands for `configurations` on this machine, with their engines built if need be.
+
+    Raises
+    ------
+    ConfigError
+        If a KV cache cannot hold one sequence, or GPUs are too few.
+    """
+    backend = backends.of(profile)
+    served = backend.served(profile, configurations, sized_for)
+    router = clusterer.build(profile)
+    return [
+        System(
+            *(each.id, each.routing, plans, backend.tokenizer_file(profile, each.system.model), router),
+            relay=profile.serving.relay,
+        )
+        for each, plans in zip(configurations, served, strict=True)
+    ]
+
+
+def all_configurations(profile: Profile) -> list[Configuration]:
+    """Systems of all experiments of a profile."""
+    backend = backends.of(profile)
+    named = dict.fromkeys([*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config])
+    return [*backend.configurations(profile, list(named)), *backend.preliminary_configurations(profile)]
+
+
+def workload(profile: Profile, paper: prompts.Paper) -> Workload:
+    """A paper's prompts, cut and counted with the tokenizer of its models; see :func:`erlib.workload.prompts.build`."""
+    router = clusterer.Clusterer.load(clusterer.build(profile))
+    return prompts.build(profile, paper, tokenizer(profile, paper), router)
+
+
+def tokenizer(profile: Profile, paper: prompts.Paper) -> Tokenizer:
+    """Tokenizer of a paper's models, with which its prompts are cut and counted."""
+    model = "llama-2-70b" if paper == "p1" else "llama-3-70b"
+    return Tokenizer.from_file(str(backends.of(profile).tokenizer_file(profile, model)))
+
+
+def overview(series: Iterable[Series]) -> pd.DataFrame:
+    """What serves each configuration of some series, in the words of its backend.
+
+    Returns
+    -------
+    DataFrame
+        One row per configuration: ``routing``, ``servers``, and of each server its engine, slots in the batch, KV
+        blocks and threads, or its GPUs and image.
+    """
+    rows = []
+    for one in series:
+        server, system = one.system.servers[0].description, one.system
+        told = {**server.pop("parameters", {}), **server}
+        told["engine"] = told["engine"].rpartition("-")[0] or told["engine"]  # without the hash
+        shown = {title: told[name] for name, title in _TOLD.items() if name in told}
+        routing = system.routing.replace("_", " ")
+        rows.append({"config": system.config, "routing": routing, "servers": len(system.servers), **shown})
+    return pd.DataFrame(rows).set_index("config")
+
+
+_TOLD = {
+    **{"engine": "engine", "max_batch_size": "slots", "kv_blocks": "KV blocks", "kv_cache": "KV cache"},
+    **{"threads": "threads", "gpus": "GPUs", "image": "image"},
+}

@@ -1,0 +1,65 @@
+"""The laptop's backend: OpenVINO engines on the cores of this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from erlib import config
+from erlib.config import Configuration, Profile
+from erlib.engines import build, llama
+from erlib.load.backends import Workloads
+from erlib.serving import wire
+from erlib.serving.triton import ServerPlan
+
+MAX_BATCHED_TOKENS = 1024
+
+
+def configurations(profile: Profile, names: Sequence[str]) -> list[Configuration]:
+    """See :class:`erlib.load.backends.Backend`, as for all that follows."""
+    return [config.load_configuration(name) for name in names]
+
+
+def preliminary_configurations(profile: Profile) -> list[Configuration]:
+    """On a laptop TP8 stands for all cores, TP4 for half of them."""
+    return llama.preliminary_configurations(profile)
+
+
+def served(profile: Profile, configurations: Sequence[Configuration], sized_for: Workloads) -> list[list[ServerPlan]]:
+    """Servers of engines whose batch size and KV cache are the papers', scaled."""
+    longest = llama.longest_sequence_tokens(profile, "preliminary") if sized_for == "preliminary" else None
+    plans = [llama.laptop_system(profile, configuration, longest) for configuration in configurations]
+    built = build.build_all(profile, [(plan.size, plan.dtype) for plan in plans])
+    return [
+        [server_plan(engine.path, plan.batch_size, plan.kv_blocks, plan.kv_cache, plan.threads)] * plan.instances
+        for plan, engine in zip(plans, built, strict=True)
+    ]
+
+
+def context_tokens(profile: Profile, configuration: Configuration) -> int:
+    """What the KV cache of one instance holds (by ``scale.tokens``), but no more than the model takes."""
+    return min(build.POSITIONS, llama.laptop_system(profile, configuration).kv_tokens)
+
+
+def tokenizer_file(profile: Profile, model: str) -> Path:
+    """SmolLM2's, whatever it stands for."""
+    return build.checkpoint(profile.engines) / "tokenizer.json"
+
+
+def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, threads: int) -> ServerPlan:
+    """How an OpenVINO engine is served; batch size, KV blocks and threads are per instance."""
+    positions = json.loads((engine / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    parameters = {
+        "engine": str(engine),
+        "max_batch_size": str(batch_size),
+        "kv_blocks": str(kv_blocks),
+        wire.CONTEXT: str(min(positions, kv_blocks * config.KV_BLOCK_TOKENS)),
+        "max_batched_tokens": str(MAX_BATCHED_TOKENS),
+        "kv_cache": kv_cache,
+        "threads": str(threads),
+        "compute": json.dumps(build.COMPUTE),
+    }
+    # Engines take all the CPU that there is. Users, NGINX and gateways share it with them here, as they do not in the
+    # papers, and must not wait for it: they would measure the scheduler.
+    return ServerPlan("openvino", parameters, batch_size, niceness=10)

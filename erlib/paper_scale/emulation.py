@@ -1,0 +1,212 @@
+"""The papers' systems in wall-clock time on any machine: engines that only keep time, everything around them real.
+
+An emulated engine is a Triton model whose steps last as long as :mod:`erlib.paper_scale.steptimes` says
+(``engines/triton/ emulated``); clients, NGINX, gateways and servers are those of the measured sweeps, which
+:mod:`erlib.load.sweep` runs and records. A machine with few cores cannot carry the tokens of eight H100s in real time;
+in *slow motion* it can: every step takes so many times longer, and the records' times are divided by as much. What the
+harness costs shrinks by the same factor, as if its cores were faster. Where even that is too much, steps end late, and
+the point is marked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import pandas as pd
+import pyarrow as pa
+
+from erlib import cache, config
+from erlib.config import Paper, Profile
+from erlib.engines import build
+from erlib.load import metrics, points, records
+from erlib.load.experiments import Series, System
+from erlib.paper_scale import batching, simulation, steptimes
+from erlib.paper_scale.steptimes import Calibration
+from erlib.routing import clusterer
+from erlib.serving import wire
+from erlib.serving.stack import Classifier
+from erlib.serving.triton import ServerPlan
+from erlib.workload import prompts
+from erlib.workload.prompts import Workload
+
+KEPT_PACE = 0.05
+"""Largest share of the engines' time that a point may lose to late steps and still count as their doing."""
+COMPARED = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s"]
+"""Metrics in which emulation and simulation should agree."""
+
+
+def system(
+    profile: Profile,
+    name: str,
+    slow_motion: float = 1.0,
+    calibration: Calibration | None = None,
+    classifier: Classifier = "ours",
+) -> System:
+    """A configuration of a paper on 8 emulated H100s (see :func:`erlib.paper_scale.batching.paper_system`).
+
+    Parameters
+    ----------
+    profile : Profile
+        For the tokenizer and the router.
+    name : str
+        ``p1.A`` ... ``p2.R``.
+    slow_motion : float
+        Wall seconds for one second of the engines.
+    calibration : Calibration, optional
+    classifier : {"ours", "stock"}
+    """
+    answer_limit = profile.workload.p2_max_output_tokens if name.startswith("p2") else None
+    calibration = calibration or Calibration()
+    target = batching.paper_system(name, calibration, answer_limit)
+    parameters = {
+        "engine": str(build.checkpoint(profile.engines)),
+        "config": name,
+        "calibration": json.dumps(dataclasses.asdict(calibration)),
+        "answer_limit": json.dumps(answer_limit),
+        "slow_motion": str(slow_motion),
+        wire.CONTEXT: str(min(target.kv_tokens, target.max_step_tokens)),
+        # for the points' hash: what the name stands for
+        "stands_for": cache.digest(config.load_configuration(name).system.model_dump(), steptimes.TABLE),
+    }
+    # It stands for hardware of its own, which nothing here could delay: where cores are short, the engine goes first.
+    server = ServerPlan("emulated", parameters, target.batch_size, niceness=-10)
+    return System(
+        config=name,
+        routing=target.routing,
+        servers=[server] * target.instances,
+        tokenizer=build.checkpoint(profile.engines) / "tokenizer.json",
+        router=clusterer.build(profile),
+        classifier=classifier,
+        relay=profile.serving.relay,
+    )
+
+
+def workload(profile: Profile, paper: Paper) -> Workload:
+    """Prompts of the papers' own lengths, cut from the profile's corpus by the profile's router.
+
+    Paper 2's answers get MLPerf's lengths: an engine that only keeps time never ends an answer itself.
+    """
+    forced = profile.workload.model_copy(update={"p2_answers": "mlperf"})
+    full_length = profile.model_copy(update={"scale": config.Scale(users=1, tokens=1), "workload": forced})
+    router = clusterer.Clusterer.load(clusterer.build(profile))
+    return prompts.build(full_length, paper, build.tokenizer(profile), router, n=profile.emulation.prompts)
+
+
+def load(profile: Profile) -> list[Series]:
+    """The papers' main experiment on emulated engines: few systems, few loads."""
+    settings = profile.emulation
+    series = []
+    for name in settings.configs:
+        paper = config.paper_of(name)
+        target = system(profile, name, settings.slow_motion)
+        series.append(
+            Series(paper, "load", target, workload(profile, paper), settings.users, settings.repeats, ["uniform"])
+        )
+    return series
+
+
+def simulated(profile: Profile, sweep_: list[Series], emulated: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The same points (systems, prompts, users, repeats) in virtual time.
+
+    Parameters
+    ----------
+    profile : Profile
+    sweep_ : list of Series
+    emulated : DataFrame, optional
+        Their records.
+
+    Returns
+    -------
+    DataFrame
+        Records with ``source`` "simulated-hardware", where requests reach the engines at once, and, if there are
+        emulated ones, "simulated-replay", where each is as late as it was there, by the gateway's own spans.
+    """
+    rows = []
+    delays_s = {} if emulated is None else _routing_s(emulated)
+    for series in sweep_:
+        for point in points.points(profile, series):
+            parameters = series.system.servers[0].parameters
+            target = batching.paper_system(
+                point.system.config,
+                Calibration(**json.loads(parameters["calibration"])),
+                json.loads(parameters["answer_limit"]),
+            )
+            target = dataclasses.replace(target, added=series.system.added)
+            drawn = prompts.draw(series.workload, point.users, point.mix, profile.seed, point.repeat)
+            ways: dict[str, list[float] | None] = {"simulated-hardware": None}
+            if emulated is not None:
+                turns = itertools.product(range(point.users), ("base", "continuation"))
+                ways["simulated-replay"] = [
+                    delays_s[point.hash, user, turn] if turn == "base" or series.continues else 0.0
+                    for user, turn in turns
+                ]
+            for source, routing_s in ways.items():
+                rows += simulation.simulate(
+                    target,
+                    drawn,
+                    paper=series.paper,
+                    mix=point.mix,
+                    repeat=point.repeat,
+                    routing_s=routing_s,
+                    columns={"source": source, "experiment": series.experiment, "profile": profile.name},
+                    continues=series.continues,
+                )
+    return pa.Table.from_pylist(rows, schema=records.SCHEMA).to_pandas()
+
+
+def _routing_s(emulated: pd.DataFrame) -> dict[tuple[str, int, str], float]:
+    """(point's hash, user, turn) -> seconds between the client's send and the prompt's leaving the gateway."""
+    spans_ns = emulated[[f"route_{span}_ns" for span in metrics.GATEWAY_SPANS]].sum(axis=1)
+    keys = zip(emulated["point_hash"], emulated["user"], emulated["turn"], strict=True)
+    return dict(zip(keys, spans_ns * 1e-9, strict=True))
+
+
+def pace(emulated: pd.DataFrame) -> pd.DataFrame:
+    """How well the machine kept the engines' pace.
+
+    Returns
+    -------
+    DataFrame
+        One row per point: its key, ``late`` (share of steps more than 5 % late), ``lost_time`` (share of the engines'
+        time) and ``kept_pace``.
+    """
+    key = ["config", "client", "classifier", "slow_motion", "mix", "users", "repeat"]
+    points = emulated.groupby(key, dropna=False, as_index=False)[["steps", "late_steps", "lost_time"]].first()
+    points["late"] = points.pop("late_steps") / points.pop("steps")
+    return points.assign(kept_pace=points["lost_time"] <= KEPT_PACE)
+
+
+def beside_simulation(emulated: pd.DataFrame, virtual: pd.DataFrame) -> pd.DataFrame:
+    """TTFT, TPOT and session throughput of the same points in both, and how far the emulation is off.
+
+    Parameters
+    ----------
+    emulated, virtual : DataFrame
+        Records of :func:`erlib.load.sweep.run` and of :func:`simulated`.
+
+    Returns
+    -------
+    DataFrame
+        One row per configuration, users, turn and metric, means over repeats: ``emulated``, ``simulated`` and
+        ``replayed`` (as late as the emulation's gateways were), the emulation's difference relative to each, and
+        ``kept_pace``.
+    """
+    keys = ["config", "users", "turn", "metric"]
+
+    def means(frame: pd.DataFrame) -> pd.Series:
+        table = metrics.aggregate(metrics.summarise(frame))
+        return table[table["metric"].isin(COMPARED)].set_index(keys)["mean"]
+
+    both = pd.DataFrame(
+        {
+            "emulated": means(emulated),
+            "simulated": means(virtual[virtual["source"] == "simulated-hardware"]),
+            "replayed": means(virtual[virtual["source"] == "simulated-replay"]),
+        }
+    ).dropna()
+    for other in ("simulated", "replayed"):
+        both[f"off_{other}"] = both["emulated"] / both[other] - 1
+    kept = pace(emulated).groupby(["config", "users"])["kept_pace"].all().reset_index()
+    return both.reset_index().merge(kept)

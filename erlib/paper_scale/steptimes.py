@@ -1,0 +1,346 @@
+"""How long does one step of an engine take? Tables distilled from measurements, a roofline, or a fit to records.
+
+An engine step of in-flight batching reads some new prompts and decodes one token of every running sequence. All three
+models answer the same question, :meth:`StepTimes.step_s`, and refuse it outside what they know.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from erlib import paths
+from erlib.config import Configuration, Dtype
+from erlib.engines.llama import BYTES_PER_VALUE, LlamaShape
+
+TABLE = paths.FACTS / "h100_step_times.parquet"
+
+
+class OutOfRange(ValueError):
+    """A step lies outside what its model knows; models are not extrapolated."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest step that a model knows, or can be asked for."""
+
+    tokens: float
+    """Prompt tokens and decoded tokens of one step."""
+    batch: float
+    """Sequences decoded in one step."""
+    context: float
+    """Mean tokens in the KV cache of the decoded sequences, or longest prompt."""
+    instances: float = np.inf
+    """Instances at work on the same machine."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a real engine adds to its kernels: step = modelled / efficiency + per_step_s + per_sequence_s x sequences.
+
+    Parameters
+    ----------
+    efficiency : float
+        Share of the modelled speed that is reached; above 0, usually at most 1.
+    per_step_s, per_sequence_s : float
+        Host time of a step and of each sequence in it, in seconds.
+    """
+
+    efficiency: float = 1.0
+    per_step_s: float = 0.0
+    per_sequence_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.efficiency > 0 or not min(self.per_step_s, self.per_sequence_s) >= 0:
+            raise ValueError(f"a calibration needs an efficiency above 0 and no negative times, not {self}")
+
+
+class StepTimes(ABC):
+    """Duration of engine steps."""
+
+    limits: Limits
+    at_full_speed: float = np.inf
+    """Instances that a machine carries at full speed; more of them share it evenly. Infinite: each has its own."""
+
+    @abstractmethod
+    def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
+        """Seconds of one step.
+
+        Parameters
+        ----------
+        prompts, prompt_tokens : int
+            New prompts that the step reads, and their tokens, all together.
+        sequences, context_tokens : int
+            Running sequences that each get one more token, and the tokens in their KV caches, all together.
+
+        Raises
+        ------
+        OutOfRange
+            If the step lies outside :attr:`limits`.
+        """
+
+    def decode_s(self, batch: int, context: int) -> float:
+        """Seconds of a step that decodes `batch` sequences of `context` tokens each."""
+        return self.step_s(0, 0, batch, batch * context)
+
+    def decode_steps_s(self, steps: int, sequences: int, context_tokens: int) -> list[float]:
+        """Seconds of each of `steps` consecutive steps that only decode, the first of them as in :meth:`step_s`."""
+        return [self.step_s(0, 0, sequences, context_tokens + n * sequences) for n in range(steps)]
+
+    def prefill_s(self, tokens: int, prompts: int = 1) -> float:
+        """Seconds of a step that reads `prompts` prompts of `tokens` tokens each: up to their first tokens."""
+        return self.step_s(prompts, prompts * tokens, 0, 0)
+
+    def slowdown(self, busy: int) -> float:
+        """How many times as long a step takes while `busy` instances have work.
+
+        Raises
+        ------
+        OutOfRange
+            If they are more than :attr:`limits` says.
+        """
+        if busy > self.limits.instances:
+            raise self._beyond("instances", busy)
+        return max(1.0, busy / self.at_full_speed)
+
+    def calibrated(self, calibration: Calibration) -> StepTimes:
+        """The same steps, as slow as `calibration` says."""
+        return _Calibrated(self, calibration)
+
+    def _check(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> None:
+        limits = self.limits
+        if (
+            0 <= prompts <= prompt_tokens <= prompts * limits.context
+            and 0 <= sequences <= context_tokens <= sequences * limits.context
+            and sequences <= limits.batch
+            and 0 < prompt_tokens + sequences <= limits.tokens
+        ):
+            return  # simulations ask a million times: nothing more for them to do
+        if min(prompts, sequences) < 0 or prompt_tokens < prompts or context_tokens < sequences:
+            raise OutOfRange("every prompt and every running sequence of a step has at least one token")
+        if not prompts + sequences:
+            raise OutOfRange("a step reads a prompt or decodes a sequence")
+        if (prompt_tokens and not prompts) or (context_tokens and not sequences):
+            raise OutOfRange("a step has prompt tokens or a context, but no prompt or sequence that they belong to")
+        asked = {
+            "tokens": prompt_tokens + sequences,
+            "batch": sequences,
+            "context": max(prompt_tokens / max(1, prompts), context_tokens / max(1, sequences)),
+        }
+        for name, value in asked.items():
+            if value > getattr(limits, name):
+                raise self._beyond(name, value)
+
+    def _beyond(self, name: str, value: float) -> OutOfRange:
+        return OutOfRange(
+            f"a step with {name} {value:,.6g} was asked for, but {type(self).__name__} knows {name} up to "
+            f"{getattr(self.limits, name):,.6g} and does not extrapolate"
+        )
+
+
+class _Calibrated(StepTimes):
+    def __init__(self, steps: StepTimes, calibration: Calibration):
+        self.limits, self.at_full_speed = steps.limits, steps.at_full_speed
+        self._steps, self._calibration = steps, calibration
+
+    def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
+        c = self._calibration
+        modelled = self._steps.step_s(prompts, prompt_tokens, sequences, context_tokens)
+        return modelled / c.efficiency + c.per_step_s + c.per_sequence_s * (prompts + sequences)
+
+
+# --- from measured kernels ----------------------------------------------------------------------------------------
+
+
+class Table(StepTimes):
+    """Step times of one model on H100s, from ``data/h100_step_times.parquet``; provenance in the notice beside it.
+
+    A step is the sum of four parts: ``dense`` (matrices, all-reduce and element-wise work, by tokens in the step),
+    ``output`` (output layer, by sequences), ``decode`` (attention of decoded tokens, by sequences and mean context) and
+    ``prefill`` (attention of prompts, by prompts and mean length). Between the table's points each is linear.
+
+    Raises
+    ------
+    OutOfRange
+        If the table does not hold this model in this form.
+    """
+
+    def __init__(self, model: str, dtype: Dtype, kv_dtype: Dtype, tensor_parallel: int):
+        mine = (pc.field("model") == model) & (pc.field("dtype") == dtype) & (pc.field("kv_dtype") == kv_dtype)
+        rows = _table().filter(mine & (pc.field("tensor_parallel") == tensor_parallel))
+        if not rows.num_rows:
+            raise OutOfRange(
+                f"{TABLE.name} holds no {model} in {dtype} with {kv_dtype} KV cache and TP{tensor_parallel}; "
+                "use Roofline, or distil it with scripts/distill_step_times.py"
+            )
+        self._name = f"{model} {dtype}, KV cache {kv_dtype}, TP{tensor_parallel}"
+        self._dense, self._output = (_line(*_part(rows, name)) for name in ("dense", "output"))
+        self._decode, self._prefill = (_Grid(*_part(rows, name)) for name in ("decode", "prefill"))
+        self._prompts = self._prefill.x[-1]
+        self.limits = Limits(len(self._dense) - 1, self._decode.x[-1], min(self._decode.y[-1], self._prefill.y[-1]))
+
+    def __str__(self) -> str:
+        return f"{TABLE.name}: {self._name}"
+
+    def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
+        self._check(prompts, prompt_tokens, sequences, context_tokens)
+        if prompts > self._prompts:
+            raise OutOfRange(f"a step reads at most {self._prompts} prompts, not {prompts}")
+        seconds = self._dense[prompt_tokens + sequences] + self._output[prompts + sequences]
+        if sequences:
+            seconds += self._decode.at(sequences, context_tokens / sequences)
+        if prompts:
+            seconds += self._prefill.at(prompts, prompt_tokens / prompts)
+        return seconds
+
+    def decode_steps_s(self, steps: int, sequences: int, context_tokens: int) -> list[float]:
+        if steps < _FEW:
+            return super().decode_steps_s(steps, sequences, context_tokens)
+        last_tokens = context_tokens + (steps - 1) * sequences
+        self._check(0, 0, sequences, last_tokens)
+        contexts = np.arange(context_tokens, last_tokens + 1, sequences) / sequences
+        matrices_s = self._dense[sequences] + self._output[sequences]
+        return (matrices_s + self._decode.along(sequences, contexts)).tolist()
+
+
+_FEW = 16
+"""Fewer steps than this are faster one by one."""
+
+
+def for_configuration(configuration: Configuration) -> Table:
+    """The table of one instance of a paper's configuration (or of the one that a baseline stands beside)."""
+    system = configuration.system
+    return Table(system.model, system.dtype, system.kv_dtype, system.tensor_parallel)
+
+
+@functools.cache
+def _table() -> pa.Table:  # not pandas: every emulated engine imports this
+    # Opened here: Triton's embedded Python may not know the encoding of its name, and pyarrow would insist on it.
+    with TABLE.open("rb") as file:
+        return pq.read_table(file, partitioning=None)
+
+
+def _part(rows: pa.Table, name: str) -> Iterator[npt.NDArray[Any]]:
+    """Columns x, y and seconds of one of the four parts."""
+    part = rows.filter(pc.field("part") == name)
+    yield from (part["x"].to_numpy().astype(int), part["y"].to_numpy().astype(int), part["ms"].to_numpy() * 1e-3)
+
+
+def _line(x: npt.NDArray[Any], y: npt.NDArray[Any], seconds: npt.NDArray[Any]) -> list[float]:
+    """Seconds for 0, 1, 2, ... (nothing takes no time); plain floats, with which Python counts twice as fast."""
+    return np.interp(np.arange(x.max() + 1), [0, *x], [0, *seconds]).tolist()
+
+
+class _Grid:
+    """Bilinear interpolation of seconds; plain lists, since a simulation asks for one point at a time."""
+
+    def __init__(self, x: npt.NDArray[Any], y: npt.NDArray[Any], seconds: npt.NDArray[Any]):
+        self._edges = np.unique(y)
+        xs, row = np.unique(x, return_inverse=True)
+        self._array = np.full((len(xs), len(self._edges)), np.nan)
+        self._array[row, np.searchsorted(self._edges, y)] = seconds
+        self.x: list[int] = xs.tolist()
+        self.y: list[int] = self._edges.tolist()
+        self._seconds: list[list[float]] = self._array.tolist()
+
+    def along(self, x: float, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """:meth:`at` for many `y`, digit by digit."""
+        i = bisect_right(self.x, x, 1, len(self.x) - 1) - 1
+        j = np.minimum(np.searchsorted(self._edges, y, "right"), len(self.y) - 1) - 1
+        u = (x - self.x[i]) / (self.x[i + 1] - self.x[i])
+        v = (y - self._edges[j]) / (self._edges[j + 1] - self._edges[j])
+        low, high = self._array[i], self._array[i + 1]
+        at_low, at_high = low[j] + v * (low[j + 1] - low[j]), high[j] + v * (high[j + 1] - high[j])
+        return at_low + u * (at_high - at_low)
+
+    def at(self, x: float, y: float) -> float:
+        i = bisect_right(self.x, x, 1, len(self.x) - 1) - 1
+        j = bisect_right(self.y, y, 1, len(self.y) - 1) - 1
+        u = (x - self.x[i]) / (self.x[i + 1] - self.x[i])
+        v = (y - self.y[j]) / (self.y[j + 1] - self.y[j])
+        low, high = self._seconds[i], self._seconds[i + 1]
+        at_low, at_high = low[j] + v * (low[j + 1] - low[j]), high[j] + v * (high[j + 1] - high[j])
+        return at_low + u * (at_high - at_low)
+
+
+# --- from first principles ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data-sheet numbers of a GPU, and the share of them that kernels reach.
+
+    ``flops`` are dense, per format of the computation; weight-only formats (INT8, INT4) compute in FP16.
+    """
+
+    name: str
+    fp16_flops: float
+    fp8_flops: float
+    memory_bytes_per_s: float
+    link_bytes_per_s: float
+    """NVLink, one direction."""
+    compute_share: float = 0.6
+    memory_share: float = 0.75
+    allreduce_s: float = 10e-6
+    """Latency of one all-reduce, whatever its size."""
+
+
+H100 = Gpu("H100 SXM", 989e12, 1979e12, 3.35e12, 450e9)
+H200 = Gpu("H200 SXM", 989e12, 1979e12, 4.8e12, 450e9)
+A100 = Gpu("A100 SXM 80 GB", 312e12, 312e12, 2.039e12, 300e9)  # no FP8: computes it as FP16 would
+
+
+class Roofline(StepTimes):
+    """Step times of any Llama shape on any GPU: the slower of computing and reading, plus attention and all-reduce.
+
+    Cruder than :class:`Table` (which knows real kernels), but it needs no measurement and knows no limits.
+
+    Parameters
+    ----------
+    shape : LlamaShape
+    gpu : Gpu
+    dtype, kv_dtype : {"fp16", "fp8", "int8", "int4"}
+        Of weights and KV cache.
+    tensor_parallel : int
+    """
+
+    limits = Limits(np.inf, np.inf, np.inf)
+
+    def __init__(
+        self, shape: LlamaShape, gpu: Gpu, dtype: Dtype = "fp16", kv_dtype: Dtype = "fp16", tensor_parallel: int = 1
+    ):
+        self._shape, self._gpu, self._tensor_parallel = shape, gpu, tensor_parallel
+        self._flops = (gpu.fp8_flops if dtype == "fp8" else gpu.fp16_flops) * gpu.compute_share * tensor_parallel
+        self._attention_flops = gpu.fp16_flops * gpu.compute_share * tensor_parallel
+        self._bytes_per_s = gpu.memory_bytes_per_s * gpu.memory_share * tensor_parallel
+        self._weight_bytes = shape.linear * BYTES_PER_VALUE[dtype] + 2 * shape.embedding
+        self._kv_bytes = shape.kv_bytes_per_token(kv_dtype)
+
+    def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
+        self._check(prompts, prompt_tokens, sequences, context_tokens)
+        shape, tokens = self._shape, prompt_tokens + sequences
+        operations = 2 * (shape.linear * tokens + shape.embedding * (prompts + sequences))
+        matrices = max(operations / self._flops, self._weight_bytes / self._bytes_per_s)
+        # causal: a prompt's token looks at half of the prompt on average; 2 matrices, 2 operations each
+        looked_at = prompt_tokens * prompt_tokens / max(1, prompts) / 2
+        attention = 4 * shape.layers * shape.hidden * looked_at / self._attention_flops
+        attention += context_tokens * self._kv_bytes / self._bytes_per_s
+        return matrices + attention + self._allreduce_s(tokens)
+
+    def _allreduce_s(self, tokens: int) -> float:
+        """Two all-reduces of FP16 activations per layer (ring: each GPU sends 2 (n - 1) / n of them)."""
+        n = self._tensor_parallel
+        if n == 1:
+            return 0.0
+        sent = 2 * (n - 1) / n * tokens * self._shape.hidden * 2
+        return 2 * self._shape.layers * (self._gpu.allreduce_s + sent / self._gpu.link_bytes_per_s)

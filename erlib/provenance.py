@@ -1,0 +1,75 @@
+"""Which code, on which machine, has made something."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+
+from erlib import cache, paths
+from erlib.machine import hardware
+
+_PACKAGES = ("numpy", "openvino", "openvino-genai", "nvidia-pytriton", "grpcio", "tokenizers")
+
+
+class MissingRecords(RuntimeError):
+    """Records that a figure needs have not been measured; the message names the notebook to run."""
+
+
+@functools.cache
+def columns() -> dict[str, str]:
+    """Columns of every measured record that say which code on which machine made it."""
+    return {"git_commit": git_commit(), "host": hardware.machine(), "versions": versions(*_PACKAGES)}
+
+
+def versions(*packages: str) -> str:
+    """Versions of installed packages, as JSON."""
+    return json.dumps({name: importlib.metadata.version(name) for name in packages})
+
+
+def git_commit() -> str:
+    """Short commit of the repository, ``-dirty`` if changed since; ``unknown`` outside git."""
+    try:
+        commit = _git("rev-parse", "--short=10", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!figures")  # a run redraws figures
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(paths.ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def code_digest(*places: Path) -> str:
+    """Hash of source code: of files, and of all files below folders.
+
+    Of Python, neither comments nor docstrings nor layout count.
+    """
+    files = {file for place in places for file in (place.rglob("*") if place.is_dir() else [place]) if _is_code(file)}
+    return cache.digest(*([str(file.relative_to(paths.ROOT)), _content(file)] for file in sorted(files)))
+
+
+def _is_code(file: Path) -> bool:
+    return file.is_file() and "__pycache__" not in file.parts
+
+
+def _content(file: Path) -> str:
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".py":
+        return text
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        match node:
+            case (
+                ast.Module(body=[ast.Expr(value=ast.Constant() as said), *_])
+                | ast.ClassDef(body=[ast.Expr(value=ast.Constant() as said), *_])
+                | ast.FunctionDef(body=[ast.Expr(value=ast.Constant() as said), *_])
+                | ast.AsyncFunctionDef(body=[ast.Expr(value=ast.Constant() as said), *_])
+            ):
+                said.value = ""
+    return ast.dump(tree)

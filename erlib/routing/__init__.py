@@ -1,0 +1,1 @@
+"""Who answers: c-BTM's clusterer, other routers, and how they compare."""

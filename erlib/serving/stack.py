@@ -1,0 +1,490 @@
+"""Everything between the users and the engines: up, proven to work by a canary inference, and down without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import subprocess
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, TypeVar
+
+import grpc
+import grpc.aio
+
+from erlib.config import Routing, ServingSettings
+from erlib.machine import hardware, leftovers, processes
+from erlib.machine.processes import StartError
+from erlib.serving import triton, wire
+from erlib.serving.nginx import Nginx
+from erlib.serving.triton import ServerPlan, TritonServer
+
+_CANARY = "How long does a letter take from one end of the country to the other?"
+
+
+Classifier = Literal["ours", "stock"]
+"""How gateways evaluate the router's model: as :mod:`erlib.routing.clusterer` does, or as scikit-learn does when
+unpickled."""
+
+Result = TypeVar("Result")
+
+_GATEWAY_ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener"}
+"""gRPC's older event loop hands a message on through fewer threads: behind NGINX, a quarter less CPU per token."""
+
+
+class Gateway:
+    """One process of :mod:`erlib.gateway`, which reaches all `experts`.
+
+    Parameters
+    ----------
+    index : int
+        Which of the instances this is.
+    host, port : str, int
+        Where it listens.
+    experts : sequence of str
+        gRPC addresses, one per cluster, in order.
+    clusterer : Path or None
+        Directory of the router's model, if the policy has one.
+    policy : str
+        As :mod:`erlib.gateway` takes it.
+    log_dir : Path
+    niceness : int
+        How far it stands back where cores are short.
+    options : sequence of str
+        More of what it takes.
+    hands_over : bool
+        Whether NGINX asks it, at the next port, and relays itself.
+    """
+
+    PORTS = 2
+
+    def __init__(
+        self, index: int, host: str, port: int, experts: Sequence[str], clusterer: Path | None, policy: str,
+        log_dir: Path, niceness: int, options: Sequence[str] = (), hands_over: bool = False,
+    ):  # fmt: skip
+        self.title = f"gateway {index}"
+        self.host, self.port = host, port
+        self.log = log_dir / f"gateway-{index}.log"
+        self.metrics_port: int | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self._niceness = niceness
+        self._command = processes.python(
+            "-m", "erlib.gateway", "--port", str(port), "--host", host, "--experts", ",".join(experts),
+            "--clusterer", clusterer or "", "--policy", policy, "--index", str(index), "--behind-proxy",
+            *options, *(("--hands-over", str(port + 1)) if hands_over else ()),
+        )  # fmt: skip
+
+    @property
+    def url(self) -> str:
+        """``host:port`` of its gRPC endpoint."""
+        return f"{self.host}:{self.port}"
+
+    @property
+    def questions(self) -> str:
+        """``host:port`` where NGINX asks it."""
+        return f"{self.host}:{self.port + 1}"
+
+    @property
+    def ports(self) -> list[int]:
+        """All that it listens on."""
+        return [self.port, self.port + 1, *([self.metrics_port] if self.metrics_port else [])]
+
+    def serve_metrics(self, port: int) -> None:
+        """Let it serve Prometheus metrics at `port`, too, once it has been started."""
+        self.metrics_port = port
+        self._command += ["--metrics-port", str(port)]
+
+    def start(self) -> None:
+        """Start the process; see :meth:`wait_ready`."""
+        self.process = processes.spawn(self._command, self.log, env=_GATEWAY_ENVIRONMENT, niceness=self._niceness)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until it listens.
+
+        Raises
+        ------
+        StartError
+            If it exits or does not listen within `timeout_s`.
+        """
+        assert self.process is not None
+        processes.wait_until(
+            lambda: processes.listening(self.port, self.host), self.process, self.title, self.log, timeout_s
+        )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which host runs what of a stack; hosts are indices into `addresses`."""
+
+    addresses: tuple[str, ...]
+    """Where the parts of each host listen."""
+    servers: tuple[int, ...]
+    """Host of each server."""
+    gateways: tuple[int, ...]
+    """Host of each gateway."""
+    nginx: int
+    """Host of the balancer, whichever it is."""
+    log_dirs: tuple[str, ...]
+    """Directory of each host's logs, below the stack's."""
+
+
+class Share:
+    """What one host runs of a stack: all of it, or a part."""
+
+    def __init__(self, host: str, servers: Sequence[TritonServer], gateways: Sequence[Gateway], front: Nginx | None):
+        self.host = host
+        self.servers = servers
+        self._gateways = gateways
+        self._front = front
+        self._parts: list[TritonServer | Gateway] = [*servers, *gateways]
+        self._everything: list[TritonServer | Gateway | Nginx] = [*self._parts, *([front] if front else [])]
+
+    @property
+    def title(self) -> str:
+        """What messages call it: everything in it."""
+        return ", ".join(part.title for part in self._everything)
+
+    def start(self) -> None:
+        """Start servers and gateways, which do not wait for each other.
+
+        Raises
+        ------
+        StartError
+            If anything is missing or a port is in use.
+        """
+        leftovers.sweep()
+        triton.preflight(len(self.servers))
+        ports = [port for server in self.servers for port in (server.http_port, server.grpc_port, server.metrics_port)]
+        ports += [port for gateway in self._gateways for port in gateway.ports]
+        processes.require_free_ports([*ports, *([self._front.port] if self._front else [])], self.host)
+        for part in self._parts:
+            part.log.parent.mkdir(parents=True, exist_ok=True)
+            part.start()
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until servers and gateways are up, each at most `timeout_s`, then start what is in front if it is here.
+
+        Raises
+        ------
+        StartError
+            If one of them is not.
+        """
+        for part in self._parts:
+            part.wait_ready(timeout_s)
+        if self._front:
+            self._front.start()
+
+    def verify(self) -> None:
+        """Check what shows only once the servers have answered; see
+        :meth:`erlib.serving.triton.TritonServer.verify`."""
+        for server in self.servers:
+            server.verify()
+
+    def counters(self) -> dict[str, float]:
+        """What the servers of this host together have counted since they started."""
+        total: dict[str, float] = {}
+        for server in self.servers:
+            for name, value in server.counters().items():
+                total[name] = total.get(name, 0) + value
+        return total
+
+    def cores(self) -> list[frozenset[int]]:
+        """CPU cores that each server of this host may use; see :func:`erlib.serving.triton.cores`."""
+        return triton.cores(self.servers)
+
+    def require_alive(self, engines: bool = True) -> None:
+        """Check that no process has died; without `engines`, in next to no time.
+
+        Raises
+        ------
+        StartError
+            Naming the one that has.
+        """
+        for part in self._everything:
+            if part.process is not None and part.process.poll() is not None:
+                how = f"died with code {part.process.returncode}; {part.log} ends:\n{processes.tail(part.log)}"
+                raise StartError(f"{part.title} {how}")
+        for server in self.servers if engines else ():
+            if not server.has_backend():
+                raise StartError(f"the engine of Triton server {server.label} died (out of memory?); see {server.log}")
+
+    def revive(self, timeout_s: float) -> list[str]:
+        """Start again, at the same ports, what has died; a line for each.
+
+        Raises
+        ------
+        StartError
+            If one of them does not come up.
+        """
+        lines = []
+        for part in self._everything:
+            assert part.process is not None
+            if part.process.poll() is not None:
+                how = f"died with code {part.process.returncode}"
+            elif isinstance(part, TritonServer) and not part.has_backend():
+                how = "lost its engine"
+            else:
+                continue
+            processes.stop([part.process], grace_s=0)
+            _clean_up(part)
+            last_words = processes.keep_last_words(part.log)
+            part.start()
+            if not isinstance(part, Nginx):  # those wait by themselves
+                part.wait_ready(timeout_s)
+            lines.append(f"{part.title} {how} (see {last_words}) and has been started again")
+        return lines
+
+    def stop(self) -> None:
+        """Stop what has been started, front to back, so that nobody sends to a server that is gone."""
+        if self._front and self._front.process:
+            processes.stop([self._front.process])
+        # Nobody is served any more: gateways need not wait for requests to end, nor Triton, for seconds, for its model.
+        for parts in (self._gateways, self.servers):
+            processes.stop([part.process for part in parts if part.process], grace_s=0)
+        for part in self._everything:
+            _clean_up(part)
+        leftovers.sweep()
+
+
+def _clean_up(part: TritonServer | Gateway | Nginx) -> None:
+    if isinstance(part, (TritonServer, Nginx)):
+        part.clean_up()
+
+
+class NodeLost(RuntimeError):
+    """A host of a stack is gone, and with it what it ran; the message names both."""
+
+
+class Stack:
+    """One system under test, as a context manager.
+
+    Parameters
+    ----------
+    label : str
+        Configuration, for messages and log names.
+    servers : list of ServerPlan
+        One Triton server each.
+    routing : Routing
+        ``direct``, ``round_robin``, ``expert_router`` or ``replicas``; see :data:`erlib.config.Routing`.
+    settings : ServingSettings
+        Ports, number of gateways, timeouts.
+    clusterer : Path or None
+        Directory of the router's model (only for the two routings with gateways).
+    log_dir : Path
+        Logs are kept here; everything else that a run leaves is removed.
+    classifier : {"ours", "stock"}
+        How the gateways of ``expert_router`` classify.
+    placement : Placement, optional
+        Of as many servers and gateways; by default everything is on this host, at ``settings.host``.
+    replicas : sequence of int, optional
+        How many of `servers`, in their order, each expert has; by default one.
+    metrics_port : int, optional
+        Gateway i serves Prometheus metrics at this port + i.
+
+    Raises
+    ------
+    StartError
+        On entering, if anything is missing, a port is in use or a server does not answer the canary.
+
+    Notes
+    -----
+    Ports, from ``settings.base_port``: NGINX, two for each gateway, then three for each server.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        servers: list[ServerPlan],
+        routing: Routing,
+        settings: ServingSettings,
+        clusterer: Path | None,
+        log_dir: Path,
+        classifier: Classifier = "ours",
+        placement: Placement | None = None,
+        replicas: Sequence[int] | None = None,
+        metrics_port: int | None = None,
+    ):
+        has_gateways = routing in ("expert_router", "replicas")
+        hands_over = settings.relay == "front"
+        if placement is None:
+            gateways = (0,) * (settings.gateways if has_gateways else 0)
+            placement = Placement((settings.host,), (0,) * len(servers), gateways, 0, ("",))
+        addresses, directories = placement.addresses, [log_dir / name for name in placement.log_dirs]
+        first = settings.base_port + 1 + settings.gateways * Gateway.PORTS
+        self.servers = [
+            plan.server(f"{label}-{i}", first + i * TritonServer.PORTS, directories[host], addresses[host])
+            for i, (plan, host) in enumerate(zip(servers, placement.servers, strict=True))
+        ]
+        self.harness_niceness = max(0, -min(plan.niceness for plan in servers))
+        """How far what is around the engines stands back."""
+        self._warm_up_streams = [plan.max_batch_size for plan in servers]
+        self._start_timeout_s = settings.start_timeout_s
+        classify = {"ours": "classify", "stock": "stock"}[classifier]
+        policy = classify if routing == "expert_router" else "replicas"
+        urls = iter(server.url for server in self.servers)
+        experts = ["|".join(itertools.islice(urls, n)) for n in replicas or [1] * len(servers)]
+        self._gateways = [
+            Gateway(
+                i, addresses[host], settings.base_port + 1 + i * Gateway.PORTS, experts, clusterer, policy,
+                directories[host], self.harness_niceness, ["--insist-s", str(settings.start_timeout_s)], hands_over,
+            )
+            for i, host in enumerate(placement.gateways)
+        ]  # fmt: skip
+        self._front: Nginx | None = None
+        if has_gateways:
+            host = placement.nginx
+            upstreams = [gateway.url for gateway in self._gateways]
+            relayed = (experts, [gateway.questions for gateway in self._gateways]) if hands_over else ()
+            self._front = Nginx(settings.base_port, upstreams, directories[host], addresses[host], *relayed)
+        if metrics_port:
+            for i, gateway in enumerate(self._gateways):
+                gateway.serve_metrics(metrics_port + i)
+        self._shares = [
+            Share(
+                address,
+                _on(host, self.servers, placement.servers),
+                _on(host, self._gateways, placement.gateways),
+                self._front if host == placement.nginx else None,
+            )
+            for host, address in enumerate(addresses)
+        ]
+
+    def each(self, do: Callable[[Share], Result]) -> list[Result]:
+        """Let every host do something with its share."""
+        return [do(share) for share in self._shares]
+
+    @property
+    def targets(self) -> list[str]:
+        """Addresses that users connect to: NGINX, or the servers themselves where the baseline bypasses it."""
+        return [self._front.url] if self._front else [server.url for server in self.servers]
+
+    @property
+    def metrics_targets(self) -> list[str]:
+        """Where Prometheus finds the gateways' metrics, ``host:port`` each; empty if they serve none."""
+        return [f"{gateway.host}:{gateway.metrics_port}" for gateway in self._gateways if gateway.metrics_port]
+
+    @property
+    def machines(self) -> str:
+        """What it runs on."""
+        return hardware.machine()
+
+    def counters(self) -> dict[str, float]:
+        """What all servers together have counted since they started; see
+        :meth:`erlib.serving.triton.TritonServer.counters`."""
+        counted = [counters for counters in self.each(Share.counters) if counters]
+        return {name: sum(one[name] for one in counted) for name in counted[0]}
+
+    def cores(self) -> list[frozenset[int]]:
+        """CPU cores that each server may use, by the numbers that they have on its host."""
+        return [each for cores in self.each(Share.cores) for each in cores]
+
+    def require_alive(self, engines: bool = True) -> None:
+        """Check that no process of the stack has died; see :meth:`Share.require_alive`.
+
+        Raises
+        ------
+        StartError
+            Naming the one that has.
+        """
+        self.each(lambda share: share.require_alive(engines))
+
+    def revive(self) -> list[str]:
+        """Start again what has died, for clients that go on; nothing that is measured may need it. A line for each.
+
+        Raises
+        ------
+        StartError
+            If one of them does not come up.
+        """
+        timeout_s = self._start_timeout_s
+        return [line for lines in self.each(lambda share: share.revive(timeout_s)) for line in lines]
+
+    def __enter__(self) -> Self:
+        processes.end_on_signals()
+        try:
+            self._start()
+        except BaseException:
+            with processes.undisturbed():
+                self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with processes.undisturbed():
+            self._stop()
+
+    def _start(self) -> None:
+        timeout_s = self._start_timeout_s
+        self.each(Share.start)
+        self.each(lambda share: share.wait_ready(timeout_s))
+        # In a thread of its own, because a notebook's main thread already runs an event loop.
+        self._in_thread(self._canaries())
+        self.each(Share.verify)
+
+    async def _canaries(self) -> None:
+        """Let every server fill its batch once (which also compiles its kernels), then ask through the front door."""
+        await asyncio.gather(
+            *(
+                _ask(server.url, f"server {server.label}", streams, self._start_timeout_s)
+                for server, streams in zip(self.servers, self._warm_up_streams, strict=True)
+            )
+        )
+        if self._front:
+            what, n = f"{self._front.title} and the gateways", len(self._gateways)
+            for metadata in ((), (wire.COMPLETE,)):  # through the gateways and, if it relays, past them
+                await _ask(self._front.url, what, n, self._start_timeout_s, metadata)
+
+    @staticmethod
+    def _in_thread(coroutine: Coroutine[None, None, None]) -> None:
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                asyncio.run(coroutine)
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        if failure:
+            raise failure[0]
+
+    def _stop(self) -> None:
+        self.each(Share.stop)
+
+
+def _on(host: int, parts: Sequence[Result], hosts: Sequence[int]) -> list[Result]:
+    return [part for part, its in zip(parts, hosts, strict=True) if its == host]
+
+
+async def _ask(url: str, what: str, streams: int, timeout_s: float, metadata: Sequence[tuple[str, str]] = ()) -> None:
+    """`streams` concurrent canary inferences of two tokens.
+
+    Raises
+    ------
+    StartError
+        If one of them fails.
+    """
+    async with grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
+        infer = channel.unary_stream(wire.STREAM_INFER)
+
+        async def one() -> None:
+            message = wire.encode_request(_CANARY, 2, wire.NEVER_STOP)
+            call = infer(message, timeout=timeout_s, metadata=metadata)
+            try:
+                responses = [wire.decode_response(message) async for message in call]
+            except grpc.aio.AioRpcError as error:
+                raise StartError(
+                    f"{what}: the canary inference failed: {error.code().name}: {error.details()}"
+                ) from None
+            errors = [response.error for response in responses if response.error]
+            if errors or sum(len(response.token_ids) for response in responses) != 2:
+                raise StartError(f"{what}: the canary inference failed: {errors or 'wrong number of tokens'}")
+
+        await asyncio.gather(*(one() for _ in range(streams)))

@@ -1,0 +1,1 @@
+"""What is asked: corpora, and prompts cut from them."""

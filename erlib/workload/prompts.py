@@ -1,0 +1,357 @@
+"""The workloads of both papers: real text of a given length in tokens, cut so that the router's decision is known.
+
+A workload is a pool of prompts, equally many per cluster and equally long; a *draw* picks the prompts of N
+concurrent users from it, by one of paper 2's two mixes (section IV-A).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from tokenizers import Tokenizer
+
+from erlib import cache, config, paths
+from erlib.machine.progress import Bar, say
+from erlib.workload import corpus
+
+Paper = Literal["p1", "p2", "preliminary"]
+Floats = npt.NDArray[np.float64]
+
+FORCED = -1
+"""``end_id`` with which an engine generates exactly ``max_tokens`` tokens."""
+MIN_PER_CLUSTER = 64
+_MAX_PASSAGES = 2000  # tried for one prompt before giving up
+_MIXES: tuple[config.Mix, ...] = ("uniform", "normal")
+
+
+class WorkloadError(ValueError):
+    """A workload cannot be made or drawn from; the message says what to do."""
+
+
+class Prompt(NamedTuple):
+    """One prompt of a draw; `end_id` None lets the engine end the answer."""
+
+    prompt: int
+    cluster: int
+    text: str
+    input_tokens: int
+    max_tokens: int
+    end_id: int | None
+
+
+class Classifies(Protocol):
+    """A clusterer, as :class:`erlib.routing.clusterer.Clusterer` is one."""
+
+    @property
+    def n_clusters(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+    def predict(self, texts: Sequence[str]) -> npt.NDArray[np.int64]: ...
+    def route(self, prompt: str) -> tuple[int, object]: ...
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A pool of prompts.
+
+    Attributes
+    ----------
+    frame : pandas.DataFrame
+        One row per prompt: ``prompt`` (int), ``paper``, ``cluster`` (the router's decision), ``text``,
+        ``input_tokens`` (counted with the model's tokenizer), ``paper_input_tokens`` (the full-scale length that it
+        stands for), ``max_tokens``, ``end_id`` (-1: forced length, missing: may end early).
+    n_clusters : int
+    sigma : float
+        Width of the normal mix, in clusters.
+    """
+
+    frame: pd.DataFrame
+    n_clusters: int
+    sigma: float
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _mlperf_quantiles() -> dict[str, list[float]]:
+    data = config.read_yaml(paths.FACTS / "mlperf_lengths.yaml")
+    return {name: data[name] for name in ("levels", "input_tokens", "output_tokens")}
+
+
+def mlperf_input_tokens(levels: Floats) -> Floats:
+    """Inverse CDF of MLPerf's Llama-2-70B input lengths (paper 2, Fig. 2) at `levels` in [0, 1]; in tokens."""
+    return np.interp(levels, _mlperf_quantiles()["levels"], _mlperf_quantiles()["input_tokens"])
+
+
+def paper_input_tokens(paper: Paper, settings: config.WorkloadSettings, n: int) -> npt.NDArray[np.int64]:
+    """`n` full-scale input lengths at evenly spaced quantiles, int array (n,), ascending.
+
+    Paper 1 and the preliminary sweep: normal, 335 +- 30 (paper 1, section IV-B; paper 2, section IV-C). Paper 2:
+    MLPerf's. Evenly spaced rather than random quantiles, so that a small pool shows the whole distribution.
+    """
+    levels = (np.arange(n) + 0.5) / n
+    if paper == "p2":
+        lengths = mlperf_input_tokens(levels)
+    elif settings.p1_input_sd == 0:
+        lengths = np.full(n, float(settings.p1_input_tokens))
+    else:
+        normal = NormalDist(settings.p1_input_tokens, settings.p1_input_sd)
+        lengths = np.array([normal.inv_cdf(level) for level in levels])
+    return np.maximum(1, lengths.round()).astype(np.int64)
+
+
+def answer_tokens(
+    paper: Paper, profile: config.Profile, n: int, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.int64], int | None]:
+    """Answer lengths of `n` prompts in tokens on this machine, int array (n,), and the ``end_id`` that goes with them.
+
+    Forced, except in paper 2 with ``workload.p2_answers: eos``, where they are limits. With ``mlperf``, each answer of
+    paper 2 is forced to the length of a reference answer of MLPerf's data set, drawn without regard to its prompt.
+    """
+    settings = profile.workload
+    if paper == "p2" and settings.p2_answers == "mlperf":
+        quantiles = _mlperf_quantiles()
+        lengths = np.interp(rng.permutation((np.arange(n) + 0.5) / n), quantiles["levels"], quantiles["output_tokens"])
+        return np.array([profile.scaled_tokens(min(x, settings.p2_max_output_tokens)) for x in lengths]), FORCED
+    tokens = {
+        "p1": settings.p1_output_tokens,
+        "p2": settings.p2_max_output_tokens,
+        "preliminary": settings.preliminary_output_tokens,
+    }[paper]
+    return np.full(n, profile.scaled_tokens(tokens)), None if paper == "p2" else FORCED
+
+
+# --- the pool ---------------------------------------------------------------------------------------------------
+
+
+def build(
+    profile: config.Profile, paper: Paper, tokenizer: Tokenizer, clusterer: Classifies, n: int | None = None
+) -> Workload:
+    """Cut a workload from held-out documents, or read it from the cache.
+
+    Each prompt is the beginning of a document (or, once all have been used, a passage that begins at a word), carried
+    on with further documents of the same cluster where it is too short. It counts for a cluster only if the router
+    sends exactly this text there.
+
+    Parameters
+    ----------
+    profile : config.Profile
+    paper : {"p1", "p2", "preliminary"}
+    tokenizer : tokenizers.Tokenizer
+        Of the model under test.
+    clusterer : Classifies
+    n : int, optional
+        Prompts in the pool, rounded up to a multiple of the number of clusters. By default enough for the largest draw
+        of all repeats, at least 64 per cluster.
+
+    Raises
+    ------
+    WorkloadError
+        If the held-out documents hold too little text of some cluster.
+    """
+    if paper not in ("p1", "p2", "preliminary"):
+        raise WorkloadError(f"paper must be 'p1', 'p2' or 'preliminary', not {paper!r}")
+    k = clusterer.n_clusters
+    per_cluster = _pool_size(profile, paper, k) if n is None else math.ceil(n / k)
+    if per_cluster < 1:
+        raise WorkloadError("a workload needs at least one prompt")
+    documents = corpus.load(profile.corpus, profile.seed, "holdout")
+    settings = profile.workload
+    scale = profile.scale.tokens
+    content = (documents.sha, clusterer.digest, tokenizer.to_str(), settings.model_dump(), scale, profile.seed)
+    digest = cache.digest(Path(__file__), _mlperf_quantiles(), paper, per_cluster, *content)
+    path = paths.run_dir(profile.name) / "prompts" / f"{paper}-{digest}.parquet"
+    if (kept := cache.recalled(path, lambda file: _read(file, k * per_cluster), f"workload {paper}")) is not None:
+        say(f"workload {paper}: reused {path.name} (same texts, router, tokenizer, lengths and code)")
+        return Workload(kept, k, settings.sigma)
+    print(
+        f"workload {paper}: cutting {k * per_cluster} prompts from {len(documents.texts)} documents (none cached yet)"
+    )
+    rng = np.random.default_rng([profile.seed, *paper.encode()])
+    # Neighbouring quantiles are dealt out by lot: the pool has many different lengths, each cluster the same spread.
+    lengths = rng.permuted(paper_input_tokens(paper, settings, k * per_cluster).reshape(per_cluster, k), axis=1)
+    home = clusterer.predict(documents.texts)
+    limits, end_id = answer_tokens(paper, profile, k * per_cluster, rng)
+    rows: list[tuple[object, ...]] = []
+    with Bar(total=k * per_cluster, desc=f"prompts {paper}", delay=2, leave=False) as progress:
+        for cluster in range(k):
+            own = [text for text, c in zip(documents.texts, home, strict=True) if c == cluster]
+            passages = _Passages(own or documents.texts, rng)
+            for length in rng.permutation(lengths[:, cluster]):
+                text = _find(passages, profile.scaled_tokens(length), tokenizer, clusterer, cluster)
+                rows.append((paper, cluster, text, len(tokenizer.encode(text)), length, limits[len(rows)], end_id))
+                progress.update()
+    frame = pd.DataFrame(rows, columns=_COLUMNS).astype({"end_id": "Int32"}).rename_axis("prompt").reset_index()
+    _write(frame, path)
+    return Workload(frame, k, settings.sigma)
+
+
+def _pool_size(profile: config.Profile, paper: Paper, k: int) -> int:
+    if paper == "preliminary":
+        users, repeats = profile.preliminary.users, profile.preliminary.repeats
+        mixes: list[config.Mix] = ["uniform"]
+    else:
+        sweep = profile.paper1 if paper == "p1" else profile.paper2
+        users, repeats, mixes = [*sweep.users, *profile.overhead.users], sweep.repeats, sweep.mixes
+    largest_share = max(mix_shares(mix, k, profile.workload.sigma).max() for mix in mixes)
+    needed = max(MIN_PER_CLUSTER, math.ceil(max(users) * repeats * largest_share))
+    return int(2 ** math.ceil(math.log2(needed)))  # in steps, so that one more repeat rarely changes all prompts
+
+
+class _Passages:
+    """Places at which a prompt may begin: the documents' beginnings in random order, then words in their midst."""
+
+    def __init__(self, texts: list[str], rng: np.random.Generator) -> None:
+        self._texts = [texts[i] for i in rng.permutation(len(texts))]
+        self._rng = rng
+        self._starts = self._places()
+
+    def _places(self) -> Iterator[tuple[int, int]]:
+        yield from ((i, 0) for i in range(len(self._texts)))
+        while True:
+            i = int(self._rng.integers(len(self._texts)))
+            yield i, self._texts[i].find(" ", int(self._rng.integers(len(self._texts[i])))) + 1
+
+    def next(self, characters: int) -> str:
+        """Text from the next place on, carried on with the following documents where one is too short."""
+        i, start = next(self._starts)
+        text = self._texts[i][start:].lstrip()
+        for following in self._texts[i + 1 :] + self._texts[:i]:
+            if len(text) >= characters:
+                break
+            text += "\n\n" + following
+        return text[:characters]
+
+
+def _find(passages: _Passages, tokens: int, tokenizer: Tokenizer, clusterer: Classifies, cluster: int) -> str:
+    for _ in range(_MAX_PASSAGES):
+        text = _cut(passages.next(64 + 16 * tokens), tokens, tokenizer)
+        if text is not None and text.strip() and clusterer.route(text)[0] == cluster:
+            return text
+    raise WorkloadError(
+        f"found no held-out text of {tokens} tokens that the router sends to cluster {cluster}: "
+        "raise corpus.documents or corpus.holdout, or lower clusterer.n_clusters"
+    )
+
+
+def _cut(passage: str, tokens: int, tokenizer: Tokenizer) -> str | None:
+    """The beginning of `passage` that is exactly `tokens` long when encoded on its own; None if there is none."""
+    offsets = tokenizer.encode(passage).offsets
+    # A word that is cut in two may be encoded differently, so look a few tokens around.
+    for last in (tokens - 1, tokens, tokens - 2, tokens + 1):
+        if 0 <= last < len(offsets):
+            text = passage[: offsets[last][1]]
+            if len(tokenizer.encode(text)) == tokens:
+                return text
+    return None
+
+
+_COLUMNS = ["paper", "cluster", "text", "input_tokens", "paper_input_tokens", "max_tokens", "end_id"]
+
+
+def _read(path: Path, n: int) -> pd.DataFrame:
+    frame = pd.read_parquet(path)
+    if list(frame) != ["prompt", *_COLUMNS] or len(frame) != n:
+        raise ValueError(f"{len(frame)} rows, not {n}, or other columns")
+    return frame
+
+
+def _write(frame: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        frame.to_parquet(temporary, compression="zstd")
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- mixes and draws --------------------------------------------------------------------------------------------
+
+
+def mix_shares(mix: config.Mix, n_clusters: int, sigma: float) -> Floats:
+    """Share of the requests that each cluster gets, float array (k,), sum 1.
+
+    ``uniform``: 1/k. ``normal``: proportional to exp(-(i - (k - 1)/2)^2 / (2 sigma^2)) for cluster i; paper 2
+    (section IV-A) says "a normal probability distribution" and leaves its width and the clusters' order open.
+    """
+    if mix not in _MIXES:
+        raise WorkloadError(f"mix must be 'uniform' or 'normal', not {mix!r}")
+    offsets = np.arange(n_clusters) - (n_clusters - 1) / 2
+    weights = np.ones(n_clusters) if mix == "uniform" else np.exp(-(offsets**2) / (2 * sigma**2))
+    return weights / weights.sum()
+
+
+def partition(users: int, shares: Floats, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Split `users` by `shares`, int array (k,): largest remainders, equal ones by lot.
+
+    Both papers partition the requests rather than draw each user's cluster, so a mix is met as exactly as whole users
+    allow, in every repeat.
+    """
+    exact = users * shares
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    remainders = (exact - counts).round(9)
+    order = np.lexsort((rng.random(len(shares)), -remainders))
+    counts[order[: users - counts.sum()]] += 1
+    return counts
+
+
+def draw(workload: Workload, users: int, mix: config.Mix, seed: int, repeat: int) -> list[Prompt]:
+    """The prompts of `users` concurrent users, one each, in random order.
+
+    The same for all configurations, so that they answer the same prompts. A prompt occurs twice only where a cluster
+    gets more users than the pool has prompts for it.
+
+    Raises
+    ------
+    WorkloadError
+        If `users` is below 1 or the mix is unknown.
+    """
+    if users < 1:
+        raise WorkloadError(f"users must be at least 1, not {users}")
+    shares = mix_shares(mix, workload.n_clusters, workload.sigma)
+    rng = np.random.default_rng([seed, repeat, users, _MIXES.index(mix)])
+    rows: list[int] = []
+    for cluster, count in enumerate(partition(users, shares, rng)):
+        pool = np.flatnonzero(workload.frame["cluster"] == cluster)
+        rows.extend(np.resize(rng.permutation(pool), count))
+    chosen = workload.frame.iloc[rng.permutation(rows)]
+    return [
+        Prompt(
+            prompt=int(row.prompt),
+            cluster=int(row.cluster),
+            text=row.text,
+            input_tokens=int(row.input_tokens),
+            max_tokens=int(row.max_tokens),
+            end_id=None if pd.isna(row.end_id) else int(row.end_id),
+        )
+        for row in chosen.itertuples()
+    ]
+
+
+# --- what to look at --------------------------------------------------------------------------------------------
+
+
+def input_lengths(workload: Workload) -> pd.DataFrame:
+    """Data of paper 2's Fig. 2: one row per prompt, ``input_tokens`` as sent here and ``paper_input_tokens``."""
+    return workload.frame[["cluster", "input_tokens", "paper_input_tokens"]].copy()
+
+
+def mix_table(workload: Workload, users: int, seed: int) -> pd.DataFrame:
+    """Users per cluster (rows) under each mix (columns) in the first repeat's draw of `users`."""
+    table = {}
+    for mix in _MIXES:
+        clusters = [prompt.cluster for prompt in draw(workload, users, mix, seed, 0)]
+        table[mix] = np.bincount(clusters, minlength=workload.n_clusters)
+    return pd.DataFrame(table).rename_axis("cluster")
