@@ -45,7 +45,7 @@ from benchmarks.ways import GATEWAYS, WAYS, Site, Way
 from erlib import config, paths, provenance
 from erlib.machine import processes
 from erlib.machine.processes import StartError
-from erlib.routing import clusterer, sklearn_pipeline
+from erlib.routing import sklearn_pipeline, training
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import corpus
 
@@ -405,7 +405,7 @@ def main() -> None:
     options = parser.parse_args()
 
     profile = config.load_profile(options.profile)
-    router = clusterer.build(profile)
+    router = training.build(profile)
     texts = corpus.load(profile.corpus, profile.seed, "holdout").texts
     long_enough = [words for text in texts if len(words := text.split()) >= PROMPT_WORDS]
     prompts = [" ".join(words[:PROMPT_WORDS]) for words in long_enough]

@@ -42,7 +42,8 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    from erlib.dgx import preflight, runbook  # and pandas and clients of the hub: not for --help, nor to refuse a key
+    from erlib.dgx import preflight, runbook
+    from erlib.load import readiness  # and pandas and clients of the hub: not for --help, nor to refuse a key
 
     if args.profile.endswith((".yaml", ".yml")):
         args.profile = str(Path(args.profile).absolute())  # notebooks run in a directory of their own
@@ -58,7 +59,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.dry_run:
         plan = [(step.name, step.what_would_be(bool(args.only), left_out)) for step in steps]
         print(runbook.text(report, plan) if report else "\n".join(f"{name}: {what}" for name, what in plan))
-        for problem in [] if report else preflight.basics(profile):
+        for problem in [] if report else readiness.basics(profile):
             print(f"a run would stop here because: {problem}", file=sys.stderr)
         return 0
     if report:
@@ -112,7 +113,7 @@ def _status(end: BaseException) -> int:
 @contextlib.contextmanager
 def _alone(profile: config.Profile) -> Iterator[None]:
     """Refuse to start beside another run of the same profile, or without what any run needs."""
-    from erlib.dgx import preflight
+    from erlib.load import readiness
 
     run_dir = paths.run_dir(profile.name)
     try:
@@ -127,7 +128,7 @@ def _alone(profile: config.Profile) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise config.ConfigError(f"another run of profile {profile.name!r} is going on; wait for it") from None
-        if problems := preflight.basics(profile):
+        if problems := readiness.basics(profile):
             raise config.ConfigError("\n".join(problems))
         yield
 
@@ -149,7 +150,7 @@ def _damage(wrote: dict[str, int]) -> Iterator[str]:
 
 
 def _corpus(profile: config.Profile) -> str:
-    """The user's own corpus by content; one that cannot be read is :func:`erlib.dgx.preflight.basics`' to tell."""
+    """The user's own corpus by content; one that cannot be read is :func:`erlib.load.readiness.basics`' to tell."""
     path = profile.corpus.path
     return cache.digest(Path(path)) if path and os.path.isfile(path) and os.access(path, os.R_OK) else ""
 

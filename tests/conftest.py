@@ -10,9 +10,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from erlib import config
-from erlib.engines import build
-from erlib.load import laptop
-from erlib.routing import clusterer
+from erlib.engines import build, checkpoint
+from erlib.load import on_cores
+from erlib.routing import training
 from erlib.serving import stack, triton
 
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -31,13 +31,13 @@ def profile() -> config.Profile:
 @pytest.fixture(scope="session")
 def router(profile: config.Profile) -> Path:
     """Directory of a clusterer with eight clusters."""
-    return clusterer.build(profile)
+    return training.build(profile)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(profile: config.Profile) -> Path:
     """``tokenizer.json`` of the engines."""
-    return build.checkpoint(profile.engines) / "tokenizer.json"
+    return checkpoint.checkpoint(profile.engines) / "tokenizer.json"
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,7 @@ def llama2_like(tmp_path_factory) -> Path:
 def server_plan(profile: config.Profile) -> triton.ServerPlan:
     """One real engine (a one-layer sibling): four slots, room for sequences of 512 tokens."""
     engine = build.build(profile, "small", "fp16")
-    return laptop.server_plan(engine.path, batch_size=4, kv_blocks=16, kv_cache="f16", threads=1)
+    return on_cores.server_plan(engine.path, batch_size=4, kv_blocks=16, kv_cache="f16", threads=1)
 
 
 @pytest.fixture(scope="module")

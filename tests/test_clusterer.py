@@ -31,7 +31,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from erlib import config, paths
-from erlib.routing import clusterer
+from erlib.routing import evaluate, training
 from erlib.routing import pickles as reader
 from erlib.routing.clusterer import Clusterer, ClustererError
 from tests import texts
@@ -69,13 +69,13 @@ def c4() -> list[str]:
 
 @pytest.fixture(scope="module")
 def c4_model(c4: list[str]) -> Clusterer:
-    return Clusterer.fit(c4[:1999])
+    return training.fit(c4[:1999])
 
 
 @pytest.fixture(scope="module")
 def small() -> Clusterer:
     documents, _ = texts.topical(203)
-    return Clusterer.fit(documents, n_clusters=4, n_components=8)
+    return training.fit(documents, n_clusters=4, n_components=8)
 
 
 # --- c-BTM's pipeline to the letter ---
@@ -105,7 +105,7 @@ def test_train_sizes_on_c4(c4_model: Clusterer) -> None:
 
 def test_standard_normalizer_matches_sklearn() -> None:
     documents, _ = texts.topical(203)
-    model = Clusterer.fit(documents, n_clusters=4, n_components=8, normalizer="standard")
+    model = training.fit(documents, n_clusters=4, n_components=8, normalizer="standard")
     reference = plain_pipeline(documents, StandardScaler(), n_components=8)
     np.testing.assert_allclose(model.transform([*documents, ""]), reference.transform([*documents, ""]), atol=1e-5)
     assert len(model.top_terms(3)) == 4
@@ -113,10 +113,10 @@ def test_standard_normalizer_matches_sklearn() -> None:
 
 def test_newsgroups_quality() -> None:
     train, test = texts.newsgroups("train"), texts.newsgroups("holdout")
-    model = Clusterer.fit(train.texts)
+    model = training.fit(train.texts)
     assert set(model.facts["train_sizes"]) <= {1411, 1412}
     assert sum(model.facts["train_sizes"]) == 11293
-    result = clusterer.evaluate(model.predict(test.texts), 8, test.labels)
+    result = evaluate.evaluate(model.predict(test.texts), 8, test.labels)
     assert result["nmi"] >= 0.42
     assert result["purity"] >= 0.30
     assert result["largest"] < 2
@@ -125,26 +125,26 @@ def test_newsgroups_quality() -> None:
 def test_topics_become_clusters() -> None:
     documents, labels = texts.topical(400)
     unseen, unseen_labels = texts.topical(200, seed=1)
-    model = Clusterer.fit(documents, n_clusters=4, n_components=8)
-    result = clusterer.evaluate(model.predict(unseen), 4, unseen_labels)
+    model = training.fit(documents, n_clusters=4, n_components=8)
+    result = evaluate.evaluate(model.predict(unseen), 4, unseen_labels)
     assert result["nmi"] > 0.95
     assert result["purity"] > 0.98
     shuffled = np.random.default_rng(0).permutation(labels).tolist()
-    assert clusterer.evaluate(model.predict(documents), 4, shuffled)["nmi"] < 0.1
+    assert evaluate.evaluate(model.predict(documents), 4, shuffled)["nmi"] < 0.1
     for words in model.top_terms(5):
         assert len({word[5] for word in words if word.startswith("topic")}) == 1
 
 
 def test_same_seed_same_model() -> None:
     documents, _ = texts.topical(203)
-    fits = [Clusterer.fit(documents, n_clusters=4, n_components=8, seed=seed) for seed in (0, 0, 1)]
+    fits = [training.fit(documents, n_clusters=4, n_components=8, seed=seed) for seed in (0, 0, 1)]
     assert fits[0].digest == fits[1].digest != fits[2].digest
 
 
 def test_batches_replace_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clusterer, "BATCH_DOCUMENTS", 100)
+    monkeypatch.setattr(training, "BATCH_DOCUMENTS", 100)
     documents, _ = texts.topical(205)
-    sizes = Clusterer.fit(documents, n_clusters=4, n_components=8).facts["train_sizes"]
+    sizes = training.fit(documents, n_clusters=4, n_components=8).facts["train_sizes"]
     assert sum(sizes) == 205
     assert max(sizes) - min(sizes) <= 2  # at most one per batch
 
@@ -159,7 +159,7 @@ def test_balanced_assignment_is_balanced(k: int, extra: int, levels: int, seed: 
     distances = torch.rand(k, n, generator=torch.Generator().manual_seed(seed))
     if levels:  # many equal distances: the auction's hard case
         distances = (distances * levels).round()
-    sizes = np.bincount(clusterer.balanced_assignment(distances).numpy(), minlength=k)
+    sizes = np.bincount(training.balanced_assignment(distances).numpy(), minlength=k)
     assert set(sizes) <= {n // k, -(-n // k)}
     assert sizes.sum() == n
 
@@ -167,9 +167,9 @@ def test_balanced_assignment_is_balanced(k: int, extra: int, levels: int, seed: 
 @pytest.mark.parametrize("n", [800, 801, 807])
 def test_balanced_assignment_is_nearly_optimal(n: int) -> None:
     documents, _ = texts.topical(n, topics=11)
-    vectors = Clusterer.fit(documents, n_components=20).transform(documents)
+    vectors = training.fit(documents, n_components=20).transform(documents)
     distances = ((vectors[None] - vectors[:8, None]) ** 2).sum(axis=2)
-    clusters = clusterer.balanced_assignment(torch.from_numpy(distances)).numpy()
+    clusters = training.balanced_assignment(torch.from_numpy(distances)).numpy()
     slots = np.repeat(distances, np.bincount(clusters), axis=0)
     best = slots[linear_sum_assignment(slots)].sum()
     assert distances[clusters, np.arange(n)].sum() <= 1.005 * best
@@ -177,7 +177,7 @@ def test_balanced_assignment_is_nearly_optimal(n: int) -> None:
 
 def test_auction_that_runs_out_of_rounds_is_settled() -> None:
     distances = torch.rand(5, 83, generator=torch.Generator().manual_seed(0))
-    sizes = torch.bincount(clusterer.balanced_assignment(distances, max_rounds=1), minlength=5)
+    sizes = torch.bincount(training.balanced_assignment(distances, max_rounds=1), minlength=5)
     assert sorted(sizes.tolist()) == [16, 16, 17, 17, 17]
 
 
@@ -225,7 +225,7 @@ def test_wrong_types(small: Clusterer, text: Any) -> None:
     with pytest.raises(ClustererError, match="must be a str"):
         small.predict([text])
     with pytest.raises(ClustererError, match="must be a str"):
-        Clusterer.fit([text] * 200)
+        training.fit([text] * 200)
     with pytest.raises(ClustererError, match="sequence of texts"):
         small.predict("one text")
 
@@ -233,22 +233,22 @@ def test_wrong_types(small: Clusterer, text: Any) -> None:
 def test_bad_fits() -> None:
     documents, _ = texts.topical(203)
     with pytest.raises(ClustererError, match="3 non-empty documents are too few for 8 clusters"):
-        Clusterer.fit([*documents[:3], "", "  "], n_components=2)
+        training.fit([*documents[:3], "", "  "], n_components=2)
     with pytest.raises(ClustererError, match="different words are too few for 200 components"):
-        Clusterer.fit(documents, n_components=200)
+        training.fit(documents, n_components=200)
     with pytest.raises(ClustererError, match="no words but stop words"):
-        Clusterer.fit(["the 2019 of and"] * 200)
+        training.fit(["the 2019 of and"] * 200)
     with pytest.raises(ClustererError, match="normalizer must be"):
-        Clusterer.fit(documents, normalizer="minmax")
+        training.fit(documents, normalizer="minmax")
     with pytest.raises(ClustererError, match="stop_words must be"):
-        Clusterer.fit(documents, stop_words="spacy")
+        training.fit(documents, stop_words="spacy")
     with pytest.raises(ClustererError, match="at least 1"):
-        Clusterer.fit(documents, n_clusters=0)
+        training.fit(documents, n_clusters=0)
 
 
 def test_as_many_documents_as_clusters() -> None:
     documents, _ = texts.topical(4)
-    model = Clusterer.fit(documents, n_clusters=4, n_components=3)
+    model = training.fit(documents, n_clusters=4, n_components=3)
     assert model.facts["train_sizes"] == [1, 1, 1, 1]
 
 
@@ -259,7 +259,7 @@ def test_nltk_stop_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
     with pytest.raises(ClustererError, match=r"clusterer\.stop_words=sklearn"):
-        Clusterer.fit(documents, n_clusters=4, n_components=3, stop_words="nltk")
+        training.fit(documents, n_clusters=4, n_components=3, stop_words="nltk")
 
     def download(*_: object, **__: object) -> bool:
         (tmp_path / "corpora" / "stopwords").mkdir(parents=True)
@@ -267,7 +267,7 @@ def test_nltk_stop_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return True
 
     monkeypatch.setattr(nltk, "download", download)
-    model = Clusterer.fit(documents, n_clusters=4, n_components=3, stop_words="nltk")
+    model = training.fit(documents, n_clusters=4, n_components=3, stop_words="nltk")
     assert "zwischen" not in model.terms
 
 
@@ -277,7 +277,7 @@ def test_nltk_stop_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("normalizer", ["l2", "standard"])
 def test_save_and_load(tmp_path: Path, normalizer: str) -> None:
     documents, _ = texts.topical(203)
-    model = Clusterer.fit(documents, n_clusters=4, n_components=8, normalizer=normalizer)
+    model = training.fit(documents, n_clusters=4, n_components=8, normalizer=normalizer)
     model.save(tmp_path / "model")
     loaded = Clusterer.load(tmp_path / "model")
     assert isinstance(loaded.components.base, np.memmap)
@@ -374,7 +374,7 @@ def test_the_number_of_cores_makes_no_other_clusterer() -> None:
     models = []
     for threads in (1, 2, 4):
         with threadpoolctl.threadpool_limits(threads):
-            models.append(Clusterer.fit(documents))
+            models.append(training.fit(documents))
     assert len({model.digest for model in models}) == 1
 
 
@@ -590,15 +590,15 @@ def test_build_is_cached_by_content(
 ) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     profile = _profile(tmp_path)
-    first = clusterer.build(profile)
+    first = training.build(profile)
     assert "making" in capsys.readouterr().out
-    assert clusterer.build(profile) == first
+    assert training.build(profile) == first
     assert "reused" in capsys.readouterr().out
     assert Clusterer.load(first).n_clusters == 4
-    assert clusterer.build(profile.model_copy(update={"seed": 1})) != first
+    assert training.build(profile.model_copy(update={"seed": 1})) != first
     with (tmp_path / "texts.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
-    assert clusterer.build(profile) != first
+    assert training.build(profile) != first
 
 
 def test_another_version_of_the_nltk_stop_words_makes_another_clusterer(
@@ -614,7 +614,7 @@ def test_another_version_of_the_nltk_stop_words_makes_another_clusterer(
     for version in ("the\n", "the\nzwischen\n", "the\n"):
         nltk.corpus.stopwords._unload() if hasattr(nltk.corpus.stopwords, "_unload") else None
         words.write_text(version)
-        built.append(clusterer.build(_profile(tmp_path, stop_words="nltk")))
+        built.append(training.build(_profile(tmp_path, stop_words="nltk")))
     assert built[0] == built[2] != built[1]
 
 
@@ -623,12 +623,12 @@ def test_a_damaged_clusterer_in_the_cache_is_made_again(
 ) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     profile = _profile(tmp_path)
-    made = clusterer.build(profile)
+    made = training.build(profile)
     whole = Clusterer.load(made).digest
     centres = np.load(made / "centres.npy")
     np.save(made / "centres.npy", np.where(centres == centres.max(), NAN, centres))  # of the same size
     capsys.readouterr()
-    assert Clusterer.load(clusterer.build(profile)).digest == whole
+    assert Clusterer.load(training.build(profile)).digest == whole
     assert "is made again: it cannot be read" in capsys.readouterr().out
 
 
@@ -638,45 +638,45 @@ def test_documents_that_are_all_alike_are_not_told_apart_without_a_word(
 ) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     profile = _profile(tmp_path)
-    clusterer.build(profile)
+    training.build(profile)
     assert "warning" not in capsys.readouterr().out
     (text,) = texts.topical(1, words=60)[0]
     (tmp_path / "texts.jsonl").write_text(f'{{"text": "{text}"}}\n' * 100)
     for _ in range(2):  # made, and found
-        model = Clusterer.load(clusterer.build(profile))
+        model = Clusterer.load(training.build(profile))
         assert len(set(model.predict([text, "something else", ""]))) < model.n_clusters
         assert "clusterer: warning: 3 of 4 clusters are nearest to no training document" in capsys.readouterr().out
 
 
 def test_documents_without_a_topic_count_for_the_sizes_only() -> None:
     clusters = np.array([0, 0, 1, 1, 1, 0])
-    known = clusterer.evaluate(clusters[:4], 2, [0, 0, 1, 0])
-    with_unknown = clusterer.evaluate(clusters, 2, [0, 0, 1, 0, -1, -1])
+    known = evaluate.evaluate(clusters[:4], 2, [0, 0, 1, 0])
+    with_unknown = evaluate.evaluate(clusters, 2, [0, 0, 1, 0, -1, -1])
     assert [with_unknown[name] for name in ("nmi", "purity")] == [known[name] for name in ("nmi", "purity")]
     assert with_unknown["largest"] == 1.0
-    assert "nmi" not in clusterer.evaluate(clusters, 2, [-1] * 6)
+    assert "nmi" not in evaluate.evaluate(clusters, 2, [-1] * 6)
 
 
 def test_build_from_pickles(
     pickles: tuple[Path, Pipeline, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
-    model = Clusterer.load(clusterer.build(_profile(tmp_path, pickles=str(pickles[0]))))
+    model = Clusterer.load(training.build(_profile(tmp_path, pickles=str(pickles[0]))))
     assert model.digest == Clusterer.from_pickles(pickles[0]).digest
     with pytest.raises(ClustererError, match="has 4 clusters"):
-        clusterer.build(_profile(tmp_path, pickles=str(pickles[0]), n_clusters=8, pickles_sha256=None))
+        training.build(_profile(tmp_path, pickles=str(pickles[0]), n_clusters=8, pickles_sha256=None))
 
 
 def test_compare_normalizers_and_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     profile = _profile(tmp_path)
-    table = clusterer.compare_normalizers(profile)
+    table = evaluate.compare_normalizers(profile)
     assert table.index.tolist() == ["l2", "standard"]
     assert (table["largest"] >= 1).all()
     assert (table["smallest"] <= 1).all()
     documents, _ = texts.topical(80)
-    model = Clusterer.load(clusterer.build(profile))
-    points = clusterer.map_2d(model, documents, sample=60)
+    model = Clusterer.load(training.build(profile))
+    points = evaluate.map_2d(model, documents, sample=60)
     assert points.shape == (60, 3)
     assert np.isfinite(points[["x", "y"]]).all(axis=None)
     # A readable map: a point's nearest neighbour is nearly always of its own cluster.

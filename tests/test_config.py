@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from erlib import cache, config, paths
-from erlib.dgx import preflight
+from erlib.load import readiness
 from erlib.serving import triton
 from scripts import run_all
 
@@ -124,7 +124,7 @@ def test_values_that_would_fail_late_or_count_twice_are_refused_with_the_profile
 def test_the_most_that_a_profile_may_ask_for_has_ports():
     most = {"serving.base_port": 60000, "serving.gateways": 1000, "replicas.added": [1000]}
     profile = config.load_profile("smoke", most)
-    assert preflight.ports(profile).stop + max(profile.replicas.added) * triton.TritonServer.PORTS <= 65536
+    assert readiness.ports(profile).stop + max(profile.replicas.added) * triton.TritonServer.PORTS <= 65536
     for key, value in most.items():
         with pytest.raises(config.ConfigError, match=key):
             config.load_profile("smoke", {key: [value[0] + 1] if isinstance(value, list) else value + 1})

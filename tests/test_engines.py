@@ -6,7 +6,8 @@ import pytest
 
 from erlib import config
 from erlib.config import ConfigError
-from erlib.engines import llama
+from erlib.engines import llama, table1
+from erlib.engines.laptop import laptop_system, longest_sequence_tokens, needed
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def laptop():
 
 @pytest.fixture(scope="module")
 def table():
-    both = [llama.table1("p1"), llama.table1("p2")]
+    both = [table1.table1("p1"), table1.table1("p2")]
     return {row.config: row for frame in both for row in frame.itertuples()}
 
 
@@ -114,7 +115,7 @@ def test_a_wrong_print_does_not_agree(monkeypatch):
         return whole(name).model_copy(update=wrong) if name == "p2.D" else whole(name)
 
     monkeypatch.setattr(config, "load_configuration", load)
-    agree = llama.table1("p2").set_index("config").weights_agree
+    agree = table1.table1("p2").set_index("config").weights_agree
     assert agree.to_dict() == {"p2.A": True, "p2.B": True, "p2.C": True, "p2.D": False, "p2.E": True}
 
 
@@ -155,7 +156,7 @@ def test_every_system_fits_its_gpus(table):
 
 
 def test_batch_and_kv_cache_shrink_by_the_profiles_factors(laptop):
-    plan = llama.laptop_system(laptop, config.load_configuration("p1.A"))
+    plan = laptop_system(laptop, config.load_configuration("p1.A"))
     assert plan.batch_size == round(600 / 31.25)
     tokens = 1_116_943 / (31.25 * 24)
     assert tokens <= plan.kv_tokens < tokens + config.KV_BLOCK_TOKENS
@@ -163,14 +164,14 @@ def test_batch_and_kv_cache_shrink_by_the_profiles_factors(laptop):
 
 @pytest.mark.parametrize("name", config.config_ids())
 def test_every_plan_holds_one_sequence_and_one_user(laptop, name):
-    plan = llama.laptop_system(laptop, config.load_configuration(name))
-    assert plan.kv_tokens >= plan.max_sequence_tokens >= llama.longest_sequence_tokens(laptop, name[:2])
+    plan = laptop_system(laptop, config.load_configuration(name))
+    assert plan.kv_tokens >= plan.max_sequence_tokens >= longest_sequence_tokens(laptop, name[:2])
     assert plan.batch_size >= 1
     assert plan.threads >= 1
 
 
 def test_the_longest_sequence_is_prompt_and_both_answers(laptop):
-    tokens = llama.longest_sequence_tokens(laptop, "p1")
+    tokens = longest_sequence_tokens(laptop, "p1")
     assert math.ceil((1535 + 1200 + 30) / 24) < tokens < (1535 + 1200 + 30) / 24 + 20
 
 
@@ -178,14 +179,14 @@ def test_a_kv_cache_that_cannot_hold_one_sequence_is_refused(laptop):
     spec = config.load_configuration("p1.C")
     small = spec.model_copy(update={"laptop": spec.laptop.model_copy(update={"kv_blocks": 3})})
     with pytest.raises(ConfigError, match=r"p1\.C: laptop.kv_blocks is 3, but one sequence of 127 tokens needs 4"):
-        llama.laptop_system(laptop, small)
+        laptop_system(laptop, small)
     enough = spec.model_copy(update={"laptop": spec.laptop.model_copy(update={"kv_blocks": 4, "batch_size": 7})})
-    plan = llama.laptop_system(laptop, enough)
+    plan = laptop_system(laptop, enough)
     assert (plan.kv_blocks, plan.batch_size) == (4, 7)
 
 
 def test_needed_engines_cover_configurations_and_all_formats_without_repetition(laptop):
-    wanted = llama.needed(laptop)
+    wanted = needed(laptop)
     assert len(wanted) == len(set(wanted))
     for name in [*laptop.paper1.configs, *laptop.paper2.configs]:
         spec = config.load_configuration(name).laptop

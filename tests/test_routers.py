@@ -23,7 +23,7 @@ from tritonclient.grpc import service_pb2 as pb
 from erlib import config, paths
 from erlib.gateway.experts import CANARY
 from erlib.machine import processes
-from erlib.routing import policies
+from erlib.routing import policies, training
 from erlib.routing.clusterer import Clusterer, ClustererError
 from erlib.routing.policies import Embedded
 from erlib.serving import wire
@@ -109,7 +109,7 @@ def test_topics_are_dealt_out_in_order_and_evenly(labels: list[int], n_experts: 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("clusterer")
-    Clusterer.fit(texts.topical(203)[0], n_clusters=4, n_components=8).save(directory)
+    training.fit(texts.topical(203)[0], n_clusters=4, n_components=8).save(directory)
     return directory
 
 

@@ -88,7 +88,7 @@ def test_interrupting_ends_as_shells_expect(run, home, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_all.Step, "run", interrupted)
-    monkeypatch.setattr("erlib.dgx.preflight.basics", lambda profile: [])
+    monkeypatch.setattr("erlib.load.readiness.basics", lambda profile: [])
     status, out, err = run("--profile", "smoke", "--only", "01", "02")
     assert status == 130
     assert "goes on where this one left off" in err

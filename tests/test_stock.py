@@ -15,7 +15,7 @@ import sklearn
 
 from erlib import config, paths
 from erlib.machine import processes
-from erlib.routing import clusterer, sklearn_pipeline
+from erlib.routing import sklearn_pipeline, training
 from erlib.routing.clusterer import Clusterer, ClustererError
 from erlib.serving import wire
 from tests import texts
@@ -28,7 +28,7 @@ PROMPTS = [*texts.topical(60, seed=1)[0], "", "the of and", "TOPICAA Topicab com
 
 @pytest.fixture(scope="module", params=["l2", "standard"])
 def small(request: pytest.FixtureRequest) -> Clusterer:
-    return Clusterer.fit(texts.topical(203)[0], n_clusters=4, n_components=8, normalizer=request.param)
+    return training.fit(texts.topical(203)[0], n_clusters=4, n_components=8, normalizer=request.param)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_pipeline_is_the_clusterer(small: Clusterer) -> None:
 def test_terms_that_another_stop_word_list_lets_in_are_kept() -> None:
     """c-BTM's list has words that NLTK's lacks: a clusterer with NLTK's knows them."""
     documents = [f"{text} {word}" for text, word in zip(texts.topical(203)[0], ["system", "bill"] * 102, strict=False)]
-    fitted = Clusterer.fit(documents, n_clusters=4, n_components=8)
+    fitted = training.fit(documents, n_clusters=4, n_components=8)
     known = [*fitted.terms, "bill"]
     model = Clusterer(known, np.append(fitted.idf, 1.0), np.vstack([fitted.components, np.ones(8)]), fitted.centres)
     assert "bill" not in fitted.terms
@@ -80,7 +80,7 @@ def test_a_large_vocabulary_is_not_padded(small: Clusterer) -> None:
 
 def test_real_prompts_keep_their_cluster() -> None:
     c4 = texts.c4()
-    model = Clusterer.fit(c4[:400], n_components=50)
+    model = training.fit(c4[:400], n_components=50)
     padded = sklearn_pipeline.padded(model, len(model.terms) + 5000, seed=0)
     router = sklearn_pipeline.Router(sklearn_pipeline.pipeline(padded), padded.centres)
     expected = model.predict(c4[400:600])
@@ -95,7 +95,7 @@ def test_build_makes_one_model_in_two_forms_once(profile: config.Profile, capsys
     assert sklearn_pipeline.build(profile, 2000) == first
     assert "reused" in capsys.readouterr().out
     assert sklearn_pipeline.build(profile, 2001) != first
-    plain, ours, theirs = Clusterer.load(clusterer.build(profile)), Clusterer.load(first), sklearn_pipeline.load(first)
+    plain, ours, theirs = Clusterer.load(training.build(profile)), Clusterer.load(first), sklearn_pipeline.load(first)
     assert len(ours.terms) == 2000
     for prompt in PROMPTS:
         cluster, spans = theirs.route(prompt)
@@ -111,7 +111,7 @@ def test_another_scikit_learn_gets_another_pickle(profile: config.Profile, monke
 
 def test_a_plain_clusterer_is_not_a_stock_router(profile: config.Profile) -> None:
     with pytest.raises(ClustererError, match=r"stock\.build"):
-        sklearn_pipeline.load(clusterer.build(profile))
+        sklearn_pipeline.load(training.build(profile))
 
 
 def test_a_pickle_that_has_been_cut_or_changed_is_not_read_and_made_again(

@@ -7,7 +7,7 @@ import pytest
 
 from erlib import config, provenance
 from erlib.dgx import repository
-from erlib.load import experiments, laptop, records, sweep
+from erlib.load import experiments, on_cores, records, sweep
 from tests import synthetic
 
 
@@ -57,7 +57,7 @@ def test_an_overview_says_each_thing_once_and_without_hashes(tmp_path):
     engine = tmp_path / "smollm2-135m-2of30-fp16-0123456789abcdef"
     engine.mkdir()
     (engine / "config.json").write_text('{"max_position_embeddings": 8192}')
-    plan = laptop.server_plan(engine, 4, 7, "u8", 1)
+    plan = on_cores.server_plan(engine, 4, 7, "u8", 1)
     systems = [("p1.A", "direct", [plan]), ("p1.B", "expert_router", [plan] * 8)]
     table = experiments.overview(
         SimpleNamespace(system=experiments.System(*system, tokenizer=Path(), router=Path())) for system in systems

@@ -17,7 +17,7 @@ from scipy import stats
 
 from erlib import config
 from erlib.claims.evidence import LABELS, Evidence, Levels, NotTestable, Value, name_users
-from erlib.engines import llama
+from erlib.engines import llama, table1
 from erlib.load import metrics
 from erlib.workload import prompts
 
@@ -462,7 +462,7 @@ def _weights_gb(name: str, dtype: config.Dtype | None = None) -> float:
 
 
 def _gpu_gb(name: str) -> float:
-    table = llama.table1(config.paper_of(name)).set_index("config")
+    table = table1.table1(config.paper_of(name)).set_index("config")
     return float(table["gpu_gb"][name])
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from erlib.cluster import on_ray
 from erlib.config import ConfigError, Configuration, Profile
-from erlib.dgx import builds, preflight, repository, tensorrt_llm
+from erlib.dgx import builds, fit, repository, tensorrt_llm
 from erlib.load.backends import Workloads
 from erlib.serving.triton import ServerPlan
 
 
 def configurations(profile: Profile, names: Sequence[str]) -> list[Configuration]:
-    """As :func:`erlib.dgx.preflight.fitted` gives them to those GPUs that there are."""
+    """As :func:`erlib.dgx.fit.fitted` gives them to those GPUs that there are."""
     return _fitted(profile).named(names)
 
 
@@ -43,9 +43,15 @@ def tokenizer_file(profile: Profile, model: str) -> Path:
     return tensorrt_llm.fetch_tokenizer(model, tensorrt_llm.places(profile))
 
 
-def _fitted(profile: Profile) -> preflight.Fitted:
+def folders(profile: Profile) -> list[Path]:
+    """Of checkpoints, and of what is made of them."""
+    places = tensorrt_llm.places(profile)
+    return [places.checkpoints, places.work]
+
+
+def _fitted(profile: Profile) -> fit.Fitted:
     if not (gpus := on_ray.gpus(profile.serving.cluster)):
         raise ConfigError(
             f"profile {profile.name!r} needs GPUs, and nvidia-smi finds none; --profile laptop needs none"
         )
-    return preflight.fitted(profile, gpus)
+    return fit.fitted(profile, gpus)

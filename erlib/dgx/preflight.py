@@ -7,75 +7,35 @@ A *problem* stops; a *warning* is said. Each is a sentence that says what to do.
 from __future__ import annotations
 
 import getpass
-import os
 import shutil
 import subprocess
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import httpx
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-from erlib import config, paths
+from erlib import paths
 from erlib.cluster import on_ray
-from erlib.config import ConfigError, Configuration, Passable, Profile, RunnerKind, Version
+from erlib.config import ConfigError, Passable, Profile, RunnerKind
 from erlib.dgx import builds, estimates, tensorrt_llm
 from erlib.dgx.containers import Image, Runner, load_image
-from erlib.dgx.tensorrt_llm import CALIBRATION, CHECKPOINTS, NEWEST, TEXTS, Plan
+from erlib.dgx.fit import Fitted, fitted
+from erlib.dgx.hub import _hub
+from erlib.dgx.tensorrt_llm import NEWEST, Plan
 from erlib.engines import llama
-from erlib.machine import hardware, processes, runfolder
+from erlib.load.readiness import basics
+from erlib.machine import hardware, runfolder
 from erlib.machine.hardware import Gpu
 from erlib.machine.processes import StartError
-from erlib.routing import pickles
-from erlib.serving import nginx
-from erlib.serving.stack import Gateway
-from erlib.serving.triton import TritonServer
-from erlib.workload import corpus
 
-LEAST_FREE_BYTES = 4e9
-"""Disk space that any run needs, whatever it builds."""
 SHARED_MEMORY_BYTES = 2e9
+
 IN_USE_BYTES = 1e9
 """Memory that somebody may have on a GPU (a display, a monitor) without being in the way."""
-LICENCES = {"llama-2": "Llama 2 Community License", "llama-3": "Meta Llama 3 Community License"}
+
 _ANSWER_S = 10
-
-
-# --- every profile ------------------------------------------------------------------------------------------------
-
-
-def basics(profile: Profile) -> list[str]:
-    """Problems that any run on this machine would have: folders, disk space, input files, NGINX, ports."""
-    found = [*_names(), *_folders(profile), *_inputs(profile)]
-    free = hardware.free_disk_bytes(paths.run_dir(profile.name))
-    if free < LEAST_FREE_BYTES:
-        found.append(
-            f"{free / 1e9:.1f} GB free at {paths.run_dir(profile.name)}; a run needs {LEAST_FREE_BYTES / 1e9:g} GB. "
-            "Make room, or set ERLIB_HOME to another disk"
-        )
-    checks: list[Callable[[], object]] = [
-        nginx.find,
-        lambda: processes.require_free_ports(ports(profile), profile.serving.host),
-    ]
-    for check in checks:
-        try:
-            check()
-        except StartError as error:
-            found.append(str(error))
-    return found
-
-
-def _names() -> Iterable[str]:
-    """Folders that cannot be named where several are, between colons."""
-    for folder in dict.fromkeys([paths.ROOT, Path(sys.prefix)]):
-        if ":" in str(folder):
-            yield f"{str(folder)!r} holds ':', which ends a folder's name in PATH and PYTHONPATH: move or rename it"
 
 
 def _names_on_gpus(profile: Profile) -> Iterable[str]:
@@ -87,193 +47,6 @@ def _names_on_gpus(profile: Profile) -> Iterable[str]:
                 f"{str(folder)!r} holds {unsafe[0]!r}, which Triton cannot be given: "
                 f"set tensorrt_llm.{key} to a folder named with letters, digits and _ . - + alone"
             )
-
-
-def _folders(profile: Profile) -> Iterable[str]:
-    """Folders that a run writes to but may not, each once."""
-    wanted = [paths.CACHE, paths.ENGINE_BUILDS, paths.run_dir(profile.name), paths.FIGURES / profile.name]
-    if profile.serving.backend == "tensorrt_llm":
-        places = tensorrt_llm.places(profile)
-        wanted += [places.checkpoints, places.work]
-    for place in dict.fromkeys(map(hardware.existing, wanted)):
-        if not place.is_dir():
-            yield f"{place} is a file where a run needs a folder: remove it, or set ERLIB_HOME to a folder of yours"
-        elif not os.access(place, os.W_OK | os.X_OK):
-            yield f"{place} is not writable: set ERLIB_HOME to a folder of yours"
-
-
-def _inputs(profile: Profile) -> Iterable[str]:
-    """Files that the profile names but that are not there."""
-    try:
-        corpus.check(profile.corpus)
-    except corpus.CorpusError as error:
-        yield str(error)
-    source = profile.clusterer.pickles
-    if source and "://" not in source:
-        missing = [name for name in pickles.FILES if not (Path(source) / name).is_file()]
-        if missing:
-            yield f"clusterer.pickles: no {' nor '.join(missing)} in {source}"
-
-
-def ports(profile: Profile) -> range:
-    """All ports that a stack of eight servers takes: NGINX, two for each gateway, three for each server."""
-    first = profile.serving.base_port
-    return range(first, first + 1 + profile.serving.gateways * Gateway.PORTS + llama.GPUS * TritonServer.PORTS)
-
-
-# --- fitted to the machine ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A profile on the GPUs that there are."""
-
-    profile: Profile
-    gpu: Gpu
-    """What all GPUs are at least."""
-    n_gpus: int
-    load: list[Configuration]
-    """Systems of the load experiments and of the overhead experiment, in order, each once."""
-    preliminary: list[Configuration]
-    losses: list[str]
-    """What is not as in the papers, in words."""
-    refused: list[str]
-    """Systems that the GPUs or the flow cannot carry, each with the reason."""
-    overrides: dict[str, Any]
-    """What turns the profile as it was into :attr:`profile`, for :func:`erlib.config.load_profile`."""
-    left_out: dict[str, str]
-    """Notebooks that make no sense with fewer experts, with the reason."""
-
-    @property
-    def configurations(self) -> list[Configuration]:
-        return [*self.load, *self.preliminary]
-
-    def named(self, names: Sequence[str]) -> list[Configuration]:
-        """Systems of the load and overhead experiments.
-
-        Raises
-        ------
-        ConfigError
-            If one of them cannot be carried; says why.
-        """
-        known = {one.id: one for one in self.load}
-        for name in names:
-            if name not in known:
-                reasons = [reason for reason in [*self.refused, *self.losses] if reason.startswith(f"{name}: ")]
-                raise ConfigError(reasons[0] if reasons else f"{name} is not among the profile's configurations")
-        return [known[name] for name in names]
-
-    @property
-    def plans(self) -> list[Plan]:
-        """How their engines come about, each once."""
-        return tensorrt_llm.needed(self.profile, self.configurations)
-
-
-def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
-    """What of a profile's experiments `gpus` carry; see :func:`erlib.engines.llama.on_gpus`.
-
-    With two to seven GPUs there are as many experts, and the clusterer makes as many clusters. On one GPU there is
-    nothing to be routed: the clusterer stays, for the workloads, and the gateways pass everything to the one expert.
-    Paper 2's preliminary experiment compares all GPUs with half of them.
-
-    Parameters
-    ----------
-    profile : Profile
-    gpus : sequence of Gpu
-        At least one. ``tensorrt_llm.gpus`` says how many of them are used.
-    """
-    n_gpus = min(profile.tensorrt_llm.gpus or len(gpus), len(gpus))
-    gpu = min(gpus[:n_gpus], key=lambda each: (each.has_fp8, each.memory_bytes))
-    overrides: dict[str, Any] = {}
-    if (version := _version(profile, gpu)) != (profile.tensorrt_llm.version or NEWEST):
-        overrides["tensorrt_llm.version"] = version
-        profile = _with(profile, overrides)
-    losses: list[str] = []
-    refused: list[str] = []
-
-    def fit(configuration: Configuration, budget: int) -> Configuration | None:
-        try:
-            if budget < 1:
-                raise ConfigError(f"{configuration.id}: half of one GPU is none")
-            result, lost = llama.on_gpus(configuration, budget, gpu.usable_bytes, gpu.has_fp8)
-            tensorrt_llm.plan(profile, result)
-        except ConfigError as error:
-            refused.append(str(error))
-            return None
-        losses.extend(lost)
-        return result
-
-    names = dict.fromkeys([*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config])
-    load = [one for name in names if (one := fit(config.load_configuration(name), n_gpus))]
-    if n_gpus == 1:  # then a baseline in turn is the very system that it stands beside
-        beside = {name: config.load_configuration(name).stands_beside for name in names}
-        same = {one.id for one in load if beside[one.id] in {other.id for other in load}}
-        losses += [f"{name}: on one GPU the same as {beside[name]}, left out" for name in sorted(same)]
-        load = [one for one in load if one.id not in same]
-    said = len(losses)
-    preliminary = []
-    for one in llama.preliminary_configurations(profile):
-        whole = one.system.tensor_parallel == llama.GPUS
-        if result := fit(one, n_gpus if whole else min(n_gpus // 2, one.system.tensor_parallel)):
-            sizes = {"batch_size": one.system.batch_size}  # what the experiment varies
-            preliminary.append(result.model_copy(update={"paper": result.system.model_copy(update=sizes)}))
-    if losses[said:]:  # thirty systems say the same
-        losses[said:] = [
-            f"preliminary experiment: TP8 stands for all {n_gpus} GPUs and TP4 for half of them, "
-            "with what fits of the KV cache"
-        ]
-    consequences, left_out = _consequences(profile, load, preliminary)
-    overrides |= consequences
-    if n_gpus < llama.GPUS:
-        losses.append(
-            f"load: the papers' user levels on {n_gpus} of {llama.GPUS} GPUs, so each carries up to "
-            f"{llama.GPUS / n_gpus:.3g} times the papers' load"
-        )
-    if experts := overrides.get("clusterer.n_clusters"):
-        losses.append(f"clusterer: {experts} clusters instead of {profile.clusterer.n_clusters}, one for each expert")
-    return Fitted(_with(profile, overrides), gpu, n_gpus, load, preliminary, losses, refused, overrides, left_out)
-
-
-def _version(profile: Profile, gpu: Gpu) -> Version:
-    """Version of TensorRT-LLM: the profile's, or the newest whose image the driver is made for, or else the oldest."""
-    settings = profile.tensorrt_llm
-    if settings.version or settings.flow == "llmapi" or not gpu.driver:
-        return settings.version or NEWEST
-    versions = get_args(Version)
-    return next((one for one in versions if load_image(one).is_made_for(gpu.driver)), versions[-1])
-
-
-def _consequences(
-    profile: Profile, load: Sequence[Configuration], preliminary: Sequence[Configuration]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Profile keys that change with what fits, and notebooks that are left out."""
-    fits = {configuration.id for configuration in load}
-    overrides: dict[str, Any] = {}
-    for key, sweep in {"paper1.configs": profile.paper1, "paper2.configs": profile.paper2}.items():
-        kept = [name for name in sweep.configs if name in fits]
-        if kept != sweep.configs:
-            overrides[key] = kept
-    left_out = {}
-    experts = max((one.system.instances for one in load if one.routing == "expert_router"), default=None)
-    if experts and experts != profile.clusterer.n_clusters:
-        overrides["clusterer.n_clusters"] = experts
-    if experts and experts < llama.GPUS:
-        left_out["07_paper_scale"] = "simulates and emulates the papers' eight experts, for which there are no clusters"
-    if not preliminary:
-        left_out["04_preliminary_sweep"] = "no system of the preliminary experiment fits"
-    return overrides, left_out
-
-
-def _with(profile: Profile, overrides: Mapping[str, Any]) -> Profile:
-    sections: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    for key, value in overrides.items():
-        section, _, leaf = key.partition(".")
-        sections[section][leaf] = value
-    changed = {name: getattr(profile, name).model_copy(update=values) for name, values in sections.items()}
-    return profile.model_copy(update=changed)
-
-
-# --- TensorRT-LLM -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -508,80 +281,6 @@ def _options(fit: Fitted, plans: Sequence[Plan]) -> Iterable[str]:
         is_here = runner.is_ready and (runner.kind != "bare" or shutil.which("trtllm-build"))
         tools = [tool for tool in used if is_here and runner.image.comes_with(tool, runner.places.work)]
         yield from tensorrt_llm.inspect(mine, tools, runner)[1]
-
-
-# --- the hub ------------------------------------------------------------------------------------------------------
-
-
-def _hub(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
-    """Checkpoints and texts that are neither here nor to be had."""
-    places = tensorrt_llm.places(profile)
-    wanted: dict[str, Path | None] = {}
-    for _, step in builds.missing(plans):
-        if step.purpose == "fetch" and step.program[0] == "hf":
-            wanted[step.options[0]] = step.makes
-    models = {plan.system.model for plan in plans}
-    wanted |= {
-        CHECKPOINTS[model]: tensorrt_llm.source(model, places)
-        for model in models
-        if not (tensorrt_llm.source(model, places) / "tokenizer.json").exists()
-    }
-    if profile.corpus.name == "c4" and not corpus.c4_is_cached(profile.corpus):
-        wanted["allenai/c4"] = None
-    if any(step.tool == "hf_ptq.py" for _, step in builds.missing(plans)):
-        wanted[TEXTS] = None
-    if not wanted:
-        return
-    with ThreadPoolExecutor(len(wanted)) as pool:
-        answers = dict(zip(wanted, pool.map(_reach, wanted), strict=True))
-    unreachable = [(name, error) for name, error in answers.items() if isinstance(error, (OSError, httpx.HTTPError))
-                   and not isinstance(error, HfHubHTTPError)]  # fmt: skip
-    if unreachable:
-        yield (
-            f"the Hugging Face hub is out of reach ({_last_line(str(unreachable[0][1]))}): give this machine access, "
-            f"or put there from elsewhere: {', '.join(_where(name, wanted[name]) for name, _ in unreachable)}"
-        )
-    for name, error in answers.items():
-        if isinstance(error, (GatedRepoError, RepositoryNotFoundError)) or _is_denied(error):
-            yield (
-                f"no access to {name}, which is gated: accept the {_licence(name)} on https://huggingface.co/{name} "
-                "and set HF_TOKEN to a token of that account"
-            )
-        elif isinstance(error, HfHubHTTPError):
-            yield f"{name}: the hub answers {_last_line(str(error))}: try again, or put it into {wanted[name]}"
-
-
-def _reach(name: str) -> Exception | None:
-    """Why a repository cannot be had from the hub; None if it can."""
-    try:
-        if name in CHECKPOINTS.values():  # a gated repository shows what it is, but not its files
-            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_ANSWER_S)
-        else:
-            HfApi().dataset_info(name, timeout=_ANSWER_S)
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        return error
-    return None
-
-
-def _is_denied(error: Exception | None) -> bool:
-    return isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code in (401, 403)
-
-
-def _licence(name: str) -> str:
-    model = next(model for model, repository in CHECKPOINTS.items() if repository == name)
-    return next(licence for family, licence in LICENCES.items() if model.startswith(family))
-
-
-def _where(name: str, directory: Path | None) -> str:
-    if name == TEXTS and directory is None:
-        return f"{name} (which hf_ptq.py fetches itself: quantise elsewhere, and copy tensorrt_llm.work here)"
-    if directory is None:
-        return f"{name} (or choose a corpus of your own: corpus.name=jsonl)"
-    texts = " (calibration texts)" if directory.name == CALIBRATION else ""
-    return f"{name}{texts} into {directory}"
-
-
-# --- warnings -----------------------------------------------------------------------------------------------------
 
 
 def _warnings(report: Report) -> Iterable[str]:

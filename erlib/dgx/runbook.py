@@ -20,9 +20,10 @@ from erlib import config, paths
 from erlib.config import Configuration
 from erlib.dgx import builds, estimates, preflight, repository, tensorrt_llm
 from erlib.dgx.containers import Command, Places, Runner
-from erlib.dgx.preflight import Fitted, Report
+from erlib.dgx.fit import Fitted
+from erlib.dgx.preflight import Report
 from erlib.dgx.tensorrt_llm import Plan
-from erlib.engines import llama
+from erlib.engines import llama, table1
 from erlib.engines.llama import Paper
 from erlib.machine import hardware
 from erlib.serving import triton
@@ -151,7 +152,7 @@ def _memory(fitted: Fitted) -> str:
 def _tables() -> str:
     parts = []
     for paper in get_args(Paper):
-        table, (unit, _) = llama.table1(paper), llama.TABLE1_WEIGHTS_UNIT[paper]
+        table, (unit, _) = table1.table1(paper), llama.TABLE1_WEIGHTS_UNIT[paper]
         rows = [
             [row.config, f"{row.weights_gb_printed:g}", f"{row.loaded_gb * 1e9 / unit:.1f}",
              f"{row.loaded_gb * 1e9 / unit / row.weights_gb_printed - 1:+.1%}", "yes" if row.weights_agree else "NO",

@@ -34,7 +34,7 @@ from erlib.config import ConfigError, Configuration, Flow, PaperSystem, Profile,
 from erlib.dgx import option_tables
 from erlib.dgx.containers import Command, Places, Purpose, Runner, load_image
 from erlib.dgx.option_tables import Contract, OptionError
-from erlib.engines import llama
+from erlib.engines import laptop, llama
 
 CHECKPOINTS = {
     "llama-2-70b": "meta-llama/Llama-2-70b-hf",
@@ -137,7 +137,7 @@ def needed(profile: Profile, configurations: Sequence[Configuration] | None = No
     """
     if configurations is None:
         names = [*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config]
-        configurations = [*map(config.load_configuration, names), *llama.preliminary_configurations(profile)]
+        configurations = [*map(config.load_configuration, names), *laptop.preliminary_configurations(profile)]
     found: dict[Path, Plan] = {}
     for configuration in configurations:
         made = plan(profile, configuration)

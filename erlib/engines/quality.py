@@ -5,21 +5,22 @@ Size, perplexity and agreement are the formats' own. Tokens per second are this 
 
 from __future__ import annotations
 
-import inspect
 import os
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import openvino
 import pandas as pd
 
-from erlib import cache, config, paths
+from erlib import cache, paths, provenance
 from erlib.config import ConfigError, Profile
-from erlib.engines import build, llama
-from erlib.engines.build import BuiltEngine, build_all, tokenizer
-from erlib.engines.llama import KvCache
+from erlib.engines import inference, laptop, llama, worker
+from erlib.engines.build import BuiltEngine, build_all
+from erlib.engines.checkpoint import tokenizer
+from erlib.engines.laptop import KvCache
 from erlib.machine.progress import Bar
 from erlib.workload import corpus
 
@@ -73,18 +74,16 @@ def perplexity(engine: BuiltEngine, token_ids: npt.ArrayLike) -> float:
 
 def _score(engine: BuiltEngine, token_ids: npt.ArrayLike) -> tuple[float, npt.NDArray[np.int64]]:
     """Mean negative log-likelihood (nats per token) and the most probable next tokens."""
-    import openvino as runtime
-
     ids = np.asarray(token_ids, dtype=np.int64)
     if ids.ndim != 1 or len(ids) < 2:
         raise ConfigError(f"perplexity needs one sequence of at least two token ids, got shape {ids.shape}")
     width = min(EVALUATION_TOKENS, len(ids))
     windows = ids[: len(ids) // width * width].reshape(-1, width)
-    model = runtime.Core().compile_model(engine.path / "openvino_model.xml", "CPU", build.COMPUTE)
+    model = openvino.Core().compile_model(engine.path / "openvino_model.xml", "CPU", inference.COMPUTE)
     losses, best = [], []
     for window in windows:
         request = model.create_infer_request()  # a new request has an empty KV cache
-        request.infer(build.feed(window))
+        request.infer(inference.feed(window))
         logits = request.get_tensor("logits").data[0, :-1].astype(np.float32)
         peak = logits.max(axis=-1)
         log_sum = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=-1))
@@ -126,7 +125,7 @@ def speed(
         job |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
         rows += [
             {"name": engine.name, "kv_cache": kv_cache, **row}
-            for row in build.in_own_process("erlib.engines.quality", [job])
+            for row in worker.in_own_process("erlib.engines.speed", [job])
         ]
     return pd.DataFrame(rows)
 
@@ -155,9 +154,9 @@ def report(profile: Profile) -> pd.DataFrame:
         As :func:`build_all`; ConfigError also if the held-out text is too short.
     """
     settings = profile.engines
-    built = list({engine.name: engine for engine in build_all(profile, llama.needed(profile))}.values())
+    built = list({engine.name: engine for engine in build_all(profile, laptop.needed(profile))}.values())
     built.sort(key=lambda engine: (-engine.layers, list(llama.BYTES_PER_VALUE).index(engine.dtype)))
-    code = [inspect.getsource(part) for part in (_score, _speed_worker, report)]
+    code = provenance.code_digest(Path(__file__), Path(__file__).with_name("speed.py"))
     measured = settings.perplexity_tokens, settings.speed_batches, settings.speed_tokens
     key = cache.digest(
         [engine.path.name for engine in built], measured, corpus.fingerprint(profile.corpus), profile.seed, code
@@ -198,56 +197,3 @@ def _held_out(profile: Profile) -> list[int]:
         if len(ids) >= wanted:
             return ids[:wanted]
     raise ConfigError(f"held-out text has {len(ids)} tokens; engines.perplexity_tokens asks for {wanted}")
-
-
-# --- the process of its own ---
-
-
-def _speed_worker(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    import openvino as runtime
-    import openvino_genai as genai
-
-    for job in jobs:
-        length = job["prompt_tokens"] + job["tokens"]
-        blocks = max(job["batches"]) * -(-(length + 1) // config.KV_BLOCK_TOKENS)
-        scheduler = genai.SchedulerConfig()
-        scheduler.num_kv_blocks = blocks
-        scheduler.max_num_seqs = max(job["batches"])
-        scheduler.max_num_batched_tokens = max(256, length)
-        scheduler.dynamic_split_fuse = False
-        scheduler.enable_prefix_caching = False
-        pipeline = genai.ContinuousBatchingPipeline(
-            job["engine"],
-            scheduler,
-            "CPU",
-            {"KV_CACHE_PRECISION": job["kv_cache"], **build.COMPUTE},
-        )
-        generation = genai.GenerationConfig()
-        generation.max_new_tokens = generation.min_new_tokens = job["tokens"]
-        generation.ignore_eos, generation.do_sample = True, False
-        random = np.random.default_rng(0)
-        for warm, batch in [(False, 1), *((True, batch) for batch in job["batches"])]:
-            started_s = time.perf_counter()
-            handles = [
-                pipeline.add_request(
-                    i, runtime.Tensor(random.integers(100, 40000, (1, job["prompt_tokens"]))), generation
-                )
-                for i in range(batch)
-            ]
-            while pipeline.has_non_finished_requests():
-                pipeline.step()
-            wall_s = time.perf_counter() - started_s
-            generated = sum(len(output.generated_ids) for handle in handles for output in handle.read_all())
-            if generated != batch * job["tokens"]:
-                raise RuntimeError(f"{job['engine']} generated {generated} tokens, not {batch * job['tokens']}")
-            if not warm:
-                continue
-            yield {
-                "batch": batch,
-                "tokens_per_s": generated / wall_s,
-                "kv_bytes_per_token": pipeline.get_metrics().cache_size_in_bytes / blocks / config.KV_BLOCK_TOKENS,
-            }
-
-
-if __name__ == "__main__":
-    build.do_jobs(_speed_worker)

@@ -17,7 +17,7 @@ from erlib.serving.triton import ServerPlan
 Workloads = Literal["load", "preliminary"]
 """Which of the workloads a system is sized for."""
 
-_BACKENDS = {"openvino": "erlib.load.laptop", "tensorrt_llm": "erlib.dgx.backend"}
+_BACKENDS = {"openvino": "erlib.load.on_cores", "tensorrt_llm": "erlib.dgx.backend"}
 
 
 class Backend(Protocol):
@@ -57,6 +57,9 @@ class Backend(Protocol):
         ConfigError
             If it has to be downloaded and cannot be.
         """
+
+    def folders(self, profile: Profile) -> list[Path]:
+        """Where it writes to, beside what every run does."""
 
 
 def of(profile: Profile) -> Backend:

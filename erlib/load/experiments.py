@@ -16,7 +16,7 @@ from erlib.config import Configuration, Mix, Paper, Profile, Relay, Routing
 from erlib.load import backends
 from erlib.load.backends import Workloads
 from erlib.load.users import Client
-from erlib.routing import clusterer
+from erlib.routing import clusterer, training
 from erlib.serving import stack, wire
 from erlib.serving.triton import ServerPlan
 from erlib.workload import prompts
@@ -145,7 +145,7 @@ def systems(profile: Profile, configurations: Sequence[Configuration], sized_for
     """
     backend = backends.of(profile)
     served = backend.served(profile, configurations, sized_for)
-    router = clusterer.build(profile)
+    router = training.build(profile)
     return [
         System(
             *(each.id, each.routing, plans, backend.tokenizer_file(profile, each.system.model), router),
@@ -164,7 +164,7 @@ def all_configurations(profile: Profile) -> list[Configuration]:
 
 def workload(profile: Profile, paper: prompts.Paper) -> Workload:
     """A paper's prompts, cut and counted with the tokenizer of its models; see :func:`erlib.workload.prompts.build`."""
-    router = clusterer.Clusterer.load(clusterer.build(profile))
+    router = clusterer.Clusterer.load(training.build(profile))
     return prompts.build(profile, paper, tokenizer(profile, paper), router)
 
 

@@ -19,12 +19,12 @@ import pyarrow as pa
 
 from erlib import cache, config
 from erlib.config import Paper, Profile
-from erlib.engines import build
+from erlib.engines import checkpoint
 from erlib.load import metrics, points, records
 from erlib.load.experiments import Series, System
 from erlib.paper_scale import batching, simulation, steptimes
 from erlib.paper_scale.steptimes import Calibration
-from erlib.routing import clusterer
+from erlib.routing import clusterer, training
 from erlib.serving import wire
 from erlib.serving.stack import Classifier
 from erlib.serving.triton import ServerPlan
@@ -61,7 +61,7 @@ def system(
     calibration = calibration or Calibration()
     target = batching.paper_system(name, calibration, answer_limit)
     parameters = {
-        "engine": str(build.checkpoint(profile.engines)),
+        "engine": str(checkpoint.checkpoint(profile.engines)),
         "config": name,
         "calibration": json.dumps(dataclasses.asdict(calibration)),
         "answer_limit": json.dumps(answer_limit),
@@ -76,8 +76,8 @@ def system(
         config=name,
         routing=target.routing,
         servers=[server] * target.instances,
-        tokenizer=build.checkpoint(profile.engines) / "tokenizer.json",
-        router=clusterer.build(profile),
+        tokenizer=checkpoint.checkpoint(profile.engines) / "tokenizer.json",
+        router=training.build(profile),
         classifier=classifier,
         relay=profile.serving.relay,
     )
@@ -90,8 +90,8 @@ def workload(profile: Profile, paper: Paper) -> Workload:
     """
     forced = profile.workload.model_copy(update={"p2_answers": "mlperf"})
     full_length = profile.model_copy(update={"scale": config.Scale(users=1, tokens=1), "workload": forced})
-    router = clusterer.Clusterer.load(clusterer.build(profile))
-    return prompts.build(full_length, paper, build.tokenizer(profile), router, n=profile.emulation.prompts)
+    router = clusterer.Clusterer.load(training.build(profile))
+    return prompts.build(full_length, paper, checkpoint.tokenizer(profile), router, n=profile.emulation.prompts)
 
 
 def load(profile: Profile) -> list[Series]:

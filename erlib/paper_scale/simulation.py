@@ -37,13 +37,13 @@ import simpy
 
 from erlib import cache, config, provenance
 from erlib.config import ConfigError, Mix, Paper, Profile
-from erlib.engines import build, llama
+from erlib.engines import checkpoint, llama
 from erlib.load import experiments, records
 from erlib.machine import processes
 from erlib.machine.progress import Bar
 from erlib.paper_scale import batching, steptimes
 from erlib.paper_scale.batching import CannotServe, Engine, System
-from erlib.routing import clusterer
+from erlib.routing import training
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import prompts
 from erlib.workload.prompts import Prompt, Workload
@@ -114,7 +114,7 @@ def at_paper_scale(workload: Workload, profile: Profile, paper: prompts.Paper) -
 
 def workloads(profile: Profile) -> dict[prompts.Paper, Workload]:
     """The workloads of all experiments at full scale, routed by the profile's own clusterer."""
-    router, tokenizer = Clusterer.load(clusterer.build(profile)), build.tokenizer(profile)
+    router, tokenizer = Clusterer.load(training.build(profile)), checkpoint.tokenizer(profile)
     many = profile.paper_scale.prompts
     pool: dict[prompts.Paper, int | None] = {"p1": many, "p2": many, "preliminary": None}
     return {

@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from erlib import config, paths
 from erlib.config import KV_BLOCK_TOKENS, Profile
-from erlib.engines import llama
-from erlib.load import laptop, metrics, records
+from erlib.engines import laptop, llama
+from erlib.load import metrics, on_cores, records
 from erlib.machine import processes
 from erlib.paper_scale import batching, fitting, simulation, steptimes
 from erlib.paper_scale.simulation import Harness
@@ -259,7 +259,7 @@ def measured_system(name: str, profile: Profile, steps: steptimes.StepTimes) -> 
     """
     if profile.serving.backend == "tensorrt_llm":
         return replace(batching.paper_system(name), routing="expert_router", steps=steps)
-    plan = llama.laptop_system(profile, config.load_configuration(name))
+    plan = laptop.laptop_system(profile, config.load_configuration(name))
     return batching.System(
         config=name,
         routing="expert_router",
@@ -268,7 +268,7 @@ def measured_system(name: str, profile: Profile, steps: steptimes.StepTimes) -> 
         batch_size=plan.batch_size,
         kv_tokens=plan.kv_tokens,
         kv_block_tokens=KV_BLOCK_TOKENS,
-        max_step_tokens=laptop.MAX_BATCHED_TOKENS,
+        max_step_tokens=on_cores.MAX_BATCHED_TOKENS,
     )
 
 

@@ -22,7 +22,7 @@ from matplotlib.patches import Circle, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from erlib import config, paths, provenance
-from erlib.engines import llama
+from erlib.engines import laptop
 from erlib.machine import hardware
 
 # Okabe and Ito's, but for their yellow: too light for white paper, and lost where a page is dark and inverts pictures.
@@ -179,7 +179,7 @@ def stand_ins(profile: config.Profile, configs: Iterable[str]) -> str:
     layers = {"large": profile.engines.large_layers, "small": profile.engines.small_layers}
     parts = []
     for name in configs:
-        plan = llama.laptop_system(profile, config.load_configuration(name))
+        plan = laptop.laptop_system(profile, config.load_configuration(name))
         many = f"{plan.instances} × " if plan.instances > 1 else ""
         slots = f"{plan.batch_size} slot{'s' * (plan.batch_size > 1)}, {plan.kv_tokens} KV tokens in {plan.kv_cache}"
         parts.append(f"{name[-1]} {many}{layers[plan.size]} layers {plan.dtype.upper()}, {slots}")

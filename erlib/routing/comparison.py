@@ -27,7 +27,7 @@ from erlib import cache, paths
 from erlib.config import Profile
 from erlib.machine import hardware
 from erlib.machine.progress import Bar
-from erlib.routing import clusterer, policies
+from erlib.routing import clusterer, evaluate, policies, training
 from erlib.routing.clusterer import Clusterer
 from erlib.routing.policies import Router
 from erlib.workload import corpus
@@ -119,7 +119,7 @@ def compare(
     -------
     DataFrame
         ``router``; ``reason`` (empty, or why everything else is missing); ``documents``; ``nmi`` and ``purity``
-        (missing without labels), ``smallest`` and ``largest`` as :func:`erlib.routing.clusterer.evaluate` defines them;
+        (missing without labels), ``smallest`` and ``largest`` as :func:`erlib.routing.evaluate.evaluate` defines them;
         a column for each of :data:`KEPT`, shares between 0 and 1; ``conversations_<name>``, how many each growth was
         tried with; ``p50_ms_<words>`` and ``p99_ms_<words>`` for each of :data:`LATENCY_WORDS`.
     """
@@ -145,7 +145,7 @@ def compare(
         row = {"router": name, "reason": "", "documents": len(texts)}
         decide = _decider(router, embed)
         experts = np.array([decide(text) for text in texts])
-        row |= clusterer.evaluate(experts, router.n_experts, labels)
+        row |= evaluate.evaluate(experts, router.n_experts, labels)
         for number, (change, versions) in enumerate(pairs.items()):
             row[change] = _stay(decide, versions, np.random.default_rng([seed, number]))
         row |= {f"conversations_{growth}": len(pairs[growth]) for growth in GROWTH}
@@ -214,7 +214,7 @@ def of_profile(profile: Profile) -> pd.DataFrame:
     ClustererError, CorpusError
     """
     held_out = corpus.load(profile.corpus, profile.seed, "holdout")
-    directory = clusterer.build(profile)
+    directory = training.build(profile)
     n = profile.clusterer.n_clusters
     entries: dict[str, Router | str] = {
         "classify": policies.ByCluster(Clusterer.load(directory)),

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from erlib import cache, paths
-from erlib.routing import clusterer
+from erlib.routing import clusterer, training
 from erlib.routing.clusterer import Clusterer, ClustererError, Floats, Spans
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ def load(
         ``embeddings`` (:class:`NearestCentre`), ``neighbours`` (:class:`Neighbours`), ``replicas``
         (:class:`RoundRobin`), ``random``, ``least_loaded``.
     directory : Path
-        Of :func:`erlib.routing.clusterer.build`, :func:`erlib.routing.sklearn_pipeline.build` or, for the embeddings'
+        Of :func:`erlib.routing.training.build`, :func:`erlib.routing.sklearn_pipeline.build` or, for the embeddings'
         two, :func:`build`; policies that read nothing ignore it.
     n_experts : int
     index : int
@@ -420,7 +420,7 @@ def build(profile: config.Profile) -> Path:
         _export(model, partial)
         embed = Embedder(partial)
         vectors = np.array([embed(train.texts[i]).vector for i in Bar(chosen, desc="embedding", unit="doc", delay=2)])
-        centres, _ = clusterer.balanced_kmeans(vectors, n_experts, profile.seed)
+        centres, _ = training.balanced_kmeans(vectors, n_experts, profile.seed)
         made = {"examples": vectors, "centres": centres}
         if train.labels is not None:
             labels = np.array(train.labels)[chosen]

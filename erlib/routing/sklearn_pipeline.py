@@ -25,7 +25,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from erlib import cache, config, paths
-from erlib.routing import clusterer
+from erlib.routing import training
 from erlib.routing.clusterer import Clusterer, ClustererError, Floats, Spans
 
 TERMS = 500_000
@@ -171,7 +171,7 @@ def build(profile: config.Profile, n_terms: int = TERMS) -> Path:
     """
     from erlib.machine.progress import say
 
-    source = clusterer.build(profile)
+    source = training.build(profile)
     digest = cache.digest(Path(__file__), source.name, n_terms, profile.seed, sklearn.__version__)
     directory = paths.CACHE / "stock" / digest
     if cache.found(directory, "stock router") and _is_whole(directory):

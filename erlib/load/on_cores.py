@@ -8,7 +8,7 @@ from pathlib import Path
 
 from erlib import config
 from erlib.config import Configuration, Profile
-from erlib.engines import build, llama
+from erlib.engines import build, checkpoint, inference, laptop
 from erlib.load.backends import Workloads
 from erlib.serving import wire
 from erlib.serving.triton import ServerPlan
@@ -23,13 +23,13 @@ def configurations(profile: Profile, names: Sequence[str]) -> list[Configuration
 
 def preliminary_configurations(profile: Profile) -> list[Configuration]:
     """On a laptop TP8 stands for all cores, TP4 for half of them."""
-    return llama.preliminary_configurations(profile)
+    return laptop.preliminary_configurations(profile)
 
 
 def served(profile: Profile, configurations: Sequence[Configuration], sized_for: Workloads) -> list[list[ServerPlan]]:
     """Servers of engines whose batch size and KV cache are the papers', scaled."""
-    longest = llama.longest_sequence_tokens(profile, "preliminary") if sized_for == "preliminary" else None
-    plans = [llama.laptop_system(profile, configuration, longest) for configuration in configurations]
+    longest = laptop.longest_sequence_tokens(profile, "preliminary") if sized_for == "preliminary" else None
+    plans = [laptop.laptop_system(profile, configuration, longest) for configuration in configurations]
     built = build.build_all(profile, [(plan.size, plan.dtype) for plan in plans])
     return [
         [server_plan(engine.path, plan.batch_size, plan.kv_blocks, plan.kv_cache, plan.threads)] * plan.instances
@@ -39,12 +39,17 @@ def served(profile: Profile, configurations: Sequence[Configuration], sized_for:
 
 def context_tokens(profile: Profile, configuration: Configuration) -> int:
     """What the KV cache of one instance holds (by ``scale.tokens``), but no more than the model takes."""
-    return min(build.POSITIONS, llama.laptop_system(profile, configuration).kv_tokens)
+    return min(checkpoint.POSITIONS, laptop.laptop_system(profile, configuration).kv_tokens)
 
 
 def tokenizer_file(profile: Profile, model: str) -> Path:
     """SmolLM2's, whatever it stands for."""
-    return build.checkpoint(profile.engines) / "tokenizer.json"
+    return checkpoint.checkpoint(profile.engines) / "tokenizer.json"
+
+
+def folders(profile: Profile) -> list[Path]:
+    """None."""
+    return []
 
 
 def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, threads: int) -> ServerPlan:
@@ -58,7 +63,7 @@ def server_plan(engine: Path, batch_size: int, kv_blocks: int, kv_cache: str, th
         "max_batched_tokens": str(MAX_BATCHED_TOKENS),
         "kv_cache": kv_cache,
         "threads": str(threads),
-        "compute": json.dumps(build.COMPUTE),
+        "compute": json.dumps(inference.COMPUTE),
     }
     # Engines take all the CPU that there is. Users, NGINX and gateways share it with them here, as they do not in the
     # papers, and must not wait for it: they would measure the scheduler.
