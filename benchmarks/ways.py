@@ -18,7 +18,7 @@ import psutil
 from benchmarks.environments import environment
 from erlib.machine import processes
 from erlib.serving.nginx import Nginx
-from erlib.serving.stack import Gateway
+from erlib.serving.share import Gateway
 
 GATEWAYS = 16
 EXPERTS = 8

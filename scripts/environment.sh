@@ -67,10 +67,10 @@ fi
 exec 9>&- # everything is installed
 
 # The stub that Triton embeds links to libpython, which Debian's python3.11 does not bring along.
-if ! "$PYTHON" -c 'from erlib.serving import triton; triton.preflight()' 2>/dev/null; then
+if ! "$PYTHON" -c 'from erlib.serving import wheel; wheel.preflight()' 2>/dev/null; then
   apt_install libpython3.11 || true
-  "$PYTHON" -c 'from erlib.serving import triton; triton.preflight()' 2>&1 | tail -n 1 | sed 's/^.*StartError: /error: /' >&2
-  "$PYTHON" -c 'from erlib.serving import triton; triton.preflight()' 2>/dev/null || exit 1
+  "$PYTHON" -c 'from erlib.serving import wheel; wheel.preflight()' 2>&1 | tail -n 1 | sed 's/^.*StartError: /error: /' >&2
+  "$PYTHON" -c 'from erlib.serving import wheel; wheel.preflight()' 2>/dev/null || exit 1
 fi
 
 export PYTHON PATH="${PYTHON%/python}:$PATH:/usr/sbin"

@@ -80,10 +80,10 @@ def texts():
 
 def checkpoint(repo_id):
     """Files of a model's repository, which holds the weights three times."""
-    from erlib.dgx import tensorrt_llm
+    from erlib.dgx import checkpoints
     from erlib.engines import llama
 
-    (model,) = (model for model, name in tensorrt_llm.CHECKPOINTS.items() if name == repo_id)
+    (model,) = (model for model, name in checkpoints.CHECKPOINTS.items() if name == repo_id)
     shape = llama.shape(model)
     sizes = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "vocab_size": shape.vocabulary}
     half = shape.parameters
@@ -210,9 +210,9 @@ def serve_llm_api(argv):
 def triton_server(words, put_standin):
     """The real one, on a copy of the repository with a stand-in in it."""
     from erlib.dgx import repository
-    from erlib.serving import triton
+    from erlib.serving import wheel
 
-    triton.preflight()
+    wheel.preflight()
     known = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)
     models = HOME / f"models-{known['http-port']}"
     shutil.rmtree(models, ignore_errors=True)

@@ -9,7 +9,7 @@ import pytest
 from erlib import config, paths
 from erlib.load import records
 from erlib.paper_scale import ablation
-from erlib.report import workbench
+from erlib.report.own import harness
 from erlib.serving import wire
 
 ENGINE_S = 0.03
@@ -114,7 +114,7 @@ def test_the_figure_shows_all_arms_and_says_what_was_late(monkeypatch, tmp_path)
     frame = _records(late_from=25)
     alone = frame[(frame["client"] == "asyncio") & (frame["classifier"] == "ours")].assign(source="simulated-hardware")
     profile = config.load_profile("smoke")
-    workbench.harness_ablation(frame, alone, profile)
+    harness.harness_ablation(frame, alone, profile)
     drawn = pd.read_csv(tmp_path / "smoke/emulated/workbench/harness_ablation.csv")
     assert set(zip(drawn["client"], drawn["classifier"], strict=True)) == {*ablation.ARMS, ("none", "none")}
     assert not drawn.duplicated(["client", "classifier", "users", "metric"]).any()

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from erlib import config, paths
 from erlib.load import experiments, points, sweep, users
-from erlib.paper_scale import batching, emulation, replicas, simulation
+from erlib.paper_scale import batching, clock, emulation, replicas
 from erlib.paper_scale.batching import CannotServe
-from erlib.report import workbench
+from erlib.report.own import hot_experts
 from erlib.serving import stack, wire
 from erlib.workload import prompts
 from erlib.workload.prompts import FORCED, Prompt
@@ -49,7 +49,7 @@ def test_the_normal_mix_is_hottest_in_the_middle() -> None:
 def test_replicas_share_an_experts_requests_and_nobody_elses(added: list[int], clusters: list[int]) -> None:
     system = replace(batching.paper_system("p2.E"), added=tuple(added))
     drawn = [Prompt(n, cluster, "", 100, 5, FORCED) for n, cluster in enumerate(clusters)]
-    seen = simulation.trace(system, drawn, continues=False)
+    seen = clock.trace(system, drawn, continues=False)
     assert len(seen.servers) == 8 + len(added)
     asked = np.bincount([r.server for r in seen.requests], minlength=len(seen.servers))
     for expert in range(8):
@@ -63,7 +63,7 @@ def test_a_request_goes_where_fewest_are_outstanding() -> None:
     """One long answer keeps a replica busy: those that come one after the other all go to the other one."""
     system = replace(batching.paper_system("p2.E"), added=(0,))
     short = Prompt(1, 0, "", 100, 5, FORCED)
-    seen = simulation.trace(system, [Prompt(0, 0, "", 100, 900, FORCED), short], continues=[short, short])
+    seen = clock.trace(system, [Prompt(0, 0, "", 100, 900, FORCED), short], continues=[short, short])
     server = {(r.user, r.turn): r.server for r in seen.requests}
     assert server[1, "base"] == server[1, "continuation"] != server[0, "base"]
 
@@ -191,11 +191,11 @@ def test_the_figure_names_what_is_emulated_and_what_is_not(
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     made = _emulated(small, plan, 1.1, lost_time=0.2)
     table = replicas.beside_simulation(small, plan, made)
-    fig = workbench.replicas_emulated(table, made, small)
+    fig = hot_experts.replicas_emulated(table, made, small)
     labels = {text.get_text() for text in fig.legends[0].get_texts()}
     assert {"normal mix, emulated", "normal mix, simulated", "uniform mix, emulated"} <= labels
     folder = tmp_path / "smoke/emulated/workbench"
-    assert set(pd.read_csv(folder / "replicas.csv")["source"]) == {"emulated", *workbench.SIMULATED}
+    assert set(pd.read_csv(folder / "replicas.csv")["source"]) == {"emulated", *hot_experts.SIMULATED}
     about = json.loads((folder / "replicas.json").read_text())
     assert about["source"] == "emulated" and about["records"]["points"] == 3 and "--only 06" in about["command"]
     assert "in 0 of 9 values" in about["caption"] and "did not keep the engines' pace" in about["caption"]

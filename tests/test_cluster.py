@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from erlib import config, paths
-from erlib.cluster import on_ray
-from erlib.cluster.on_ray import Node
+from erlib.cluster import on_ray, placement
+from erlib.cluster.placement import Node
 from erlib.dgx.repository import RepositoryPlan
 from erlib.load import experiments, records, sweep
 from erlib.machine import hardware, processes
@@ -64,7 +64,7 @@ GPU, EXPERT = {"GPU": 1}, {"experts": 1}
     ],
 )
 def test_servers_are_spread_and_users_kept_apart(nodes, demands, expected):
-    assert names(on_ray.place(nodes, demands)) == expected
+    assert names(placement.place(nodes, demands)) == expected
 
 
 def test_users_may_share_a_node_if_the_profile_says_so():
@@ -72,11 +72,11 @@ def test_users_may_share_a_node_if_the_profile_says_so():
     with pytest.raises(
         processes.StartError, match=r"8 servers leave no node for the users.*all of a, b.*cluster_users"
     ):
-        on_ray.place(nodes, [GPU] * 8)
-    assert names(on_ray.place(nodes, [GPU] * 8, "anywhere")) == ("abababab", "a")
-    assert names(on_ray.place(nodes, [GPU] * 4, "anywhere")) == ("bbbb", "a")
+        placement.place(nodes, [GPU] * 8)
+    assert names(placement.place(nodes, [GPU] * 8, "anywhere")) == ("abababab", "a")
+    assert names(placement.place(nodes, [GPU] * 4, "anywhere")) == ("bbbb", "a")
     reserved = [node("a", GPU=4), node("b", GPU=4, users=1)]
-    assert names(on_ray.place(reserved, [GPU] * 8, "anywhere")) == ("abababab", "b")
+    assert names(placement.place(reserved, [GPU] * 8, "anywhere")) == ("abababab", "b")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_users_may_share_a_node_if_the_profile_says_so():
 )
 def test_what_is_lacking_is_said(nodes, demands, message):
     with pytest.raises(processes.StartError, match=message):
-        on_ray.place(nodes, demands, "anywhere")
+        placement.place(nodes, demands, "anywhere")
 
 
 def test_servers_ask_for_gpus_or_seats_or_cores():
@@ -101,19 +101,19 @@ def test_servers_ask_for_gpus_or_seats_or_cores():
     on_cores = triton.ServerPlan("openvino", {"threads": "2"}, 8)
     emulated = triton.ServerPlan("emulated", {}, 8)
     plain, counted = [node("a")], [node("a"), node("b", experts=2)]
-    assert on_ray.demands_of([on_gpus, on_cores, emulated], plain) == [{"GPU": 4}, {"CPU": 2}, {"CPU": 1}]
-    assert on_ray.demands_of([on_gpus, on_cores], counted) == [{"GPU": 4}, EXPERT]
+    assert placement.demands_of([on_gpus, on_cores, emulated], plain) == [{"GPU": 4}, {"CPU": 2}, {"CPU": 1}]
+    assert placement.demands_of([on_gpus, on_cores], counted) == [{"GPU": 4}, EXPERT]
 
 
 def test_gpus_are_those_of_all_nodes_for_experts(monkeypatch):
     monkeypatch.setattr(hardware, "gpus", lambda: [hardware.H100] * 4)
     monkeypatch.setattr(
-        on_ray, "living_nodes", lambda address: [node("a", GPU=4), node("b", GPU=4), node("c", GPU=4, users=1)]
+        placement, "living_nodes", lambda address: [node("a", GPU=4), node("b", GPU=4), node("c", GPU=4, users=1)]
     )
-    assert on_ray.gpus(None) == [hardware.H100] * 4
-    assert on_ray.gpus("auto") == [hardware.H100] * 8
+    assert placement.gpus(None) == [hardware.H100] * 4
+    assert placement.gpus("auto") == [hardware.H100] * 8
     monkeypatch.setattr(hardware, "gpus", list)
-    assert on_ray.gpus("auto") == []
+    assert placement.gpus("auto") == []
 
 
 def test_users_have_one_place():
@@ -256,7 +256,7 @@ def test_resources_that_another_job_holds_are_an_error(own, several_nodes, token
         def is_running(self) -> bool:
             return True
 
-    on_ray.living_nodes(several_nodes.address)
+    placement.living_nodes(several_nodes.address)
     holder = ray.remote(Job).options(num_cpus=0, resources={"experts": 4}).remote()
     ray.get(holder.is_running.remote())
     impatient = own.serving.model_copy(update={"start_timeout_s": 10.0})

@@ -11,7 +11,7 @@ import pytest
 from conftest import BASE_PORT
 
 from erlib import config, paths
-from erlib.dgx import builds, tensorrt_llm
+from erlib.dgx import builds, checkpoints, tensorrt_llm
 from erlib.load import experiments, records, sweep
 from erlib.machine import hardware, processes
 
@@ -47,8 +47,8 @@ def dgx(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     places = {"tensorrt_llm.checkpoints": str(tmp_path / "hf"), "tensorrt_llm.work": str(tmp_path / "work")}
     # The one file that is fetched before any engine is built; the hub is not there to be asked.
-    for model in tensorrt_llm.CHECKPOINTS:
-        directory = tensorrt_llm.source(model, tensorrt_llm.Places(tmp_path / "hf", tmp_path / "work"))
+    for model in checkpoints.CHECKPOINTS:
+        directory = checkpoints.source(model, tensorrt_llm.Places(tmp_path / "hf", tmp_path / "work"))
         directory.mkdir(parents=True)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (directory / name).write_bytes((tokenizer.parent / name).read_bytes())

@@ -18,7 +18,7 @@ from erlib.machine import hardware, processes
 from erlib.paper_scale import batching, emulation
 from erlib.paper_scale.batching import CannotServe
 from erlib.paper_scale.steptimes import Calibration
-from erlib.serving import stack, triton, wire
+from erlib.serving import stack, triton, wheel, wire
 from erlib.workload import prompts  # fmt: skip
 from tests.test_stack import answer, generated_tokens
 
@@ -96,19 +96,19 @@ def test_what_binds_a_server_is_seen(emulated):
 @pytest.mark.parametrize("says", ["boost::interprocess::lock_exception", "no space left on device"])
 def test_what_tritons_python_backend_aborts_is_started_once_more(says, own_ports, tmp_path, monkeypatch, capsys):
     """The real server behind a program that dies the first time, as a busy machine's sometimes does."""
-    real = triton._wheel()
-    wheel = tmp_path / "packages" / "pytriton" / "tritonserver"
-    (wheel / "bin").mkdir(parents=True)
+    real = wheel.installed()
+    carried = tmp_path / "packages" / "pytriton" / "tritonserver"
+    (carried / "bin").mkdir(parents=True)
     for name in ("backends", "python_backend_stubs"):
-        (wheel / name).symlink_to(real / name)
+        (carried / name).symlink_to(real / name)
     (tmp_path / "packages" / "nvidia_pytriton.libs").symlink_to(real.parent.parent / "nvidia_pytriton.libs")
-    program = wheel / "bin" / "tritonserver"
+    program = carried / "bin" / "tritonserver"
     program.write_text(
         f'#!/bin/bash\n[ -e {tmp_path}/died ] && exec {shlex.quote(str(real / "bin" / "tritonserver"))} "$@"\n'
         f'touch {tmp_path}/died; echo "  what():  {says}"; kill -ABRT $$\n'
     )
     program.chmod(0o755)
-    monkeypatch.setattr(triton, "_wheel", lambda: wheel)
+    monkeypatch.setattr(triton, "installed", lambda: carried)
     system = emulation.system(own_ports, "p2.A")
     server = system.servers[0].server("p2.A-0", own_ports.serving.base_port + 40, tmp_path, "127.0.0.1")
     try:

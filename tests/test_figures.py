@@ -18,7 +18,8 @@ from erlib import config, paths
 from erlib.engines import table1
 from erlib.load import metrics
 from erlib.paper_scale import replicas
-from erlib.report import canvas, figures, workbench
+from erlib.report import canvas, diagrams, drawing, figures, paper1, paper2
+from erlib.report.own import hot_experts, overhead, routers
 from erlib.routing import comparison
 from tests import synthetic
 
@@ -28,25 +29,25 @@ CLUSTERS = pd.DataFrame({"x": np.arange(40.0), "y": np.arange(40.0) % 7, "cluste
 LENGTHS = pd.DataFrame({"input_tokens": [2, 6, 9, 40], "paper_input_tokens": [48, 152, 222, 1021]})
 
 ITEMS: dict[tuple[str, str], Callable[[pd.DataFrame, config.Profile], object]] = {
-    ("paper1", "fig01_architecture"): lambda _, cfg: figures.architecture(CLUSTERS, cfg, "paper1"),
-    ("paper1", "table1_models"): lambda _, cfg: figures.table1_models(table1.table1("p1"), cfg, "paper1"),
-    ("paper1", "fig02_ttft_base"): lambda runs, cfg: figures.paper1_ttft(runs, cfg, "base"),
-    ("paper1", "fig03_ttft_continuation"): lambda runs, cfg: figures.paper1_ttft(runs, cfg, "continuation"),
-    ("paper1", "fig04_tpot_base"): lambda runs, cfg: figures.paper1_tpot(runs, cfg, "base"),
-    ("paper1", "fig05_tpot_continuation"): lambda runs, cfg: figures.paper1_tpot(runs, cfg, "continuation"),
-    ("paper1", "fig06_user_throughput"): figures.paper1_user_throughput,
-    ("paper1", "fig07_p99_response_time"): figures.paper1_p99_response_time,
-    ("paper1", "fig08_session_throughput"): figures.paper1_session_throughput,
-    ("paper1", "fig09_bucket_throughput"): figures.paper1_bucket_throughput,
-    ("paper2", "fig01_architecture"): lambda _, cfg: figures.architecture(CLUSTERS, cfg, "paper2"),
-    ("paper2", "table1_models"): lambda _, cfg: figures.table1_models(table1.table1("p2"), cfg, "paper2"),
-    ("paper2", "fig02_input_tokens"): lambda _, cfg: figures.paper2_input_tokens(LENGTHS, cfg),
-    ("paper2", "fig03_preliminary"): figures.paper2_preliminary,
-    ("paper2", "fig04_ttft"): figures.paper2_ttft,
-    ("paper2", "fig05_tpot"): figures.paper2_tpot,
-    ("paper2", "fig06_user_throughput_p99"): figures.paper2_user_throughput_p99,
-    ("paper2", "fig07_system_throughput"): figures.paper2_system_throughput,
-    ("workbench", "routing_overhead"): workbench.routing_overhead,
+    ("paper1", "fig01_architecture"): lambda _, cfg: diagrams.architecture(CLUSTERS, cfg, "paper1"),
+    ("paper1", "table1_models"): lambda _, cfg: diagrams.table1_models(table1.table1("p1"), cfg, "paper1"),
+    ("paper1", "fig02_ttft_base"): lambda runs, cfg: paper1.paper1_ttft(runs, cfg, "base"),
+    ("paper1", "fig03_ttft_continuation"): lambda runs, cfg: paper1.paper1_ttft(runs, cfg, "continuation"),
+    ("paper1", "fig04_tpot_base"): lambda runs, cfg: paper1.paper1_tpot(runs, cfg, "base"),
+    ("paper1", "fig05_tpot_continuation"): lambda runs, cfg: paper1.paper1_tpot(runs, cfg, "continuation"),
+    ("paper1", "fig06_user_throughput"): paper1.paper1_user_throughput,
+    ("paper1", "fig07_p99_response_time"): paper1.paper1_p99_response_time,
+    ("paper1", "fig08_session_throughput"): paper1.paper1_session_throughput,
+    ("paper1", "fig09_bucket_throughput"): paper1.paper1_bucket_throughput,
+    ("paper2", "fig01_architecture"): lambda _, cfg: diagrams.architecture(CLUSTERS, cfg, "paper2"),
+    ("paper2", "table1_models"): lambda _, cfg: diagrams.table1_models(table1.table1("p2"), cfg, "paper2"),
+    ("paper2", "fig02_input_tokens"): lambda _, cfg: paper2.paper2_input_tokens(LENGTHS, cfg),
+    ("paper2", "fig03_preliminary"): paper2.paper2_preliminary,
+    ("paper2", "fig04_ttft"): paper2.paper2_ttft,
+    ("paper2", "fig05_tpot"): paper2.paper2_tpot,
+    ("paper2", "fig06_user_throughput_p99"): paper2.paper2_user_throughput_p99,
+    ("paper2", "fig07_system_throughput"): paper2.paper2_system_throughput,
+    ("workbench", "routing_overhead"): overhead.routing_overhead,
 }
 TIMED = [item for item in ITEMS if item[1].split("_")[0] not in ("fig01", "table1") and item[1] != "fig02_input_tokens"]
 
@@ -66,7 +67,7 @@ def records(profile: config.Profile) -> pd.DataFrame:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
-    figures.style()
+    canvas.style()
     return tmp_path / "laptop" / "measured"
 
 
@@ -103,7 +104,7 @@ def test_all_the_papers_figures_and_tables_are_there() -> None:
 
 
 def test_the_plotted_numbers_are_the_metrics(records: pd.DataFrame, profile: config.Profile, home: Path) -> None:
-    figures.paper1_session_throughput(records, profile)
+    paper1.paper1_session_throughput(records, profile)
     plotted = pd.read_csv(home / "paper1" / "fig08_session_throughput.csv").set_index(["config", "users", "turn"])
     chosen = records[(records["config"] == "p1.C") & (records["users"] == 32) & (records["turn"] == "continuation")]
     runs = [metrics.session_throughput(metrics.answers(run)) for _, run in chosen.groupby("repeat")]
@@ -112,7 +113,7 @@ def test_the_plotted_numbers_are_the_metrics(records: pd.DataFrame, profile: con
 
 
 def test_the_drawn_line_is_the_csv(records: pd.DataFrame, profile: config.Profile, home: Path) -> None:
-    fig = figures.paper2_ttft(records, profile)
+    fig = paper2.paper2_ttft(records, profile)
     plotted = pd.read_csv(home / "paper2" / "fig04_ttft.csv")
     line = next(c.lines[0] for c in fig.axes[0].containers if c.get_label().startswith("D "))
     mine = plotted[(plotted["config"] == "p2.D") & (plotted["panel"] == "median over users")]
@@ -123,7 +124,7 @@ def test_the_drawn_line_is_the_csv(records: pd.DataFrame, profile: config.Profil
 def test_bars_of_user_throughput_are_the_spread_over_users(
     records: pd.DataFrame, profile: config.Profile, home: Path
 ) -> None:
-    figures.paper1_user_throughput(records, profile)
+    paper1.paper1_user_throughput(records, profile)
     plotted = pd.read_csv(home / "paper1" / "fig06_user_throughput.csv").set_index(["config", "users", "turn"])
     assert plotted.index.is_unique
     summary = metrics.summarise(records[(records["config"] == "p1.B") & (records["users"] == 32)])
@@ -134,7 +135,7 @@ def test_bars_of_user_throughput_are_the_spread_over_users(
 def test_the_best_batch_size_is_the_fastest_at_most_users(
     records: pd.DataFrame, profile: config.Profile, home: Path
 ) -> None:
-    figures.paper2_preliminary(records, profile)
+    paper2.paper2_preliminary(records, profile)
     table = pd.read_csv(home / "paper2" / "fig03_preliminary.csv")
     top = table[table["users"] == table["users"].max()]
     for _, group in top.groupby(["dtype", "tensor_parallel"]):
@@ -172,11 +173,11 @@ def test_sources_on_one_scale_are_drawn_on_the_same_axes(
         (sent + 20 * (np.asarray(stamps) - sent)).astype(np.int64)
         for sent, stamps in zip(slow["t_send_ns"], slow["token_ns"], strict=True)
     ]
-    alone = [figures.paper1_p99_response_time(runs, profile) for runs in (records, slow)]
+    alone = [paper1.paper1_p99_response_time(runs, profile) for runs in (records, slow)]
     assert alone[0].axes[0].get_ylim()[1] < alone[1].axes[0].get_ylim()[1] / 5
-    with figures.on_the_same_axes():
-        together = [figures.paper1_p99_response_time(runs, profile) for runs in (records, slow)]
-        other = figures.paper1_session_throughput(records, profile)
+    with drawing.on_the_same_axes():
+        together = [paper1.paper1_p99_response_time(runs, profile) for runs in (records, slow)]
+        other = paper1.paper1_session_throughput(records, profile)
         before = [ax.get_ylim() for ax in other.axes]
         picture = home / "paper1" / "fig07_p99_response_time.png"
         drawn_alone = picture.read_bytes()
@@ -201,7 +202,7 @@ def _contrast(colour: Any) -> tuple[float, float]:
 
 
 def test_every_colour_can_be_seen_on_white_and_on_a_dark_page() -> None:
-    figures.style()
+    canvas.style()
     colours = [look[0] for look in (*canvas.LOOKS.values(), *canvas._SPARE_LOOKS, *canvas.DTYPE_LOOKS.values())]
     colours += [canvas.GREY, *matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]]
     for n in (2, 8, 9, 24):
@@ -213,7 +214,7 @@ def test_the_preliminary_experiment_is_told_in_its_sources_own_words(
     records: pd.DataFrame, profile: config.Profile, home: Path
 ) -> None:
     def told(runs: pd.DataFrame, profile: config.Profile, directory: Path) -> tuple[str, list[str]]:
-        panel = figures.paper2_preliminary(runs, profile).axes[1]
+        panel = paper2.paper2_preliminary(runs, profile).axes[1]
         about = json.loads((directory / "paper2" / "fig03_preliminary.json").read_text())
         return about["caption"], [text.get_text() for text in panel.get_legend().get_texts()]
 
@@ -230,7 +231,7 @@ def test_the_preliminary_experiment_is_told_in_its_sources_own_words(
 def test_system_throughput_shows_the_levels_that_stand_for_the_papers(
     records: pd.DataFrame, profile: config.Profile, home: Path
 ) -> None:
-    fig = figures.paper2_system_throughput(records, profile)
+    fig = paper2.paper2_system_throughput(records, profile)
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["8 users (papers: 250)", "32 users (papers: 1000)"]
     plotted = pd.read_csv(home / "paper2" / "fig07_system_throughput.csv")
     assert set(plotted["users"]) == {8, 32}  # 200 and 600 users are both nearest to 8 of 1, 8 and 32
@@ -252,33 +253,33 @@ def test_pictures_are_reproducible_byte_by_byte(
 def test_missing_records_name_the_notebook(records: pd.DataFrame, profile: config.Profile) -> None:
     gap = records[~((records["config"] == "p1.C") & (records["users"] == 8))]
     with pytest.raises(figures.MissingRecords, match=r"p1\.C, uniform mix, 8 users: run 05_load_sweep first"):
-        figures.paper1_ttft(gap, profile, "base")
+        paper1.paper1_ttft(gap, profile, "base")
     nothing = records[records["experiment"] == "load"]
     with pytest.raises(figures.MissingRecords, match="04_preliminary_sweep"):
-        figures.paper2_preliminary(nothing, profile)
+        paper2.paper2_preliminary(nothing, profile)
     with pytest.raises(figures.MissingRecords, match="06_routing_overhead"):
-        workbench.routing_overhead(nothing, profile)
+        overhead.routing_overhead(nothing, profile)
     with pytest.raises(figures.MissingRecords, match="01_clusterer"):
-        figures.read_cluster_map(profile)
+        diagrams.read_cluster_map(profile)
 
 
 def test_a_mix_that_the_profile_does_not_measure_is_an_error(records: pd.DataFrame) -> None:
     only_normal = config.load_profile("laptop", {"paper2.mixes": ["normal"]})
     with pytest.raises(config.ConfigError, match=r"add it to paper2\.mixes"):
-        figures.paper2_user_throughput_p99(records, only_normal)
+        paper2.paper2_user_throughput_p99(records, only_normal)
 
 
 def test_sources_are_never_mixed(records: pd.DataFrame, profile: config.Profile) -> None:
     both = pd.concat([records, records.assign(source="simulated")])
     with pytest.raises(ValueError, match="measured and simulated"):
-        figures.paper1_tpot(both, profile, "base")
+        paper1.paper1_tpot(both, profile, "base")
 
 
 def test_failures_are_told_in_the_caption(profile: config.Profile, records: pd.DataFrame, home: Path) -> None:
     failed = records["status"].mask(
         (records["config"] == "p1.A") & (records["users"] == 8) & (records["user"] == 3), "LOST"
     )
-    figures.paper1_p99_response_time(records.assign(status=failed), profile)
+    paper1.paper1_p99_response_time(records.assign(status=failed), profile)
     about = json.loads((home / "paper1" / "fig07_p99_response_time.json").read_text())
     assert about["requests"]["failed"] == 4  # two turns, two repeats
     assert f"4 of {about['requests']['answered'] + 4} requests failed" in about["caption"]
@@ -302,17 +303,17 @@ def test_every_configuration_has_its_own_look() -> None:
 @pytest.mark.parametrize("bad", [CLUSTERS.iloc[:0], CLUSTERS[["x", "y"]]])
 def test_a_broken_cluster_map_is_an_error(bad: pd.DataFrame, profile: config.Profile) -> None:
     with pytest.raises(ValueError, match="run 01_clusterer"):
-        figures.architecture(bad, profile, "paper1")
+        diagrams.architecture(bad, profile, "paper1")
 
 
 def test_the_readers_own_matplotlib_settings_change_nothing() -> None:
     """As a ``matplotlibrc`` would make them."""
     own = {"text.usetex": True, "font.size": 40, "axes.facecolor": "black", "lines.linestyle": ":", "savefig.dpi": 10}
     own |= {"svg.fonttype": "none", "image.cmap": "jet", "axes.xmargin": 0.4, "path.sketch": (5, 50, 2)}
-    figures.style()
+    canvas.style()
     expected = dict(matplotlib.rcParams)
     with matplotlib.rc_context(own):
-        figures.style()
+        canvas.style()
         assert dict(matplotlib.rcParams) == expected
 
 
@@ -320,7 +321,7 @@ def test_save_takes_any_figure(home: Path) -> None:
     fig, ax = plt.subplots()
     ax.plot([1, 2])
     data = pd.DataFrame({"a": [1.5, 2.5]})
-    png = figures.save(fig, "laptop", "measured", "workbench", "own", data, "A caption.", "none", note="a note")
+    png = canvas.save(fig, "laptop", "measured", "workbench", "own", data, "A caption.", "none", note="a note")
     plt.close(fig)
     assert png == home / "workbench" / "own.png" and png.exists()
     pd.testing.assert_frame_equal(pd.read_csv(png.with_suffix(".csv")), data)
@@ -340,7 +341,7 @@ def test_the_notebook_draws_every_item_of_its_paper(paper: str) -> None:
 def test_replicas_are_drawn_from_the_simulations_table(home: Path) -> None:
     profile = config.load_profile("smoke")
     table = replicas.run(profile, configs=["p2.E"], users=[30, 60], most_added=1)
-    workbench.replicas_simulated(table, profile)
+    hot_experts.replicas_simulated(table, profile)
     folder = home.parents[1] / "smoke" / "simulated-hardware" / "workbench"
     assert len(pd.read_csv(folder / "replicas.csv")) == len(table)
     about = json.loads((folder / "replicas.json").read_text())
@@ -365,7 +366,7 @@ def test_a_router_that_is_not_there_has_a_row_and_its_reason_in_the_caption(
     table.insert(0, "router", list(comparison.NAMES))
     table.insert(1, "reason", ["", "", "no wheel", "", "", ""])
     table.loc[table["reason"] != "", measured] = np.nan
-    fig = workbench.router_comparison(table, profile)
+    fig = routers.router_comparison(table, profile)
     rows = [label.get_text() for label in fig.axes[0].get_yticklabels()]
     assert len(rows) == len(comparison.NAMES) and "nearest examples" in rows[2]
     assert [text.get_text() for text in fig.axes[0].texts] == ["not there"]

@@ -76,7 +76,7 @@ def downloaded(modelopt, tmp_path_factory):
             "num_key_value_heads": shape.kv_heads,
             "vocab_size": shape.vocabulary,
         }
-        target = tensorrt_llm.source(model, Places(checkpoints, checkpoints))
+        target = checkpoints.source(model, Places(checkpoints, checkpoints))
         modelopt("make", target, dtype, *(f"{name}={number}" for name, number in settings.items()))
     return checkpoints
 

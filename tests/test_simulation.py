@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from erlib import config
 from erlib.load import metrics, records
-from erlib.paper_scale import batching, simulation, steptimes
+from erlib.paper_scale import batching, clock, simulation, steptimes
 from erlib.paper_scale.batching import CannotServe, System
-from erlib.paper_scale.simulation import HARDWARE, HARNESS, Harness
+from erlib.paper_scale.clock import HARDWARE, HARNESS, Harness
 from erlib.workload import prompts
 from erlib.workload.prompts import FORCED, Prompt
 from tests.test_steptimes import Linear
@@ -70,7 +70,7 @@ def test_whatever_is_asked(lengths, routing, batch_size, kv_tokens, max_step_tok
         kv_tokens=kv_tokens,
         max_step_tokens=max_step_tokens,
     )
-    seen = simulation.trace(under_test, drawn, continues, around, seed=1)
+    seen = clock.trace(under_test, drawn, continues, around, seed=1)
     stamps = seen.token_ns()
     # tokens conserved: every request answered, and by the servers' own count
     assert Counter(r.user for r in seen.requests) == dict.fromkeys(range(len(drawn)), 1 + continues)
@@ -112,8 +112,8 @@ def test_steps_that_are_one_event_are_those_that_were_one_each(name, preset, mon
     drawn = prompts.draw(workload, 120, "uniform", seed=3, repeat=0)
 
     def run():
-        around = simulation.harness(preset, paper)
-        return simulation.trace(batching.paper_system(name), drawn, paper == "p1", around, seed=1)
+        around = clock.harness(preset, paper)
+        return clock.trace(batching.paper_system(name), drawn, paper == "p1", around, seed=1)
 
     together = run()
     begun = Counter()
@@ -135,7 +135,7 @@ def test_steps_that_are_one_event_are_those_that_were_one_each(name, preset, mon
 def test_one_user_waits_for_the_prefill_only():
     for name in ("p1.A", "p1.C", "p2.D", "p2.E"):
         under_test = batching.paper_system(name)
-        seen = by_user(simulation.trace(under_test, users(1, 335, 50), continues=True))
+        seen = by_user(clock.trace(under_test, users(1, 335, 50), continues=True))
         base, continuation = seen[0, "base"], seen[0, "continuation"]
         assert base[0] * 1e-9 == pytest.approx(under_test.steps.prefill_s(335), abs=1e-9)
         assert (continuation[0] - base[-1]) * 1e-9 == pytest.approx(under_test.steps.prefill_s(385), abs=2e-9)
@@ -147,7 +147,7 @@ def test_one_user_waits_for_the_prefill_only():
 def test_tpot_of_a_full_batch_is_the_tables(name):
     under_test = batching.paper_system(name)
     crowd = users(3 * under_test.batch_size, 100, 200, clusters=1)
-    server = simulation.trace(under_test, crowd, continues=False).servers[0]
+    server = clock.trace(under_test, crowd, continues=False).servers[0]
     full = [n for n in range(1, len(server.ends_s)) if server.sequences[n - 1 : n + 1] == [under_test.batch_size] * 2]
     decoding = [n for n in full if n < 200]  # the first wave, all of whose members have come
     assert len(decoding) > 50
@@ -162,7 +162,7 @@ def test_tpot_of_a_full_batch_is_the_tables(name):
 def test_a_schedule_worked_out_by_hand():
     """Two slots, three users: 4 ms a step, 1 ms a decoded sequence, 0.1 ms a prompt token."""
     drawn = [Prompt(n, 0, "", 10 * (n + 1), tokens, FORCED) for n, tokens in enumerate((2, 3, 2))]
-    seen = by_user(simulation.trace(system(batch_size=2), drawn, continues=False))
+    seen = by_user(clock.trace(system(batch_size=2), drawn, continues=False))
     # 0 and 1 are read (4 + 3), decoded (6); 0 is done; 2 is read while 1 is decoded (4 + 1 + 3); 2 is decoded (5)
     expected = {0: [7, 13], 1: [7, 13, 21], 2: [21, 26]}
     assert {user: (tokens * 1e-6).round(6).tolist() for (user, _), tokens in seen.items()} == expected
@@ -170,23 +170,23 @@ def test_a_schedule_worked_out_by_hand():
 
 def test_first_come_first_served_even_if_a_later_one_would_fit():
     drawn = [Prompt(0, 0, "", 600, 40, FORCED), Prompt(1, 0, "", 600, 40, FORCED), Prompt(2, 0, "", 10, 5, FORCED)]
-    seen = simulation.trace(system(kv_tokens=1000), drawn, continues=False)
+    seen = clock.trace(system(kv_tokens=1000), drawn, continues=False)
     first, big, small = seen.requests
     assert big.first_step == small.first_step == 40
     assert first.first_step == 0
 
 
 def test_prompts_share_a_step_up_to_its_limit():
-    seen = simulation.trace(system(max_step_tokens=250), users(4, 100, 5), continues=False)
+    seen = clock.trace(system(max_step_tokens=250), users(4, 100, 5), continues=False)
     # two are read; then two sequences are decoded and 200 + 2 tokens fit again
     assert [r.first_step for r in seen.requests] == [0, 0, 1, 1]
-    seen = simulation.trace(system(max_step_tokens=201), users(4, 100, 5), continues=False)
+    seen = clock.trace(system(max_step_tokens=201), users(4, 100, 5), continues=False)
     assert [r.first_step for r in seen.requests] == [0, 0, 1, 2]
 
 
 def test_kv_cache_is_reserved_for_the_longest_answer():
     def together(**changes):
-        return max(simulation.trace(system(kv_tokens=1280, **changes), users(4, 100, 20), False).servers[0].sequences)
+        return max(clock.trace(system(kv_tokens=1280, **changes), users(4, 100, 20), False).servers[0].sequences)
 
     assert together() == 4
     assert together(answer_limit=1000) == 1
@@ -196,11 +196,11 @@ def test_instances_share_a_machine_evenly():
     """4 ms a step, 1 ms a decoded sequence, 0.1 ms a prompt token; twice as long while both are at work."""
     drawn = [Prompt(0, 0, "", 10, 3, FORCED), Prompt(1, 1, "", 60, 1, FORCED)]
     shared = system(steps=Crowded(), instances=2, routing="expert_router")
-    seen = by_user(simulation.trace(shared, drawn, continues=False))
+    seen = by_user(clock.trace(shared, drawn, continues=False))
     # both read until 10 ms, when 0 has done its 5 and 1 half of its 10; both go on until 1 is done at 20, and 0 at 20
     assert (seen[0, "base"] * 1e-6).round(6).tolist() == [10, 20, 25]
     assert (seen[1, "base"] * 1e-6).round(6).tolist() == [20]
-    apart = by_user(simulation.trace(system(instances=2, routing="expert_router"), drawn, continues=False))
+    apart = by_user(clock.trace(system(instances=2, routing="expert_router"), drawn, continues=False))
     assert (apart[0, "base"] * 1e-6).round(6).tolist() == [5, 10, 15]
     assert (apart[1, "base"] * 1e-6).round(6).tolist() == [10]
 
@@ -208,17 +208,17 @@ def test_instances_share_a_machine_evenly():
 def test_continuations_may_be_given():
     drawn, follow_up = [Prompt(0, 0, "", 100, 20, FORCED)], [Prompt(0, 1, "", 70, 5, FORCED)]
     routed = system(routing="expert_router", instances=2)
-    base, continuation = simulation.trace(routed, drawn, follow_up).requests
+    base, continuation = clock.trace(routed, drawn, follow_up).requests
     assert (base.turn, base.server, base.input_tokens, base.output_tokens) == ("base", 0, 100, 20)
     assert (continuation.turn, continuation.server) == ("continuation", 1)
     assert (continuation.input_tokens, continuation.output_tokens) == (70, 5)
     with pytest.raises(ValueError, match="zip"):
-        simulation.trace(routed, [*drawn, *drawn], follow_up)
+        clock.trace(routed, [*drawn, *drawn], follow_up)
 
 
 def test_requests_go_where_the_routing_says():
     def experts(routing, drawn):
-        return [r.server for r in simulation.trace(system(routing=routing, instances=4), drawn, False).requests]
+        return [r.server for r in clock.trace(system(routing=routing, instances=4), drawn, False).requests]
 
     drawn = [Prompt(n, cluster, "", 10, 2, FORCED) for n, cluster in enumerate([3, 3, 0, 2, 1, 3])]
     assert experts("expert_router", drawn) == [3, 3, 0, 2, 1, 3]
@@ -239,7 +239,7 @@ def test_what_can_never_be_served_is_an_error():
         ({"batch_size": 0}, users(1), "sizes must be at least 1"),
     ]:
         with pytest.raises(CannotServe, match=message):
-            simulation.trace(system(**changes), drawn, continues=False)
+            clock.trace(system(**changes), drawn, continues=False)
 
 
 # --- the harness --------------------------------------------------------------------------------------------------
@@ -248,13 +248,13 @@ def test_what_can_never_be_served_is_an_error():
 def test_the_gateway_relays_no_more_streams_than_it_can():
     around = Harness("narrow", gateway_streams=3, routing_mean_s=0.4, routing_sd_s=0.3)
     routed = system(routing="expert_router", instances=8)
-    seen = simulation.trace(routed, users(30), continues=True, around=around)
+    seen = clock.trace(routed, users(30), continues=True, around=around)
     begins = [r.sent_s + r.queued_s + 1e-9 for r in seen.requests]
     ends = [seen.servers[r.server].ends_s[r.first_step + r.output_tokens - 1] for r in seen.requests]
     relayed = [sum(b <= at < e for b, e in zip(begins, ends, strict=True)) for at in begins]
     assert max(relayed) == 3
     assert max(r.queued_s for r in seen.requests) > 0
-    direct = simulation.trace(system(), users(30), continues=True, around=around)
+    direct = clock.trace(system(), users(30), continues=True, around=around)
     assert all(r.queued_s == r.routed_s == 0 for r in direct.requests)
 
 
@@ -262,38 +262,38 @@ def test_the_gateway_relays_no_more_streams_than_it_can():
 def test_a_crowd_is_sent_one_after_the_other(routing):
     around = Harness("sender", per_request_s=0.5)
     crowd = users(4, output_tokens=2)
-    seen = simulation.trace(system(routing=routing, instances=8), crowd, continues=False, around=around)
+    seen = clock.trace(system(routing=routing, instances=8), crowd, continues=False, around=around)
     first_s = [tokens[0] * 1e-9 for tokens in seen.token_ns()]
     assert first_s == pytest.approx([0.5 * (n + 1) + Linear().prefill_s(100) for n in range(4)], abs=1e-6)
 
 
 def test_routing_latency_has_the_papers_mean_and_spread():
     routed = system(routing="expert_router", instances=8)
-    seen = simulation.trace(routed, users(4000, 10, 1), continues=False, around=HARNESS["p1"])
+    seen = clock.trace(routed, users(4000, 10, 1), continues=False, around=HARNESS["p1"])
     latencies = np.array([r.routed_s for r in seen.requests])
     assert latencies.mean() == pytest.approx(0.442, rel=0.05)
     assert latencies.std() == pytest.approx(0.302, rel=0.1)
-    replicas = simulation.trace(replace(routed, routing="replicas"), users(8), False, HARNESS["p1"])
+    replicas = clock.trace(replace(routed, routing="replicas"), users(8), False, HARNESS["p1"])
     assert all(r.routed_s == 0 for r in replicas.requests)  # nothing is classified
 
 
 def test_a_slow_client_takes_tokens_at_its_own_speed_and_in_order():
     crowd = users(8, 100, 100)
     slow = Harness("slow", client_tokens_per_s=200, client_knee=100)
-    seen = simulation.trace(system(instances=8, routing="expert_router"), crowd, continues=False, around=slow)
+    seen = clock.trace(system(instances=8, routing="expert_router"), crowd, continues=False, around=slow)
     assert max(tokens[-1] for tokens in seen.token_ns()) * 1e-9 == pytest.approx(800 / 200, rel=0.05)
     steps = [pair for server in seen.servers for pair in zip(server.ends_s, server.taken_s, strict=True)]
     assert all(sooner[1] <= later[1] for sooner, later in pairwise(sorted(steps)))
     slower = replace(slow, client_knee=0, client_slope=8)  # 8 open streams: half as fast
-    seen = simulation.trace(system(batch_size=8), crowd, continues=False, around=slower)
+    seen = clock.trace(system(batch_size=8), crowd, continues=False, around=slower)
     assert max(tokens[-1] for tokens in seen.token_ns()) * 1e-9 == pytest.approx(800 / 100, rel=0.05)
 
 
 def test_presets():
-    assert simulation.harness("hardware", "p1") == simulation.harness("hardware", "p2") == Harness("hardware")
-    assert simulation.harness("harness", "p2").gateway_streams == 48
+    assert clock.harness("hardware", "p1") == clock.harness("hardware", "p2") == Harness("hardware")
+    assert clock.harness("harness", "p2").gateway_streams == 48
     with pytest.raises(config.ConfigError, match="'hardware' or 'harness'"):
-        simulation.harness("fast", "p1")
+        clock.harness("fast", "p1")
 
 
 # --- the papers' systems and workloads ----------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_the_preliminary_experiment_is_paper_2s(tmp_path):
 @pytest.mark.parametrize("tensor_parallel", [4, 8])
 def test_preliminary_systems_have_room_for_the_largest_batch(dtype, tensor_parallel):
     engine = batching.Engine(batching.preliminary_system(dtype, tensor_parallel, 600))
-    longest = simulation.Request(0, "base", Prompt(0, 0, "", 335 + 4 * 30, 200, FORCED), 335 + 4 * 30, 0, 0.0, None)
+    longest = clock.Request(0, "base", Prompt(0, 0, "", 335 + 4 * 30, 200, FORCED), 335 + 4 * 30, 0, 0.0, None)
     assert 600 * engine.blocks(longest) <= engine.kv_blocks_total
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from erlib import config
 from erlib.config import ConfigError, WorkloadSettings
-from erlib.dgx import containers, option_tables, tensorrt_llm
+from erlib.dgx import __main__, containers, option_tables, tensorrt_llm
 from erlib.dgx.containers import Places
 from erlib.dgx.option_tables import OptionError
 from erlib.engines import llama
@@ -199,7 +199,7 @@ def places(tmp_path):
 def run_check(made, *more):
     """Run the plan's own last command, in this process."""
     command = made.commands[-1]
-    return tensorrt_llm.main([*command.argv[command.argv.index("check") :], *more])
+    return __main__.main([*command.argv[command.argv.index("check") :], *more])
 
 
 @pytest.mark.parametrize(("name", "version"), [("p1.B", "1.2.1"), ("p1.D", "0.21.0"), ("p2.C", "1.2.1")])
@@ -276,15 +276,15 @@ def test_a_checkpoint_is_checked_before_an_engine_is_built_from_it(places, capsy
 
 
 def test_show_prints_the_plan_as_the_runner_starts_it(capsys):
-    assert tensorrt_llm.main(["show", "p2.B", "--runner", "bare", "--work", "/w", "--checkpoints", "/c"]) == 0
+    assert __main__.main(["show", "p2.B", "--runner", "bare", "--work", "/w", "--checkpoints", "/c"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["hf", "hf", "python3", "trtllm-build", "python"]
     assert lines[0].startswith("hf download meta-llama/Meta-Llama-3-70B --include '*.safetensors' --include '*.json' ")
     assert lines[2].startswith("python3 /app/examples/quantization/quantize.py --model_dir /c/Meta-Llama-3-70B")
     assert lines[3].startswith("trtllm-build --checkpoint_dir /w/engine-1.2.1/checkpoints/llama-3-70b-fp8-kv_fp8-tp8 ")
-    assert tensorrt_llm.main(["show", "p1.B", "--flow", "llmapi"]) == 2
+    assert __main__.main(["show", "p1.B", "--flow", "llmapi"]) == 2
     assert "no INT8 KV cache" in capsys.readouterr().err
-    assert tensorrt_llm.main(["show", "p2.B", "--version", "0.21.0"]) == 0
+    assert __main__.main(["show", "p2.B", "--version", "0.21.0"]) == 0
     assert "25.08-trtllm-python-py3" in capsys.readouterr().out
 
 
@@ -312,7 +312,7 @@ def installed(tmp_path, monkeypatch):
 def test_refresh_shows_differences_and_writes_only_when_asked(installed, tmp_path, capsys):
     before = option_tables.load_contract("1.2.1")
     command = ["refresh", "1.2.1", "--runner", "bare", "--work", str(tmp_path)]
-    assert tensorrt_llm.main(command) == 1  # three tools did not answer
+    assert __main__.main(command) == 1  # three tools did not answer
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0] == "trtllm-build: --pp_reduce_scatter is gone"
@@ -324,7 +324,7 @@ def test_refresh_shows_differences_and_writes_only_when_asked(installed, tmp_pat
     assert len(lines) == 3 + len(config.config_ids())  # each has one engine plan of this version
     assert re.search(r"quantize.py: not asked: .*absent.py --help: .*; .*neither.py --help: ", err)
     assert option_tables.load_contract("1.2.1") == before
-    tensorrt_llm.main([*command, "--write"])
+    __main__.main([*command, "--write"])
     after = option_tables.load_contract("1.2.1")
     assert "--new_thing" in after.tools["trtllm-build"].options
     assert after.tools["trtllm-build"].evidence == "--help of the installed tools"
@@ -334,7 +334,7 @@ def test_refresh_shows_differences_and_writes_only_when_asked(installed, tmp_pat
 def test_refresh_without_any_tool_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(option_tables.Contract, "dumps", lambda self: pytest.fail("wrote"))
-    assert tensorrt_llm.main(["refresh", "1.2.1", "--runner", "enroot", "--write"]) == 1
+    assert __main__.main(["refresh", "1.2.1", "--runner", "enroot", "--write"]) == 1
     out, err = capsys.readouterr()
     assert not out
     assert "trtllm-build: not asked" in err

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from erlib import config, paths
-from erlib.paper_scale import fitting, simulation, steptimes, validation
-from erlib.paper_scale.simulation import Harness
+from erlib.paper_scale import clock, fitting, simulation, steptimes, validation
+from erlib.paper_scale.clock import Harness
 from erlib.workload.prompts import FORCED, Prompt
 from tests import synthetic
 from tests.test_steptimes import Linear
@@ -177,7 +177,7 @@ def test_continuations_go_where_they_went_and_are_as_long_as_they_were():
     base = [Prompt(n, n, "", 14, 20, FORCED) for n in range(3)]
     second = [Prompt(n, n + 4, "", 25 + n, 10, FORCED) for n in range(3)]
     asked = synthetic.frame(simulation.simulate(system, base, paper="p1", continues=second))
-    again = validation.predict(asked, system, simulation.HARDWARE)
+    again = validation.predict(asked, system, clock.HARDWARE)
     seen = again[again["turn"] == "continuation"].sort_values("user")
     assert seen["expert"].tolist() == [4, 5, 6]
     assert seen["input_tokens"].tolist() == [25, 26, 27]
@@ -209,14 +209,15 @@ def test_errors_are_summed_up():
 
 @pytest.mark.parametrize("levels", [LEVELS, LEVELS[:2]], ids=["predicted", "too few loads"])
 def test_the_figure_carries_all_three_comparisons(levels, measured, aisimulate, tmp_path, monkeypatch):
-    from erlib.report import figures, workbench
+    from erlib.report import canvas
+    from erlib.report.own import trust
 
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
-    figures.style()
+    canvas.style()
     points = pd.read_csv(validation.PUBLISHED).query("input_tokens == 2048 and output_tokens == 128")
     used = measured[measured["users"].isin(levels)]
     predictions = validation.calibrated(used, PROFILE)
-    fig = workbench.simulation_trust(validation.published(points), aisimulate, predictions, used, PROFILE)
+    fig = trust.simulation_trust(validation.published(points), aisimulate, predictions, used, PROFILE)
     path = tmp_path / "laptop" / "simulated-hardware" / "workbench" / "simulation_trust.csv"
     panels = pd.read_csv(path)["panel"].value_counts()
     assert panels["published"] == 2 * len(points)

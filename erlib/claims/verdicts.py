@@ -19,14 +19,18 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from erlib import config, paths
+from erlib.claims import arithmetic, predicates, protocol
 from erlib.claims.evidence import Evidence, NotTestable
-from erlib.claims.predicates import PREDICATES
+from erlib.claims.finding import PREDICATES
 from erlib.config import ConfigError, Profile
 from erlib.load import experiments, records, sweep
 from erlib.machine.progress import Bar
 from erlib.paper_scale import emulation
 
 Verdict = Literal["holds", "fails", "not testable here", "ambiguous in the paper"]
+_FAMILIES = (arithmetic, predicates, protocol)
+"""Modules whose predicates are known by name once they are imported."""
+
 HOLDS: Verdict = "holds"
 FAILS: Verdict = "fails"
 UNTESTABLE: Verdict = "not testable here"

@@ -1,7 +1,7 @@
 """More than one machine: experts, gateways, NGINX and users on the nodes of a Ray cluster that is already there.
 
 Ray places and watches; nothing that is measured passes through it. On every node one actor keeps that node's
-:class:`~erlib.serving.stack.Share` of the stack, and on the users' node another keeps the
+:class:`~erlib.serving.Share` of the stack, and on the users' node another keeps the
 :class:`~erlib.load.users.UserSimulator`. All of them end with the driver, however it ends.
 
 Servers of TensorRT-LLM ask for as many GPUs as they have ranks. Engines on a CPU ask for one of the custom resource
@@ -16,185 +16,39 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from erlib import paths
+from erlib.cluster.placement import Demand, Node, demands_of, living_nodes, place
 from erlib.config import Routing, ServingSettings
 from erlib.load.users import Client, Observation, Script, UserSimulator
 from erlib.machine import hardware
-from erlib.machine.hardware import Gpu
 from erlib.machine.processes import StartError
 from erlib.serving import stack
-from erlib.serving.stack import Classifier, NodeLost, Share
+from erlib.serving.share import Classifier, Placement, Share
+from erlib.serving.stack import NodeLost
 from erlib.serving.triton import ServerPlan
-
-EXPERTS, USERS = "experts", "users"
-"""Custom resources: how many engines a node may run without a GPU; that it is there for the users."""
 
 _VERDICT_S = 120
 """By when Ray has said whether a node that does not answer is lost; its own limit is about a minute."""
+
 _OBITUARY_S = 5
 """The same where it already knows that an actor is gone."""
+
 _WATCH_S = 1.0
+
 _STOP_S = 30
 
 _ENDED_BY_THE_KERNEL = {"RAY_kill_child_processes_on_worker_exit": "0"}
 """An actor's children get SIGTERM when it ends, as :mod:`erlib.machine.processes` wants it. Ray would kill them, and an
 NGINX that is killed leaves its worker behind, a Triton its shared memory."""
 
-Demand = Mapping[str, float]
-"""What one server asks of its node, by Ray's names of resources."""
 Kept = TypeVar("Kept")
+
 Result = TypeVar("Result")
-
-
-# --- placement ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Node:
-    """One node of the cluster and all that it has, in use or not."""
-
-    id: str
-    name: str
-    address: str
-    resources: Demand
-
-
-@dataclass(frozen=True)
-class Seats:
-    """Which nodes run the servers, in order, and which the users."""
-
-    servers: tuple[Node, ...]
-    users: Node
-
-
-def place(nodes: Sequence[Node], demands: Sequence[Demand], users: Literal["apart", "anywhere"] = "apart") -> Seats:
-    """Spread servers evenly over nodes, as far as resources allow, and find a node for the users.
-
-    Parameters
-    ----------
-    nodes : sequence of Node
-    demands : sequence of mapping
-        What each server asks for.
-    users : {"apart", "anywhere"}
-        Whether the users' node must be free of servers. ``anywhere``: it is, if that is possible.
-
-    Raises
-    ------
-    StartError
-        If the servers do not fit, or leave no node for the users; says what is lacking.
-    """
-    reserved = [node for node in nodes if node.resources.get(USERS)]
-    for candidate in reserved or sorted(nodes, key=lambda node: _room([node], demands)):
-        seats = _seat([node for node in nodes if node not in (*reserved, candidate)], demands)
-        if None not in seats:
-            return Seats(_complete(seats), candidate)
-    seats = _seat(nodes, demands)
-    if None in seats:
-        asked = ", ".join(f"{count} x {_list(dict(demand))}" for demand, count in _counted(demands))
-        has = "; ".join(f"{node.name} has {_list(node.resources)}" for node in nodes)
-        raise StartError(
-            f"the cluster has room for {_room(nodes, demands)} of {len(demands)} servers, which ask for {asked}: {has}"
-        )
-    if users == "apart":
-        names = ", ".join(node.name for node in nodes)
-        raise StartError(
-            f"{len(demands)} servers leave no node for the users: they need all of {names}. Add a node, or let users "
-            "run beside experts with --set serving.cluster_users=anywhere"
-        )
-    seated = Counter(node.id for node in _complete(seats))
-    return Seats(_complete(seats), min(reserved or nodes, key=lambda node: seated[node.id]))
-
-
-def demands_of(plans: Sequence[ServerPlan], nodes: Sequence[Node]) -> list[Demand]:
-    """What each server asks for in this cluster."""
-    counted = any(node.resources.get(EXPERTS) for node in nodes)
-
-    def of(plan: ServerPlan) -> Demand:
-        return {EXPERTS: 1} if counted and "GPU" not in plan.demand else plan.demand
-
-    return [of(plan) for plan in plans]
-
-
-def _seat(nodes: Sequence[Node], demands: Sequence[Demand]) -> list[Node | None]:
-    """A node for each server, the one with the fewest so far that has room; the most demanding choose first."""
-    left = {node.id: dict(node.resources) for node in nodes}
-    seated: Counter[str] = Counter()
-    seats: list[Node | None] = [None] * len(demands)
-    for i in sorted(range(len(demands)), key=lambda i: -sum(demands[i].values())):
-        demand = demands[i]
-        fitting = [n for n in nodes if all(left[n.id].get(name, 0) >= amount for name, amount in demand.items())]
-        if fitting:
-            node = seats[i] = min(fitting, key=lambda node: seated[node.id])
-            seated[node.id] += 1
-            for name, amount in demand.items():
-                left[node.id][name] -= amount
-    return seats
-
-
-def _complete(seats: Sequence[Node | None]) -> tuple[Node, ...]:
-    return tuple(node for node in seats if node)
-
-
-def _room(nodes: Sequence[Node], demands: Sequence[Demand]) -> int:
-    return len(_complete(_seat(nodes, demands)))
-
-
-def _counted(demands: Sequence[Demand]) -> list[tuple[tuple[tuple[str, float], ...], int]]:
-    return Counter(tuple(sorted(demand.items())) for demand in demands).most_common()
-
-
-def _list(resources: Demand) -> str:
-    """E.g. ``4 CPU, 2 GPU``, without what Ray adds for itself."""
-    named = {name: amount for name, amount in resources.items() if name in ("CPU", "GPU", EXPERTS, USERS)}
-    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(named.items())) or "nothing"
-
-
-# --- the cluster --------------------------------------------------------------------------------------------------
-
-
-def living_nodes(address: str) -> list[Node]:
-    """Living nodes of the cluster at `address` (``auto``, or ``HOST:PORT`` of its head).
-
-    Raises
-    ------
-    StartError
-        If Ray is not installed or there is no cluster.
-    """
-    try:
-        import ray
-    except ImportError:
-        raise StartError(
-            "serving.cluster needs Ray, which is not installed: .venv/bin/python scripts/install.py cluster"
-        ) from None
-    if not ray.is_initialized():
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise StartError(f"no Ray cluster at {address} (start one with ray start --head): {error}") from None
-    living = [node for node in ray.nodes() if node["Alive"]]
-    found = [Node(n["NodeID"], n["NodeName"], n["NodeManagerAddress"], n["Resources"]) for n in living]
-    return sorted(found, key=lambda node: (node.name, node.id))
-
-
-def gpus(address: str | None) -> list[Gpu]:
-    """GPUs of this machine or, in a cluster, of all nodes for experts, taken to be of the kind that this node has.
-
-    Raises
-    ------
-    StartError
-        If there is no cluster at `address`.
-    """
-    here = hardware.gpus()
-    if not address or not here:
-        return here
-    serving = [node.resources for node in living_nodes(address) if not node.resources.get(USERS)]
-    return here[:1] * int(sum(resources.get("GPU", 0) for resources in serving))
 
 
 class _Keeper(Generic[Kept]):
@@ -302,9 +156,6 @@ class _Remote(Generic[Kept]):
         ray.kill(self._actor)
 
 
-# --- the two halves of a point ------------------------------------------------------------------------------------
-
-
 class ClusterStack(stack.Stack):
     """A stack on the nodes of a Ray cluster; see :class:`erlib.serving.stack.Stack`, whose parameters it takes.
 
@@ -340,7 +191,7 @@ class ClusterStack(stack.Stack):
         ]
         self._one_machine = len({node.address for node in living}) == 1
         n_gateways = settings.gateways if routing in ("expert_router", "replicas") else 0
-        placement = stack.Placement(
+        placement = Placement(
             addresses=tuple(settings.host if self._one_machine else node.address for node in self._nodes),
             servers=tuple(self._nodes.index(node) for node in seats.servers),
             gateways=tuple(itertools.islice(itertools.cycle(range(len(self._nodes))), n_gateways)),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from erlib.cluster import on_ray
+from erlib.cluster import placement
 from erlib.config import ConfigError, Configuration, Profile
-from erlib.dgx import builds, fit, repository, tensorrt_llm
+from erlib.dgx import builds, checkpoints, fit, repository, tensorrt_llm
 from erlib.load.backends import Workloads
 from erlib.serving.triton import ServerPlan
 
@@ -40,17 +40,17 @@ def context_tokens(profile: Profile, configuration: Configuration) -> int:
 
 def tokenizer_file(profile: Profile, model: str) -> Path:
     """The checkpoint's own, downloaded if need be."""
-    return tensorrt_llm.fetch_tokenizer(model, tensorrt_llm.places(profile))
+    return checkpoints.fetch_tokenizer(model, checkpoints.places(profile))
 
 
 def folders(profile: Profile) -> list[Path]:
     """Of checkpoints, and of what is made of them."""
-    places = tensorrt_llm.places(profile)
+    places = checkpoints.places(profile)
     return [places.checkpoints, places.work]
 
 
 def _fitted(profile: Profile) -> fit.Fitted:
-    if not (gpus := on_ray.gpus(profile.serving.cluster)):
+    if not (gpus := placement.gpus(profile.serving.cluster)):
         raise ConfigError(
             f"profile {profile.name!r} needs GPUs, and nvidia-smi finds none; --profile laptop needs none"
         )

@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 from erlib.config import Configuration, Profile, RunnerKind
-from erlib.dgx import tensorrt_llm
+from erlib.dgx import tensorrt_llm, tools
 from erlib.dgx.containers import Command, Runner, load_image
 from erlib.dgx.tensorrt_llm import Plan
 from erlib.machine import processes
@@ -169,7 +169,7 @@ def _found(plans: Sequence[Plan], runner: Runner) -> dict[tuple[str, str], tuple
     """
     work, version = runner.places.work, plans[0].version
     used = dict.fromkeys(command.tool for plan in plans for command in plan.commands if command.tool)
-    answers, wrong = tensorrt_llm.inspect(plans, [tool for tool in used if runner.image.comes_with(tool, work)], runner)
+    answers, wrong = tools.inspect(plans, [tool for tool in used if runner.image.comes_with(tool, work)], runner)
     if wrong:
         raise StepFailed("\n".join(wrong))
     return {(version, tool): program for tool, program in answers.programs.items()}

@@ -16,8 +16,9 @@ import numpy as np
 from erlib import config
 from erlib.config import Configuration, Mix, Profile
 from erlib.dgx import builds
+from erlib.dgx.checkpoints import CALIBRATION
 from erlib.dgx.containers import Command
-from erlib.dgx.tensorrt_llm import CALIBRATION, Plan
+from erlib.dgx.tensorrt_llm import Plan
 from erlib.engines import llama
 from erlib.machine.hardware import Gpu
 from erlib.paper_scale import steptimes

@@ -11,9 +11,10 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from erlib.config import Profile
-from erlib.dgx import builds, tensorrt_llm
+from erlib.dgx import builds, checkpoints
+from erlib.dgx.checkpoints import CALIBRATION, CHECKPOINTS, TEXTS
 from erlib.dgx.preflight import _ANSWER_S, _last_line
-from erlib.dgx.tensorrt_llm import CALIBRATION, CHECKPOINTS, TEXTS, Plan
+from erlib.dgx.tensorrt_llm import Plan
 from erlib.workload import corpus
 
 LICENCES = {"llama-2": "Llama 2 Community License", "llama-3": "Meta Llama 3 Community License"}
@@ -21,16 +22,16 @@ LICENCES = {"llama-2": "Llama 2 Community License", "llama-3": "Meta Llama 3 Com
 
 def _hub(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
     """Checkpoints and texts that are neither here nor to be had."""
-    places = tensorrt_llm.places(profile)
+    places = checkpoints.places(profile)
     wanted: dict[str, Path | None] = {}
     for _, step in builds.missing(plans):
         if step.purpose == "fetch" and step.program[0] == "hf":
             wanted[step.options[0]] = step.makes
     models = {plan.system.model for plan in plans}
     wanted |= {
-        CHECKPOINTS[model]: tensorrt_llm.source(model, places)
+        CHECKPOINTS[model]: checkpoints.source(model, places)
         for model in models
-        if not (tensorrt_llm.source(model, places) / "tokenizer.json").exists()
+        if not (checkpoints.source(model, places) / "tokenizer.json").exists()
     }
     if profile.corpus.name == "c4" and not corpus.c4_is_cached(profile.corpus):
         wanted["allenai/c4"] = None

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import get_args
 
 from erlib import paths
-from erlib.cluster import on_ray
+from erlib.cluster import placement
 from erlib.config import ConfigError, Passable, Profile, RunnerKind
-from erlib.dgx import builds, estimates, tensorrt_llm
+from erlib.dgx import builds, checkpoints, estimates
 from erlib.dgx.containers import Image, Runner, load_image
 from erlib.dgx.fit import Fitted, fitted
 from erlib.dgx.hub import _hub
 from erlib.dgx.tensorrt_llm import NEWEST, Plan
+from erlib.dgx.tools import inspect
 from erlib.engines import llama
 from erlib.load.readiness import basics
 from erlib.machine import hardware, runfolder
@@ -40,7 +41,7 @@ _ANSWER_S = 10
 
 def _names_on_gpus(profile: Profile) -> Iterable[str]:
     """Folders that Triton, in its image or not, hands to a shell as they are, or a container is given with others."""
-    places = tensorrt_llm.places(profile)
+    places = checkpoints.places(profile)
     for key, folder in {"checkpoints": places.checkpoints, "work": places.work}.items():
         if unsafe := runfolder.NOT_SAFE.search(str(folder)):
             yield (
@@ -65,7 +66,7 @@ class Report:
 def runners(plans: Sequence[Plan], profile: Profile) -> dict[str, Runner]:
     """One for each version of TensorRT-LLM that plans need."""
     versions = dict.fromkeys(plan.version for plan in plans)
-    kind, places = profile.tensorrt_llm.runner, tensorrt_llm.places(profile)
+    kind, places = profile.tensorrt_llm.runner, checkpoints.places(profile)
     return {version: Runner(kind, load_image(version), places) for version in versions}
 
 
@@ -78,7 +79,7 @@ def check(profile: Profile) -> Report:
         If the profile wants a cluster and there is none.
     """
     try:
-        here = on_ray.gpus(profile.serving.cluster)
+        here = placement.gpus(profile.serving.cluster)
     except StartError as error:
         raise ConfigError(str(error)) from None
     assumed = here or [hardware.H100] * (profile.tensorrt_llm.gpus or llama.GPUS)
@@ -208,7 +209,7 @@ def _remedy(program: str, kind: str) -> str:
 
 def _checkpoints(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
     """Paths for which TensorRT-LLM's scripts take a Llama for another model: they look for its name in all of it."""
-    home = str(tensorrt_llm.places(profile).checkpoints)
+    home = str(checkpoints.places(profile).checkpoints)
     reads = any(step.purpose in ("convert", "quantise") for _, step in builds.missing(plans))
     for word in ("mpt", "vila"):
         if reads and word in home.lower():
@@ -241,7 +242,7 @@ def _shared_memory(profile: Profile) -> Iterable[str]:
 
 def disk_needs(profile: Profile, plans: Sequence[Plan]) -> dict[Path, float]:
     """Bytes that are still to be written, by directory."""
-    places = tensorrt_llm.places(profile)
+    places = checkpoints.places(profile)
     needs: defaultdict[Path, float] = defaultdict(float)
     for plan, step in builds.missing(plans):
         where = places.checkpoints if step.makes.is_relative_to(places.checkpoints) else places.work
@@ -280,7 +281,7 @@ def _options(fit: Fitted, plans: Sequence[Plan]) -> Iterable[str]:
         used = dict.fromkeys(command.tool for plan in mine for command in plan.commands if command.tool)
         is_here = runner.is_ready and (runner.kind != "bare" or shutil.which("trtllm-build"))
         tools = [tool for tool in used if is_here and runner.image.comes_with(tool, runner.places.work)]
-        yield from tensorrt_llm.inspect(mine, tools, runner)[1]
+        yield from inspect(mine, tools, runner)[1]
 
 
 def _warnings(report: Report) -> Iterable[str]:

@@ -40,7 +40,7 @@ from erlib.engines import llama
 from erlib.machine import processes
 from erlib.machine.processes import StartError
 from erlib.machine.runfolder import RunFolder
-from erlib.serving import triton, wire
+from erlib.serving import triton, wheel, wire
 
 TEMPLATES = paths.ENGINE_SPECS / "triton" / "tensorrt_llm"
 ENGINE_MODEL = "tensorrt_llm"
@@ -258,17 +258,17 @@ class RepositoryServer(triton.TritonServer):
         return f"expert-router-{self.http_port}"
 
     def _on_the_cpu(self) -> Launch:
-        root = triton._wheel()
+        root = wheel.installed()
         self._run_folder = self._run_folder or RunFolder()
         command = [
             str(root / "bin" / "tritonserver"),
             *self._options(self.shm_prefix),
-            f"--backend-directory={triton._backend_directory(root, self._run_folder.path)}",
+            f"--backend-directory={wheel.backend_directory(root, self._run_folder.path)}",
             "--exit-timeout-secs=2",
             "--allow-gpu-metrics=false",
             "--pinned-memory-pool-byte-size=0",
         ]
-        return Launch(command, triton._environment())
+        return Launch(command, wheel.environment())
 
     def _options(self, shm_prefix: str) -> list[str]:
         return [

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import platform
-import re
-import shlex
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pandas as pd
 from tabulate import tabulate
 
-from erlib import config, paths
+from erlib import paths
 from erlib.config import Configuration
-from erlib.dgx import builds, estimates, preflight, repository, tensorrt_llm
-from erlib.dgx.containers import Command, Places, Runner
+from erlib.dgx import checkpoints, estimates, preflight, repository, tensorrt_llm
 from erlib.dgx.fit import Fitted
+from erlib.dgx.layout import WIDTH, listed, table, wrapped
 from erlib.dgx.preflight import Report
-from erlib.dgx.tensorrt_llm import Plan
+from erlib.dgx.steps import Steps, _folded, commands, table_of_steps
 from erlib.engines import llama, table1
 from erlib.engines.llama import Paper
 from erlib.machine import hardware
 from erlib.serving import triton
-from erlib.serving.stack import Gateway
+from erlib.serving.share import Gateway
 from erlib.serving.triton import TritonServer
-
-WIDTH = 118
 
 
 def text(report: Report, notebooks: Sequence[tuple[str, str]]) -> str:
@@ -44,29 +39,26 @@ def text(report: Report, notebooks: Sequence[tuple[str, str]]) -> str:
         Name, and whether and why it would run.
     """
     fitted, profile = report.fitted, report.fitted.profile
-    steps = _Steps(fitted)
+    steps = Steps(fitted)
     sweeps = estimates.sweeps(profile, fitted.load, fitted.preliminary, fitted.gpu)
     sections = {
         "Machine": _machine(report),
         "Systems": _systems(fitted),
         "Memory of each GPU": _memory(fitted),
         "Table I of the papers": _tables(),
-        "Steps": _table_of_steps(steps),
-        "Commands": _commands(report, steps),
+        "Steps": table_of_steps(steps),
+        "Commands": commands(report, steps),
         "Servers": _servers(fitted),
         "Load": _load(sweeps),
         "Time and disk": _totals(report, steps, sweeps),
-        "Notebooks": _table([list(row) for row in notebooks], ["notebook", "would"]),
+        "Notebooks": table([list(row) for row in notebooks], ["notebook", "would"]),
         "Problems": _closing(report),
     }
     title = f"Plan of profile {profile.name}: {profile.description}"
-    lines = [_wrapped(title), "Printing it starts, downloads and writes nothing."]
+    lines = [wrapped(title), "Printing it starts, downloads and writes nothing."]
     for number, (heading, body) in enumerate(sections.items(), 1):
         lines.append(f"{number}. {heading}\n{'=' * (len(heading) + len(str(number)) + 2)}\n\n{body}")
     return "\n\n".join(lines)
-
-
-# --- what there is ------------------------------------------------------------------------------------------------
 
 
 def _machine(report: Report) -> str:
@@ -76,7 +68,7 @@ def _machine(report: Report) -> str:
         used = f"{each}; {fitted.n_gpus} used"
     else:
         used = f"none; everything below is laid out for {fitted.n_gpus} x {fitted.gpu.name}"
-    places = tensorrt_llm.places(report.asked)
+    places = checkpoints.places(report.asked)
     rows = [
         ["host", platform.node()],
         ["GPUs", used],
@@ -106,21 +98,21 @@ def _systems(fitted: Fitted) -> str:
         for one in fitted.load
     ]  # fmt: skip
     headers = ["", "system", "servers", "GPUs each", "batch size", "KV tokens", "requests reach it by"]
-    parts = [_table(rows, headers)]
+    parts = [table(rows, headers)]
     if fitted.preliminary:
         systems = [one.system for one in fitted.preliminary]
         formats = ", ".join(dict.fromkeys(system.dtype.upper() for system in systems))
         widths = " and ".join(f"TP{width}" for width in dict.fromkeys(system.tensor_parallel for system in systems))
         sizes = ", ".join(map(str, sorted({system.batch_size for system in systems})))
         parts.append(
-            _wrapped(
+            wrapped(
                 f"Preliminary experiment of paper 2: {len(systems)} systems of Llama 3 70B, one server each: "
                 f"{formats}; {widths}; batch sizes {sizes}."
             )
         )
-    parts.append(_listed("What is lost against the papers:", fitted.losses) or "As the papers print them.")
+    parts.append(listed("What is lost against the papers:", fitted.losses) or "As the papers print them.")
     if fitted.refused:
-        parts.append(_listed("Not run:", fitted.refused))
+        parts.append(listed("Not run:", fitted.refused))
     return "\n\n".join(parts)
 
 
@@ -146,7 +138,7 @@ def _memory(fitted: Fitted) -> str:
         f"and so are {llama.FOREIGN_CONTEXT_BYTES / 1e9:g} GB for each other rank's CUDA context; a server whose KV "
         "cache comes out smaller than this is not used. Of the preliminary systems, the largest."
     )
-    return f"{_table(rows, headers, numbers=True)}\n\n{_wrapped(said)}"
+    return f"{table(rows, headers, numbers=True)}\n\n{wrapped(said)}"
 
 
 def _tables() -> str:
@@ -164,148 +156,10 @@ def _tables() -> str:
         headers = ["", "weights\nprinted", "as\nloaded", "differ\nby", "agree", "KV cache\nprinted", "holds\ntokens",
                    "printed\ntokens", "batch\nsize", "longest\nsequences"]  # fmt: skip
         parts.append(f"Paper {paper[1]}, weights in {what} (within 1.5 % or its rounding):")
-        parts.append(_table(rows, headers, numbers=True))
+        parts.append(table(rows, headers, numbers=True))
         found = [f"{row.config}: {row.discrepancy}" for row in table.itertuples() if row.discrepancy]
-        parts.append(_listed("Where print and arithmetic disagree:", found))
+        parts.append(listed("Where print and arithmetic disagree:", found))
     return "\n\n".join(parts)
-
-
-# --- steps --------------------------------------------------------------------------------------------------------
-
-
-class _Steps:
-    """Commands of all plans, each once, and what for; builds that differ in batch size alone stand together."""
-
-    def __init__(self, fitted: Fitted):
-        self.users: defaultdict[Path, list[str]] = defaultdict(list)
-        self.groups: dict[str, list[tuple[Plan, Command]]] = {}
-        preliminary = {one.id for one in fitted.preliminary}
-        for one in fitted.configurations:
-            plan = tensorrt_llm.plan(fitted.profile, one)
-            name = "preliminary" if one.id in preliminary else one.id
-            for command in plan.commands:
-                if command.purpose == "check":
-                    continue
-                if name not in self.users[command.makes]:
-                    self.users[command.makes].append(name)
-                group = self.groups.setdefault(re.sub(r"-bs\d+-", "-bs*-", str(command.makes)), [])
-                if all(command.makes != other.makes for _, other in group):
-                    group.append((plan, command))
-        self.missing = builds.missing(fitted.plans)
-        self._to_make = {command.makes for _, command in self.missing}
-
-    def used_by(self, group: Sequence[tuple[Plan, Command]]) -> str:
-        return ", ".join(dict.fromkeys(name for _, command in group for name in self.users[command.makes]))
-
-    def state(self, group: Sequence[tuple[Plan, Command]]) -> str:
-        todo = sum(command.makes in self._to_make for _, command in group)
-        if todo in (0, len(group)):
-            return "to do" if todo else "done"
-        return f"{todo} to do"
-
-
-def _table_of_steps(steps: _Steps) -> str:
-    rows = []
-    for group in steps.groups.values():
-        _, command = group[0]
-        costs = [estimates.of_step(*each) for each in group]
-        sizes = sorted(each.system.batch_size for each, _ in group)
-        name = re.sub(r"-bs\d+-.*", "", command.makes.name)
-        what = f"{name}, batch size {', '.join(map(str, sizes))}" if command.purpose == "build" else name
-        rows.append(
-            [command.purpose, what, steps.used_by(group), f"{sum(cost.disk_bytes for cost in costs) / 1e9:,.0f}",
-             _minutes(costs), steps.state(group)]
-        )  # fmt: skip
-    headers = ["step", "makes", "for", "GB", "minutes", ""]
-    table = tabulate(
-        rows, headers, tablefmt="simple", disable_numparse=True, maxcolwidths=[None, 52, 30, None, None, None],
-        colalign=("left", "left", "left", "right", "right", "left"),
-    )  # fmt: skip
-    return f"{table}\n\n* an estimate that nobody has measured; without it: as long as it took here"
-
-
-def _minutes(costs: Sequence[estimates.Cost]) -> str:
-    minutes = sum(cost.seconds for cost in costs) / 60
-    star = "" if all(cost.measured for cost in costs) else " *"
-    return (f"{minutes:,.0f}" if minutes >= 1 else "< 1") + star
-
-
-def _commands(report: Report, steps: _Steps) -> str:
-    places, runners = tensorrt_llm.places(report.asked), preflight.runners(report.fitted.plans, report.asked)
-    lines = [f"CHECKPOINTS={shlex.quote(str(places.checkpoints))}", f"WORK={shlex.quote(str(places.work))}"]
-    lines += ["mkdir -p $CHECKPOINTS $WORK && cd $WORK"]
-    for version, runner in runners.items():
-        if runner.kind != "bare":
-            lines += ["", *(_folded(words, places) for words in runner.setup)]
-            lines += [f"{_in_image(version, runners)}() {{", _folded([*runner.start(()), '"$@"'], places, 2), "}"]
-        lines += _elsewhere(runner, steps)
-    named = ""
-    for group in steps.groups.values():
-        plan, command = group[0]
-        if (name := steps.used_by(group)) != named:
-            lines += ["", f"# {name}"]
-            named = name
-        in_image = command.tool and runners[plan.version].kind != "bare"
-        lines.append(_loop(group, [_in_image(plan.version, runners)] if in_image else [], places))
-        if command.purpose == "build":
-            lines += [_folded(each.commands[-1].argv, places) for each, _ in group if _is_printed(each)]
-    return "\n".join(lines)
-
-
-def _elsewhere(runner: Runner, steps: _Steps) -> list[str]:
-    """Comments: where else a run looks for the scripts of its commands."""
-    used = dict.fromkeys(command.tool for group in steps.groups.values() for _, command in group)
-    places = [runner.image.scripts[tool] for tool in used if tool in runner.image.scripts]
-    said = [f"{first} may be at {' or '.join(others)} instead" for first, *others in places if others]
-    layout: dict[str, Any] = {"initial_indent": "# ", "subsequent_indent": "#   ", "break_on_hyphens": False}
-    return [textwrap.fill(one, WIDTH, **layout) for one in said]
-
-
-def _in_image(version: str, runners: dict[str, Runner]) -> str:
-    return "in_image" if len(runners) == 1 else f"in_image_{version.replace('.', '_')}"
-
-
-def _is_printed(plan: Plan) -> bool:
-    """Whether a configuration is one of ``engines/*.yaml``, which the check on the command line knows by its name."""
-    name = plan.configuration.id
-    return name in config.config_ids() and config.load_configuration(name).system == plan.system
-
-
-def _loop(group: Sequence[tuple[Plan, Command]], prefix: Sequence[str], places: Places) -> str:
-    plan, command = group[0]
-    if len(group) == 1:
-        return _folded([*prefix, *command.argv], places)
-    size = plan.system.batch_size
-    words = [word.replace(f"-bs{size}-", "-bs${batch_size}-") for word in command.argv]
-    words[words.index("--max_batch_size") + 1] = "$batch_size"
-    sizes = " ".join(str(each.system.batch_size) for each, _ in group)
-    return "\n".join([f"for batch_size in {sizes}; do", _folded([*prefix, *words], places, 2), "done"])
-
-
-def _folded(words: Iterable[str], places: Places, indent: int = 0) -> str:
-    """A command as one would type it, cut between options, with names for the two directories."""
-    names = {str(places.checkpoints): "$CHECKPOINTS", str(places.work): "$WORK"}
-    pieces: list[str] = []
-    for word in words:
-        shown = word if "$" in word else shlex.quote(word)
-        for path, name in names.items():
-            shown = shown.replace(path, name)
-        follows_option = pieces and re.fullmatch(r"--?[\w-]+", pieces[-1])
-        if follows_option and not word.startswith("-"):
-            pieces[-1] += f" {shown}"
-        else:
-            pieces.append(shown)
-    margin, lines = " " * indent, [""]
-    for piece in pieces:
-        if lines[-1] and len(margin + lines[-1] + piece) + 3 > WIDTH:
-            lines[-1] += " \\"
-            lines.append(f"    {piece}")
-        else:
-            lines[-1] += f" {piece}" if lines[-1] else piece
-    return "\n".join(margin + line for line in lines)
-
-
-# --- servers ------------------------------------------------------------------------------------------------------
 
 
 def _servers(fitted: Fitted) -> str:
@@ -327,7 +181,7 @@ def _servers(fitted: Fitted) -> str:
         "repository is rendered before it is started; those of the preliminary experiment are served as the first."
     )
     launches = [_launch(fitted, group, first) for group in alike.values()]
-    return "\n\n".join([_table(rows, headers), _wrapped(said), *launches])
+    return "\n\n".join([table(rows, headers), wrapped(said), *launches])
 
 
 def _gpu_list(count: int, width: int) -> str:
@@ -369,9 +223,6 @@ def _ranks(command: Sequence[str]) -> list[list[str]]:
     return ranks
 
 
-# --- time ---------------------------------------------------------------------------------------------------------
-
-
 def _load(sweeps: Sequence[estimates.Sweep]) -> str:
     rows = []
     together: defaultdict[str, list[estimates.Sweep]] = defaultdict(list)
@@ -384,8 +235,8 @@ def _load(sweeps: Sequence[estimates.Sweep]) -> str:
             [experiment, name or f"{len(group)} systems", f"{sum(each.points for each in group):,}",
              *_hours(group)]
         )  # fmt: skip
-    table = _table(rows, ["experiment", "system", "points", "longest point, min", "all points, h"], numbers=True)
-    return f"{table}\n\n{_wrapped('Estimates: ' + estimates.ASSUMPTIONS['load'] + '.')}"
+    hours = table(rows, ["experiment", "system", "points", "longest point, min", "all points, h"], numbers=True)
+    return f"{hours}\n\n{wrapped('Estimates: ' + estimates.ASSUMPTIONS['load'] + '.')}"
 
 
 def _hours(group: Sequence[estimates.Sweep]) -> list[str]:
@@ -395,7 +246,7 @@ def _hours(group: Sequence[estimates.Sweep]) -> list[str]:
     return [f"{longest / 60:.1f}", f"{sum(each.seconds or 0 for each in group) / 3600:.1f}"]
 
 
-def _totals(report: Report, steps: _Steps, sweeps: Sequence[estimates.Sweep]) -> str:
+def _totals(report: Report, steps: Steps, sweeps: Sequence[estimates.Sweep]) -> str:
     fitted = report.fitted
     hours: defaultdict[str, float] = defaultdict(float)
     for plan, command in steps.missing:
@@ -416,8 +267,8 @@ def _totals(report: Report, steps: _Steps, sweeps: Sequence[estimates.Sweep]) ->
     )
     return "\n\n".join(
         [
-            _table(rows, ["still to do", "hours *"], numbers=True),
-            _table(disk, ["still to be written to", "GB"], numbers=True),
+            table(rows, ["still to do", "hours *"], numbers=True),
+            table(disk, ["still to be written to", "GB"], numbers=True),
             f"* estimates that nobody has measured, assuming\n{assumed}",
         ]
     )
@@ -425,8 +276,8 @@ def _totals(report: Report, steps: _Steps, sweeps: Sequence[estimates.Sweep]) ->
 
 def _closing(report: Report) -> str:
     parts = [
-        _listed("To be known:", report.warnings),
-        _listed("A run would stop here because:", report.problems) or "Nothing stops it: without --dry-run it runs.",
+        listed("To be known:", report.warnings),
+        listed("A run would stop here because:", report.problems) or "Nothing stops it: without --dry-run it runs.",
     ]
     return "\n\n".join(filter(None, parts))
 
@@ -434,35 +285,8 @@ def _closing(report: Report) -> str:
 def opening(report: Report) -> str:
     """What a run says before it begins, or stops: what is lost, what is to be known, what is in the way."""
     parts = [
-        _listed("What is lost against the papers:", report.fitted.losses),
-        _listed("To be known:", report.warnings),
-        _listed("Nothing was started, because:", report.problems),
+        listed("What is lost against the papers:", report.fitted.losses),
+        listed("To be known:", report.warnings),
+        listed("Nothing was started, because:", report.problems),
     ]
     return "\n\n".join(filter(None, parts))
-
-
-# --- layout -------------------------------------------------------------------------------------------------------
-
-
-def _table(rows: Sequence[Sequence[Any]], headers: Sequence[str], numbers: bool = False) -> str:
-    aligned = ["left", *(["right"] * (len(headers) - 1))] if numbers else None
-    return tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=aligned)
-
-
-def _wrapped(paragraph: str) -> str:
-    return textwrap.fill(paragraph, WIDTH)
-
-
-def _listed(heading: str, lines: Sequence[str]) -> str:
-    """A numbered list; nothing if it is empty."""
-    if not lines:
-        return ""
-    digits = int(math.log10(len(lines))) + 1
-    items = [
-        textwrap.fill(
-            line, WIDTH, initial_indent=f"  {number:>{digits}}. ", subsequent_indent=" " * (digits + 4),
-            break_on_hyphens=False, break_long_words=False,
-        )
-        for number, line in enumerate(lines, 1)
-    ]  # fmt: skip
-    return "\n".join([heading, *items])

@@ -14,44 +14,33 @@ options.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import functools
 import json
 import math
-import shlex
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from erlib import config, paths
-from erlib.config import ConfigError, Configuration, Flow, PaperSystem, Profile, RunnerKind, Version, WorkloadSettings
+from erlib import config
+from erlib.config import ConfigError, Configuration, Flow, PaperSystem, Profile, Version, WorkloadSettings
 from erlib.dgx import option_tables
-from erlib.dgx.containers import Command, Places, Purpose, Runner, load_image
+from erlib.dgx.__main__ import main
+from erlib.dgx.checkpoints import CALIBRATION, CHECKPOINTS, TEXTS, places, source
+from erlib.dgx.containers import Command, Places, Purpose, load_image
 from erlib.dgx.option_tables import Contract, OptionError
 from erlib.engines import laptop, llama
 
-CHECKPOINTS = {
-    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
-    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
-    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
-}
-"""Repositories on the Hugging Face hub. Neither paper says whether base or chat models were served: base models."""
-CALIBRATION = "cnn_dailymail"
-"""Calibration texts, the tools' own default; a directory of this name beside the checkpoints, so no hub is asked."""
-TEXTS = f"abisee/{CALIBRATION}"
-"""Their repository on the hub."""
 AWQ_SAMPLES = 32
 """Calibration texts of AWQ, which searches: to more, ``quantize.py`` caps itself; ``hf_ptq.py`` would take them all."""
+
 MAX_NUM_TOKENS = llama.MAX_STEP_TOKENS
 """Tokens per step. Where it was not set, the papers' versions sized activations for batch size times longest prompt."""
+
 NEWEST: Version = get_args(Version)[0]
+
 MODELOPT = "0.37.0"
 """The version that TensorRT-LLM 1.2.1 pins."""
 
@@ -62,7 +51,7 @@ _ALGORITHMS: dict[tuple[str, str], tuple[str | None, str | None]] = {
     ("fp8", "fp8"): ("FP8", "FP8"),
     ("int4", "fp16"): ("W4A16_AWQ", None),
 }
-_ANSWER_S = 300
+
 _QFORMAT = {"fp8": "fp8", "int4": "int4_awq"}
 
 
@@ -77,42 +66,6 @@ def lengths(configuration: Configuration, workload: WorkloadSettings) -> tuple[i
     else:
         answer, prompt = workload.p2_max_output_tokens, llama.P2_MAX_INPUT_TOKENS
     return 64 * math.ceil(prompt / 64), 64 * math.ceil((prompt + answer) / 64)
-
-
-def source(model: str, places: Places) -> Path:
-    """Where a model's checkpoint is downloaded to."""
-    return places.checkpoints / CHECKPOINTS[model].partition("/")[2]
-
-
-def fetch_tokenizer(model: str, places: Places) -> Path:
-    """``tokenizer.json`` of a model, downloaded beside where its weights go if it is not there.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot be; says what gives access.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    file = source(model, places) / "tokenizer.json"
-    for name in (file.name, "tokenizer_config.json"):
-        try:
-            if not (file.parent / name).exists():
-                hf_hub_download(CHECKPOINTS[model], name, local_dir=file.parent)
-        except (HfHubHTTPError, OSError) as error:
-            raise ConfigError(
-                f"{CHECKPOINTS[model]}: no {name} ({str(error).splitlines()[0]}). The repository is gated: accept its "
-                f"licence on huggingface.co and set HF_TOKEN, or put the checkpoint into {file.parent}"
-            ) from None
-    return file
-
-
-def places(profile: Profile) -> Places:
-    """The profile's directories, absolute."""
-    settings = profile.tensorrt_llm
-    checkpoints = settings.checkpoints or paths.CACHE / "checkpoints"
-    return Places(Path(checkpoints).resolve(), Path(settings.work or paths.ENGINE_BUILDS / "tensorrt_llm").resolve())
 
 
 def plan(profile: Profile, configuration: Configuration) -> Plan:
@@ -430,77 +383,6 @@ class Plan:
         return Command(purpose, program, tuple(_words(options)), makes, tool)
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What tools of an image say of themselves, by tool."""
-
-    programs: dict[str, tuple[str, ...]]
-    """How each is started."""
-    helps: dict[str, str]
-    """What it prints when asked for ``--help``."""
-    failures: dict[str, str]
-    """Why others did not answer."""
-
-
-def ask_tools(tools: Sequence[str], runner: Runner) -> Answers:
-    """Ask tools of an image for ``--help``; of several places where a script may be, the first that answers counts."""
-    answers = Answers({}, {}, {})
-
-    def ask(tool: str) -> None:
-        reasons = []
-        for program in runner.image.programs(tool, runner.places.work):
-            asking = Command("ask", program, ("--help",), runner.places.work, tool)
-            try:
-                reply = subprocess.run(
-                    runner.argv(asking), capture_output=True, text=True, check=True, timeout=_ANSWER_S
-                )
-            except (OSError, subprocess.SubprocessError) as error:
-                said = (getattr(error, "stderr", "") or str(error)).strip().splitlines() or ["no reason given"]
-                reasons.append(f"{shlex.join(program)} --help: {said[-1][-300:]}")
-            else:
-                answers.programs[tool], answers.helps[tool] = program, reply.stdout
-                return
-        answers.failures[tool] = "; ".join(reasons)
-
-    with ThreadPoolExecutor() as pool:  # each imports TensorRT-LLM, which takes half a minute
-        list(pool.map(ask, tools))
-    return answers
-
-
-def inspect(plans: Sequence[Plan], tools: Sequence[str], runner: Runner) -> tuple[Answers, list[str]]:
-    """Ask tools of an image what they take, and hold commands against it.
-
-    Parameters
-    ----------
-    plans : sequence of Plan
-        All of one version.
-    tools : sequence of str
-        Of those that the plans use, the ones to be asked. The table knows the others.
-    runner : Runner
-        Its image is here.
-
-    Returns
-    -------
-    tuple of Answers and list of str
-        The second says what a plan would fail on: tools that do not answer, options that they do not take.
-    """
-    image, version = runner.image, plans[0].version
-    answers = ask_tools(tools, runner)
-    found = [
-        f"{tool} --help fails in {image.tag} ({why}): look what is wrong with the image, or name the script's place in "
-        "data/tensorrt_llm_images.yaml"
-        for tool, why in answers.failures.items()
-    ]
-    try:
-        contract = option_tables.load_contract(version)
-        contract, _ = option_tables.refreshed(contract, answers.helps, f"--help in {image.reference}")
-    except OptionError as error:
-        return answers, [*found, f"{image.tag}: {error}"]
-    misfits = dict.fromkeys(misfit for plan in plans for misfit in plan.misfits(contract))
-    remedy = f"this image is not as TensorRT-LLM {version} was; pin the digest of one that is"
-    return answers, [*found, *(f"{misfit}: {remedy}" for misfit in misfits)]
-
-
 def _words(options: Mapping[str, Any]) -> list[str]:
     """Command-line words; True is an option without a value."""
     return [word for name, value in options.items() for word in ((name,) if value is True else (name, str(value)))]
@@ -517,91 +399,6 @@ def _differences(file: Path, expected: Mapping[str, Any]) -> list[str]:
         if got != value:
             found.append(f"{file}: {key} is {got!r}, not {value!r}")
     return found
-
-
-# --- command line -----------------------------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m erlib.dgx.tensorrt_llm``; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m erlib.dgx.tensorrt_llm")
-    actions = parser.add_subparsers(dest="action", required=True)
-    show = actions.add_parser("show", help="print the commands of a configuration's plan; runs none")
-    check = actions.add_parser("check", help="compare what a plan has made with the configuration")
-    refresh = actions.add_parser("refresh", help="ask the tools in an image for their options; show the differences")
-    for action in (show, check):
-        action.add_argument("configuration", metavar="CONFIG", help="e.g. p1.A")
-        action.add_argument("--flow", choices=get_args(Flow), default="engine")
-        action.add_argument("--version", choices=get_args(Version), default=NEWEST, help="of TensorRT-LLM")
-        action.add_argument(
-            "--lengths", nargs=2, type=int, metavar="TOKENS", help="longest prompt and sequence (default: the papers')"
-        )
-    check.add_argument("--checkpoint", action="store_true", help="look at the checkpoint, before an engine is built")
-    refresh.add_argument("version", choices=get_args(Version), metavar="VERSION", help="of TensorRT-LLM, e.g. 1.2.1")
-    refresh.add_argument("--write", action="store_true", help="correct the table in data/trtllm_options")
-    for action in (show, refresh):
-        action.add_argument("--runner", choices=get_args(RunnerKind), default="docker")
-    for action in (show, check, refresh):
-        action.add_argument("--checkpoints", type=Path, default=paths.CACHE / "checkpoints")
-        action.add_argument("--work", type=Path, default=paths.ENGINE_BUILDS / "tensorrt_llm")
-    args = parser.parse_args(arguments)
-    try:
-        return {"show": _show, "check": _check, "refresh": _refresh}[args.action](args)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-
-
-def _places(args: argparse.Namespace) -> Places:
-    return Places(args.checkpoints.resolve(), args.work.resolve())
-
-
-def _plan(args: argparse.Namespace) -> Plan:
-    configuration = config.load_configuration(args.configuration)
-    longest = args.lengths or lengths(configuration, WorkloadSettings())
-    return Plan(configuration, tuple(longest), _places(args), args.flow, args.version)
-
-
-def _show(args: argparse.Namespace) -> int:
-    plan = _plan(args)
-    runner = Runner(args.runner, load_image(plan.version), plan.places)
-    for words in [*runner.setup, *map(runner.argv, plan.commands)]:
-        print(shlex.join(words))
-    return 0
-
-
-def _check(args: argparse.Namespace) -> int:
-    plan = _plan(args)
-    found = plan.checkpoint_problems() if args.checkpoint else plan.problems()
-    made = plan.checkpoint if args.checkpoint else plan.served
-    print("\n".join(found) or f"{made} is what {plan.configuration.id} asks for")
-    return bool(found)
-
-
-def _refresh(args: argparse.Namespace) -> int:
-    contract, image, places = option_tables.load_contract(args.version), load_image(args.version), _places(args)
-    runner = Runner(args.runner, image, places)
-    answers = ask_tools(list(contract.tools), runner)
-    for tool, why in answers.failures.items():
-        print(f"{tool}: not asked: {why}", file=sys.stderr)
-    if not answers.helps:
-        return 1
-    evidence = "--help of the installed tools" if args.runner == "bare" else f"--help in {image.reference}"
-    contract, differences = option_tables.refreshed(contract, answers.helps, evidence)
-    refused = [line for plan in _plans(args.version, places) for line in plan.misfits(contract)]
-    print("\n".join(differences) or f"no difference in {', '.join(answers.helps)}")
-    print("\n".join(refused) or "every plan fits")
-    if args.write:
-        (option_tables.TABLES / f"{args.version}.json").write_text(contract.dumps(), encoding="utf-8")
-    return 0 if len(answers.helps) == len(contract.tools) and not refused else 1
-
-
-def _plans(version: Version, places: Places) -> Iterator[Plan]:
-    """All plans that use a version."""
-    for configuration in map(config.load_configuration, config.config_ids()):
-        for flow in get_args(Flow):
-            with contextlib.suppress(ConfigError):  # a flow that cannot express it
-                yield Plan(configuration, lengths(configuration, WorkloadSettings()), places, flow, version)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from erlib.load import backends
 from erlib.load.backends import Workloads
 from erlib.load.users import Client
 from erlib.routing import clusterer, training
-from erlib.serving import stack, wire
+from erlib.serving import share, wire
 from erlib.serving.triton import ServerPlan
 from erlib.workload import prompts
 from erlib.workload.prompts import Workload
@@ -35,7 +35,7 @@ class System:
     tokenizer: Path
     router: Path
     """Directory of the clusterer."""
-    classifier: stack.Classifier = "ours"
+    classifier: share.Classifier = "ours"
     relay: Relay = "front"
     """Who relays the tokens, where there are gateways."""
     added: tuple[int, ...] = ()

@@ -15,7 +15,7 @@ from erlib.machine import hardware, processes
 from erlib.machine.processes import StartError
 from erlib.routing import pickles
 from erlib.serving import nginx
-from erlib.serving.stack import Gateway
+from erlib.serving.share import Gateway
 from erlib.serving.triton import TritonServer
 from erlib.workload import corpus
 

@@ -25,7 +25,7 @@ from erlib.load import metrics, points, records, sweep, users
 from erlib.load.experiments import Series
 from erlib.paper_scale import emulation
 from erlib.serving import wire
-from erlib.serving.stack import Classifier
+from erlib.serving.share import Classifier
 
 PAPERS: tuple[users.Client, Classifier] = ("threads", "stock")
 OURS: tuple[users.Client, Classifier] = ("asyncio", "ours")

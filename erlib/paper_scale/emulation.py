@@ -26,7 +26,7 @@ from erlib.paper_scale import batching, simulation, steptimes
 from erlib.paper_scale.steptimes import Calibration
 from erlib.routing import clusterer, training
 from erlib.serving import wire
-from erlib.serving.stack import Classifier
+from erlib.serving.share import Classifier
 from erlib.serving.triton import ServerPlan
 from erlib.workload import prompts
 from erlib.workload.prompts import Workload

@@ -21,8 +21,8 @@ from erlib.config import KV_BLOCK_TOKENS, Profile
 from erlib.engines import laptop, llama
 from erlib.load import metrics, on_cores, records
 from erlib.machine import processes
-from erlib.paper_scale import batching, fitting, simulation, steptimes
-from erlib.paper_scale.simulation import Harness
+from erlib.paper_scale import batching, clock, fitting, simulation, steptimes
+from erlib.paper_scale.clock import Harness
 from erlib.workload.prompts import FORCED, Prompt
 
 PUBLISHED = paths.FACTS / "h100_published_throughput.csv"
@@ -66,7 +66,7 @@ def all_at_once(system: batching.System, requests: int, input_tokens: int, outpu
         ``output_tokens_per_s`` of the whole system, ``ttft_s`` and ``tpot_s`` (means), ``response_p99_s``.
     """
     drawn = [Prompt(n, n % system.instances, "", input_tokens, output_tokens, FORCED) for n in range(requests)]
-    stamps = simulation.trace(system, drawn, continues=False).token_ns()
+    stamps = clock.trace(system, drawn, continues=False).token_ns()
     first_s, last_s = (np.array([tokens[i] for tokens in stamps]) * 1e-9 for i in (0, -1))
     return {
         "output_tokens_per_s": requests * output_tokens / last_s.max(),

@@ -317,3 +317,6 @@ def number(ax: Axes, x: float, y: float, number: str) -> None:
         color="white",
         bbox=dict(boxstyle="circle,pad=0.2", fc="#333333", ec="none"),
     )
+
+
+NO_COUNTERPART = "Workbench: the papers have no counterpart"

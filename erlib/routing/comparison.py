@@ -27,7 +27,7 @@ from erlib import cache, paths
 from erlib.config import Profile
 from erlib.machine import hardware
 from erlib.machine.progress import Bar
-from erlib.routing import clusterer, evaluate, policies, training
+from erlib.routing import clusterer, embeddings, evaluate, policies, training
 from erlib.routing.clusterer import Clusterer
 from erlib.routing.policies import Router
 from erlib.workload import corpus
@@ -159,8 +159,8 @@ def compare(
     return pd.DataFrame(rows)
 
 
-def _decider(router: Router, embed: Callable[[policies.Embed, str], clusterer.Floats]) -> Callable[[str], int]:
-    if isinstance(router, policies.ByEmbedding):
+def _decider(router: Router, embed: Callable[[embeddings.Embed, str], clusterer.Floats]) -> Callable[[str], int]:
+    if isinstance(router, embeddings.ByEmbedding):
         return lambda text: router.choose(embed(router.embed, text))
     return lambda text: router.route(text)[0]
 
@@ -240,13 +240,13 @@ def of_profile(profile: Profile) -> pd.DataFrame:
 
 def _embedding_routers(profile: Profile) -> dict[str, Router | str]:
     try:
-        directory = policies.build(profile)
+        directory = embeddings.build(profile)
     except policies.RouterError as reason:
         return dict.fromkeys(("embeddings", "neighbours"), str(reason))
-    embed = policies.Embedder(directory)
-    made: dict[str, Router | str] = {"embeddings": policies.nearest_centre(directory, embed)}
+    embed = embeddings.Embedder(directory)
+    made: dict[str, Router | str] = {"embeddings": embeddings.nearest_centre(directory, embed)}
     try:
-        made["neighbours"] = policies.neighbours(directory, embed)
+        made["neighbours"] = embeddings.neighbours(directory, embed)
     except policies.RouterError as reason:
         made["neighbours"] = str(reason)
     return made

@@ -6,16 +6,10 @@ The wheel is only the carrier of the binary and its Python backend (Triton 2.51)
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
-import platform
-import re
 import secrets
-import shutil
 import subprocess
-import sys
-import sysconfig
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from erlib import paths
 from erlib.machine import leftovers, processes
 from erlib.machine.processes import StartError
 from erlib.machine.runfolder import RunFolder
+from erlib.serving.wheel import backend_directory, environment, installed
 from erlib.serving.wire import MODEL_NAME
 
 MODEL_CODE = paths.ENGINE_SPECS / "triton"
@@ -37,11 +31,11 @@ MODEL_CODE = paths.ENGINE_SPECS / "triton"
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 """Asks a server on this machine, whatever proxies the environment names."""
 
-SHARED_MEMORY_BYTES = 4 << 20
-"""Of a server: it begins with 1 MiB and adds as much whenever requests that wait need it, seldom more than once."""
 UNTOLD = secrets.token_hex(16)
 """What would have to be sent to a server to be let do all it can."""
+
 LOOPBACK = "127.0.0.1"
+
 _ABORTED_WHILE_LOADING = "boost::interprocess::lock_exception"
 """Last words of Triton's Python backend when, seldom and on busy machines, it ends a server that loads its models.
 
@@ -97,43 +91,6 @@ def restrictions() -> list[str]:
         f"--grpc-restricted-protocol={both}:expert-router={UNTOLD}",
         f"--http-restricted-api={both},metadata,inference,model-config,statistics:expert-router={UNTOLD}",
     ]
-
-
-def preflight(n_servers: int = 1) -> None:
-    """Check everything that would make `n_servers` servers hang or corrupt data instead of failing.
-
-    Raises
-    ------
-    StartError
-        If the wheel, ``libpython`` or room in shared memory is missing, or numpy is 2 or newer (Triton 2.51's Python
-        backend then corrupts tensors without an error).
-    """
-    root = _wheel()
-    free, needed = shutil.disk_usage(leftovers.SHARED_MEMORY).free, n_servers * SHARED_MEMORY_BYTES
-    if free < needed:
-        raise StartError(
-            f"{leftovers.SHARED_MEMORY} has {free / 2**20:.1f} MiB free; Triton servers need {needed >> 20} MiB: "
-            f"{n_servers} times {SHARED_MEMORY_BYTES >> 20}. Make it larger: docker run --shm-size=1g, or, as root, "
-            f"mount -o remount,size=1g {leftovers.SHARED_MEMORY}"
-        )
-    for variable, value in {"PATH": Path(sys.executable).parent, "LD_LIBRARY_PATH": _libraries()}.items():
-        if unsafe := re.search("[:;]" if variable == "LD_LIBRARY_PATH" else ":", str(value)):
-            raise StartError(f"{str(value)!r} holds {unsafe[0]!r}, which ends a folder's name in {variable}: rename it")
-    if int(np.__version__.split(".")[0]) >= 2:
-        raise StartError(f"Triton 2.51's Python backend corrupts tensors under numpy {np.__version__}; install numpy<2")
-    stub = _stub(root)
-    if not stub.exists():
-        raise StartError(f"the Triton wheel has no backend stub for Python {_python_version()}; use Python 3.11")
-    if not os.access(stub, os.R_OK):
-        raise StartError(f"{stub} cannot be read: chmod 755 it (Triton changes the mode of a stub that does not start)")
-    # A stub that cannot load libpython makes the server wait for ever.
-    linked = subprocess.run(["ldd", stub], capture_output=True, text=True, env=_environment(), check=False)
-    missing = [line.split("=>")[0].strip() for line in linked.stdout.splitlines() if "not found" in line]
-    if missing or linked.returncode:
-        raise StartError(
-            f"Triton's Python backend cannot load {', '.join(missing) or stub}; "
-            f"install it (Debian, Ubuntu: apt-get install libpython{_python_version()})"
-        )
 
 
 @dataclass(frozen=True)
@@ -227,13 +184,13 @@ class TritonServer:
         """
         self._claim_shared_memory()
         self._run_folder = RunFolder()
-        root = _wheel()
+        root = installed()
         self.log.unlink(missing_ok=True)
         self.process = processes.spawn(
             [
                 root / "bin" / "tritonserver",
                 f"--model-repository={self._write_repository(self._run_folder.path)}",
-                f"--backend-directory={_backend_directory(root, self._run_folder.path)}",
+                f"--backend-directory={backend_directory(root, self._run_folder.path)}",
                 f"--http-address={LOOPBACK}", f"--http-port={self.http_port}",
                 f"--grpc-address={self.host}", f"--grpc-port={self.grpc_port}",
                 f"--metrics-address={self.host}", f"--metrics-port={self.metrics_port}",
@@ -246,7 +203,7 @@ class TritonServer:
                 *python_backend_options(self.shm_prefix),
             ],
             self.log,
-            env=_environment(),
+            env=environment(),
             niceness=self._niceness,
         )  # fmt: skip
 
@@ -394,47 +351,3 @@ def _affinities(process: psutil.Process) -> list[list[int]]:
             with contextlib.suppress(psutil.Error):
                 found.append(member.cpu_affinity())
     return found
-
-
-def _backend_directory(root: Path, folder: Path) -> Path:
-    """Triton wants library, utilities and stub side by side; the wheel ships the stub elsewhere."""
-    python = folder / "triton" / "lib" / "backends" / "python"
-    python.mkdir(parents=True)
-    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
-        (python / name).symlink_to(root / "backends" / "python" / name)
-    # Copied, because Triton may change its mode; it looks for its libraries four folders up.
-    stub = python / "triton_python_backend_stub"
-    shutil.copyfile(_stub(root), stub)
-    stub.chmod(0o700)
-    (folder / "nvidia_pytriton.libs").symlink_to(root.parent.parent / "nvidia_pytriton.libs")
-    return python.parent
-
-
-def _stub(root: Path) -> Path:
-    return root / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
-
-
-def _wheel() -> Path:
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or not spec.submodule_search_locations:
-        raise StartError("the package nvidia-pytriton, which carries tritonserver, is not installed; run ./run_all.sh")
-    return Path(spec.submodule_search_locations[0]) / "tritonserver"
-
-
-def _python_version() -> str:
-    return ".".join(platform.python_version_tuple()[:2])
-
-
-def _libraries() -> str:
-    """Where this interpreter's library is."""
-    return str(sysconfig.get_config_var("LIBDIR"))
-
-
-def _environment() -> dict[str, str]:
-    """The embedded interpreter takes its packages from PATH's python and its library from LD_LIBRARY_PATH."""
-    libraries = [_libraries(), os.environ.get("LD_LIBRARY_PATH", "")]
-    return {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
-        "LD_LIBRARY_PATH": ":".join(part for part in libraries if part),
-        "PYTHONUTF8": "1",  # without a locale, it would take the names of files for ASCII
-    }

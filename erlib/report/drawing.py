@@ -1,0 +1,158 @@
+"""From records to a finished figure: which records, axes in common, numbers and caption beside the picture."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from erlib import config
+from erlib.load import metrics
+from erlib.provenance import MissingRecords
+from erlib.report import canvas
+from erlib.report.canvas import command, save
+
+
+def select(
+    records: pd.DataFrame, wanted: Iterable[tuple[str, str, int]], *, paper: str, experiment: str, notebook: str
+) -> pd.DataFrame:
+    """The records of the `wanted` (config, mix, users), all of them or an error."""
+    wanted = list(wanted)
+    if not (records["source"] == "measured").all():
+        notebook = "07_paper_scale"
+    mine = records[(records["paper"] == paper) & (records["experiment"] == experiment)]
+    points = pd.MultiIndex.from_frame(mine[["config", "mix", "users"]])
+    mine = mine[points.isin(wanted)]
+    missing = sorted(set(wanted) - set(points))
+    if missing:
+        some = "; ".join(f"{name}, {mix} mix, {users} users" for name, mix, users in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise MissingRecords(
+            f"no {experiment} records of {some}{more}: run {notebook} first (./run_all.sh --only {notebook})"
+        )
+    sources = sorted(mine["source"].unique())
+    if len(sources) > 1:
+        raise ValueError(f"records of {' and '.join(sources)} runs do not belong on one figure: select one source")
+    return mine
+
+
+def load_records(records: pd.DataFrame, profile: config.Profile, paper: str, *mixes: config.Mix) -> pd.DataFrame:
+    """Load-sweep records: routed systems under `mixes`, the others under the one mix that they are measured with."""
+    settings = profile.paper1 if paper == "p1" else profile.paper2
+    for mix in mixes:
+        if mix not in settings.mixes:
+            raise config.ConfigError(
+                f"this figure needs the {mix} mix: add it to paper{paper[-1]}.mixes and measure again"
+            )
+    wanted = [
+        (name, mix, users)
+        for name in settings.configs
+        for mix in (mixes if is_routed(name) else settings.mixes[:1])
+        for users in settings.users
+    ]
+    return select(records, wanted, paper=paper, experiment="load", notebook="05_load_sweep")
+
+
+def is_routed(name: str) -> bool:
+    return config.load_configuration(name).routing == "expert_router"
+
+
+def metric_of(used: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """Mean and spread over repeats of some metrics, as they are plotted."""
+    table = metrics.aggregate(metrics.summarise(used))
+    return table[table["metric"].isin(names)].reset_index(drop=True)
+
+
+def finish(
+    fig: Figure,
+    data: pd.DataFrame,
+    used: pd.DataFrame,
+    profile: config.Profile,
+    paper: str,
+    slug: str,
+    *,
+    caption: str,
+    reference: str = "",
+) -> Figure:
+    """Save a figure drawn from the records `used`, and close it so that a notebook shows it once."""
+    failed = int((used["status"] != "ok").sum())
+    if failed:
+        caption += f" {failed} of {len(used)} requests failed and are left out."
+    relays = used["relay"].dropna().unique()
+    if len(relays) == 1:
+        caption += canvas.RELAYED[relays[0]]
+    number = re.match(r"(fig|table)0?(\d+)", slug)
+    if number:
+        reference = f"Paper {paper[-1]}, {number[1].capitalize()}{'.' * (number[1] == 'fig')} {number[2]}"
+    notebook = {"paper1": "08_figures_paper1", "paper2": "09_figures_paper2", "workbench": "06_routing_overhead"}[paper]
+    source = used["source"].iloc[0]
+    in_order = source == "measured" or used["experiment"].iloc[0] == "replicas"
+    again = command(profile, notebook if in_order else "07_paper_scale")
+    if source.startswith("simulated"):  # drawn at the papers' scale, whose settings are nobody's overrides
+        again = f"./run_all.sh --profile {profile.name} --only 07_paper_scale"
+    saved = functools.partial(
+        save,
+        fig,
+        profile.name,
+        used["source"].iloc[0],
+        paper,
+        slug,
+        data,
+        caption,
+        reference,
+        records=used["point_hash"].unique().tolist(),
+        command=again,
+        host=" and ".join(sorted(used["host"].unique())),
+        note=canvas.precision_note(profile) if used["source"].iloc[0] == "measured" else None,
+        extra={
+            "requests": {"answered": len(used) - failed, "failed": failed},
+            "measured_with": {
+                "git_commits": sorted(used["git_commit"].unique()),
+                "profile_hashes": sorted(used["profile_hash"].unique()),
+                "versions": [json.loads(versions) for versions in sorted(used["versions"].unique())],
+            },
+        },
+    )
+    if _waiting:
+        _waiting[-1].append((f"{paper}/{slug}", fig, saved))
+    else:
+        saved()
+    plt.close(fig)
+    return fig
+
+
+_waiting: list[list[tuple[str, Figure, Callable[[], object]]]] = []
+"""What has been drawn inside of :func:`on_the_same_axes` and is not saved yet."""
+
+
+@contextlib.contextmanager
+def on_the_same_axes() -> Iterator[None]:
+    """For two sources on one scale: what both draw inside gets the same y axes; all is saved at the end."""
+    _waiting.append([])
+    try:
+        yield
+    finally:
+        drawn = _waiting.pop()
+    for item in dict.fromkeys(name for name, *_ in drawn):
+        panels = zip(*(fig.axes for name, fig, _ in drawn if name == item), strict=True)
+        for same in panels:
+            lows, highs = zip(*(ax.get_ylim() for ax in same), strict=True)
+            for ax in same:
+                ax.set_ylim(min(lows), max(highs))
+    for *_, saved in drawn:
+        saved()
+
+
+def over_users(used: pd.DataFrame) -> pd.DataFrame:
+    """User throughput with its spread over users in the place of the spread over repeats."""
+    table = metric_of(used, "user_tokens_per_s_mean", "user_tokens_per_s_sd")
+    is_sd = table["metric"] == "user_tokens_per_s_sd"
+    keys = ["config", "mix", "users", "turn"]
+    spread = table.loc[is_sd, [*keys, "mean"]].rename(columns={"mean": "sd"})
+    return table[~is_sd].drop(columns=["sd", "ci95"]).merge(spread, on=keys, validate="one_to_one")

@@ -1,0 +1,154 @@
+"""Paper 1's figures."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from erlib import config
+from erlib.load import metrics
+from erlib.report import canvas
+from erlib.report.canvas import GREY
+from erlib.report.drawing import finish, load_records, metric_of, over_users
+
+Turn = Literal["base", "continuation"]
+
+
+def paper1_ttft(records: pd.DataFrame, profile: config.Profile, turn: Turn) -> Figure:
+    """Paper 1, Fig. 2 (base) and Fig. 3 (continuation): time to first token over concurrent users."""
+    used = load_records(records, profile, "p1", "uniform")
+    used = used[used["turn"] == turn]
+    table = metric_of(used, "ttft_mean_s", "ttft_sd_s")
+    mean, spread = (table[table["metric"] == name] for name in ("ttft_mean_s", "ttft_sd_s"))
+    fig = canvas.panel_row(
+        profile,
+        [
+            ("Mean", "time to first token [s]", mean),
+            ("Spread over users (sd)", "sd of time to first token [s]", spread),
+        ],
+        log=True,
+    )
+    caption = (
+        f"Time to first token of the {turn} prompt: mean over users (left) and standard deviation over users (right). "
+        f"{_P1_TTFT}{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
+    )
+    number = {"base": 2, "continuation": 3}[turn]
+    return finish(fig, table, used, profile, "paper1", f"fig0{number}_ttft_{turn}", caption=caption)
+
+
+def paper1_tpot(records: pd.DataFrame, profile: config.Profile, turn: Turn) -> Figure:
+    """Paper 1, Fig. 4 (base) and Fig. 5 (continuation): time per output token over concurrent users."""
+    used = load_records(records, profile, "p1", "uniform")
+    used = used[used["turn"] == turn]
+    table = metric_of(used, "gap_median_s", "tpot_mean_s")
+    median, mean = (table[table["metric"] == name] for name in ("gap_median_s", "tpot_mean_s"))
+    fig = canvas.panel_row(
+        profile,
+        [("Median over all gaps", "time per output token [s]", median), ("Mean over users", "", mean)],
+        sharey=True,
+    )
+    caption = (
+        f"Time per output token of the {turn} prompt: median of all gaps between consecutive tokens (left) and mean "
+        "over users of (t_last - t_first) / (n - 1) (right). "
+        f"{_P1_TPOT}{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
+    )
+    number = {"base": 4, "continuation": 5}[turn]
+    return finish(fig, table, used, profile, "paper1", f"fig0{number}_tpot_{turn}", caption=caption)
+
+
+def _both_turns(table: pd.DataFrame, ylabel: str) -> list[tuple[str, str, pd.DataFrame]]:
+    return [(f"{turn.capitalize()} prompt", ylabel, table[table["turn"] == turn]) for turn in ("base", "continuation")]
+
+
+def paper1_user_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Paper 1, Fig. 6: tokens per second as one user receives them, mean and sd over users."""
+    used = load_records(records, profile, "p1", "uniform")
+    table = over_users(used)
+    fig = canvas.panel_row(profile, _both_turns(table, "user throughput [tokens/s]"), log=True, sharey=True, dodge=True)
+    caption = (
+        "User throughput, an answer's tokens over the time from request to last token: mean over users, bars one "
+        "standard deviation over users (as the paper defines it), averaged over repeats. The paper sees no clear "
+        "difference between A and B to D for more than one "
+        f"user.{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
+    )
+    return finish(fig, table, used, profile, "paper1", "fig06_user_throughput", caption=caption)
+
+
+def paper1_p99_response_time(records: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Paper 1, Fig. 7: 99th percentile of the response time."""
+    used = load_records(records, profile, "p1", "uniform")
+    table = metric_of(used, "response_p99_s")
+    fig = canvas.panel_row(profile, _both_turns(table, "p99 response time [s]"), sharey=True)
+    caption = (
+        "Response time that 99 % of the answers do not exceed (nearest rank: with fewer than 100 users the slowest "
+        "answer). The paper finds B to D below A between 200 and 900 "
+        f"users.{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
+    )
+    return finish(fig, table, used, profile, "paper1", "fig07_p99_response_time", caption=caption)
+
+
+def paper1_session_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Paper 1, Fig. 8: session throughput, Eq. 1-3."""
+    used = load_records(records, profile, "p1", "uniform")
+    table = metric_of(used, "session_tokens_per_s")
+    fig = canvas.panel_row(profile, _both_turns(table, "session throughput [tokens/s]"), sharey=True)
+    caption = (
+        "Session throughput (Eq. 1-3): tokens of the users answered within the p99 response time, over the time from "
+        "the first request to the last token among them. The paper finds B to D above A between 200 and 900 "
+        f"users.{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
+    )
+    return finish(fig, table, used, profile, "paper1", "fig08_session_throughput", caption=caption)
+
+
+def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Paper 1, Fig. 9: tokens per second over time, one panel per system, one line per number of users."""
+    used = load_records(records, profile, "p1", "uniform")
+    used = used[used["turn"] == "base"]
+    width_s = 60 / profile.scale.seconds
+    table = metrics.average_buckets(metrics.bucket_throughput(used, width_s))
+    configs, levels = profile.paper1.configs, sorted(profile.paper1.users)
+    colours = dict(zip(levels, plt.get_cmap("viridis_r")(np.linspace(0.12, 1, len(levels))), strict=True))
+    columns = 3
+    fig, axes = plt.subplots(
+        math.ceil((len(configs) + 1) / columns), columns, sharex=True, sharey=True, figsize=(7.2, 4.6), squeeze=False
+    )
+    for ax, name in zip(axes.flat, configs, strict=False):
+        for users, rows in table[table["config"] == name].groupby("users"):
+            edges = width_s * np.arange(len(rows) + 1)
+            ax.stairs(
+                rows["tokens_per_s"], edges, color=colours[users], linewidth=1.4, label=canvas.level(users, profile)
+            )
+        colour = "black" if config.load_configuration(name).paper else GREY
+        ax.set_title(canvas.name_of(name).replace(" (not in the paper)", ""), color=colour, fontsize=7.5)
+        ax.tick_params(labelbottom=True)
+    axes[0, 0].set(xlim=(0, None), ylim=(0, None))
+    rest = axes.flat[len(configs) :]
+    for ax in rest:
+        ax.axis("off")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    rest[0].legend(handles, labels, loc="center left", title="Concurrent users", alignment="left")
+    fig.supxlabel("time since the first request [s]", fontsize=8)
+    fig.supylabel(f"tokens/s in buckets of {width_s:g} s", fontsize=8)
+    caption = (
+        f"Tokens per second in time buckets of {width_s:g} s (the paper's 60 s divided by {profile.scale.seconds:g}), "
+        "base prompt, mean over repeats; the last bucket of a run is only partly filled. The paper's A has one peak "
+        "and then declines, its B to D fluctuate between 200 and 2,000 tokens/s for longer, and all ramp up "
+        f"first.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
+    )
+    return finish(fig, table, used, profile, "paper1", "fig09_bucket_throughput", caption=caption)
+
+
+_P1_TTFT = (
+    "The paper finds the tensor-parallel baseline A far below the routed systems B to D, for both prompts alike, and "
+    "less variance for the continuation prompt."
+)
+
+_P1_TPOT = (
+    "The paper's caption says median and its text average, so both are shown: A rises from about 0.1 s at 200 users to "
+    "nearly 1 s at 1,000 while B to D stay near 0.1 s."
+)

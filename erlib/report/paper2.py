@@ -1,0 +1,252 @@
+"""Paper 2's figures."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from erlib import config
+from erlib.load import metrics
+from erlib.report import canvas
+from erlib.report.canvas import BLUE, GREY, SKY, command, look, save
+from erlib.report.drawing import finish, is_routed, load_records, metric_of, over_users, select
+
+
+def paper2_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Paper 2, Fig. 2: distribution of the number of input tokens.
+
+    Parameters
+    ----------
+    lengths : DataFrame
+        One row per prompt: ``input_tokens`` as sent here, ``paper_input_tokens`` the full-scale length it stands for.
+    """
+    if lengths.empty or not {"input_tokens", "paper_input_tokens"} <= set(lengths.columns):
+        raise ValueError("input lengths need rows with input_tokens and paper_input_tokens: run 02_workload first")
+    panels = [
+        ("As in the paper (MLPerf Llama-2-70B)", "paper_input_tokens", 32, SKY),
+        (f"On this machine (divided by {profile.scale.tokens:g})", "input_tokens", None, BLUE),
+    ]
+    fig, axes = plt.subplots(1, 2)
+    counts = []
+    for ax, (title, column, width, colour) in zip(axes, panels, strict=True):
+        values = lengths[column].to_numpy()
+        step = width or max(1, round(32 / profile.scale.tokens))
+        count, edges = np.histogram(values, np.arange(values.min() - 0.5, values.max() + step + 0.5, step))
+        ax.stairs(count, edges, fill=True, color=colour, alpha=0.85)
+        median = float(np.median(values))
+        ax.axvline(median, color="#222222", linewidth=0.9, linestyle="--")
+        ax.text(median, ax.get_ylim()[1], f" median {median:g}, mean {values.mean():.0f}", va="top", fontsize=7)
+        ax.set(title=title, xlabel="input tokens", ylabel="prompts", xlim=(0, None))
+        counts.append(
+            pd.DataFrame({"lengths": column, "from": edges[:-1] + 0.5, "to": edges[1:] + 0.5, "prompts": count})
+        )
+    caption = (
+        f"Input tokens of {len(lengths)} prompts: lengths drawn from the empirical quantiles of MLPerf's Llama-2-70B "
+        "data set, which is what the paper's test set mirrors (left), and what is sent on this machine, counted with "
+        f"the tokenizer of the model under test (right).{canvas.scale(profile)}"
+    )
+    save(
+        *(fig, profile.name, "measured", "paper2", "fig02_input_tokens", pd.concat(counts), caption, "Paper 2, Fig. 2"),
+        command=command(profile, "09_figures_paper2"),
+        evidence="token counts, nothing was timed",
+    )
+    plt.close(fig)
+    return fig
+
+
+_PRELIMINARY = re.compile(r"p2\.(fp16|fp8|int8|int4)-tp(\d+)-bs(\d+)")
+
+
+def _preliminary(records: pd.DataFrame, profile: config.Profile) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Mean response time by configuration, `best` marking the fastest batch size of its data type, and the records."""
+    sweep = profile.preliminary
+    names = [f"p2.{d}-tp{t}-bs{b}" for d, t, b in product(sweep.dtypes, (4, 8), sweep.batch_sizes)]
+    wanted = product(names, ["uniform"], sweep.users)
+    used = select(records, wanted, paper="p2", experiment="preliminary", notebook="04_preliminary_sweep")
+    table = metric_of(used, "response_mean_s")
+    parts = table["config"].str.extract(_PRELIMINARY.pattern)
+    table = table.assign(dtype=parts[0], tensor_parallel=parts[1].astype(int), batch_size=parts[2].astype(int))
+    top = table[table["users"] == table["users"].max()]
+    best = top.loc[top.groupby(["dtype", "tensor_parallel"])["mean"].idxmin(), "config"]
+    return table.assign(best=table["config"].isin(best)), used
+
+
+def paper2_preliminary(records: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Paper 2, Fig. 3: response time over users, best batch size of each data type, TP=4 and TP=8."""
+    table, used = _preliminary(records, profile)
+    scaled = profile.scale.users != 1
+    fig, axes = plt.subplots(1, 2, sharey=True)
+    for ax, parallel in zip(axes, (4, 8), strict=True):
+        for (dtype, batch, best), rows in table[table["tensor_parallel"] == parallel].groupby(
+            ["dtype", "batch_size", "best"]
+        ):
+            label = f"{dtype.upper()}, batch {batch}" + f" (here {profile.scaled_users(batch)})" * scaled
+            canvas.line(*(ax, rows, canvas.DTYPE_LOOKS[dtype], label if best else ""), **({} if best else canvas.FAINT))
+        ax.set_title(f"TP={parallel}" + (" (one instance)" if parallel == 4 else ""))
+        canvas.user_axis(ax, sorted(table["users"].unique()), profile)
+        ax.legend(loc="upper left", title="best batch size", alignment="left")
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel("mean response time [s]")
+    instance = {
+        "openvino": "TP=8 stands here for one engine on all cores, TP=4 for one engine on half of them.",
+        "tensorrt_llm": "TP=8 is one instance of the 70B model on eight GPUs, TP=4 one instance on four.",
+    }[profile.serving.backend]
+    caption = (
+        "Preliminary experiment: mean response time by data type and batch size. Bold: each data type's best batch "
+        f"size, the one with the lowest response time at the most users; faint: the others. {instance} In the paper "
+        "FP8 has a slight lead at TP=4 (best batch size 100), and at TP=8 FP16 and FP8 meet at 500 users (batch size "
+        f"200) while FP8 is faster below.{canvas.REPEATS}{canvas.scale(profile)}"
+    )
+    return finish(fig, table, used, profile, "paper2", "fig03_preliminary", caption=caption)
+
+
+def paper2_ttft(records: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Paper 2, Fig. 4: median time to first token over users, and its distribution at the most users."""
+    text = (
+        "The paper finds C lowest throughout, A to C below the routed 70B system D, E close to the baselines, and "
+        "higher minima for D and E because of the gateway."
+    )
+    return _median_and_box(
+        *(records, profile, "ttft", "time to first token [s]", "fig04_ttft"), text="Time to first token. " + text
+    )
+
+
+def paper2_tpot(records: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Paper 2, Fig. 5: median time per output token over users, and its distribution at the most users."""
+    text = (
+        "Time per output token of an answer, (t_last - t_first) / (n - 1). The paper finds the routed 8B system E "
+        "lowest, with the least variance, and the tensor-parallel baselines raised by communication."
+    )
+    return _median_and_box(records, profile, "tpot", "time per output token [s]", "fig05_tpot", text=text)
+
+
+def _median_and_box(
+    records: pd.DataFrame, profile: config.Profile, name: str, ylabel: str, slug: str, *, text: str
+) -> Figure:
+    used = load_records(records, profile, "p2", "normal")
+    table = metric_of(used, f"{name}_median_s")
+    most = max(profile.paper2.users)
+    done = metrics.answers(used[used["users"] == most])
+    boxes = {c: done.loc[done["config"] == c, f"{name}_s"].dropna().to_numpy() for c in profile.paper2.configs}
+
+    fig, (left, right) = plt.subplots(1, 2, width_ratios=[3, 2], figsize=(7.2, 3.5))
+    canvas.systems(left, table)
+    left.set(title="Median over users", ylabel=ylabel)
+    canvas.user_axis(left, sorted(profile.paper2.users), profile)
+    drawn = right.boxplot(
+        list(boxes.values()),
+        whis=(0, 100),
+        tick_labels=[c[-1] for c in boxes],
+        patch_artist=True,
+        widths=0.55,
+        medianprops=dict(color="#222222", linewidth=1.1),
+        whiskerprops=dict(color="#777777"),
+        capprops=dict(color="#777777"),
+    )
+    for config_id, box in zip(boxes, drawn["boxes"], strict=True):
+        box.set(facecolor=mpl.colors.to_rgba(look(config_id)[0], 0.45), edgecolor=look(config_id)[0])
+    right.set_title(f"{most} users, min to max")
+    right.grid(axis="x", visible=False)
+    for ax in (left, right):
+        canvas.log_axis(ax)
+    canvas.legend(fig, left)
+
+    spread = [
+        dict(config=c, users=most, metric=f"{name}_s", statistic=statistic, value=float(np.quantile(values, q)))
+        for c, values in boxes.items()
+        if len(values)
+        for statistic, q in zip(("min", "q1", "median", "q3", "max"), np.linspace(0, 1, 5), strict=True)
+    ]
+    data = pd.concat([table.assign(panel="median over users"), pd.DataFrame(spread).assign(panel="box")])
+    caption = (
+        f"{text} Left: median over users, normal mix; right: all answers at {most} users, box from quartile to "
+        "quartile, whiskers from minimum to "
+        f"maximum.{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper2.configs)}"
+    )
+    return finish(fig, data, used, profile, "paper2", slug, caption=caption)
+
+
+def paper2_user_throughput_p99(records: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Paper 2, Fig. 6: user throughput (I) and p99 response time (II), routed systems under both mixes."""
+    configs = profile.paper2.configs
+    used = load_records(records, profile, "p2", "normal", "uniform")
+    throughput, latency = over_users(used), metric_of(used, "response_p99_s")
+    fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.6))
+    panels = [("I) User throughput", "tokens/s per user", throughput), ("II) p99 response time", "seconds", latency)]
+    for ax, (title, ylabel, table) in zip(axes, panels, strict=True):
+        for name in configs:
+            for mix, rows in table[table["config"] == name].groupby("mix"):
+                uniform = is_routed(name) and mix == "uniform"
+                hollow: dict[str, Any] = dict(linestyle=":", markerfacecolor="white") if uniform else {}
+                canvas.line(
+                    ax, rows, look(name), canvas.name_of(name) + (f", {mix}" if is_routed(name) else ""), **hollow
+                )
+        ax.set(title=title, ylabel=ylabel)
+        canvas.user_axis(ax, sorted(profile.paper2.users), profile)
+    canvas.log_axis(axes[0])
+    axes[1].set_ylim(bottom=0)
+    canvas.legend(fig, axes[0])
+    data = pd.concat([throughput, latency])
+    caption = (
+        "I) user throughput, mean over users with bars of one standard deviation over users; II) response time that "
+        "99 % of the answers do not exceed (nearest rank), bars one standard deviation between repeats. The routed "
+        "systems D and E are shown under the normal and the uniform mix; to the others, which do not look at clusters, "
+        "the mix is the same. In the paper the mix hardly matters, E leads user throughput up to 800 users, and C has "
+        f"the lowest p99 at many users.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
+    )
+    return finish(fig, data, used, profile, "paper2", "fig06_user_throughput_p99", caption=caption)
+
+
+def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Paper 2, Fig. 7: tokens per second over time at the levels that stand for 200, 600 and 1,000 users."""
+    levels = sorted(
+        {min(profile.paper2.users, key=lambda level: abs(level - p / profile.scale.users)) for p in (200, 600, 1000)}
+    )
+    used = load_records(records, profile, "p2", "normal")
+    used = used[used["users"].isin(levels)]
+    width_s = 2 / profile.scale.seconds
+    buckets = metrics.bucket_throughput(used, width_s)
+    table = metrics.average_buckets(buckets)
+    means = buckets.groupby(["config", "users", "repeat"])["tokens_per_s"].mean().groupby(["config", "users"]).mean()
+
+    fig, axes = plt.subplots(1, len(levels), figsize=(7.2, 3.4), squeeze=False)
+    for ax, users in zip(axes[0], levels, strict=True):
+        here = table[table["users"] == users]
+        window = max(1, round(here["bucket"].max() / 30))
+        for name, rows in here.groupby("config"):
+            colour, dashed = look(name)[0], "--" if look(name)[0] == GREY else "-"
+            t_s = rows["t_s"] + width_s / 2
+            smooth = rows["tokens_per_s"].rolling(window, center=True, min_periods=1).mean()
+            ax.plot(t_s, rows["tokens_per_s"], color=colour, linewidth=0.4, alpha=0.25)
+            ax.plot(t_s, smooth, color=colour, linestyle=dashed, label=canvas.name_of(name), linewidth=1.2)
+            ax.plot(
+                *(1.03, means[name, users]),
+                marker="<",
+                markersize=6.5,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+                color=colour,
+                clip_on=False,
+                transform=ax.get_yaxis_transform(),
+            )
+        ax.set(xlabel="time since the first request [s]", xlim=(0, None), ylim=(0, None))
+        ax.set_title(canvas.level(users, profile, unit=" users"))
+    axes[0, 0].set_ylabel(f"tokens/s in buckets of {width_s:.2g} s")
+    canvas.legend(fig, axes[0, 0])
+    data = pd.concat([table.assign(what="bucket"), means.reset_index().assign(what="mean over buckets")])
+    caption = (
+        f"System throughput over time, normal mix: tokens in buckets of {width_s:.2g} s (the paper's 2 s divided by "
+        f"{profile.scale.seconds:g}), mean over repeats (thin), their running mean over a thirtieth of the time shown "
+        "(bold) and the mean over all buckets of a run (triangles on the right). The levels are those here that are "
+        "nearest to the paper's 200, 600 and 1,000 users. In the paper E follows C at 200 and 600 users and falls "
+        "behind at 1,000, and D has the lowest peak and "
+        f"mean.{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper2.configs)}"
+    )
+    return finish(fig, data, used, profile, "paper2", "fig07_system_throughput", caption=caption)
