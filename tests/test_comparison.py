@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erlib import config, paths
-from erlib.routing import comparison, embeddings, policies
+from erlib.routing import clusterer, comparison, embeddings, policies
 from erlib.routing.clusterer import Spans
 from erlib.workload.corpus import Corpus
 from tests import texts
@@ -144,7 +144,7 @@ def test_a_profile_is_compared_once(
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
 
     def missing(profile: config.Profile) -> Path:
-        raise policies.RouterError("no wheel")
+        raise clusterer.RouterError("no wheel")
 
     monkeypatch.setattr(embeddings, "build", missing)
     made, topics = texts.topical(300)

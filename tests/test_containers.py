@@ -16,7 +16,7 @@ from erlib.dgx.containers import Command, Places, Runner
 
 PLACES = Places(Path("/data/checkpoints"), Path("/data/built"))
 BUILD = Command("build", ("trtllm-build",), ("--workers", "8"), Path("/data/built/engine"), "trtllm-build")
-CHECK = Command("check", ("python", "-m", "erlib.dgx.tensorrt_llm"), ("check", "p1.A"), Path("/data/built/engine"))
+CHECK = Command("check", ("python", "-m", "erlib.dgx"), ("check", "p1.A"), Path("/data/built/engine"))
 VERSIONS = list(yaml.safe_load(containers.IMAGES.read_text()))
 
 

@@ -23,7 +23,7 @@ from tritonclient.grpc import service_pb2 as pb
 from erlib import config, paths
 from erlib.gateway.experts import CANARY
 from erlib.machine import processes
-from erlib.routing import embeddings, policies, training
+from erlib.routing import clusterer, embeddings, policies, training
 from erlib.routing.clusterer import Clusterer, ClustererError
 from erlib.routing.embeddings import Embedded
 from erlib.serving import wire
@@ -144,7 +144,7 @@ def test_what_cannot_be_loaded_says_why(directory: Path, policy: str, n_experts:
 
 def test_without_the_extra_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(policies.RouterError, match=r"install\.py embeddings"):
+    with pytest.raises(clusterer.RouterError, match=r"install\.py embeddings"):
         embeddings.build(config.load_profile("smoke"))
 
 
@@ -171,7 +171,7 @@ def test_examples_without_a_topic_do_not_vote(tmp_path: Path) -> None:
     assert router.experts.tolist() == [0, 1]
     assert router.examples.tolist() == [[1, 0], [0, 1]]
     for none in (None, np.full(3, embeddings.NO_EXPERT)):
-        with pytest.raises(policies.RouterError, match="no labels"):
+        with pytest.raises(clusterer.RouterError, match="no labels"):
             embeddings.neighbours(_examples(tmp_path, experts=none), embed)
 
 
@@ -193,7 +193,7 @@ def test_examples_without_a_topic_do_not_vote(tmp_path: Path) -> None:
 )
 def test_arrays_that_are_no_numbers_or_do_not_fit_make_no_router(tmp_path: Path, changed: dict[str, Any]) -> None:
     for make in (embeddings.nearest_centre, embeddings.neighbours):
-        with pytest.raises(policies.RouterError, match=r"examples\.npz is no readable model"):
+        with pytest.raises(clusterer.RouterError, match=r"examples\.npz is no readable model"):
             make(_examples(tmp_path, **changed), embed)
 
 
@@ -202,7 +202,7 @@ def test_a_cut_file_makes_no_router(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for damaged in (whole[:200], whole[: len(whole) // 2], b"", whole.replace(b"\x80?", b"\x80@", 1)):
         file.write_bytes(damaged)
-        with pytest.raises(policies.RouterError, match=r"examples\.npz is no readable model"):
+        with pytest.raises(clusterer.RouterError, match=r"examples\.npz is no readable model"):
             embeddings.nearest_centre(tmp_path, embed)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from erlib import config
-from erlib.claims.finding import Finding, predicate
+from erlib.claims.finding import WORDS, Finding, predicate
 from erlib.engines import llama, table1
 from erlib.workload import prompts
 
@@ -58,6 +58,9 @@ QUANTITIES: dict[str, tuple[str, Callable[[str], float]]] = {
     "network_over_routing": ("17 µs over the routing latency of 442 ms", lambda _: 17e-6 / 0.442),
 }
 """Name -> meaning, and its value for a configuration (``all``: not of one configuration)."""
+
+
+WORDS["quantity"] = lambda name: QUANTITIES[name][0]
 
 
 def _kv_gb(name: str) -> float:

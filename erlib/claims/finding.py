@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from erlib.claims.arithmetic import QUANTITIES
 from erlib.claims.evidence import LABELS, name_users
 
 UNITS = {"_tokens_per_s": " tokens/s", "_tokens_per_s_mean": " tokens/s", "_s": " s", "_ms": " ms"}
@@ -57,8 +56,8 @@ def predicate(template: str, arithmetic: bool = False) -> Callable[[Callable[...
 
 
 def _word(name: str, value: Any) -> str:
-    if name in _WORDS:
-        return _WORDS[name](value)
+    if name in WORDS:
+        return WORDS[name](value)
     if isinstance(value, Mapping):
         return ", ".join(f"{number:,g}" + f" ({key})" * (key != "all") for key, number in value.items())
     if isinstance(value, list):
@@ -66,9 +65,8 @@ def _word(name: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-_WORDS: dict[str, Callable[[Any], str]] = {
+WORDS: dict[str, Callable[[Any], str]] = {
     "metric": lambda name: LABELS[name],
-    "quantity": lambda name: QUANTITIES[name][0],
     "users": lambda users: f"at {name_users(users)} user{'s' * (users != 1)}",
     "factor": lambda value: "" if value == 1 else f"times {value:g}",
     "turn": lambda turn: f"({turn} prompt)" if turn else "",

@@ -19,8 +19,8 @@ from erlib.dgx.tools import ask_tools
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m erlib.dgx.tensorrt_llm``; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m erlib.dgx.tensorrt_llm")
+    """``python -m erlib.dgx``; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m erlib.dgx")
     actions = parser.add_subparsers(dest="action", required=True)
     show = actions.add_parser("show", help="print the commands of a configuration's plan; runs none")
     check = actions.add_parser("check", help="compare what a plan has made with the configuration")
@@ -98,3 +98,7 @@ def _plans(version: Version, places: Places) -> Iterator[Plan]:
         for flow in get_args(Flow):
             with contextlib.suppress(ConfigError):  # a flow that cannot express it
                 yield Plan(configuration, lengths(configuration, WorkloadSettings()), places, flow, version)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

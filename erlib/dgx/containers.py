@@ -33,7 +33,7 @@ class Places:
 
     @property
     def options(self) -> dict[str, str]:
-        """As ``python -m erlib.dgx.tensorrt_llm`` takes them."""
+        """As ``python -m erlib.dgx`` takes them."""
         return {"--checkpoints": str(self.checkpoints), "--work": str(self.work)}
 
 

@@ -13,14 +13,13 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from erlib.config import Profile
 from erlib.dgx import builds, checkpoints
 from erlib.dgx.checkpoints import CALIBRATION, CHECKPOINTS, TEXTS
-from erlib.dgx.preflight import _ANSWER_S, _last_line
 from erlib.dgx.tensorrt_llm import Plan
 from erlib.workload import corpus
 
 LICENCES = {"llama-2": "Llama 2 Community License", "llama-3": "Meta Llama 3 Community License"}
 
 
-def _hub(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
+def problems_with_the_hub(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
     """Checkpoints and texts that are neither here nor to be had."""
     places = checkpoints.places(profile)
     wanted: dict[str, Path | None] = {}
@@ -45,7 +44,7 @@ def _hub(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
                    and not isinstance(error, HfHubHTTPError)]  # fmt: skip
     if unreachable:
         yield (
-            f"the Hugging Face hub is out of reach ({_last_line(str(unreachable[0][1]))}): give this machine access, "
+            f"the Hugging Face hub is out of reach ({last_line(str(unreachable[0][1]))}): give this machine access, "
             f"or put there from elsewhere: {', '.join(_where(name, wanted[name]) for name, _ in unreachable)}"
         )
     for name, error in answers.items():
@@ -55,16 +54,16 @@ def _hub(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
                 "and set HF_TOKEN to a token of that account"
             )
         elif isinstance(error, HfHubHTTPError):
-            yield f"{name}: the hub answers {_last_line(str(error))}: try again, or put it into {wanted[name]}"
+            yield f"{name}: the hub answers {last_line(str(error))}: try again, or put it into {wanted[name]}"
 
 
 def _reach(name: str) -> Exception | None:
     """Why a repository cannot be had from the hub; None if it can."""
     try:
         if name in CHECKPOINTS.values():  # a gated repository shows what it is, but not its files
-            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_ANSWER_S)
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=ANSWER_S)
         else:
-            HfApi().dataset_info(name, timeout=_ANSWER_S)
+            HfApi().dataset_info(name, timeout=ANSWER_S)
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         return error
     return None
@@ -86,3 +85,11 @@ def _where(name: str, directory: Path | None) -> str:
         return f"{name} (or choose a corpus of your own: corpus.name=jsonl)"
     texts = " (calibration texts)" if directory.name == CALIBRATION else ""
     return f"{name}{texts} into {directory}"
+
+
+ANSWER_S = 10
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "no reason given"

@@ -22,7 +22,7 @@ from erlib.config import ConfigError, Passable, Profile, RunnerKind
 from erlib.dgx import builds, checkpoints, estimates
 from erlib.dgx.containers import Image, Runner, load_image
 from erlib.dgx.fit import Fitted, fitted
-from erlib.dgx.hub import _hub
+from erlib.dgx.hub import ANSWER_S, last_line, problems_with_the_hub
 from erlib.dgx.tensorrt_llm import NEWEST, Plan
 from erlib.dgx.tools import inspect
 from erlib.engines import llama
@@ -35,8 +35,6 @@ SHARED_MEMORY_BYTES = 2e9
 
 IN_USE_BYTES = 1e9
 """Memory that somebody may have on a GPU (a display, a monitor) without being in the way."""
-
-_ANSWER_S = 10
 
 
 def _names_on_gpus(profile: Profile) -> Iterable[str]:
@@ -98,7 +96,7 @@ def check(profile: Profile) -> Report:
         "shared_memory": lambda: _shared_memory(profile),
         "disk": lambda: _disk(profile, plans),
         "options": lambda: _options(fit, plans),
-        "hub": lambda: _hub(profile, plans),
+        "hub": lambda: problems_with_the_hub(profile, plans),
         "names": lambda: _names_on_gpus(profile),
         "basics": lambda: basics(profile),
     }
@@ -193,7 +191,7 @@ def _runner(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
         reply = _ask("docker", "info")
         if reply.returncode:
             yield (
-                f"docker does not answer {getpass.getuser()} ({_last_line(reply.stderr)}): start its service, or add "
+                f"docker does not answer {getpass.getuser()} ({last_line(reply.stderr)}): start its service, or add "
                 f"the user to its group (sudo usermod -aG docker {getpass.getuser()}) and log in again"
             )
 
@@ -313,11 +311,6 @@ def _warnings(report: Report) -> Iterable[str]:
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_ANSWER_S)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_S)
     except (OSError, subprocess.SubprocessError) as error:
         return subprocess.CompletedProcess(command, 1, "", str(error))
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "no reason given"

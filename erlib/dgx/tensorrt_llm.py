@@ -8,7 +8,7 @@ A :class:`Plan` says what to run and runs nothing. Two *flows* lead to a served 
 ``llmapi``
     TensorRT-LLM's PyTorch backend: no engine, but a Hugging Face checkpoint (quantised by ModelOpt) and arguments.
 
-``python -m erlib.dgx.tensorrt_llm --help`` shows a plan, checks what was built, and refreshes the tables of known
+``python -m erlib.dgx --help`` shows a plan, checks what was built, and refreshes the tables of known
 options.
 """
 
@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from typing import Any, get_args
 from erlib import config
 from erlib.config import ConfigError, Configuration, Flow, PaperSystem, Profile, Version, WorkloadSettings
 from erlib.dgx import option_tables
-from erlib.dgx.__main__ import main
 from erlib.dgx.checkpoints import CALIBRATION, CHECKPOINTS, TEXTS, places, source
 from erlib.dgx.containers import Command, Places, Purpose, load_image
 from erlib.dgx.option_tables import Contract, OptionError
@@ -181,7 +179,7 @@ class Plan:
         else:
             steps = [self._quantise() if self.system.dtype in _QFORMAT else self._convert(), self._build()]
         options = {"--flow": self.flow, "--version": self.version, **self.places.options}
-        check = ("python", "-m", "erlib.dgx.tensorrt_llm", "check", self.configuration.id, "--lengths")
+        check = ("python", "-m", "erlib.dgx", "check", self.configuration.id, "--lengths")
         steps = [*self._fetch(), *steps]
         return [*steps, Command("check", check, (*map(str, self.lengths), *_words(options)), self.served)]
 
@@ -399,7 +397,3 @@ def _differences(file: Path, expected: Mapping[str, Any]) -> list[str]:
         if got != value:
             found.append(f"{file}: {key} is {got!r}, not {value!r}")
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

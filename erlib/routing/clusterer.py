@@ -262,3 +262,7 @@ def checked(text: object) -> str:
 
 def words_of(text: str) -> list[str]:
     return [NUMBER if word[0].isdigit() else word for word in _words(text)]
+
+
+class RouterError(ClustererError):
+    """A router cannot be made or loaded; the message says what to do."""

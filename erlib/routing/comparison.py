@@ -241,12 +241,12 @@ def of_profile(profile: Profile) -> pd.DataFrame:
 def _embedding_routers(profile: Profile) -> dict[str, Router | str]:
     try:
         directory = embeddings.build(profile)
-    except policies.RouterError as reason:
+    except clusterer.RouterError as reason:
         return dict.fromkeys(("embeddings", "neighbours"), str(reason))
     embed = embeddings.Embedder(directory)
     made: dict[str, Router | str] = {"embeddings": embeddings.nearest_centre(directory, embed)}
     try:
         made["neighbours"] = embeddings.neighbours(directory, embed)
-    except policies.RouterError as reason:
+    except clusterer.RouterError as reason:
         made["neighbours"] = str(reason)
     return made

@@ -19,8 +19,7 @@ import numpy.typing as npt
 
 from erlib import cache, paths
 from erlib.routing import clusterer, training
-from erlib.routing.clusterer import Floats, Spans
-from erlib.routing.policies import RouterError
+from erlib.routing.clusterer import Floats, RouterError, Spans
 
 if TYPE_CHECKING:
     from erlib import config

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from erlib.routing.clusterer import Clusterer, ClustererError, Spans
+from erlib.routing.clusterer import Clusterer, RouterError, Spans
 from erlib.routing.embeddings import Embedder, nearest_centre, neighbours
 
 if TYPE_CHECKING:
@@ -33,10 +33,6 @@ POLICIES = ("classify", "stock", "embeddings", "neighbours", "replicas", "random
 
 SLOW = ("embeddings", "neighbours")
 """Policies that take ten milliseconds and more, most of them outside Python: others' tokens need not wait for that."""
-
-
-class RouterError(ClustererError):
-    """A router cannot be made or loaded; the message says what to do."""
 
 
 class Router(Protocol):
