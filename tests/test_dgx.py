@@ -233,7 +233,7 @@ def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
     """
     profile, calls = dgx
     ssh = tmp_path / "bin" / "ssh"
-    ssh.write_text('#!/bin/sh\necho "$@" >> "$STANDIN_HOME/ssh"\nfor last; do :; done\nexec sh -c "$last"\n')
+    ssh.write_text('#!/bin/sh\necho "$@" > "$STANDIN_HOME/ssh-$$"\nfor last; do :; done\nexec sh -c "$last"\n')
     ssh.chmod(0o755)
     with pytest.raises(config.ConfigError, match=r"users on load-node cannot reach 127\.0\.0\.1"):
         profile(**{"serving.users_on": "load-node"})
@@ -256,7 +256,7 @@ def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
     servers = {"p1.C": 8, "p2.C": 2}
     assert (seen["server_cpus"] == seen["config"].map(lambda config: f"{all_of_them} x {servers[config]}")).all()
     assert (seen["network_us_sd"] >= 0).all()
-    started = (tmp_path / "ssh").read_text().splitlines()
+    started = [file.read_text() for file in tmp_path.glob("ssh-*")]
     assert len(started) == 2 * 2  # processes, once per system
     assert all(line.startswith("-o BatchMode=yes load-node cd ") for line in started)
 

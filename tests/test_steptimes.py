@@ -73,7 +73,7 @@ def test_the_table_is_read_by_a_python_that_does_not_know_how_its_folder_is_call
     shutil.copytree(paths.ROOT / "erlib", home / "erlib", ignore=shutil.ignore_patterns("__pycache__"))
     (home / "data").mkdir()
     shutil.copy(steptimes.TABLE, home / "data")
-    code = "from erlib import steptimes; print(steptimes._table().num_rows)"
+    code = "from erlib import steptimes; print(steptimes._table().num_rows)"  # and ends, which must not abort it
     no_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(home)}
     ran = subprocess.run(
         [sys.executable, "-c", code],

@@ -225,9 +225,9 @@ def for_configuration(configuration: Configuration) -> Table:
 
 @functools.cache
 def _table() -> pa.Table:  # not pandas: every emulated engine imports this
-    # Opened here: Triton's embedded Python may not know the encoding of its name, and pyarrow would insist on it.
-    with TABLE.open("rb") as file:
-        return pq.read_table(file, partitioning=None)
+    # Read here: Triton's embedded Python may not know the encoding of its name, and pyarrow would insist on it. Of a
+    # file opened by Python, pyarrow would read in threads that abort the process if it ends before they do.
+    return pq.ParquetFile(pa.BufferReader(TABLE.read_bytes())).read(use_threads=False)
 
 
 def _part(rows: pa.Table, name: str) -> Iterator[npt.NDArray[Any]]:
