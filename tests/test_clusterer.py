@@ -429,7 +429,7 @@ def pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
 def test_pickles_route_as_the_pipeline_that_was_pickled(pickles: tuple[Path, Pipeline, np.ndarray]) -> None:
     directory, pipeline, centres = pickles
     assert b"cuda:0" in (directory / "kmeans.pkl").read_bytes()
-    model = Clusterer.from_pickles(directory)
+    model = training.from_pickles(directory)
     probes, _ = texts.topical(60, seed=2)
     vectors = pipeline.transform(probes)
     np.testing.assert_allclose(model.transform(probes), vectors, atol=1e-5)
@@ -439,18 +439,18 @@ def test_pickles_route_as_the_pipeline_that_was_pickled(pickles: tuple[Path, Pip
 def test_pickles_hash_and_options(pickles: tuple[Path, Pipeline, np.ndarray]) -> None:
     directory, pipeline, _ = pickles
     with pytest.raises(ClustererError, match=r"tfidf\.pkl .* has sha256"):
-        Clusterer.from_pickles(directory, sha256=("0" * 64, "0" * 64))
+        training.from_pickles(directory, sha256=("0" * 64, "0" * 64))
     pipeline["tfidf"].ngram_range = (1, 2)
     pipeline["tfidf"]._tfidf.sublinear_tf = True
     (directory / "tfidf.pkl").write_bytes(pickle.dumps(pipeline))
     with pytest.raises(ClustererError, match="other options than c-BTM's: ngram_range, sublinear_tf"):
-        Clusterer.from_pickles(directory)
+        training.from_pickles(directory)
     (directory / "tfidf.pkl").write_bytes(pickle.dumps({"steps": []}))
     with pytest.raises(ClustererError, match="does not hold c-BTM's pipeline"):
-        Clusterer.from_pickles(directory)
+        training.from_pickles(directory)
     (directory / "kmeans.pkl").unlink()
     with pytest.raises(ClustererError, match=r"no .*kmeans\.pkl"):
-        Clusterer.from_pickles(directory)
+        training.from_pickles(directory)
 
 
 class _Call:
@@ -483,7 +483,7 @@ def test_malicious_pickles_run_nothing(pickles: tuple[Path, Pipeline, np.ndarray
     for attack in attacks:
         (directory / name).write_bytes(attack)
         with pytest.raises(ClustererError, match=r"does not|do not contain|damaged"):
-            Clusterer.from_pickles(directory)
+            training.from_pickles(directory)
         assert not touched.exists()
 
 
@@ -514,7 +514,7 @@ def test_pickles_that_would_take_everything_take_a_reader(tmp_path: Path, bomb: 
     (tmp_path / "kmeans.pkl").write_bytes(b"N.")
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     with pytest.raises(ClustererError, match=message) as refused:
-        Clusterer.from_pickles(tmp_path)
+        training.from_pickles(tmp_path)
     assert "\n" not in str(refused.value)
     after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # kB, of the largest child so far
     assert after <= max(before, 2_000_000)
@@ -525,7 +525,7 @@ def test_pickled_numbers_are_checked(pickles: tuple[Path, Pipeline, np.ndarray])
     pipeline["svd"].components_[3, 5] = NAN
     (directory / "tfidf.pkl").write_bytes(pickle.dumps(pipeline))
     with pytest.raises(ClustererError, match=f"{directory}: components of the clusterer holds what is no number"):
-        Clusterer.from_pickles(directory)
+        training.from_pickles(directory)
 
 
 def test_a_download_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,7 +544,7 @@ def test_a_download_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: p
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(ClustererError, match="is larger than"):
-            Clusterer.from_pickles(f"http://127.0.0.1:{server.server_port}")
+            training.from_pickles(f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
 
 
@@ -555,7 +555,7 @@ def test_truncated_pickles(pickles: tuple[Path, Pipeline, np.ndarray]) -> None:
         for size in (0, 10, len(whole) // 2, len(whole) - 1):
             (directory / name).write_bytes(whole[:size])
             with pytest.raises(ClustererError, match="damaged or not a pickle"):
-                Clusterer.from_pickles(directory)
+                training.from_pickles(directory)
         (directory / name).write_bytes(whole)
 
 
@@ -565,12 +565,12 @@ def test_pickles_from_a_url(pickles: tuple[Path, Pipeline, np.ndarray]) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        assert Clusterer.from_pickles(url + "/").digest == Clusterer.from_pickles(directory).digest
+        assert training.from_pickles(url + "/").digest == training.from_pickles(directory).digest
         with pytest.raises(ClustererError, match=r"cannot download .*404"):
-            Clusterer.from_pickles(f"{url}/c4")
+            training.from_pickles(f"{url}/c4")
         server.shutdown()
     with pytest.raises(ClustererError, match="cannot download"):
-        Clusterer.from_pickles(url)
+        training.from_pickles(url)
 
 
 # --- building for a profile ---
@@ -662,7 +662,7 @@ def test_build_from_pickles(
 ) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     model = Clusterer.load(training.build(_profile(tmp_path, pickles=str(pickles[0]))))
-    assert model.digest == Clusterer.from_pickles(pickles[0]).digest
+    assert model.digest == training.from_pickles(pickles[0]).digest
     with pytest.raises(ClustererError, match="has 4 clusters"):
         training.build(_profile(tmp_path, pickles=str(pickles[0]), n_clusters=8, pickles_sha256=None))
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erlib import config, paths
-from erlib.routing import clusterer, comparison, embeddings, policies
+from erlib.routing import clusterer, comparison, embedding_export, policies
 from erlib.routing.clusterer import Spans
 from erlib.workload.corpus import Corpus
 from tests import texts
@@ -146,7 +146,7 @@ def test_a_profile_is_compared_once(
     def missing(profile: config.Profile) -> Path:
         raise clusterer.RouterError("no wheel")
 
-    monkeypatch.setattr(embeddings, "build", missing)
+    monkeypatch.setattr(embedding_export, "build", missing)
     made, topics = texts.topical(300)
     lines = [f'{{"text": "{text}", "topic": "{topic}"}}' for text, topic in zip(made, topics, strict=True)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))

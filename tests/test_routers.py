@@ -23,7 +23,7 @@ from tritonclient.grpc import service_pb2 as pb
 from erlib import config, paths
 from erlib.gateway.experts import CANARY
 from erlib.machine import processes
-from erlib.routing import clusterer, embeddings, policies, training
+from erlib.routing import clusterer, embedding_export, embeddings, policies, training
 from erlib.routing.clusterer import Clusterer, ClustererError
 from erlib.routing.embeddings import Embedded
 from erlib.serving import wire
@@ -145,7 +145,7 @@ def test_what_cannot_be_loaded_says_why(directory: Path, policy: str, n_experts:
 def test_without_the_extra_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(clusterer.RouterError, match=r"install\.py embeddings"):
-        embeddings.build(config.load_profile("smoke"))
+        embedding_export.build(config.load_profile("smoke"))
 
 
 def test_the_extra_is_pinned_to_the_wheel_that_is_asked_for() -> None:
@@ -224,8 +224,8 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     profile = config.load_profile("smoke", {**corpus, "clusterer.n_clusters": 2})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "CACHE", home)
-        made = embeddings.build(profile)
-        assert embeddings.build(profile) == made
+        made = embedding_export.build(profile)
+        assert embedding_export.build(profile) == made
         return made
 
 

@@ -21,6 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from erlib import paths
 from erlib.cluster.placement import Demand, Node, demands_of, living_nodes, place
 from erlib.config import Routing, ServingSettings
@@ -83,8 +86,6 @@ class _Remote(Generic[Kept]):
     """
 
     def __init__(self, node: Node, demand: Demand, kept: Kept, what: str, cluster: str):
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.node = node
         self._what = what
@@ -115,7 +116,6 @@ class _Remote(Generic[Kept]):
         StartError
             As raised there, or if there is no answer within `timeout_s`, or if the actor has died alone.
         """
-        import ray
 
         try:
             return ray.get(reply, timeout=timeout_s)
@@ -151,7 +151,6 @@ class _Remote(Generic[Kept]):
 
     def end(self) -> None:
         """End the actor, and with it the processes that it has started."""
-        import ray
 
         ray.kill(self._actor)
 
@@ -246,7 +245,6 @@ class ClusterStack(stack.Stack):
             raise
 
     def _stop(self) -> None:
-        import ray
 
         replies = [host.begin(Share.stop) for host in self._hosts]
         if replies:
@@ -294,7 +292,6 @@ class ClusterUsers:
         StartError
             If a user process dies.
         """
-        import ray
 
         reply = self._remote.begin(lambda simulator: simulator.run(scripts, targets, timeout_s))
         while not ray.wait([reply], timeout=_WATCH_S)[0]:
@@ -325,7 +322,6 @@ def _enter(simulator: UserSimulator) -> str:
 
 def _settle(share: Share, inputs: Sequence[Path]) -> None:
     """Check what must lie on this node, and give the servers the GPUs that Ray has set aside for them."""
-    import ray
 
     for path in (paths.ENGINE_SPECS, *inputs):
         if not path.exists():

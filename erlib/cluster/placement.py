@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from erlib.load.backends import NO_RAY
 from erlib.machine import hardware
 from erlib.machine.hardware import Gpu
 from erlib.machine.processes import StartError
@@ -130,9 +131,7 @@ def living_nodes(address: str) -> list[Node]:
     try:
         import ray
     except ImportError:
-        raise StartError(
-            "serving.cluster needs Ray, which is not installed: .venv/bin/python scripts/install.py cluster"
-        ) from None
+        raise StartError(NO_RAY) from None
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")

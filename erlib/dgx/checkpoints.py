@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
 from erlib import paths
 from erlib.config import ConfigError, Profile
 from erlib.dgx.containers import Places
@@ -36,8 +39,6 @@ def fetch_tokenizer(model: str, places: Places) -> Path:
     ConfigError
         If it cannot be; says what gives access.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     file = source(model, places) / "tokenizer.json"
     for name in (file.name, "tokenizer_config.json"):

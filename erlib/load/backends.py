@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from erlib.config import Configuration, Profile
+from erlib.machine.processes import StartError
 from erlib.serving.triton import ServerPlan
+
+NO_RAY = "serving.cluster needs Ray, which is not installed: .venv/bin/python scripts/install.py cluster"
 
 Workloads = Literal["load", "preliminary"]
 """Which of the workloads a system is sized for."""
@@ -68,5 +71,16 @@ def of(profile: Profile) -> Backend:
 
 
 def on_ray() -> Any:
-    """What serves and asks where ``serving.cluster`` names a Ray cluster: :mod:`erlib.cluster.on_ray`."""
-    return import_module("erlib.cluster.on_ray")
+    """What serves and asks where ``serving.cluster`` names a Ray cluster: :mod:`erlib.cluster.on_ray`.
+
+    Raises
+    ------
+    StartError
+        If Ray is not installed.
+    """
+    try:
+        return import_module("erlib.cluster.on_ray")
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise StartError(NO_RAY) from None

@@ -24,6 +24,7 @@ from erlib.config import ConfigError, Profile
 from erlib.load import metrics, points, records, sweep, users
 from erlib.load.experiments import Series
 from erlib.paper_scale import emulation
+from erlib.routing import sklearn_pipeline
 from erlib.serving import wire
 from erlib.serving.share import Classifier
 
@@ -41,7 +42,6 @@ METRICS = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s", "gateway_mean_s
 
 def plan(profile: Profile) -> list[Series]:
     """Four arms around the same engines: base prompts at their own length, short answers of forced length."""
-    from erlib.routing import sklearn_pipeline  # and scikit-learn, which takes a second
 
     settings = profile.ablation
     paper = config.paper_of(settings.config)

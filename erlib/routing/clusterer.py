@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from erlib.routing import pickles
-
 Floats = npt.NDArray[np.float32]
 
 NUMBER = "#NUMBER"
@@ -42,7 +40,8 @@ class Spans(NamedTuple):
 
 
 class Clusterer:
-    """A fitted router model; made by :func:`erlib.routing.training.fit`, :meth:`load` or :meth:`from_pickles`.
+    """A fitted router model; made by :func:`erlib.routing.training.fit`,
+    :func:`erlib.routing.training.from_pickles` or :meth:`load`.
 
     Attributes
     ----------
@@ -218,32 +217,6 @@ class Clusterer:
             return model
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise ClustererError(f"{directory} holds no readable clusterer ({error}); build it again") from error
-
-    @classmethod
-    def from_pickles(cls, path_or_url: Path | str, sha256: tuple[str, str] | None = None) -> Clusterer:
-        """Read c-BTM's published ``tfidf.pkl`` and ``kmeans.pkl`` without running what is in them.
-
-        Parameters
-        ----------
-        path_or_url : Path or str
-            Directory or URL prefix of the two files, e.g.
-            ``https://dl.fbaipublicfiles.com/cbtm/clusterers/c4/8``.
-        sha256 : (str, str), optional
-            Expected hashes of ``tfidf.pkl`` and ``kmeans.pkl``.
-
-        Raises
-        ------
-        ClustererError
-            If a file is missing, has another hash, is truncated, names anything outside the allow-list, or is not
-            c-BTM's pipeline.
-        """
-        try:
-            published = pickles.read(str(path_or_url), sha256)
-            return cls(**published._asdict(), facts={"normalizer": "l2", "source": str(path_or_url)})
-        except pickles.PickleError as error:
-            raise ClustererError(str(error)) from error
-        except ClustererError as error:
-            raise ClustererError(f"{path_or_url}: {error}") from None
 
 
 def are_numbers(array: npt.NDArray[Any], above_zero: bool = False) -> bool:

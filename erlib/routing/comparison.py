@@ -27,7 +27,7 @@ from erlib import cache, paths
 from erlib.config import Profile
 from erlib.machine import hardware
 from erlib.machine.progress import Bar
-from erlib.routing import clusterer, embeddings, evaluate, policies, training
+from erlib.routing import clusterer, embedding_export, embeddings, evaluate, policies, training
 from erlib.routing.clusterer import Clusterer
 from erlib.routing.policies import Router
 from erlib.workload import corpus
@@ -240,7 +240,7 @@ def of_profile(profile: Profile) -> pd.DataFrame:
 
 def _embedding_routers(profile: Profile) -> dict[str, Router | str]:
     try:
-        directory = embeddings.build(profile)
+        directory = embedding_export.build(profile)
     except clusterer.RouterError as reason:
         return dict.fromkeys(("embeddings", "neighbours"), str(reason))
     embed = embeddings.Embedder(directory)

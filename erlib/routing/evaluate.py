@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
+from sklearn.manifold import TSNE
+from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
 
 from erlib.routing.clusterer import Clusterer
 from erlib.routing.training import build
+from erlib.workload import corpus
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,9 +43,6 @@ def evaluate(clusters: npt.NDArray[np.int64], n_clusters: int, labels: Sequence[
     result = {"smallest": float(sizes.min()), "largest": float(sizes.max())}
     known = np.asarray(labels if labels is not None else []) >= 0
     if known.any():
-        from sklearn.metrics import normalized_mutual_info_score
-        from sklearn.metrics.cluster import contingency_matrix
-
         topics, found = np.asarray(labels)[known], clusters[known]
         result["nmi"] = float(normalized_mutual_info_score(topics, found))
         result["purity"] = float(contingency_matrix(topics, found).max(axis=0).sum() / len(found))
@@ -55,9 +57,6 @@ def compare_normalizers(profile: config.Profile) -> pd.DataFrame:
     pandas.DataFrame
         One row per normalizer; columns of :func:`evaluate`.
     """
-    import pandas as pd
-
-    from erlib.workload import corpus
 
     held_out = corpus.load(profile.corpus, profile.seed, "holdout")
     rows = {}
@@ -76,8 +75,6 @@ def map_2d(model: Clusterer, texts: Sequence[str], sample: int = 1500, seed: int
     pandas.DataFrame
         Columns ``x``, ``y`` (no unit) and ``cluster``; at most `sample` rows.
     """
-    import pandas as pd
-    from sklearn.manifold import TSNE
 
     chosen = np.random.default_rng(seed).permutation(len(texts))[:sample]
     vectors = model.transform([texts[i] for i in chosen])

@@ -26,9 +26,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import requests
 
 if TYPE_CHECKING:
     import torch
+from erlib.machine.progress import Bar
 
 FILES = ("tfidf.pkl", "kmeans.pkl")
 MOST_BYTES = 4 << 30
@@ -247,10 +249,6 @@ def _fetch(prefix: str, name: str, scratch: Path) -> Path:
         if not path.is_file():
             raise PickleError(f"no {path}; clusterer.pickles must be a directory or URL with tfidf.pkl, kmeans.pkl")
         return path
-    import requests
-
-    from erlib.machine.progress import Bar
-
     url, path = f"{prefix.rstrip('/')}/{name}", scratch / name
     try:
         with requests.get(url, stream=True, timeout=20) as response, path.open("wb") as file:

@@ -25,6 +25,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from erlib import cache, config, paths
+from erlib.machine.progress import say
 from erlib.routing import training
 from erlib.routing.clusterer import Clusterer, ClustererError, Floats, Spans
 
@@ -89,7 +90,7 @@ def load(directory: Path) -> Router:
     """Unpickle what :meth:`Router.save` wrote.
 
     Unpickling runs what a file says: use this for directories that :func:`build` made on this machine, and nothing
-    else. Downloaded pickles are for :meth:`erlib.routing.clusterer.Clusterer.from_pickles`.
+    else. Downloaded pickles are for :meth:`erlib.routing.training.from_pickles`.
 
     Raises
     ------
@@ -169,7 +170,6 @@ def build(profile: config.Profile, n_terms: int = TERMS) -> Path:
     ------
     ClustererError, corpus.CorpusError
     """
-    from erlib.machine.progress import say
 
     source = training.build(profile)
     digest = cache.digest(Path(__file__), source.name, n_terms, profile.seed, sklearn.__version__)

@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import nltk
 import numpy as np
 import numpy.typing as npt
+import torch
 from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.preprocessing import StandardScaler, normalize
 from threadpoolctl import threadpool_limits
 
 from erlib import cache, paths
-from erlib.machine.progress import Bar
+from erlib.machine.progress import Bar, say
 from erlib.routing import pickles
 from erlib.routing.clusterer import NUMBER, Clusterer, ClustererError, Floats, checked, words_of
+from erlib.workload import corpus
 
 if TYPE_CHECKING:
     import torch
@@ -36,12 +39,8 @@ TOLERANCE = 1e-3
 def _stop_words(name: str) -> list[str]:
     """c-BTM's stop words: the named list and the number token, so that numbers are deleted rather than kept."""
     if name == "sklearn":
-        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-
         return [*sorted(ENGLISH_STOP_WORDS), NUMBER]
     if name == "nltk":
-        import nltk
-
         try:
             nltk.data.find("corpora/stopwords")
         except LookupError:
@@ -73,9 +72,6 @@ def balanced_kmeans(vectors: Floats, n_clusters: int, seed: int) -> tuple[Floats
     assignment : int array (n,)
         In every batch the cluster sizes differ by at most one.
     """
-    import torch
-
-    from erlib.machine.progress import Bar
 
     batches = torch.tensor_split(torch.from_numpy(vectors), max(1, len(vectors) // BATCH_DOCUMENTS))
     first = np.random.default_rng(seed).choice(len(batches[0]), n_clusters, replace=False)
@@ -113,7 +109,6 @@ def balanced_assignment(distances: torch.Tensor, max_rounds: int = 1000) -> torc
     int tensor (n,)
         Cluster of each document; every cluster has ``floor(n / k)`` or ``ceil(n / k)`` of them.
     """
-    import torch
 
     k, n = distances.shape
     scores = -distances
@@ -145,7 +140,6 @@ def balanced_assignment(distances: torch.Tensor, max_rounds: int = 1000) -> torc
 
 def _settle(distances: torch.Tensor, clusters: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
     """Place what the auction left without a cluster, or beyond a cluster's capacity, at the least extra distance."""
-    import torch
 
     clusters = clusters.clone()
     for i, size in enumerate(capacity.tolist()):
@@ -157,6 +151,32 @@ def _settle(distances: torch.Tensor, clusters: torch.Tensor, capacity: torch.Ten
         clusters[document] = torch.where(room > 0, distances[:, document], float("inf")).argmin()
         room[clusters[document]] -= 1
     return clusters
+
+
+def from_pickles(path_or_url: Path | str, sha256: tuple[str, str] | None = None) -> Clusterer:
+    """Read c-BTM's published ``tfidf.pkl`` and ``kmeans.pkl`` without running what is in them.
+
+    Parameters
+    ----------
+    path_or_url : Path or str
+        Directory or URL prefix of the two files, e.g.
+        ``https://dl.fbaipublicfiles.com/cbtm/clusterers/c4/8``.
+    sha256 : (str, str), optional
+        Expected hashes of ``tfidf.pkl`` and ``kmeans.pkl``.
+
+    Raises
+    ------
+    ClustererError
+        If a file is missing, has another hash, is truncated, names anything outside the allow-list, or is not
+        c-BTM's pipeline.
+    """
+    try:
+        published = pickles.read(str(path_or_url), sha256)
+        return Clusterer(**published._asdict(), facts={"normalizer": "l2", "source": str(path_or_url)})
+    except pickles.PickleError as error:
+        raise ClustererError(str(error)) from error
+    except ClustererError as error:
+        raise ClustererError(f"{path_or_url}: {error}") from None
 
 
 def build(profile: config.Profile) -> Path:
@@ -171,8 +191,6 @@ def build(profile: config.Profile) -> Path:
     ------
     ClustererError, corpus.CorpusError
     """
-    from erlib.machine.progress import say
-    from erlib.workload import corpus
 
     settings = profile.clusterer
     code = [Path(__file__), Path(pickles.__file__)] if settings.pickles else [Path(__file__)]
@@ -194,7 +212,7 @@ def build(profile: config.Profile) -> Path:
         return directory
     print(f"clusterer: making {digest} from {source} (none with these settings, code and seed yet)")
     if train is None:
-        model = Clusterer.from_pickles(source, settings.pickles_sha256)
+        model = from_pickles(source, settings.pickles_sha256)
         if model.n_clusters != settings.n_clusters:
             raise ClustererError(f"{source} has {model.n_clusters} clusters; set clusterer.n_clusters to that")
     else:

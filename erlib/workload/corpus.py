@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.parquet as pq
+
 from erlib import cache, config, paths
 from erlib.machine.progress import Bar
 
@@ -273,7 +275,6 @@ def _read_jsonl(path: Path, text_field: str, label_field: str | None) -> _Rows:
 
 
 def _read_parquet(path: Path, text_field: str, label_field: str | None) -> _Rows:
-    import pyarrow.parquet as pq
 
     columns = [text_field] + ([label_field] if label_field else [])
     try:
