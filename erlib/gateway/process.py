@@ -26,8 +26,9 @@ from grpc_reflection.v1alpha import reflection
 
 from erlib.gateway import experts, handover
 from erlib.gateway.limits import Limits
-from erlib.gateway.service import Distances, Gateway
+from erlib.gateway.service import Gateway
 from erlib.gateway.telemetry import Telemetry, logger
+from erlib.gateway.told import Distances
 from erlib.machine.processes import StartError
 from erlib.routing import policies
 from erlib.routing.clusterer import Clusterer, ClustererError
