@@ -45,12 +45,14 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def code_digest(*places: Path) -> str:
-    """Hash of source code: of files, and of all files below folders.
+def code_digest(*places: Path | str) -> str:
+    """Hash of source code: of files, and of all files below folders; what has no path is named from this package's top.
 
     Of Python, neither comments nor docstrings nor layout count.
     """
-    files = {file for place in places for file in (place.rglob("*") if place.is_dir() else [place]) if _is_code(file)}
+    found = [_PACKAGE / place for place in places]
+    assert all(place.exists() for place in found), places
+    files = {file for place in found for file in (place.rglob("*") if place.is_dir() else [place]) if _is_code(file)}
     return cache.digest(*([str(file.relative_to(paths.ROOT)), _content(file)] for file in sorted(files)))
 
 
@@ -73,3 +75,6 @@ def _content(file: Path) -> str:
             ):
                 said.value = ""
     return ast.dump(tree)
+
+
+_PACKAGE = Path(__file__).resolve().parent

@@ -322,7 +322,6 @@ def _enter(simulator: UserSimulator) -> str:
 
 def _settle(share: Share, inputs: Sequence[Path]) -> None:
     """Check what must lie on this node, and give the servers the GPUs that Ray has set aside for them."""
-
     for path in (paths.ENGINE_SPECS, *inputs):
         if not path.exists():
             raise StartError(f"{path} is missing here; all nodes need it, on a shared file system or copied")

@@ -39,7 +39,6 @@ def fetch_tokenizer(model: str, places: Places) -> Path:
     ConfigError
         If it cannot be; says what gives access.
     """
-
     file = source(model, places) / "tokenizer.json"
     for name in (file.name, "tokenizer_config.json"):
         try:

@@ -24,7 +24,7 @@ from erlib.machine.progress import Bar, say
 from erlib.workload import corpus
 
 CALIBRATION_TOKENS = 128
-_CODE = [Path(__file__).with_name(name) for name in ("export.py", "inference.py")]
+_CODE = ("engines/export.py", "engines/inference.py")
 """On which the content of an engine depends."""
 
 

@@ -91,7 +91,6 @@ def _hub_checkpoint() -> Path:
 
 def _convert_gguf(gguf: Path, directory: Path) -> None:
     """Write the GGUF file's Llama as config.json, model.safetensors (FP16) and a tokenizer."""
-
     reader = GGUFReader(gguf)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     hidden, heads, kv_heads = (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,7 +155,7 @@ def report(profile: Profile) -> pd.DataFrame:
     settings = profile.engines
     built = list({engine.name: engine for engine in build_all(profile, laptop.needed(profile))}.values())
     built.sort(key=lambda engine: (-engine.layers, list(llama.BYTES_PER_VALUE).index(engine.dtype)))
-    code = provenance.code_digest(Path(__file__), Path(__file__).with_name("speed.py"))
+    code = provenance.code_digest("engines/quality.py", "engines/speed.py")
     measured = settings.perplexity_tokens, settings.speed_batches, settings.speed_tokens
     key = cache.digest(
         [engine.path.name for engine in built], measured, corpus.fingerprint(profile.corpus), profile.seed, code

@@ -39,7 +39,6 @@ def table1(paper: Paper) -> pd.DataFrame:
         ``full_sequences`` how many of the longest sequences fit; ``gpu_gb`` weights, KV cache and gateways on one GPU;
         ``discrepancy`` where print and arithmetic disagree, empty where they agree.
     """
-
     rows = []
     for name in config.config_ids():
         configuration = config.load_configuration(name)

@@ -61,10 +61,9 @@ def _code_digest(backend: str, in_cluster: bool) -> str:
     """Hash of the code on the measured path, wherever it lies."""
     files = [*_MEASURED, *_ALSO.get(backend, ()), *(["cluster"] if in_cluster else [])]
     engine = [triton.MODEL_CODE / backend, triton.MODEL_CODE / "inflight.py"]
-    return provenance.code_digest(*(_ROOMS / file for file in files), *engine)
+    return provenance.code_digest(*files, *engine)
 
 
-_ROOMS = paths.ROOT / "erlib"
 _MEASURED = (
     "machine/processes.py", "serving", "gateway", "routing/clusterer.py", "routing/policies.py",
     "load/users.py", "load/scripts.py",

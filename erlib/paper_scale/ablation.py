@@ -42,7 +42,6 @@ METRICS = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s", "gateway_mean_s
 
 def plan(profile: Profile) -> list[Series]:
     """Four arms around the same engines: base prompts at their own length, short answers of forced length."""
-
     settings = profile.ablation
     paper = config.paper_of(settings.config)
     pool = emulation.workload(profile, paper)

@@ -29,7 +29,7 @@ import pandas as pd
 
 from erlib import cache, config, provenance
 from erlib.config import ConfigError, Mix, Paper, Profile
-from erlib.engines import checkpoint, llama
+from erlib.engines import checkpoint
 from erlib.load import experiments, records
 from erlib.machine import processes
 from erlib.machine.progress import Bar
@@ -203,11 +203,10 @@ def points(
     ``p1`` and ``p2`` are the papers' load experiments, ``preliminary`` is paper 2's search for its baselines (section
     IV-C). Its users reach the one instance directly, so that what paper 2's harness limits, the gateways, is not there.
     """
-    code = [
-        *(Path(str(module.__file__)) for module in (prompts, llama, steptimes, batching)),
-        Path(__file__),
-        steptimes.TABLE,
-    ]
+    files = ("simulation", "clock", "batching", "steptimes")
+    code = provenance.code_digest(
+        *(f"paper_scale/{name}.py" for name in files), "engines/llama.py", "workload/prompts.py"
+    )
     levels: dict[prompts.Paper, config.SweepSettings | config.PreliminarySettings] = {
         "p1": profile.paper1,
         "p2": profile.paper2,
@@ -217,7 +216,7 @@ def points(
     for name, workload in workloads.items():
         outside = around[_paper(name)]
         frame = workload.frame[["prompt", "cluster", "input_tokens", "max_tokens"]]
-        inputs = [frame.to_json(), workload.sigma, profile.seed, asdict(outside), *code]
+        inputs = [frame.to_json(), workload.sigma, profile.seed, asdict(outside), code, steptimes.TABLE]
         for system, mixes in _systems(profile, name):
             described = {f.name: str(getattr(system, f.name)) for f in fields(system)}
             base = cache.digest(*inputs, described)

@@ -16,14 +16,13 @@ import functools
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from string import ascii_lowercase
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from erlib import cache, paths
+from erlib import cache, paths, provenance
 from erlib.config import Profile
 from erlib.machine import hardware
 from erlib.machine.progress import Bar
@@ -224,9 +223,9 @@ def of_profile(profile: Profile) -> pd.DataFrame:
         "least_loaded": policies.LeastLoaded(n, lambda: [0] * n),
     }
     reasons = {name: router for name, router in entries.items() if isinstance(router, str)}
-    code = [Path(__file__), Path(policies.__file__)]
+    code = provenance.code_digest("routing")
     settings = profile.routers
-    what = (*code, held_out.sha, directory.name, n, profile.seed, settings.model_dump())
+    what = (code, held_out.sha, directory.name, n, profile.seed, settings.model_dump())
     digest = cache.digest(*what, hardware.machine(), reasons)
     path = paths.run_dir(profile.name) / f"routers-{digest}.parquet"
     if (kept := cache.recalled(path, pd.read_parquet, "router comparison")) is not None:

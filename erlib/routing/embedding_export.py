@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from erlib import cache, paths
+from erlib import cache, paths, provenance
 from erlib.machine.progress import Bar, say
-from erlib.routing import clusterer, training
+from erlib.routing import training
 from erlib.routing.clusterer import RouterError
 from erlib.routing.embeddings import EXAMPLES, NO_EXPERT, WHEEL, Embedder, experts_of_topics, made_with
 from erlib.workload import corpus
@@ -45,14 +45,13 @@ def build(profile: config.Profile) -> Path:
         If the wheel is not installed, the export fails, or there are fewer documents than clusters.
     CorpusError
     """
-
     model = _installed_model()
     train = corpus.load(profile.corpus, profile.seed, "train")
     n_experts, examples = profile.clusterer.n_clusters, profile.routers.examples
     versions = [importlib.metadata.version(name) for name in ("optimum-intel", "openvino")]
-    digest = cache.digest(
-        Path(__file__), Path(clusterer.__file__), WHEEL, versions, train.sha, n_experts, examples, profile.seed
-    )
+    files = ("embedding_export", "embeddings", "training", "clusterer")
+    code = provenance.code_digest(*(f"routing/{name}.py" for name in files))
+    digest = cache.digest(code, WHEEL, versions, train.sha, n_experts, examples, profile.seed)
     directory = paths.CACHE / "routers" / digest
     what = "sentence embeddings"
     if cache.found(directory, what) and cache.recalled(directory, made_with, what) is not None:

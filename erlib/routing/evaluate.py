@@ -57,7 +57,6 @@ def compare_normalizers(profile: config.Profile) -> pd.DataFrame:
     pandas.DataFrame
         One row per normalizer; columns of :func:`evaluate`.
     """
-
     held_out = corpus.load(profile.corpus, profile.seed, "holdout")
     rows = {}
     for normalizer in ("l2", "standard"):
@@ -75,7 +74,6 @@ def map_2d(model: Clusterer, texts: Sequence[str], sample: int = 1500, seed: int
     pandas.DataFrame
         Columns ``x``, ``y`` (no unit) and ``cluster``; at most `sample` rows.
     """
-
     chosen = np.random.default_rng(seed).permutation(len(texts))[:sample]
     vectors = model.transform([texts[i] for i in chosen])
     perplexity = min(30.0, (len(vectors) - 1) / 3)

@@ -24,7 +24,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from erlib import cache, config, paths
+from erlib import cache, config, paths, provenance
 from erlib.machine.progress import say
 from erlib.routing import training
 from erlib.routing.clusterer import Clusterer, ClustererError, Floats, Spans
@@ -170,9 +170,10 @@ def build(profile: config.Profile, n_terms: int = TERMS) -> Path:
     ------
     ClustererError, corpus.CorpusError
     """
-
     source = training.build(profile)
-    digest = cache.digest(Path(__file__), source.name, n_terms, profile.seed, sklearn.__version__)
+    digest = cache.digest(
+        provenance.code_digest("routing/sklearn_pipeline.py"), source.name, n_terms, profile.seed, sklearn.__version__
+    )
     directory = paths.CACHE / "stock" / digest
     if cache.found(directory, "stock router") and _is_whole(directory):
         say(f"stock router: reused {digest} ({n_terms:,} terms around clusterer {source.name})")

@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.preprocessing import StandardScaler, normalize
 from threadpoolctl import threadpool_limits
 
-from erlib import cache, paths
+from erlib import cache, paths, provenance
 from erlib.machine.progress import Bar, say
 from erlib.routing import pickles
 from erlib.routing.clusterer import NUMBER, Clusterer, ClustererError, Floats, checked, words_of
@@ -72,7 +72,6 @@ def balanced_kmeans(vectors: Floats, n_clusters: int, seed: int) -> tuple[Floats
     assignment : int array (n,)
         In every batch the cluster sizes differ by at most one.
     """
-
     batches = torch.tensor_split(torch.from_numpy(vectors), max(1, len(vectors) // BATCH_DOCUMENTS))
     first = np.random.default_rng(seed).choice(len(batches[0]), n_clusters, replace=False)
     centres = batches[0][first]
@@ -109,7 +108,6 @@ def balanced_assignment(distances: torch.Tensor, max_rounds: int = 1000) -> torc
     int tensor (n,)
         Cluster of each document; every cluster has ``floor(n / k)`` or ``ceil(n / k)`` of them.
     """
-
     k, n = distances.shape
     scores = -distances
     demand = torch.bincount(distances.argmin(dim=0), minlength=k)
@@ -140,7 +138,6 @@ def balanced_assignment(distances: torch.Tensor, max_rounds: int = 1000) -> torc
 
 def _settle(distances: torch.Tensor, clusters: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
     """Place what the auction left without a cluster, or beyond a cluster's capacity, at the least extra distance."""
-
     clusters = clusters.clone()
     for i, size in enumerate(capacity.tolist()):
         members = (clusters == i).nonzero().squeeze(1)
@@ -191,13 +188,13 @@ def build(profile: config.Profile) -> Path:
     ------
     ClustererError, corpus.CorpusError
     """
-
     settings = profile.clusterer
-    code = [Path(__file__), Path(pickles.__file__)] if settings.pickles else [Path(__file__)]
+    files = ["routing/training.py", "routing/clusterer.py", *(["routing/pickles.py"] if settings.pickles else [])]
+    code = provenance.code_digest(*files)
     if settings.pickles:
         source = settings.pickles
         local = [path for name in pickles.FILES if (path := Path(source) / name).is_file()]
-        digest = cache.digest(*code, settings.model_dump(mode="json"), *local)
+        digest = cache.digest(code, settings.model_dump(mode="json"), *local)
         train = None
     else:
         train = corpus.load(profile.corpus, profile.seed, "train")

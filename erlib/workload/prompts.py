@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pandas as pd
 from tokenizers import Tokenizer
 
-from erlib import cache, config, paths
+from erlib import cache, config, paths, provenance
 from erlib.machine.progress import Bar, say
 from erlib.workload import corpus
 
@@ -170,7 +170,9 @@ def build(
     settings = profile.workload
     scale = profile.scale.tokens
     content = (documents.sha, clusterer.digest, tokenizer.to_str(), settings.model_dump(), scale, profile.seed)
-    digest = cache.digest(Path(__file__), _mlperf_quantiles(), paper, per_cluster, *content)
+    digest = cache.digest(
+        provenance.code_digest("workload/prompts.py"), _mlperf_quantiles(), paper, per_cluster, *content
+    )
     path = paths.run_dir(profile.name) / "prompts" / f"{paper}-{digest}.parquet"
     if (kept := cache.recalled(path, lambda file: _read(file, k * per_cluster), f"workload {paper}")) is not None:
         say(f"workload {paper}: reused {path.name} (same texts, router, tokenizer, lengths and code)")
