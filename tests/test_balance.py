@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erlib import config, paths
+from erlib.config.profile import ReplicaSettings
 from erlib.load import experiments, points, sweep, users
 from erlib.paper_scale import batching, clock, emulation, replicas
 from erlib.paper_scale.batching import CannotServe
@@ -27,18 +28,18 @@ from erlib.workload.prompts import FORCED, Prompt
 
 @given(
     weights=st.lists(st.integers(1, 9), min_size=2, max_size=4),
-    replicas=st.integers(0, 4),
+    n=st.integers(0, 4),
 )
-def test_no_other_choice_leaves_less_demand_on_the_busiest_instance(weights: list[int], replicas: int) -> None:
+def test_no_other_choice_leaves_less_demand_on_the_busiest_instance(weights: list[int], n: int) -> None:
     shares = np.array(weights) / sum(weights)
 
     def busiest(added: tuple[int, ...]) -> float:
         return float((shares / (1 + np.bincount(added, minlength=len(shares)))).max())
 
-    others = itertools.combinations_with_replacement(range(len(shares)), replicas)
-    added = replicas.hottest(shares, replicas)
+    others = itertools.combinations_with_replacement(range(len(shares)), n)
+    added = replicas.hottest(shares, n)
     assert busiest(added) == pytest.approx(min(map(busiest, others)))
-    assert added[:-1] == replicas.hottest(shares, max(0, replicas - 1))  # one at a time
+    assert added[:-1] == replicas.hottest(shares, max(0, n - 1))  # one at a time
 
 
 def test_the_normal_mix_is_hottest_in_the_middle() -> None:
@@ -115,7 +116,7 @@ def test_what_never_suffices_is_missing() -> None:
 def small(profile: config.Profile) -> config.Profile:
     """The smoke profile with two arms, on ports of its own."""
     serving = profile.serving.model_copy(update={"base_port": profile.serving.base_port + 300})
-    arms = config.ReplicaSettings(added=[0, 2], users=[40], output_tokens=8, slow_motion=2)
+    arms = ReplicaSettings(added=[0, 2], users=[40], output_tokens=8, slow_motion=2)
     return profile.model_copy(update={"serving": serving, "replicas": arms})
 
 
@@ -133,8 +134,8 @@ def test_arms_differ_in_nothing_but_replicas(plan: list[experiments.Series], sma
         assert series.system.source == "emulated"
         assert (series.workload.frame["max_tokens"] == 8).all()
         assert (series.workload.frame["end_id"] == wire.NEVER_STOP).all()
-    points = [point for series in plan for point in points.points(small, series)]
-    assert len({point.hash for point in points}) == len({point.path for point in points}) == 3
+    drawn = [point for series in plan for point in points.points(small, series)]
+    assert len({point.hash for point in drawn}) == len({point.path for point in drawn}) == 3
 
 
 def test_nothing_is_emulated_where_experts_lack_clusters(

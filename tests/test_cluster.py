@@ -19,10 +19,10 @@ import psutil
 import pytest
 
 from erlib import config, paths
-from erlib.cluster import on_ray, placement
+from erlib.cluster import placement
 from erlib.cluster.placement import Node
 from erlib.dgx.repository import RepositoryPlan
-from erlib.load import experiments, records, sweep
+from erlib.load import backends, experiments, records, sweep
 from erlib.machine import hardware, processes
 from erlib.serving import triton
 from erlib.workload import prompts
@@ -263,7 +263,7 @@ def test_resources_that_another_job_holds_are_an_error(own, several_nodes, token
     try:
         with (
             pytest.raises(processes.StartError, match="does not answer within 10 s"),
-            on_ray.ClusterStack(
+            backends.on_ray().ClusterStack(
                 "held", [server_plan] * 8, "replicas", impatient, router, paths.run_dir(own.name) / "logs"
             ),
         ):

@@ -18,6 +18,7 @@ from erlib import config, paths
 from erlib.engines import table1
 from erlib.load import metrics
 from erlib.paper_scale import replicas
+from erlib.provenance import MissingRecords
 from erlib.report import canvas, diagrams, drawing, figures, paper1, paper2
 from erlib.report.own import hot_experts, overhead, routers
 from erlib.routing import comparison
@@ -154,12 +155,13 @@ def _few_at_full_scale() -> tuple[config.Profile, pd.DataFrame]:
 def test_simulated_sources_have_every_figure_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     full, runs = _few_at_full_scale()
     drawn: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        figures, "save", lambda fig, profile, source, paper, slug, *_, **__: drawn.append((paper, slug))
-    )
+    for module in (drawing, paper2):
+        monkeypatch.setattr(
+            module, "save", lambda fig, profile, source, paper, slug, *_, **__: drawn.append((paper, slug))
+        )
     figures.load_figures(runs, full)
     assert sorted(drawn) == sorted(item for item in TIMED if item[0] != "workbench")
-    with pytest.raises(figures.MissingRecords, match="run 07_paper_scale first"):
+    with pytest.raises(MissingRecords, match="run 07_paper_scale first"):
         figures.load_figures(runs[runs["experiment"] == "load"], full)
 
 
@@ -252,14 +254,14 @@ def test_pictures_are_reproducible_byte_by_byte(
 
 def test_missing_records_name_the_notebook(records: pd.DataFrame, profile: config.Profile) -> None:
     gap = records[~((records["config"] == "p1.C") & (records["users"] == 8))]
-    with pytest.raises(figures.MissingRecords, match=r"p1\.C, uniform mix, 8 users: run 05_load_sweep first"):
+    with pytest.raises(MissingRecords, match=r"p1\.C, uniform mix, 8 users: run 05_load_sweep first"):
         paper1.paper1_ttft(gap, profile, "base")
     nothing = records[records["experiment"] == "load"]
-    with pytest.raises(figures.MissingRecords, match="04_preliminary_sweep"):
+    with pytest.raises(MissingRecords, match="04_preliminary_sweep"):
         paper2.paper2_preliminary(nothing, profile)
-    with pytest.raises(figures.MissingRecords, match="06_routing_overhead"):
+    with pytest.raises(MissingRecords, match="06_routing_overhead"):
         overhead.routing_overhead(nothing, profile)
-    with pytest.raises(figures.MissingRecords, match="01_clusterer"):
+    with pytest.raises(MissingRecords, match="01_clusterer"):
         diagrams.read_cluster_map(profile)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from erlib import config, paths
 from erlib.config import ConfigError
-from erlib.dgx import builds, checkpoints, estimates, fit, option_tables, preflight, runbook, tensorrt_llm
+from erlib.dgx import builds, checkpoints, estimates, fit, hub, option_tables, preflight, runbook, tensorrt_llm
 from erlib.engines import llama
 from erlib.machine import hardware
 from erlib.machine.hardware import Gpu
@@ -64,8 +64,8 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tools}:/usr/sbin:/usr/bin:/bin")
     monkeypatch.setattr(hardware, "free_memory_bytes", lambda: int(2e12))
     monkeypatch.setattr(hardware, "free_disk_bytes", lambda directory: int(28e12))
-    monkeypatch.setattr(preflight, "get_hf_file_metadata", lambda url, timeout: None)
-    monkeypatch.setattr(preflight.HfApi, "dataset_info", lambda self, name, timeout: None)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, timeout: None)
+    monkeypatch.setattr(hub.HfApi, "dataset_info", lambda self, name, timeout: None)
     return tools
 
 
@@ -110,8 +110,8 @@ def test_everything_that_is_missing_is_said_at_once(machine, profile, monkeypatc
     monkeypatch.setenv("PATH", f"{machine}:/usr/bin:/bin" if not os.path.exists("/usr/bin/docker") else str(machine))
     monkeypatch.setattr(hardware, "free_memory_bytes", lambda: int(24e9))
     monkeypatch.setattr(hardware, "free_disk_bytes", lambda directory: int(1e9))
-    monkeypatch.setattr(preflight, "get_hf_file_metadata", raising(httpx.ConnectError("Name or service not known")))
-    monkeypatch.setattr(preflight.HfApi, "dataset_info", raising(httpx.ConnectError("Name or service not known")))
+    monkeypatch.setattr(hub, "get_hf_file_metadata", raising(httpx.ConnectError("Name or service not known")))
+    monkeypatch.setattr(hub.HfApi, "dataset_info", raising(httpx.ConnectError("Name or service not known")))
     found = preflight.check(profile()).problems
     for words in (
         "no GPU",
@@ -238,7 +238,7 @@ def test_a_tool_that_does_not_start_in_the_image_is_named(machine, profile):
 def test_gated_checkpoints_name_their_licence_and_only_those_that_are_missing(machine, profile, monkeypatch, tmp_path):
     request = httpx.Request("HEAD", "https://huggingface.co")
     denied = GatedRepoError("gated", response=httpx.Response(403, request=request))
-    monkeypatch.setattr(preflight, "get_hf_file_metadata", raising(denied))
+    monkeypatch.setattr(hub, "get_hf_file_metadata", raising(denied))
     found = preflight.check(profile()).problems
     assert len(found) == 4
     assert sum("accept the Llama 2 Community License" in one for one in found) == 2
@@ -335,11 +335,11 @@ def test_a_path_that_tensorrt_llm_takes_for_another_models_is_refused(machine, p
 
 def test_texts_that_the_container_fetches_itself_need_the_hub(machine, profile, monkeypatch):
     asked = []
-    monkeypatch.setattr(preflight.HfApi, "dataset_info", lambda self, name, timeout: asked.append(name))
+    monkeypatch.setattr(hub.HfApi, "dataset_info", lambda self, name, timeout: asked.append(name))
     quantised = {"tensorrt_llm__flow": "llmapi", "paper1__configs": ["p1.D"]}
     assert preflight.check(profile(**quantised)).problems == []
     assert asked.count("abisee/cnn_dailymail") == 1
-    monkeypatch.setattr(preflight.HfApi, "dataset_info", raising(httpx.ConnectError("Name or service not known")))
+    monkeypatch.setattr(hub.HfApi, "dataset_info", raising(httpx.ConnectError("Name or service not known")))
     assert "abisee/cnn_dailymail (which hf_ptq.py fetches itself: quantise elsewhere" in problem(profile(**quantised))
 
 

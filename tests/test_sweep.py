@@ -27,7 +27,7 @@ def measured(tmp_path, monkeypatch):
                 rows = synthetic.point("p1", "load", "p1.A", point.users, 0)
                 records.write([row | {"point_hash": str(point.users)} for row in rows], point.path)
 
-    monkeypatch.setattr(points, "points", lambda profile, series: points)
+    monkeypatch.setattr(sweep, "points", lambda profile, series: points)
     monkeypatch.setattr(sweep, "_measure", measure)
     return points, names
 

@@ -56,8 +56,8 @@ def read_mapping(path: Path) -> dict[Any, Any]:
 
 
 def shown(path: Path) -> str:
-    shown = str(path.relative_to(paths.ROOT) if path.is_relative_to(paths.ROOT) else path)
-    return shown if shown.isprintable() else repr(shown)
+    text = str(path.relative_to(paths.ROOT) if path.is_relative_to(paths.ROOT) else path)
+    return text if text.isprintable() else repr(text)
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -144,20 +144,20 @@ def _memory(fitted: Fitted) -> str:
 def _tables() -> str:
     parts = []
     for paper in get_args(Paper):
-        table, (unit, _) = table1.table1(paper), llama.TABLE1_WEIGHTS_UNIT[paper]
+        printed, (unit, _) = table1.table1(paper), llama.TABLE1_WEIGHTS_UNIT[paper]
         rows = [
             [row.config, f"{row.weights_gb_printed:g}", f"{row.loaded_gb * 1e9 / unit:.1f}",
              f"{row.loaded_gb * 1e9 / unit / row.weights_gb_printed - 1:+.1%}", "yes" if row.weights_agree else "NO",
              f"{row.kv_cache_gb_printed:g}", f"{row.kv_tokens:,}",
              "" if pd.isna(row.kv_tokens_printed) else f"{row.kv_tokens_printed:,}", row.batch_size, row.full_sequences]
-            for row in table.itertuples()
+            for row in printed.itertuples()
         ]  # fmt: skip
         what = "GB of 10^9 bytes" if unit == 1e9 else "thousands of MiB"
         headers = ["", "weights\nprinted", "as\nloaded", "differ\nby", "agree", "KV cache\nprinted", "holds\ntokens",
                    "printed\ntokens", "batch\nsize", "longest\nsequences"]  # fmt: skip
         parts.append(f"Paper {paper[1]}, weights in {what} (within 1.5 % or its rounding):")
         parts.append(table(rows, headers, numbers=True))
-        found = [f"{row.config}: {row.discrepancy}" for row in table.itertuples() if row.discrepancy]
+        found = [f"{row.config}: {row.discrepancy}" for row in printed.itertuples() if row.discrepancy]
         parts.append(listed("Where print and arithmetic disagree:", found))
     return "\n\n".join(parts)
 

@@ -74,8 +74,8 @@ def run(profile: Profile) -> pd.DataFrame:
     """
     _require_memory(profile, 1)  # the model is made before anything is known of points
     arms = plan(profile)
-    points = [point for arm in arms for point in points.points(serving(profile), arm)]
-    if not all(records.found(point.path, "ablation") for point in points):
+    wanted = [point for arm in arms for point in points.points(serving(profile), arm)]
+    if not all(records.found(point.path, "ablation") for point in wanted):
         _require_memory(profile, profile.ablation.gateways)
     return sweep.run(serving(profile), arms)
 
