@@ -61,7 +61,7 @@ def built(profile, tmp_path_factory):
     random = np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "ENGINE_BUILDS", home / "build")
-        patch.setattr(checkpoint, "checkpoint", lambda settings: source)
+        patch.setattr(build, "checkpoint", lambda settings: source)
         patch.setattr(build, "_calibration", lambda profile: random.integers(3, 300, (4, 64)).tolist())
         wanted = [("large", dtype) for dtype in ("int4", "int8", "fp8", "fp16")]
         yield build.build_all(profile, wanted), lambda: build.build_all(profile, wanted)

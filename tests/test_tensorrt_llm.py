@@ -303,7 +303,8 @@ def installed(tmp_path, monkeypatch):
     scripts = dict.fromkeys(contract.tools, ("absent.py", "neither.py"))
     image = containers.load_image("1.2.1").model_copy(update={"scripts": scripts})
     image.scripts.pop("trtllm-build")
-    monkeypatch.setattr(tensorrt_llm, "load_image", lambda version: image)
+    for module in (tensorrt_llm, __main__):
+        monkeypatch.setattr(module, "load_image", lambda version: image)
     monkeypatch.setattr(option_tables, "TABLES", tmp_path / "tables")
     option_tables.TABLES.mkdir()
     (option_tables.TABLES / "1.2.1.json").write_text(contract.dumps())
