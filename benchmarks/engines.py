@@ -16,7 +16,7 @@ from erlib import config
 from erlib.engines import quality
 
 profile = config.load_profile(sys.argv[1] if len(sys.argv) > 1 else "laptop")
-table = quality.report(profile).drop(columns=["label", "parameters", "key"])
+table = quality.measure_engines(profile).drop(columns=["label", "parameters", "key"])
 pd.set_option("display.width", 200, "display.max_columns", None, "display.precision", 3)
 print(table.to_string(index=False))
 

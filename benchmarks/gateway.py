@@ -405,8 +405,8 @@ def main() -> None:
     options = parser.parse_args()
 
     profile = config.load_profile(options.profile)
-    router = training.build(profile)
-    texts = corpus.load(profile.corpus, profile.seed, "holdout").texts
+    router = training.build_clusterer(profile)
+    texts = corpus.load_corpus(profile.corpus, profile.seed, "holdout").texts
     long_enough = [words for text in texts if len(words := text.split()) >= PROMPT_WORDS]
     prompts = [" ".join(words[:PROMPT_WORDS]) for words in long_enough]
     about = {

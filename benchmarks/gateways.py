@@ -66,8 +66,8 @@ def main() -> None:
     args = parser.parse_args()
 
     profile = config.load_profile("laptop")
-    router = training.build(profile)
-    texts = corpus.load(profile.corpus, profile.seed, "holdout").texts
+    router = training.build_clusterer(profile)
+    texts = corpus.load_corpus(profile.corpus, profile.seed, "holdout").texts
     words = [text.split() for text in texts if len(text.split()) > 5]
     prompts = [" ".join(words[i % len(words)][i // len(words) * 7 :][:300]) or "x" for i in range(args.prompts)]
     expected = clusterer.Clusterer.load(router).predict(prompts)

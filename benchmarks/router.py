@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
 
     profile = config.load_profile("laptop")
-    documents = corpus.load(profile.corpus, profile.seed, "holdout").texts
+    documents = corpus.load_corpus(profile.corpus, profile.seed, "holdout").texts
     long_enough = [words for text in documents if len(words := text.split()) >= WORDS]
     prompts = [" ".join(words[:WORDS]) for words in long_enough[: options.prompts]]
     router = sklearn_pipeline.build(profile, options.terms)

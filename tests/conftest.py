@@ -31,7 +31,7 @@ def profile() -> config.Profile:
 @pytest.fixture(scope="session")
 def router(profile: config.Profile) -> Path:
     """Directory of a clusterer with eight clusters."""
-    return training.build(profile)
+    return training.build_clusterer(profile)
 
 
 @pytest.fixture(scope="session")

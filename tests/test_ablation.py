@@ -60,7 +60,7 @@ def _effect(effects, part, users, metric):
 
 
 def test_effects_are_those_of_the_exchanged_part():
-    effects = ablation.effects(ablation.by_point(_records()))
+    effects = ablation.ablation_effects(ablation.by_point(_records()))
     client = _effect(effects, "client", 25, "tpot_mean_s")
     assert client["finding"] == "established"
     assert client["difference"] == pytest.approx(ENGINE_S * 1.01)
@@ -73,7 +73,7 @@ def test_effects_are_those_of_the_exchanged_part():
 
 
 def test_late_engines_establish_nothing():
-    effects = ablation.effects(ablation.by_point(_records(late_from=25)))
+    effects = ablation.ablation_effects(ablation.by_point(_records(late_from=25)))
     assert set(effects.loc[effects["users"] == 25, "finding"]) == {"engines were late"}  # a difference or not
     assert _effect(effects, "classifier", 1, "gateway_mean_s")["finding"] == "established"
 
@@ -81,7 +81,7 @@ def test_late_engines_establish_nothing():
 def test_what_one_state_of_the_other_part_shows_in_pace_is_found_there():
     frame = _records()
     frame.loc[(frame["classifier"] == "stock") & (frame["users"] == 25), "lost_time"] = 0.2
-    effects = ablation.effects(ablation.by_point(frame))
+    effects = ablation.ablation_effects(ablation.by_point(frame))
     client = _effect(effects, "client", 25, "tpot_mean_s")
     assert (client["beside"], client["finding"]) == ("ours", "established")
     assert _effect(effects, "classifier", 25, "gateway_mean_s")["finding"] == "engines were late"
@@ -91,14 +91,14 @@ def test_what_one_state_of_the_other_part_shows_in_pace_is_found_there():
 def test_levels_that_one_arm_lacks_are_compared_where_they_exist():
     frame = _records()
     frame = frame[(frame["classifier"] == "ours") | (frame["users"] == 1)]
-    effects = ablation.effects(ablation.by_point(frame))
+    effects = ablation.ablation_effects(ablation.by_point(frame))
     assert _effect(effects, "client", 25, "tpot_mean_s")["difference"] == pytest.approx(ENGINE_S * 1.01)
     assert effects[(effects["part"] == "classifier") & (effects["users"] == 25)].empty
 
 
 def test_the_table_has_intervals_over_repeats():
     points = ablation.by_point(_records())
-    table = ablation.table(points).set_index(["client", "classifier", "users", "metric"])
+    table = ablation.ablation_table(points).set_index(["client", "classifier", "users", "metric"])
     values = ENGINE_S * np.array([1, 1.01, 1.02])
     row = table.loc[("asyncio", "ours", 25, "tpot_mean_s")]
     assert row["mean"] == pytest.approx(values.mean())
@@ -125,12 +125,12 @@ def test_the_figure_shows_all_arms_and_says_what_was_late(monkeypatch, tmp_path)
 def test_too_little_memory_is_an_error_before_anything_starts(terms):
     profile = config.load_profile("smoke", {"ablation.gateways": 1000, "ablation.terms": terms})
     with pytest.raises(config.ConfigError, match=r"need .* GB.*lower ablation\.gateways"):
-        ablation.run(profile)
+        ablation.run_ablation(profile)
 
 
 def test_the_plan_changes_nothing_but_the_two_parts():
     profile = config.load_profile("smoke")
-    series = ablation.plan(profile)
+    series = ablation.ablation_plan(profile)
     assert [(one.client, one.system.classifier) for one in series] == ablation.ARMS
     assert len({one.workload.frame.to_json() for one in series}) == 1
     assert len({str(one.system.router) for one in series}) == 1

@@ -78,7 +78,7 @@ def test_replicas_belong_to_experts(name: str, added: tuple[int, ...]) -> None:
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     profile = config.load_profile("smoke", {"paper_scale.repeats": 2, "workload.sigma": 1.0})
-    return replicas.run(profile, configs=["p2.D"], users=[300], most_added=4)
+    return replicas.run_replicas(profile, configs=["p2.D"], users=[300], most_added=4)
 
 
 def test_both_mixes_answer_the_same(table: pd.DataFrame) -> None:
@@ -96,7 +96,7 @@ def test_replicas_help_the_normal_mix(table: pd.DataFrame) -> None:
     assert normal.loc[0, "response_p99_s"] > 1.1 * uniform["response_p99_s"]
     assert normal.loc[4, "response_p99_s"] < 0.9 * normal.loc[0, "response_p99_s"]
     assert normal.loc[4, "session_tokens_per_s"] > normal.loc[0, "session_tokens_per_s"]
-    enough = replicas.needed(table).loc[("p2.D", 300), "response_p99_s"]
+    enough = replicas.gpus_needed(table).loc[("p2.D", 300), "response_p99_s"]
     assert normal.loc[enough, "response_p99_s"] <= uniform["response_p99_s"]
     assert (normal.loc[: enough - 1, "response_p99_s"] > uniform["response_p99_s"]).all()
 
@@ -104,7 +104,7 @@ def test_replicas_help_the_normal_mix(table: pd.DataFrame) -> None:
 def test_what_never_suffices_is_missing() -> None:
     rows = [("uniform", 0, 5.0, 100.0), ("normal", 0, 9.0, 80.0), ("normal", 1, 6.0, 99.0), ("normal", 2, 5.5, 100.0)]
     made = pd.DataFrame(rows, columns=["mix", "added", "response_p99_s", "session_tokens_per_s"])
-    needed = replicas.needed(made.assign(config="p2.D", users=10, ttft_mean_s=1.0)).loc[("p2.D", 10)]
+    needed = replicas.gpus_needed(made.assign(config="p2.D", users=10, ttft_mean_s=1.0)).loc[("p2.D", 10)]
     assert pd.isna(needed["response_p99_s"])
     assert needed["session_tokens_per_s"] == 2 and needed["ttft_mean_s"] == 0
 
@@ -122,7 +122,7 @@ def small(profile: config.Profile) -> config.Profile:
 
 @pytest.fixture(scope="module")
 def plan(small: config.Profile) -> list[experiments.Series]:
-    return replicas.plan(small)
+    return replicas.replicas_plan(small)
 
 
 def test_arms_differ_in_nothing_but_replicas(plan: list[experiments.Series], small: config.Profile) -> None:
@@ -142,7 +142,7 @@ def test_nothing_is_emulated_where_experts_lack_clusters(
     small: config.Profile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fewer = small.model_copy(update={"clusterer": small.clusterer.model_copy(update={"n_clusters": 4})})
-    assert replicas.plan(fewer) == []
+    assert replicas.replicas_plan(fewer) == []
     assert "p2.D has 8 experts for 4 clusters" in capsys.readouterr().out
 
 
@@ -158,7 +158,7 @@ def _emulated(
     frames = []
     for series in plan:
         for point in points.points(profile, series):
-            alone = emulation.simulated(profile, [replace(series, mixes=[point.mix])])
+            alone = emulation.simulated_beside(profile, [replace(series, mixes=[point.mix])])
             pace = {"slow_motion": 2.0, "steps": 100, "late_steps": 1, "lost_time": lost_time, "client_lag_p99_ms": 7.0}
             who = {"client": "asyncio", "classifier": "ours", "host": "here", "git_commit": "c", "profile_hash": "p"}
             spans = {f"route_{span}_ns": 0 for span in ("queue", "vectorise", "svd", "kmeans", "forward")}
@@ -174,14 +174,14 @@ def _emulated(
 def test_emulation_and_simulation_are_said_to_agree_only_if_they_do(
     small: config.Profile, plan: list[experiments.Series], slower: float, verdict: str
 ) -> None:
-    table = replicas.beside_simulation(small, plan, _emulated(small, plan, slower))
-    compared = replicas.agreement(table)
+    table = replicas.replicas_beside_simulation(small, plan, _emulated(small, plan, slower))
+    compared = replicas.replicas_agreement(table)
     assert len(compared) == 3 * len(replicas.BETTER)
     ratio = compared["ratio"].unstack("metric")
     assert ratio["response_p99_s"].to_numpy() == pytest.approx(slower)
     assert ratio["session_tokens_per_s"].to_numpy() == pytest.approx(1 / slower)
     assert compared["agrees"].all() == (slower == 1)
-    said = replicas.finding(table)
+    said = replicas.replicas_finding(table)
     assert verdict in said and "up to 7 ms late" in said and "pace" not in said
     assert dict(table.groupby("added")["gpus"].first()) == {0: 8, 2: 10}
 
@@ -191,7 +191,7 @@ def test_the_figure_names_what_is_emulated_and_what_is_not(
 ) -> None:
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     made = _emulated(small, plan, 1.1, lost_time=0.2)
-    table = replicas.beside_simulation(small, plan, made)
+    table = replicas.replicas_beside_simulation(small, plan, made)
     fig = hot_experts.replicas_emulated(table, made, small)
     labels = {text.get_text() for text in fig.legends[0].get_texts()}
     assert {"normal mix, emulated", "normal mix, simulated", "uniform mix, emulated"} <= labels
@@ -241,7 +241,7 @@ def test_the_experiment_runs_on_a_real_stack_and_is_resumed(
         made = sweep.run(apart, plan)
         assert set(made["source"]) == {"emulated"} and set(made["status"]) == {"ok"}
         assert set(made["experiment"]) == {"replicas"} and len(made) == 3 * 40
-        compared = replicas.agreement(replicas.beside_simulation(apart, plan, made))
+        compared = replicas.replicas_agreement(replicas.replicas_beside_simulation(apart, plan, made))
         # what is left is the harness, on whatever machine this is: a wrong scale would be off by far more
         assert compared["ratio_replayed"].between(0.5, 2).all()
         capsys.readouterr()

@@ -260,7 +260,7 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
     for name in ("load", "preliminary"):
         monkeypatch.setattr(sweep, name, lambda *_: [])
     monkeypatch.setattr(sweep, "read", lambda *_: runs[:3])
-    assert list(verdicts.read(profile)) == ["measured"]
+    assert list(verdicts.read_sources(profile)) == ["measured"]
     for i, name in enumerate(
         ["simulated/harness/p1.A/u1-r0-old", "simulated/harness/p1.A/u1-r0-new", "emulated/load/p1.A/u1-r0-x"]
     ):
@@ -273,7 +273,7 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
     late = [row | {"lost_time": 0.06, "point_hash": "x"} for row in synthetic.point("p1", "load", "p1.A", 4, 0)]
     records.write(late, tmp_path / profile.name / "emulated/load/p1.A/u4-r0-x.parquet")
     (tmp_path / profile.name / "emulated/load/p1.A/u8-r0-x.parquet").touch()
-    found = verdicts.read(profile)
+    found = verdicts.read_sources(profile)
     printed = capsys.readouterr().out
     assert "left out p1.A/u4-r0-x.parquet: the emulated engines did not keep pace" in printed
     assert "left out p1.A/u8-r0-x.parquet: it cannot be read" in printed
@@ -318,7 +318,7 @@ def test_scorecard_files_hold_every_row(runs, profile, home):
     picture.parent.mkdir(parents=True)
     picture.touch()
     scorecard = verdicts.evaluate({"measured": runs}, profile)
-    verdicts.write(scorecard, profile)
+    verdicts.write_scorecard(scorecard, profile)
     again = pd.read_csv(home / "laptop/scorecard.csv", keep_default_na=False)
     pd.testing.assert_frame_equal(again, scorecard)
     text = (home / "laptop/scorecard.md").read_text()
@@ -331,7 +331,7 @@ def test_what_looks_like_html_stays_text_in_markdown(runs, profile, home):
     scorecard = verdicts.evaluate({"measured": runs}, profile).head(2)
     evil = "<script>alert(1)</script> & <img src=x onerror=y> a | b\n# heading"
     scorecard = scorecard.assign(claim=evil, numbers=evil, where=evil, conflict=evil)
-    verdicts.write(scorecard, profile)
+    verdicts.write_scorecard(scorecard, profile)
     text = (home / "laptop/scorecard.md").read_text()
     assert "<" not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;img") == 2 * 4 + 2

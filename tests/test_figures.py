@@ -342,7 +342,7 @@ def test_the_notebook_draws_every_item_of_its_paper(paper: str) -> None:
 
 def test_replicas_are_drawn_from_the_simulations_table(home: Path) -> None:
     profile = config.load_profile("smoke")
-    table = replicas.run(profile, configs=["p2.E"], users=[30, 60], most_added=1)
+    table = replicas.run_replicas(profile, configs=["p2.E"], users=[30, 60], most_added=1)
     hot_experts.replicas_simulated(table, profile)
     folder = home.parents[1] / "smoke" / "simulated-hardware" / "workbench"
     assert len(pd.read_csv(folder / "replicas.csv")) == len(table)

@@ -73,7 +73,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, profile: config.Profile) -> I
 
 @pytest.fixture(scope="module")
 def page(home: Path, profile: config.Profile, scorecard: pd.DataFrame) -> Path:
-    return gallery.write(profile, scorecard)
+    return gallery.write_gallery(profile, scorecard)
 
 
 @pytest.fixture(scope="module")
@@ -305,10 +305,10 @@ def test_the_page_names_no_address(page):
 
 def test_two_renderings_are_the_same_bytes(page, profile, scorecard):
     before = page.read_bytes()
-    assert gallery.write(profile, scorecard).read_bytes() == before
+    assert gallery.write_gallery(profile, scorecard).read_bytes() == before
 
 
 def test_a_profile_without_figures_is_refused(profile, scorecard, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     with pytest.raises(FileNotFoundError, match="08_figures_paper1"):
-        gallery.write(profile, scorecard)
+        gallery.write_gallery(profile, scorecard)

@@ -195,13 +195,13 @@ def test_a_table_of_measurements_without_all_rows_is_measured_again(tmp_path, mo
         quality, "quality", lambda engines, ids: pd.DataFrame({"name": ["fp16", "int8"], "perplexity": 2})
     )
     monkeypatch.setattr(quality, "speed", lambda *_: pd.DataFrame(rows))
-    measured = quality.report(profile)
-    assert quality.report(profile).equals(pd.read_csv(tmp_path / "smoke/engines.csv"))
+    measured = quality.measure_engines(profile)
+    assert quality.measure_engines(profile).equals(pd.read_csv(tmp_path / "smoke/engines.csv"))
     assert "already measured" in capsys.readouterr().out
     file = tmp_path / "smoke/engines.csv"
     for damaged in ("".join(file.read_text().splitlines(keepends=True)[:-1]), file.read_text()[:-3], "", "name,key"):
         file.write_text(damaged)
-        assert quality.report(profile).equals(measured)
+        assert quality.measure_engines(profile).equals(measured)
         assert "already measured" not in capsys.readouterr().out
 
 

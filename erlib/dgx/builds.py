@@ -133,7 +133,7 @@ def build(plans: Sequence[Plan], kind: RunnerKind) -> None:
             raise StepFailed(f"{plan.configuration.id}: not what the plan asks for; remove it and run again:\n{wrong}")
 
 
-def report(profile: Profile, configurations: Sequence[Configuration]) -> pd.DataFrame:
+def build_report(profile: Profile, configurations: Sequence[Configuration]) -> pd.DataFrame:
     """Engines of some configurations on GPUs: built first, if ``serving.backend`` asks for them.
 
     Returns

@@ -147,7 +147,7 @@ def _calibration(profile: Profile) -> list[list[int]]:
     """Token ids of training documents: never of the held-out ones, on which perplexity is measured."""
     bpe = tokenizer(profile)
     samples: list[list[int]] = []
-    for text in corpus.load(profile.corpus, profile.seed, split="train").texts:
+    for text in corpus.load_corpus(profile.corpus, profile.seed, split="train").texts:
         ids = bpe.encode(text).ids[:CALIBRATION_TOKENS]
         if len(ids) == CALIBRATION_TOKENS:
             samples.append(ids)

@@ -129,7 +129,7 @@ def speed(
     return pd.DataFrame(rows)
 
 
-def report(profile: Profile) -> pd.DataFrame:
+def measure_engines(profile: Profile) -> pd.DataFrame:
     """Build and measure all engines that a profile needs; kept in ``engines.csv`` of the profile's run directory.
 
     Perplexity and agreement are measured at the depth ``engines.quality_layers`` on the first
@@ -191,7 +191,7 @@ def _is_whole(table: pd.DataFrame, wanted: Sequence[tuple[str, str, str]]) -> bo
 
 def _held_out(profile: Profile) -> list[int]:
     bpe, ids, wanted = tokenizer(profile), list[int](), profile.engines.perplexity_tokens
-    for text in corpus.load(profile.corpus, profile.seed, split="holdout").texts:
+    for text in corpus.load_corpus(profile.corpus, profile.seed, split="holdout").texts:
         ids += bpe.encode(text).ids
         if len(ids) >= wanted:
             return ids[:wanted]

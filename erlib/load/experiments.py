@@ -104,7 +104,7 @@ def load_sweep(profile: Profile, paper: Paper) -> list[Series]:
     cluster they are the same.
     """
     settings = profile.paper1 if paper == "p1" else profile.paper2
-    pool = workload(profile, paper)
+    pool = build_workload(profile, paper)
     series = []
     for target in systems(profile, backends.of(profile).configurations(profile, settings.configs)):
         mixes = settings.mixes if target.routing == "expert_router" else settings.mixes[:1]
@@ -116,7 +116,7 @@ def preliminary_sweep(profile: Profile) -> list[Series]:
     """Paper 2's search for its baselines (section IV-C): data types x batch sizes x tensor parallelism, one
     instance."""
     settings = profile.preliminary
-    pool = workload(profile, "preliminary")
+    pool = build_workload(profile, "preliminary")
     targets = systems(profile, backends.of(profile).preliminary_configurations(profile), "preliminary")
     return [
         Series("p2", "preliminary", target, pool, settings.users, settings.repeats, ["uniform"]) for target in targets
@@ -126,7 +126,7 @@ def preliminary_sweep(profile: Profile) -> list[Series]:
 def overhead_sweep(profile: Profile) -> list[Series]:
     """The gateway's own latency, span by span, against users, whoever relays; short answers, so that many pass it."""
     settings = profile.overhead
-    pool = workload(profile, "p2")
+    pool = build_workload(profile, "p2")
     short = pool.frame.assign(max_tokens=settings.output_tokens, end_id=wire.NEVER_STOP)
     pool = dataclasses.replace(pool, frame=short)
     (target,) = systems(profile, backends.of(profile).configurations(profile, [settings.config]))
@@ -145,7 +145,7 @@ def systems(profile: Profile, configurations: Sequence[Configuration], sized_for
     """
     backend = backends.of(profile)
     served = backend.served(profile, configurations, sized_for)
-    router = training.build(profile)
+    router = training.build_clusterer(profile)
     return [
         System(
             *(each.id, each.routing, plans, backend.tokenizer_file(profile, each.system.model), router),
@@ -162,9 +162,9 @@ def all_configurations(profile: Profile) -> list[Configuration]:
     return [*backend.configurations(profile, list(named)), *backend.preliminary_configurations(profile)]
 
 
-def workload(profile: Profile, paper: prompts.Paper) -> Workload:
+def build_workload(profile: Profile, paper: prompts.Paper) -> Workload:
     """A paper's prompts, cut and counted with the tokenizer of its models; see :func:`erlib.workload.prompts.build`."""
-    router = clusterer.Clusterer.load(training.build(profile))
+    router = clusterer.Clusterer.load(training.build_clusterer(profile))
     return prompts.build(profile, paper, tokenizer(profile, paper), router)
 
 

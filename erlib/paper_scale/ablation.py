@@ -40,7 +40,7 @@ METRICS = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s", "gateway_mean_s
 """Columns of :func:`by_point`."""
 
 
-def plan(profile: Profile) -> list[Series]:
+def ablation_plan(profile: Profile) -> list[Series]:
     """Four arms around the same engines: base prompts at their own length, short answers of forced length."""
     settings = profile.ablation
     paper = config.paper_of(settings.config)
@@ -58,13 +58,13 @@ def plan(profile: Profile) -> list[Series]:
     return series
 
 
-def serving(profile: Profile) -> Profile:
+def ablation_profile(profile: Profile) -> Profile:
     """The profile with no more gateways than can hold the unpickled model."""
     changes = {"gateways": profile.ablation.gateways}
     return profile.model_copy(update={"serving": profile.serving.model_copy(update=changes)})
 
 
-def run(profile: Profile) -> pd.DataFrame:
+def run_ablation(profile: Profile) -> pd.DataFrame:
     """Records of all arms; what is missing is run (see :func:`erlib.load.sweep.run`).
 
     Raises
@@ -73,11 +73,11 @@ def run(profile: Profile) -> pd.DataFrame:
         If memory does not hold the unpickled models that are still needed.
     """
     _require_memory(profile, 1)  # the model is made before anything is known of points
-    arms = plan(profile)
-    wanted = [point for arm in arms for point in points.points(serving(profile), arm)]
+    arms = ablation_plan(profile)
+    wanted = [point for arm in arms for point in points.points(ablation_profile(profile), arm)]
     if not all(records.found(point.path, "ablation") for point in wanted):
         _require_memory(profile, profile.ablation.gateways)
-    return sweep.run(serving(profile), arms)
+    return sweep.run(ablation_profile(profile), arms)
 
 
 def _require_memory(profile: Profile, models: int) -> None:
@@ -123,7 +123,7 @@ def _interval(values: pd.Series) -> dict[str, float]:
     return {"mean": values.mean(), "ci95": half}
 
 
-def table(points: pd.DataFrame) -> pd.DataFrame:
+def ablation_table(points: pd.DataFrame) -> pd.DataFrame:
     """One row per arm, users and metric: ``mean`` and ``ci95`` over repeats, ``kept_pace`` (all repeats did)."""
     rows = []
     for (client, classifier, level), group in points.groupby(["client", "classifier", "users"]):
@@ -133,7 +133,7 @@ def table(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).dropna(subset="mean").reset_index(drop=True)
 
 
-def effects(points: pd.DataFrame) -> pd.DataFrame:
+def ablation_effects(points: pd.DataFrame) -> pd.DataFrame:
     """What each replaced part does to each metric, by users.
 
     Differences between the papers' part and ours, the other part held fixed, paired by repeat (the same prompts), and

@@ -77,7 +77,7 @@ def system(
         routing=target.routing,
         servers=[server] * target.instances,
         tokenizer=checkpoint.checkpoint(profile.engines) / "tokenizer.json",
-        router=training.build(profile),
+        router=training.build_clusterer(profile),
         classifier=classifier,
         relay=profile.serving.relay,
     )
@@ -90,11 +90,11 @@ def workload(profile: Profile, paper: Paper) -> Workload:
     """
     forced = profile.workload.model_copy(update={"p2_answers": "mlperf"})
     full_length = profile.model_copy(update={"scale": config.Scale(users=1, tokens=1), "workload": forced})
-    router = clusterer.Clusterer.load(training.build(profile))
+    router = clusterer.Clusterer.load(training.build_clusterer(profile))
     return prompts.build(full_length, paper, checkpoint.tokenizer(profile), router, n=profile.emulation.prompts)
 
 
-def load(profile: Profile) -> list[Series]:
+def emulated_load(profile: Profile) -> list[Series]:
     """The papers' main experiment on emulated engines: few systems, few loads."""
     settings = profile.emulation
     series = []
@@ -107,7 +107,7 @@ def load(profile: Profile) -> list[Series]:
     return series
 
 
-def simulated(profile: Profile, sweep_: list[Series], emulated: pd.DataFrame | None = None) -> pd.DataFrame:
+def simulated_beside(profile: Profile, sweep_: list[Series], emulated: pd.DataFrame | None = None) -> pd.DataFrame:
     """The same points (systems, prompts, users, repeats) in virtual time.
 
     Parameters

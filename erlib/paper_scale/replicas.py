@@ -63,7 +63,7 @@ def hottest(shares: npt.NDArray[np.float64], replicas: int) -> tuple[int, ...]:
     return tuple(added)
 
 
-def run(
+def run_replicas(
     profile: Profile,
     configs: Sequence[str] = ("p2.D", "p2.E"),
     users: Sequence[int] = (400, 700, 1000),
@@ -121,7 +121,7 @@ def _whose(asked: Sequence[Prompt], shares: npt.NDArray[np.float64], rng: np.ran
     ]
 
 
-def needed(table: pd.DataFrame) -> pd.DataFrame:
+def gpus_needed(table: pd.DataFrame) -> pd.DataFrame:
     """Replicas after which the normal mix does at least as well as the uniform one, means over repeats.
 
     Parameters
@@ -149,7 +149,7 @@ def needed(table: pd.DataFrame) -> pd.DataFrame:
 # --- on the real serving stack ------------------------------------------------------------------------------------
 
 
-def plan(profile: Profile) -> list[Series]:
+def replicas_plan(profile: Profile) -> list[Series]:
     """The normal mix with each number of replicas, and the uniform mix without any, around emulated engines.
 
     All answers are equally long, so that both mixes ask for the same. Empty, with a line that says why, where the
@@ -174,7 +174,7 @@ def plan(profile: Profile) -> list[Series]:
     return series
 
 
-def beside_simulation(profile: Profile, plan: Sequence[Series], emulated: pd.DataFrame) -> pd.DataFrame:
+def replicas_beside_simulation(profile: Profile, plan: Sequence[Series], emulated: pd.DataFrame) -> pd.DataFrame:
     """Every emulated point, and the same one in virtual time.
 
     Parameters
@@ -199,13 +199,13 @@ def beside_simulation(profile: Profile, plan: Sequence[Series], emulated: pd.Dat
         point = ["mix", "users", "repeat"]
         kept = emulation.pace(mine)[[*point, "kept_pace"]]
         kept = kept.merge(mine.groupby(point, as_index=False)["client_lag_p99_ms"].first())
-        for frame in (mine, emulation.simulated(profile, [series], mine)):
+        for frame in (mine, emulation.simulated_beside(profile, [series], mine)):
             gpus = {"added": len(series.system.added), "gpus": len(series.system.servers)}
             rows.append(metrics.summarise(frame).merge(kept).assign(**gpus))
     return pd.concat(rows, ignore_index=True)
 
 
-def agreement(table: pd.DataFrame) -> pd.DataFrame:
+def replicas_agreement(table: pd.DataFrame) -> pd.DataFrame:
     """How far the emulation is from the simulation of the same points.
 
     Parameters
@@ -229,7 +229,7 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     return compared.join(table.groupby(keys)["kept_pace"].all())
 
 
-def finding(table: pd.DataFrame) -> str:
+def replicas_finding(table: pd.DataFrame) -> str:
     """What came out, and whether emulation and simulation agree, in words.
 
     Parameters
@@ -237,8 +237,8 @@ def finding(table: pd.DataFrame) -> str:
     table : DataFrame
         What :func:`beside_simulation` returned.
     """
-    sources = {source: needed(part) for source, part in table.groupby("source")}
-    compared = agreement(table)
+    sources = {source: gpus_needed(part) for source, part in table.groupby("source")}
+    compared = replicas_agreement(table)
     sentences = []
     for (name, users), emulated in sources["emulated"].iterrows():
         simulated = sources["simulated-hardware"].loc[(name, users)]

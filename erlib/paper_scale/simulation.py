@@ -57,9 +57,9 @@ def at_paper_scale(workload: Workload, profile: Profile, paper: prompts.Paper) -
     return replace(workload, frame=frame)
 
 
-def workloads(profile: Profile) -> dict[prompts.Paper, Workload]:
+def full_scale_workloads(profile: Profile) -> dict[prompts.Paper, Workload]:
     """The workloads of all experiments at full scale, routed by the profile's own clusterer."""
-    router, tokenizer = Clusterer.load(training.build(profile)), checkpoint.tokenizer(profile)
+    router, tokenizer = Clusterer.load(training.build_clusterer(profile)), checkpoint.tokenizer(profile)
     many = profile.paper_scale.prompts
     pool: dict[prompts.Paper, int | None] = {"p1": many, "p2": many, "preliminary": None}
     return {
@@ -241,7 +241,7 @@ def _systems(profile: Profile, workload: prompts.Paper) -> Iterator[tuple[System
         yield system, settings.mixes if system.routing == "expert_router" else settings.mixes[:1]
 
 
-def run(
+def simulate_papers(
     profile: Profile,
     preset: Preset | Mapping[Paper, Harness],
     directory: Path,

@@ -143,7 +143,7 @@ def _small_png(path: Path) -> bytes:
     return small.getvalue()
 
 
-def write(profile: config.Profile, scorecard: pd.DataFrame) -> Path:
+def write_gallery(profile: config.Profile, scorecard: pd.DataFrame) -> Path:
     """Write ``figures/<profile>/index.html`` and, with the claims alone, ``scorecard.html``.
 
     Parameters

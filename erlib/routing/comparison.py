@@ -202,7 +202,7 @@ def _latencies_ms(router: Router, prompts: Sequence[str]) -> npt.NDArray[np.floa
     return np.diff(stamps) / 1e6
 
 
-def of_profile(profile: Profile) -> pd.DataFrame:
+def compare_routers(profile: Profile) -> pd.DataFrame:
     """:func:`compare` for a profile's own clusterer, corpus and number of experts, or what an earlier run found.
 
     Without the extra ``embeddings`` its two routers have a reason in place of numbers. Nobody is asked anything here,
@@ -212,8 +212,8 @@ def of_profile(profile: Profile) -> pd.DataFrame:
     ------
     ClustererError, CorpusError
     """
-    held_out = corpus.load(profile.corpus, profile.seed, "holdout")
-    directory = training.build(profile)
+    held_out = corpus.load_corpus(profile.corpus, profile.seed, "holdout")
+    directory = training.build_clusterer(profile)
     n = profile.clusterer.n_clusters
     entries: dict[str, Router | str] = {
         "classify": policies.ByCluster(Clusterer.load(directory)),

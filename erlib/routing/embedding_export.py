@@ -46,7 +46,7 @@ def build(profile: config.Profile) -> Path:
     CorpusError
     """
     model = _installed_model()
-    train = corpus.load(profile.corpus, profile.seed, "train")
+    train = corpus.load_corpus(profile.corpus, profile.seed, "train")
     n_experts, examples = profile.clusterer.n_clusters, profile.routers.examples
     versions = [importlib.metadata.version(name) for name in ("optimum-intel", "openvino")]
     files = ("embedding_export", "embeddings", "training", "clusterer")

@@ -13,7 +13,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from erlib.routing.clusterer import Clusterer
-from erlib.routing.training import build
+from erlib.routing.training import build_clusterer
 from erlib.workload import corpus
 
 if TYPE_CHECKING:
@@ -57,11 +57,11 @@ def compare_normalizers(profile: config.Profile) -> pd.DataFrame:
     pandas.DataFrame
         One row per normalizer; columns of :func:`evaluate`.
     """
-    held_out = corpus.load(profile.corpus, profile.seed, "holdout")
+    held_out = corpus.load_corpus(profile.corpus, profile.seed, "holdout")
     rows = {}
     for normalizer in ("l2", "standard"):
         settings = profile.clusterer.model_copy(update={"normalizer": normalizer, "pickles": None})
-        model = Clusterer.load(build(profile.model_copy(update={"clusterer": settings})))
+        model = Clusterer.load(build_clusterer(profile.model_copy(update={"clusterer": settings})))
         rows[normalizer] = evaluate(model.predict(held_out.texts), model.n_clusters, held_out.labels)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("normalizer")
 

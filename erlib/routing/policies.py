@@ -132,8 +132,8 @@ def load(
         ``embeddings`` (:class:`NearestCentre`), ``neighbours`` (:class:`Neighbours`), ``replicas``
         (:class:`RoundRobin`), ``random``, ``least_loaded``.
     directory : Path
-        Of :func:`erlib.routing.training.build`, :func:`erlib.routing.sklearn_pipeline.build` or, for the embeddings'
-        two, :func:`build`; policies that read nothing ignore it.
+        Of :func:`erlib.routing.training.build_clusterer`, :func:`erlib.routing.sklearn_pipeline.build` or, for the
+        embeddings' two, :func:`build`; policies that read nothing ignore it.
     n_experts : int
     index : int
         Of the gateway: offsets the turns and seeds the lots.

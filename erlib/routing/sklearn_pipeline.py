@@ -170,7 +170,7 @@ def build(profile: config.Profile, n_terms: int = TERMS) -> Path:
     ------
     ClustererError, corpus.CorpusError
     """
-    source = training.build(profile)
+    source = training.build_clusterer(profile)
     digest = cache.digest(
         provenance.code_digest("routing/sklearn_pipeline.py"), source.name, n_terms, profile.seed, sklearn.__version__
     )

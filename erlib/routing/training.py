@@ -176,7 +176,7 @@ def from_pickles(path_or_url: Path | str, sha256: tuple[str, str] | None = None)
         raise ClustererError(f"{path_or_url}: {error}") from None
 
 
-def build(profile: config.Profile) -> Path:
+def build_clusterer(profile: config.Profile) -> Path:
     """Fit or convert the profile's clusterer, unless the same one is in the cache.
 
     Returns
@@ -197,7 +197,7 @@ def build(profile: config.Profile) -> Path:
         digest = cache.digest(code, settings.model_dump(mode="json"), *local)
         train = None
     else:
-        train = corpus.load(profile.corpus, profile.seed, "train")
+        train = corpus.load_corpus(profile.corpus, profile.seed, "train")
         source = f"{len(train.texts)} documents of {train.name}"
         # NLTK's list is downloaded, whatever version there is.
         words = _stop_words("nltk") if settings.stop_words == "nltk" else []

@@ -87,7 +87,7 @@ def check(settings: config.CorpusSettings) -> None:
         _own_file(settings)
 
 
-def load(settings: config.CorpusSettings, seed: int, split: Split = "train") -> Corpus:
+def load_corpus(settings: config.CorpusSettings, seed: int, split: Split = "train") -> Corpus:
     """Load one part of a corpus.
 
     Parameters

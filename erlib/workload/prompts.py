@@ -166,7 +166,7 @@ def build(
     per_cluster = _pool_size(profile, paper, k) if n is None else math.ceil(n / k)
     if per_cluster < 1:
         raise WorkloadError("a workload needs at least one prompt")
-    documents = corpus.load(profile.corpus, profile.seed, "holdout")
+    documents = corpus.load_corpus(profile.corpus, profile.seed, "holdout")
     settings = profile.workload
     scale = profile.scale.tokens
     content = (documents.sha, clusterer.digest, tokenizer.to_str(), settings.model_dump(), scale, profile.seed)

@@ -33,12 +33,13 @@ def harness_ablation(emulated: pd.DataFrame, engines_alone: pd.DataFrame, profil
     Parameters
     ----------
     emulated : DataFrame
-        Records of :func:`erlib.paper_scale.ablation.run`.
+        Records of :func:`erlib.paper_scale.ablation.run_ablation`.
     engines_alone : DataFrame
-        Records of the same points without a harness, in virtual time (:func:`erlib.paper_scale.emulation.simulated`).
+        Records of the same points without a harness, in virtual time
+        (:func:`erlib.paper_scale.emulation.simulated_beside`).
     profile : Profile
     """
-    table = ablation.table(ablation.by_point(emulated))
+    table = ablation.ablation_table(ablation.by_point(emulated))
     alone = metrics.aggregate(metrics.summarise(engines_alone)).assign(client="none", classifier="none", kept_pace=True)
     table = pd.concat([table, alone[alone["metric"].isin(ablation.METRICS)][table.columns]], ignore_index=True)
     panels = {

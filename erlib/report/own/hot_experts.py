@@ -26,12 +26,12 @@ def replicas_simulated(table: pd.DataFrame, profile: config.Profile) -> Figure:
     Parameters
     ----------
     table : DataFrame
-        What :func:`erlib.paper_scale.replicas.run` returned.
+        What :func:`erlib.paper_scale.replicas.run_replicas` returned.
     profile : Profile
     """
     configs, levels = sorted(table["config"].unique()), sorted(table["users"].unique())
     means = table.groupby(["config", "mix", "users", "added"])[[*REPLICA_METRICS]].mean()
-    needed = replicas.needed(table)
+    needed = replicas.gpus_needed(table)
     fig, grid = plt.subplots(len(configs), len(REPLICA_METRICS), figsize=(7.2, 2.4 * len(configs)), squeeze=False)
     shades = plt.get_cmap("viridis")(np.linspace(0.75, 0.1, len(levels)))
     for axes, name in zip(grid, configs, strict=True):
@@ -76,7 +76,7 @@ def replicas_emulated(table: pd.DataFrame, emulated: pd.DataFrame, profile: conf
     Parameters
     ----------
     table : DataFrame
-        What :func:`erlib.paper_scale.replicas.beside_simulation` returned.
+        What :func:`erlib.paper_scale.replicas.replicas_beside_simulation` returned.
     emulated : DataFrame
         The records behind it.
     profile : Profile
@@ -87,7 +87,7 @@ def replicas_emulated(table: pd.DataFrame, emulated: pd.DataFrame, profile: conf
     keys = ["source", "users", "mix", "added"]
     means = table.groupby(keys)[[*panels]].mean()
     kept = table.groupby(keys)["kept_pace"].all()
-    enough = replicas.needed(table[table["source"] == "emulated"]).loc[settings.config]
+    enough = replicas.gpus_needed(table[table["source"] == "emulated"]).loc[settings.config]
     for axes, users in zip(grid, levels, strict=True):
         for ax, (metric, (title, ylabel)) in zip(axes, panels.items(), strict=True):
             for source, style in (("simulated-hardware", "-"), ("simulated-replay", "--")):
@@ -118,7 +118,7 @@ def replicas_emulated(table: pd.DataFrame, emulated: pd.DataFrame, profile: conf
         f"for one of theirs). Answers of {settings.output_tokens} tokens, {settings.repeats} repeat"
         f"{'s' * (settings.repeats > 1)}. Lines: the same points in virtual time, where one gateway knows what all "
         "replicas are busy with; on the stack each counts its own requests only. Dashed: requests arrive as late as "
-        f"they did here. Hollow: the engines' pace was not kept. {replicas.finding(table)}"
+        f"they did here. Hollow: the engines' pace was not kept. {replicas.replicas_finding(table)}"
     )
     return drawing.finish(
         *(fig, table, emulated, profile, "workbench", "replicas"), caption=caption, reference=NO_COUNTERPART

@@ -27,7 +27,7 @@ def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
     Parameters
     ----------
     table : DataFrame
-        What :func:`erlib.routing.comparison.of_profile` returned.
+        What :func:`erlib.routing.comparison.compare_routers` returned.
     profile : Profile
     """
     fig, grid = plt.subplots(2, 2, figsize=(7.2, 5.2), sharey=True)
