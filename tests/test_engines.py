@@ -17,7 +17,7 @@ def laptop():
 
 @pytest.fixture(scope="module")
 def table():
-    both = [table1.table1("p1"), table1.table1("p2")]
+    both = [table1.recomputed_table1("p1"), table1.recomputed_table1("p2")]
     return {row.config: row for frame in both for row in frame.itertuples()}
 
 
@@ -115,7 +115,7 @@ def test_a_wrong_print_does_not_agree(monkeypatch):
         return whole(name).model_copy(update=wrong) if name == "p2.D" else whole(name)
 
     monkeypatch.setattr(config, "load_configuration", load)
-    agree = table1.table1("p2").set_index("config").weights_agree
+    agree = table1.recomputed_table1("p2").set_index("config").weights_agree
     assert agree.to_dict() == {"p2.A": True, "p2.B": True, "p2.C": True, "p2.D": False, "p2.E": True}
 
 

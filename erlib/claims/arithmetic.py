@@ -21,7 +21,7 @@ def _weights_gb(name: str, dtype: config.Dtype | None = None) -> float:
 
 
 def _gpu_gb(name: str) -> float:
-    table = table1.table1(config.paper_of(name)).set_index("config")
+    table = table1.recomputed_table1(config.paper_of(name)).set_index("config")
     return float(table["gpu_gb"][name])
 
 

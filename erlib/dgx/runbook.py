@@ -144,7 +144,7 @@ def _memory(fitted: Fitted) -> str:
 def _tables() -> str:
     parts = []
     for paper in get_args(Paper):
-        printed, (unit, _) = table1.table1(paper), llama.TABLE1_WEIGHTS_UNIT[paper]
+        printed, (unit, _) = table1.recomputed_table1(paper), llama.TABLE1_WEIGHTS_UNIT[paper]
         rows = [
             [row.config, f"{row.weights_gb_printed:g}", f"{row.loaded_gb * 1e9 / unit:.1f}",
              f"{row.loaded_gb * 1e9 / unit / row.weights_gb_printed - 1:+.1%}", "yes" if row.weights_agree else "NO",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def table1(paper: Paper) -> pd.DataFrame:
+def recomputed_table1(paper: Paper) -> pd.DataFrame:
     """Table I of a paper, printed and recomputed.
 
     Parameters

@@ -128,7 +128,7 @@ def table1_models(table: pd.DataFrame, profile: config.Profile, paper: Literal["
     Parameters
     ----------
     table : DataFrame
-        What :func:`erlib.engines.table1.table1` returned for this paper.
+        What :func:`erlib.engines.table1.recomputed_table1` returned for this paper.
     """
     columns: list[tuple[float, str, Callable[[Any], str]]] = [  # right edge, head, cell
         (0.38, "Batch\nsize", lambda row: f"{row.batch_size}"),

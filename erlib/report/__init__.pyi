@@ -1,0 +1,30 @@
+"""What came out: the papers' figures and tables, our own, and all of it on one page."""
+
+from .canvas import cluster_colours as cluster_colours
+from .canvas import command as command
+from .canvas import save as save
+from .canvas import style as style
+from .diagrams import architecture as architecture
+from .diagrams import read_cluster_map as read_cluster_map
+from .diagrams import table1_models as table1_models
+from .drawing import on_the_same_axes as on_the_same_axes
+from .figures import load_figures as load_figures
+from .gallery import write_gallery as write_gallery
+from .own.harness import harness_ablation as harness_ablation
+from .own.hot_experts import replicas_emulated as replicas_emulated
+from .own.hot_experts import replicas_simulated as replicas_simulated
+from .own.overhead import routing_overhead as routing_overhead
+from .own.routers import router_comparison as router_comparison
+from .own.trust import simulation_trust as simulation_trust
+from .paper1 import paper1_bucket_throughput as paper1_bucket_throughput
+from .paper1 import paper1_p99_response_time as paper1_p99_response_time
+from .paper1 import paper1_session_throughput as paper1_session_throughput
+from .paper1 import paper1_tpot as paper1_tpot
+from .paper1 import paper1_ttft as paper1_ttft
+from .paper1 import paper1_user_throughput as paper1_user_throughput
+from .paper2 import paper2_input_tokens as paper2_input_tokens
+from .paper2 import paper2_preliminary as paper2_preliminary
+from .paper2 import paper2_system_throughput as paper2_system_throughput
+from .paper2 import paper2_tpot as paper2_tpot
+from .paper2 import paper2_ttft as paper2_ttft
+from .paper2 import paper2_user_throughput_p99 as paper2_user_throughput_p99
