@@ -52,8 +52,13 @@ def code_digest(*places: Path | str) -> str:
     """
     found = [_PACKAGE / place for place in places]
     assert all(place.exists() for place in found), places
-    files = {file for place in found for file in (place.rglob("*") if place.is_dir() else [place]) if _is_code(file)}
-    return cache.digest(*([str(file.relative_to(paths.ROOT)), _content(file)] for file in sorted(files)))
+    files = {
+        str(file.relative_to(place.parent)): _content(file)
+        for place in found
+        for file in (place.rglob("*") if place.is_dir() else [place])
+        if _is_code(file)
+    }
+    return cache.digest(sorted(files.items()))
 
 
 def _is_code(file: Path) -> bool:
@@ -68,12 +73,12 @@ def _content(file: Path) -> str:
     for node in ast.walk(tree):
         match node:
             case (
-                ast.Module(body=[ast.Expr(value=ast.Constant() as said), *_])
-                | ast.ClassDef(body=[ast.Expr(value=ast.Constant() as said), *_])
-                | ast.FunctionDef(body=[ast.Expr(value=ast.Constant() as said), *_])
-                | ast.AsyncFunctionDef(body=[ast.Expr(value=ast.Constant() as said), *_])
+                ast.Module(body=[ast.Expr(value=ast.Constant()), *_])
+                | ast.ClassDef(body=[ast.Expr(value=ast.Constant()), *_])
+                | ast.FunctionDef(body=[ast.Expr(value=ast.Constant()), *_])
+                | ast.AsyncFunctionDef(body=[ast.Expr(value=ast.Constant()), *_])
             ):
-                said.value = ""
+                del node.body[0]
     return ast.dump(tree)
 
 

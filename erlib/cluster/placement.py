@@ -129,7 +129,7 @@ def living_nodes(address: str) -> list[Node]:
         If Ray is not installed or there is no cluster.
     """
     try:
-        import ray
+        import ray  # noqa: PLC0415  (optional)
     except ImportError:
         raise StartError(NO_RAY) from None
     if not ray.is_initialized():

@@ -32,7 +32,7 @@ def points(profile: Profile, series: Series) -> list[Point]:
     base = [
         series.system.description,
         series.client,
-        _code_digest(series.system.backend, bool(profile.serving.cluster)),
+        code_digest(series.system.backend, bool(profile.serving.cluster)),
         profile.seed,
         [profile.serving.gateways, profile.serving.user_processes],
         [profile.serving.users_on, bool(profile.serving.cluster), profile.serving.cluster_users],
@@ -57,14 +57,14 @@ def points(profile: Profile, series: Series) -> list[Point]:
 
 
 @functools.cache
-def _code_digest(backend: str, in_cluster: bool) -> str:
+def code_digest(backend: str, in_cluster: bool) -> str:
     """Hash of the code on the measured path, wherever it lies."""
-    files = [*_MEASURED, *_ALSO.get(backend, ()), *(["cluster"] if in_cluster else [])]
+    files = [*MEASURED, *_ALSO.get(backend, ()), *(["cluster"] if in_cluster else [])]
     engine = [triton.MODEL_CODE / backend, triton.MODEL_CODE / "inflight.py"]
     return provenance.code_digest(*files, *engine)
 
 
-_MEASURED = (
+MEASURED = (
     "machine/processes.py", "serving", "gateway", "routing/clusterer.py", "routing/policies.py",
     "load/users.py", "load/scripts.py",
 )  # fmt: skip

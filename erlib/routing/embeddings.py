@@ -51,8 +51,8 @@ class Embedder:
     """
 
     def __init__(self, directory: Path):
-        import openvino
-        from tokenizers import Tokenizer
+        import openvino  # noqa: PLC0415  (gateways of other routers do without, and start sooner)
+        from tokenizers import Tokenizer  # noqa: PLC0415
 
         if not (directory / _MODEL).exists():
             raise RouterError(f"{directory} holds no sentence-embedding model; routers.build makes one")

@@ -104,7 +104,7 @@ def _read_here(files: list[str], sha256: list[str | None], source: str, target: 
         if expected is not None and found != expected.lower():
             raise PickleError(f"{name} of {source} has sha256 {found}, expected {expected}; not read")
         if b"torch" in blob:
-            import torch  # noqa: F401  (before there are limits: its libraries take gigabytes of addresses)
+            import torch  # noqa: F401, PLC0415  (before there are limits: its libraries take gigabytes of addresses)
         with _limited(len(blob)):
             parts.append(_unpickle(blob, name))
     with _limited(sum(Path(file).stat().st_size for file in files)):
@@ -166,17 +166,17 @@ def _unpickle(blob: bytes, name: str) -> Any:
     """Unpickle with an allow-list; sklearn's classes become shells, CUDA tensors come to the CPU."""
 
     def storage(data: bytes) -> Any:
-        import torch
+        import torch  # noqa: PLC0415  (only where a pickle holds tensors)
 
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
     def tensor(stored: Any, offset: int, size: Any, stride: Any, *_: object) -> torch.Tensor:
-        import torch
+        import torch  # noqa: PLC0415
 
         return torch._utils._rebuild_tensor(stored, offset, size, stride)
 
     def device(*arguments: Any) -> torch.device:
-        import torch
+        import torch  # noqa: PLC0415
 
         return torch.device(*arguments)
 

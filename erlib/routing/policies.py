@@ -163,7 +163,7 @@ def load(
 
 
 def _stock(directory: Path) -> ByCluster:
-    from erlib.routing import sklearn_pipeline  # brings scikit-learn along, which the others do without
+    from erlib.routing import sklearn_pipeline  # noqa: PLC0415  (scikit-learn, which others do without)
 
     return ByCluster(sklearn_pipeline.load(directory))
 

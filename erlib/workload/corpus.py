@@ -208,12 +208,12 @@ def _c4(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
 
 
 def _stream_c4(path: Path, part: str, wanted: int) -> None:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi  # noqa: PLC0415  (C4 alone needs it)
 
     try:
         # `datasets` retries for minutes when there is no network; ask once first.
         HfApi().dataset_info("allenai/c4", revision=C4_REVISION, timeout=10)
-        from datasets import load_dataset
+        from datasets import load_dataset  # noqa: PLC0415  (takes seconds)
 
         stream = load_dataset("allenai/c4", "en", revision=C4_REVISION, split=part, streaming=True).take(wanted)
         with path.open("w", encoding="utf-8") as file:

@@ -1,0 +1,134 @@
+"""The house: what each room hands out, what notebooks take, and whether what is measured is what is hashed."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+from erlib import config, paths, provenance
+from erlib.load import points
+
+HANDED_OUT = {
+    "claims": "counts evaluate inconsistencies read_sources write_scorecard",
+    "dgx": "build_report",
+    "engines": "laptop_system measure_engines recomputed_table1",
+    "load": "accounting aggregate all_configurations answers at_highest_load build_workload load_sweep overhead_sweep "
+    "overview preliminary_sweep read read_files routing_overhead run summarise",
+    "paper_scale": "ablation_effects ablation_plan ablation_profile ablation_table aisimulate beside_simulation "
+    "by_point calibrated emulated_load errors full_scale_workloads gpus_needed leave_one_out mape pace published "
+    "replicas_agreement replicas_beside_simulation replicas_finding replicas_plan run_ablation run_replicas "
+    "simulate_papers simulated_beside",
+    "report": "architecture cluster_colours command harness_ablation load_figures on_the_same_axes "
+    "paper1_bucket_throughput paper1_p99_response_time paper1_session_throughput paper1_tpot paper1_ttft "
+    "paper1_user_throughput paper2_input_tokens paper2_preliminary paper2_system_throughput paper2_tpot paper2_ttft "
+    "paper2_user_throughput_p99 read_cluster_map replicas_emulated replicas_simulated router_comparison "
+    "routing_overhead save simulation_trust style table1_models write_gallery",
+    "routing": "Clusterer build_clusterer compare_normalizers compare_routers map_2d",
+    "workload": "input_lengths load_corpus mix_table",
+}
+"""What notebooks and their readers rely on."""
+NOT_MEASURED = {
+    "erlib.cache", "erlib.paths", "erlib.provenance", "erlib.config", "erlib.machine.leftovers",
+    "erlib.machine.hardware", "erlib.machine.runfolder", "erlib.routing.embeddings", "erlib.routing.sklearn_pipeline",
+    "erlib.routing.training", "erlib.routing.pickles", "erlib.machine.progress", "erlib.workload.corpus",
+}  # fmt: skip
+"""What measured processes import without a request's time depending on it: settings, where things are, what made a
+router. Routers' products are hashed by their content."""
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("erlib", cache_dir=None, exclude_type_checking_imports=True)
+
+
+@pytest.mark.parametrize("room", HANDED_OUT)
+def test_a_room_hands_out_what_notebooks_rely_on(room: str) -> None:
+    module = importlib.import_module(f"erlib.{room}")
+    assert sorted(module.__all__) == sorted(HANDED_OUT[room].split())
+    for name in module.__all__:
+        assert callable(getattr(module, name))
+
+
+@pytest.mark.parametrize("path", sorted(paths.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_import_rooms(path: Path) -> None:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    for cell in cells:
+        if cell["cell_type"] != "code":
+            continue
+        for node in ast.walk(ast.parse("".join(cell["source"]))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("erlib"):
+                assert node.module == "erlib"
+                assert {alias.name for alias in node.names} <= {*HANDED_OUT, "config", "paths"}
+
+
+def test_no_module_needs_itself(graph: grimp.ImportGraph) -> None:
+    """Not even by way of others: of two that need each other, which comes first depends on who asks."""
+    left = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+    while ready := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in ready:
+            del left[module]
+    assert left == {}
+
+
+@pytest.mark.parametrize("start", ["erlib.gateway.__main__", "erlib.serving.stack", "erlib.load.users"])
+def test_what_measured_processes_import_is_hashed(graph: grimp.ImportGraph, start: str) -> None:
+    """A module that is added to the measured path cannot be forgotten."""
+    hashed = tuple(f"erlib.{place.removesuffix('.py').replace('/', '.')}" for place in points.MEASURED)
+    needed = {start, *graph.find_upstream_modules(start)}
+    known = {module for module in needed if module.startswith((*hashed, *NOT_MEASURED)) or module == "erlib"}
+    packages = {module.rpartition(".")[0] for module in needed}
+    assert needed - known - packages == set()
+
+
+def test_code_is_known_by_what_it_does(tmp_path: Path) -> None:
+    room, file = tmp_path / "room", tmp_path / "file.py"
+    room.mkdir()
+    file.write_text("def f():\n    return 1\n")
+    (room / "a.py").write_text("A = 1\n")
+    before = provenance.code_digest(file, room)
+    file.write_text('"""Said."""\n\n\ndef f():  # and said again\n    """Once more."""\n    return 1\n')
+    (room / "__pycache__").mkdir()
+    (room / "__pycache__" / "a.cpython-311.pyc").write_bytes(b"\0")
+    assert provenance.code_digest(file, room) == before
+    (room / "deep").mkdir()
+    (room / "deep" / "b.j2").write_text("new")
+    deeper = provenance.code_digest(file, room)
+    assert deeper != before
+    (room / "deep" / "b.j2").write_text("other")
+    assert provenance.code_digest(file, room) not in (before, deeper)
+
+
+def test_a_change_on_the_measured_path_is_a_point_of_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[tuple[object, ...]] = []
+    monkeypatch.setattr(provenance, "code_digest", lambda *places: hashed.append(places) or str(len(hashed)))
+    points.code_digest.cache_clear()
+    try:
+        assert points.code_digest("openvino", False) != points.code_digest("emulated", False)
+        assert points.code_digest("openvino", True) != points.code_digest("openvino", False)
+    finally:
+        points.code_digest.cache_clear()
+    assert {"serving", "gateway"} <= set(hashed[0])
+    assert "cluster" in hashed[2]
+    assert "paper_scale/batching.py" in hashed[1]
+
+
+def test_a_gateway_starts_without_what_it_does_not_need() -> None:
+    heavy = ["torch", "sklearn", "pandas", "openvino", "transformers", "ray", "matplotlib"]
+    code = f"import sys, erlib.gateway.process; print([name for name in {heavy} if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=paths.ROOT)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_a_profile_for_laptops_imports_nothing_of_gpus() -> None:
+    code = "import sys; from erlib import report, load, claims; report.paper1_ttft, load.run, claims.evaluate; "
+    code += "print([name for name in sys.modules if name.startswith(('erlib.dgx', 'erlib.cluster', 'ray'))])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=paths.ROOT)
+    assert ran.stdout.strip() == "[]"
+    assert config.load_profile("laptop").serving.backend == "openvino"
