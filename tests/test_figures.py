@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from erlib import config, paths
+from erlib import config, paths, report
 from erlib.engines import table1
 from erlib.load import metrics
 from erlib.paper_scale import replicas
@@ -335,9 +335,9 @@ def test_save_takes_any_figure(home: Path) -> None:
 def test_the_notebook_draws_every_item_of_its_paper(paper: str) -> None:
     (path,) = paths.NOTEBOOKS.glob(f"*_figures_{paper}.ipynb")
     source = "\n".join(cell["source"] for cell in nbformat.read(path, 4)["cells"] if cell["cell_type"] == "code")
-    assert source.count("figures.architecture(") == source.count("figures.table1_models(") == 1
-    timed = [name for name in vars(figures) if name.startswith(paper)]
-    assert timed and all(f"figures.{name}(" in source for name in timed)
+    assert source.count("report.architecture(") == source.count("report.table1_models(") == 1
+    timed = [name for name in report.__all__ if name.startswith(paper)]
+    assert timed and all(f"report.{name}(" in source for name in timed)
 
 
 def test_replicas_are_drawn_from_the_simulations_table(home: Path) -> None:
