@@ -1,32 +1,21 @@
-"""Expert Router workbench: the two papers' systems and experiments, module by module.
+"""Expert Router workbench: the two papers' systems and experiments.
 
-Modules are listed in the order in which data flows through them; each imports only earlier ones::
+Rooms are listed in the order in which data flows through them; each imports only earlier ones, which CI checks::
 
-    paths, strict_yaml, values                where things are; YAML that says one thing; what a value may be
-    keys, config                              what a profile may say; profiles and configurations
-    leftovers, processes                      what is left of dead ones; children that end with us
-    runfolder, kernel, progress               folders that do, too; what runs the notebooks; what it says meanwhile
-    corpus, pickles, clusterer                text; c-BTM's files; the router's model
-    stock, routers, prompts                   that model as an unpickled pipeline; other routers; the workloads
-    engines, openvino, quality                arithmetic of a configuration; its engine, built; what its format costs
-    containers, option_tables, tensorrt_llm   where plans run; what tools accept; the DGX's engines, planned and checked
-    hardware, builds                          what this machine has; plans carried out
-    steptimes, batching, estimates            how long a step lasts on H100s; who shares one; how long all takes
-    wire, triton, repository                  messages; one server; one that has TensorRT-LLM's model repository
-    experts, limits, telemetry                replicas and their breakers; what a peer may ask; what is seen of requests
-    callers, handover                         the client's side of a call; requests that NGINX relays
-    service, gateway                          what the routing gateway does with requests; the gateway as a process
-    nginx, stack                              the balancer; all of it
-    users, threaded_users                     the user simulator; the papers' user simulator
-    cluster                                   stack and users on the nodes of a Ray cluster
-    preflight, runbook                        what would stop a run; the whole plan of one on GPUs, as text
-    http_front, openai_requests, openai_api   OpenAI's HTTP interface to it
-    records, sweep, metrics                   the record of each request; resumable sweeps; TTFT, TPOT, throughput
-    simulation, emulation, ablation           H100s in virtual time; in real time; what the papers' harness does
-    fitting, validation                       step times of measured engines; the simulation beside others' numbers
-    comparison, balance                       other routers beside c-BTM's; replicas that level the load
-    canvas, figures, workbench                looks and provenance; the papers' figures and tables; our own
-    evidence, predicates, claims, gallery     what the papers claim, checked; all of it on one page
+    paths, cache, machine   where things are; what is kept by its content; processes that end with us
+    provenance, config      which code made something; profiles and configurations, validated
+    workload                corpora, and the prompts cut from them
+    routing                 c-BTM's clusterer, other routers, how they compare
+    engines                 what stands for the papers' models on a laptop; Table I, recomputed
+    serving                 messages, Triton, NGINX, the stack of them, an OpenAI front
+    gateway                 the routing gateway, a process of its own
+    load                    users, resumable sweeps, the record of each request, metrics (TTFT, TPOT, throughput)
+    paper_scale             eight H100s in virtual time and in real time; replicas; the papers' harness
+    claims                  what the papers claim, checked
+    report                  figures and tables of both papers, figures of our own, all of it on one page
+    cluster, dgx            a Ray cluster's nodes; TensorRT-LLM on GPUs: nobody but scripts and one table imports them
+
+Experts trained on their clusters, as c-BTM's are, will stand between ``routing`` and ``engines``.
 """
 
 import os

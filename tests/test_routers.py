@@ -129,9 +129,9 @@ def test_what_reads_nothing_needs_no_directory(tmp_path: Path) -> None:
     ("policy", "n_experts", "message"),
     [
         ("classify", 5, "4 clusters need as many experts, not 5"),
-        ("stock", 4, r"stock\.build"),
-        ("embeddings", 4, r"routers\.build"),
-        ("neighbours", 4, r"routers\.build"),
+        ("stock", 4, r"sklearn_pipeline\.build"),
+        ("embeddings", 4, r"embedding_export\.build"),
+        ("neighbours", 4, r"embedding_export\.build"),
         ("least_loaded", 4, "counts of requests"),
         ("clasify", 4, "one of classify, stock, embeddings, neighbours, replicas, random, least_loaded"),
     ],

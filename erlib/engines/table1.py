@@ -32,10 +32,10 @@ def recomputed_table1(paper: Paper) -> pd.DataFrame:
     -------
     pandas.DataFrame
         One row per configuration of the paper. ``*_printed`` as in the paper (GB, per instance); ``plain_gb``
-        parameters times bytes; ``loaded_gb`` what TensorRT-LLM loads (:meth:`LlamaShape.loaded_bytes`), also as
-        ``loaded_mib_1000`` (thousands of MiB); ``weights_agree`` whether that is the printed number within 1.5 % or its
-        rounding, in the paper's unit (:data:`TABLE1_WEIGHTS_UNIT`); ``kv_bytes_per_token``; ``kv_tokens`` what the
-        printed KV cache holds;
+        parameters times bytes; ``loaded_gb`` what TensorRT-LLM loads
+        (:meth:`erlib.engines.llama.LlamaShape.loaded_bytes`), also as ``loaded_mib_1000`` (thousands of MiB);
+        ``weights_agree`` whether that is the printed number within 1.5 % or its rounding, in the paper's unit
+        (:data:`TABLE1_WEIGHTS_UNIT`); ``kv_bytes_per_token``; ``kv_tokens`` what the printed KV cache holds;
         ``full_sequences`` how many of the longest sequences fit; ``gpu_gb`` weights, KV cache and gateways on one GPU;
         ``discrepancy`` where print and arithmetic disagree, empty where they agree.
     """

@@ -193,7 +193,10 @@ def _parser() -> argparse.ArgumentParser:
         "--experts", required=True, help="comma-separated gRPC addresses, one per cluster, in order; replicas: A|B"
     )
     parser.add_argument(
-        "--clusterer", type=Path, required=True, help="directory of clusterer.build, stock.build or routers.build"
+        "--clusterer",
+        type=Path,
+        required=True,
+        help="what training.build_clusterer, sklearn_pipeline.build or embedding_export.build made",
     )
     parser.add_argument(
         "--policy",

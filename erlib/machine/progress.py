@@ -36,5 +36,5 @@ def _cell() -> int:
     """Number of the cell that is being executed; 0 outside of notebooks."""
     if "ipykernel" not in sys.modules:
         return 0
-    shell = sys.modules["IPython"].get_ipython()
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return shell.execution_count if shell else 0

@@ -273,8 +273,8 @@ def trace(
     ----------
     system : System
     drawn : sequence of Prompt
-        One per user, at full scale (:func:`at_paper_scale`); ``cluster`` is the router's decision, and ``max_tokens``
-        the length of the answer.
+        One per user, at full scale (:func:`erlib.paper_scale.simulation.at_paper_scale`); ``cluster`` is the router's
+        decision, and ``max_tokens`` the length of the answer.
     continues : bool or sequence of Prompt
         Whether a continuation prompt follows: the base prompt and its answer (paper 1, section IV-B), to the same
         cluster. Or these prompts themselves, one per user, where they are known.

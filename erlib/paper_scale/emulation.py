@@ -184,7 +184,7 @@ def beside_simulation(emulated: pd.DataFrame, virtual: pd.DataFrame) -> pd.DataF
     Parameters
     ----------
     emulated, virtual : DataFrame
-        Records of :func:`erlib.load.sweep.run` and of :func:`simulated`.
+        Records of :func:`erlib.load.sweep.run` and of :func:`simulated_beside`.
 
     Returns
     -------

@@ -127,7 +127,7 @@ def gpus_needed(table: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        What :func:`run` returned, or one source of :func:`beside_simulation`.
+        What :func:`run_replicas` returned, or one source of :func:`replicas_beside_simulation`.
 
     Returns
     -------
@@ -211,7 +211,7 @@ def replicas_agreement(table: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        What :func:`beside_simulation` returned.
+        What :func:`replicas_beside_simulation` returned.
 
     Returns
     -------
@@ -235,7 +235,7 @@ def replicas_finding(table: pd.DataFrame) -> str:
     Parameters
     ----------
     table : DataFrame
-        What :func:`beside_simulation` returned.
+        What :func:`replicas_beside_simulation` returned.
     """
     sources = {source: gpus_needed(part) for source, part in table.groupby("source")}
     compared = replicas_agreement(table)

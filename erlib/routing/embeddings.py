@@ -37,12 +37,13 @@ Embed = Callable[[str], Embedded]
 
 
 class Embedder:
-    """all-MiniLM-L6-v2 as :func:`build` has exported it: mean of the last layer over the word pieces, length one.
+    """all-MiniLM-L6-v2 as :func:`erlib.routing.embedding_export.build` has exported it: mean of the last layer over the
+    word pieces, length one.
 
     Parameters
     ----------
     directory : Path
-        What :func:`build` returned.
+        What :func:`erlib.routing.embedding_export.build` returned.
 
     Raises
     ------
@@ -55,7 +56,7 @@ class Embedder:
         from tokenizers import Tokenizer  # noqa: PLC0415
 
         if not (directory / _MODEL).exists():
-            raise RouterError(f"{directory} holds no sentence-embedding model; routers.build makes one")
+            raise RouterError(f"{directory} holds no sentence-embedding model; embedding_export.build makes one")
         try:
             self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
             self._tokenizer.no_padding()
@@ -167,12 +168,12 @@ NO_EXPERT = -1
 
 
 def nearest_centre(directory: Path, embed: Embed) -> NearestCentre:
-    """The k-means router in a directory that :func:`build` made."""
+    """The k-means router in a directory that :func:`erlib.routing.embedding_export.build` made."""
     return NearestCentre(embed, made_with(directory)["centres"])
 
 
 def neighbours(directory: Path, embed: Embed) -> Neighbours:
-    """The nearest-neighbour router in a directory that :func:`build` made.
+    """The nearest-neighbour router in a directory that :func:`erlib.routing.embedding_export.build` made.
 
     Raises
     ------
@@ -187,7 +188,8 @@ def neighbours(directory: Path, embed: Embed) -> Neighbours:
 
 
 def made_with(directory: Path) -> dict[str, npt.NDArray[Any]]:
-    """What :func:`build` has left in `directory`: ``centres``, ``examples`` and, with labels, ``experts``."""
+    """What :func:`erlib.routing.embedding_export.build` has left in `directory`: ``centres``, ``examples`` and, with
+    labels, ``experts``."""
     file = directory / EXAMPLES
     try:
         with np.load(file) as arrays:
@@ -199,5 +201,7 @@ def made_with(directory: Path) -> dict[str, npt.NDArray[Any]]:
         if not fits or experts.max(initial=0) >= len(centres) or experts.min(initial=0) < NO_EXPERT:
             raise RouterError("its arrays do not fit together, or hold what is no number")
     except Exception as error:  # a damaged archive raises whatever its parts do
-        raise RouterError(f"{file} is no readable model of a router ({error}); routers.build makes it again") from None
+        raise RouterError(
+            f"{file} is no readable model of a router ({error}); embedding_export.build makes it again"
+        ) from None
     return made

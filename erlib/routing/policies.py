@@ -1,9 +1,10 @@
 """Routers behind the gateway's one door: the papers' clusterer, sentence embeddings, and policies that read nothing.
 
 Each is a :class:`Router`: a prompt goes in, an expert and the time that it took come out. Sentence embeddings are those
-of all-MiniLM-L6-v2 from the PyPI wheel :data:`WHEEL` (the extra ``embeddings``), exported to OpenVINO once by
-:func:`build`, so that a gateway starts in a second and imports neither PyTorch nor transformers. As the model's own
-configuration says, it reads the first 256 word pieces of a text and no more.
+of all-MiniLM-L6-v2 from the PyPI wheel :data:`erlib.routing.embeddings.WHEEL` (the extra ``embeddings``), exported to
+OpenVINO once by :func:`erlib.routing.embedding_export.build`, so that a gateway starts in a second and imports neither
+PyTorch nor transformers. As the model's own configuration says, it reads the first 256 word pieces of a text and no
+more.
 """
 
 from __future__ import annotations
@@ -129,11 +130,12 @@ def load(
     ----------
     policy : str
         One of :data:`POLICIES`: ``classify`` (c-BTM's clusterer), ``stock`` (the same, as scikit-learn's pipeline),
-        ``embeddings`` (:class:`NearestCentre`), ``neighbours`` (:class:`Neighbours`), ``replicas``
-        (:class:`RoundRobin`), ``random``, ``least_loaded``.
+        ``embeddings`` (:class:`erlib.routing.embeddings.NearestCentre`), ``neighbours``
+        (:class:`erlib.routing.embeddings.Neighbours`), ``replicas`` (:class:`RoundRobin`), ``random``,
+        ``least_loaded``.
     directory : Path
         Of :func:`erlib.routing.training.build_clusterer`, :func:`erlib.routing.sklearn_pipeline.build` or, for the
-        embeddings' two, :func:`build`; policies that read nothing ignore it.
+        embeddings' two, :func:`erlib.routing.embedding_export.build`; policies that read nothing ignore it.
     n_experts : int
     index : int
         Of the gateway: offsets the turns and seeds the lots.

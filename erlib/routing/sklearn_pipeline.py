@@ -98,7 +98,7 @@ def load(directory: Path) -> Router:
         If `directory` holds no such file, or another one than was written, or what it holds is no number.
     """
     if not _is_whole(directory):
-        raise ClustererError(f"{directory} holds no whole {_FILE}; stock.build makes one")
+        raise ClustererError(f"{directory} holds no whole {_FILE}; sklearn_pipeline.build makes one")
     with (directory / _FILE).open("rb") as file:
         router = pickle.load(file)
     vectorizer, svd, normalizer = (step for _, step in router.pipeline.steps)

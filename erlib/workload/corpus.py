@@ -76,7 +76,7 @@ def fingerprint(settings: config.CorpusSettings) -> list[Any]:
 
 
 def check(settings: config.CorpusSettings) -> None:
-    """Find what :func:`load` would stumble over, without loading anything.
+    """Find what :func:`load_corpus` would stumble over, without loading anything.
 
     Raises
     ------
