@@ -7,5 +7,4 @@ cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"${PYTHON%/python}/lint-imports" --no-cache --no-logo pyproject.toml
 exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

@@ -14,7 +14,7 @@ import yaml
 from erlib import config, paths
 from erlib.claims import evidence, verdicts
 from erlib.claims.verdicts import AMBIGUOUS, FAILS, HOLDS, UNTESTABLE
-from erlib.load import records, sweep
+from erlib.load import experiments, records, sweep
 from tests import synthetic
 
 IDS = [f"P1-S{i:02d}" for i in range(1, 23)] + [f"P1-R{i:02d}" for i in range(1, 33)]
@@ -257,8 +257,8 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
     runs, profile, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(paths, "RUNS", tmp_path)
-    for name in ("load", "preliminary"):
-        monkeypatch.setattr(sweep, name, lambda *_: [])
+    for name in ("load_sweep", "preliminary_sweep"):
+        monkeypatch.setattr(experiments, name, lambda *_: [])
     monkeypatch.setattr(sweep, "read", lambda *_: runs[:3])
     assert list(verdicts.read_sources(profile)) == ["measured"]
     for i, name in enumerate(

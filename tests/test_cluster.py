@@ -217,11 +217,12 @@ def test_a_driver_that_ends_leaves_nothing_on_the_nodes(
     number, own, several_nodes, tokenizer, router, server_plan, tmp_path
 ):
     code = (
-        "import json, sys, time; from pathlib import Path; from erlib import cluster, config, stack, triton\n"
+        "import json, sys, time; from pathlib import Path; from erlib import config\n"
+        "from erlib.cluster import on_ray; from erlib.serving import triton\n"
         "settings, plan, router, tokenizer, logs = json.loads(sys.argv[1])\n"
         "settings, plan = config.ServingSettings(**settings), triton.ServerPlan(**plan)\n"
-        "with cluster.ClusterStack('cut', [plan] * 3, 'replicas', settings, Path(router), Path(logs)) as served:\n"
-        "    with cluster.ClusterUsers(served, Path(tokenizer), 2, Path(logs) / 'users.log', 'asyncio'):\n"
+        "with on_ray.ClusterStack('cut', [plan] * 3, 'replicas', settings, Path(router), Path(logs)) as served:\n"
+        "    with on_ray.ClusterUsers(served, Path(tokenizer), 2, Path(logs) / 'users.log', 'asyncio'):\n"
         "        print('up', flush=True); time.sleep(60)\n"
     )
     logs, base_port = paths.run_dir(own.name) / "logs", own.serving.base_port

@@ -257,7 +257,7 @@ def test_both_scripts_work_in_folders_of_any_name_and_notice_a_copy(tmp_path, wh
     wheels.mkdir()
     said = "import os, sys\nprint(os.path.basename(__file__), sys.prefix, *sys.argv[1:], sep='|')\n"
     stubs = dict.fromkeys(["scripts/run_all.py", "pytest.py", "ruff.py", "mypy.py"], said)
-    stubs |= {"scripts/install.py": said, "erlib/__init__.py": "", "erlib/serving/triton.py": "def preflight(): pass\n"}
+    stubs |= {"scripts/install.py": said, "erlib/__init__.py": "", "erlib/serving/wheel.py": "def preflight(): pass\n"}
     clone = Clone(tmp_path / ODD_NAMES[name], wheels, torch_cpu="", torch_cuda="", workbench="")
     for file, text in stubs.items():
         (clone.directory / file).parent.mkdir(exist_ok=True)

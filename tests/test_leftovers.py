@@ -150,7 +150,7 @@ def test_without_any_place_for_temporary_files_each_is_named_with_what_is_wrong(
 
 def test_the_guard_sweeps_up_behind_a_process_that_is_killed(tmp_path):
     code = OWNER.replace("time.sleep(60)", "") + (
-        "from pathlib import Path; from erlib import processes\n"
+        "from pathlib import Path; from erlib.machine import processes\n"
         "processes.spawn(['sleep', '60'], Path(sys.argv[2]))\n"
         "time.sleep(60)\n"
     )

@@ -163,7 +163,7 @@ def test_speed_and_kv_bytes(engines):
 def test_a_failing_child_says_why():
     job = {"engine": "no-such-engine", "kv_cache": "f16", "batches": [1], "tokens": 1, "prompt_tokens": 1}
     with pytest.raises(RuntimeError, match="no-such-engine"):
-        list(worker.in_own_process("erlib.engines.quality", [job]))
+        list(worker.in_own_process("erlib.engines.speed", [job]))
 
 
 def test_more_layers_than_the_checkpoint_has(built):

@@ -16,7 +16,7 @@ from erlib.machine import leftovers, processes
 
 def test_a_killed_parent_takes_its_children_along(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from erlib import processes;"
+        "import sys; from pathlib import Path; from erlib.machine import processes;"
         "child = processes.spawn(['sleep', '60'], Path(sys.argv[1]));"
         "print(child.pid, flush=True); child.wait()"
     )
@@ -122,7 +122,7 @@ def test_stop_ends_the_children_of_a_process_that_has_crashed(tmp_path):
 
 def test_forked_workers_die_with_their_parent():
     code = (
-        "import os, time; from erlib import processes\n"
+        "import os, time; from erlib.machine import processes\n"
         "with processes.pool(2) as pool:\n"
         "    print(*{job.result() for job in [pool.submit(os.getpid) for _ in range(20)]}, flush=True)\n"
         "    time.sleep(60)\n"
@@ -137,7 +137,7 @@ def test_forked_workers_die_with_their_parent():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_ends_us_lets_us_clean_up_even_if_it_comes_twice(number):
     code = (
-        "import os, signal, sys, time; from erlib import processes\n"
+        "import os, signal, sys, time; from erlib.machine import processes\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL); processes.end_on_signals()\n"
         "try:\n"
         "    print(flush=True); time.sleep(60)\n"
@@ -154,7 +154,7 @@ def test_a_signal_that_ends_us_lets_us_clean_up_even_if_it_comes_twice(number):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_clean_up_is_finished_before_a_signal_has_its_way(number):
     code = (
-        "import os, signal, sys; from erlib import processes\n"
+        "import os, signal, sys; from erlib.machine import processes\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler); processes.end_on_signals()\n"
         "try:\n"
         "    with processes.undisturbed():\n"
@@ -168,7 +168,7 @@ def test_a_clean_up_is_finished_before_a_signal_has_its_way(number):
 
 
 def test_what_nohup_ignores_stays_ignored():
-    code = "import os, signal; from erlib import processes; processes.end_on_signals(); os.kill(os.getpid(), 1)"
+    code = "import os, signal; from erlib.machine import processes; processes.end_on_signals(); os.kill(os.getpid(), 1)"
     assert subprocess.run(["nohup", sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 

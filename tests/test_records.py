@@ -31,7 +31,7 @@ def test_what_is_written_is_read(tmp_path):
 def test_no_table_is_read_by_the_names_of_its_folders():
     calls = [
         node
-        for file in paths.STYLE.parent.glob("*.py")
+        for file in paths.STYLE.parent.rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("read_table")
     ]

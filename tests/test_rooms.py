@@ -68,6 +68,14 @@ def test_notebooks_import_rooms(path: Path) -> None:
                 assert {alias.name for alias in node.names} <= {*HANDED_OUT, "config", "paths"}
 
 
+def test_a_room_imports_only_rooms_below_it() -> None:
+    """The contracts stand in pyproject.toml."""
+    linter = Path(sys.executable).with_name("lint-imports")
+    command = [linter, "--no-cache", "--no-logo", paths.ROOT / "pyproject.toml"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=paths.ROOT)
+    assert ran.returncode == 0, ran.stdout
+
+
 def test_no_module_needs_itself(graph: grimp.ImportGraph) -> None:
     """Not even by way of others: of two that need each other, which comes first depends on who asks."""
     left = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}

@@ -578,7 +578,8 @@ def test_what_dies_is_brought_back_where_clients_look_for_it(own_ports, router, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupting_or_killing_the_run_leaves_nothing(number, own_ports, router, server_plan, tmp_path):
     code = (
-        "import json, signal, sys, time; from pathlib import Path; from erlib import config, stack, triton\n"
+        "import json, signal, sys, time; from pathlib import Path\n"
+        "from erlib import config; from erlib.serving import stack, triton\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if the tests run in the background\n"
         "settings, plan, router, logs = json.loads(sys.argv[1])\n"
         "settings = config.ServingSettings(**settings)\n"

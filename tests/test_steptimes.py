@@ -73,7 +73,8 @@ def test_the_table_is_read_by_a_python_that_does_not_know_how_its_folder_is_call
     shutil.copytree(paths.ROOT / "erlib", home / "erlib", ignore=shutil.ignore_patterns("__pycache__"))
     (home / "data").mkdir()
     shutil.copy(steptimes.TABLE, home / "data")
-    code = "from erlib import steptimes; print(steptimes._table().num_rows)"  # and ends, which must not abort it
+    # It also ends, which must not abort it.
+    code = "from erlib.paper_scale import steptimes; print(steptimes._table().num_rows)"
     no_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(home)}
     ran = subprocess.run(
         [sys.executable, "-c", code],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
 from erlib import paths
@@ -43,7 +43,7 @@ def fetch_tokenizer(model: str, places: Places) -> Path:
     for name in (file.name, "tokenizer_config.json"):
         try:
             if not (file.parent / name).exists():
-                hf_hub_download(CHECKPOINTS[model], name, local_dir=file.parent)
+                huggingface_hub.hf_hub_download(CHECKPOINTS[model], name, local_dir=file.parent)
         except (HfHubHTTPError, OSError) as error:
             raise ConfigError(
                 f"{CHECKPOINTS[model]}: no {name} ({str(error).splitlines()[0]}). The repository is gated: accept its "

