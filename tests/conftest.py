@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,7 @@ from erlib.engines import build, checkpoint
 from erlib.load import on_cores
 from erlib.routing import training
 from erlib.serving import stack, triton
-
-WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-"""Which of the processes that share the tests this is."""
-BASE_PORT = int(os.environ.get("ERLIB_TEST_PORT", "27000")) + 2000 * WORKER
-"""Another ERLIB_TEST_PORT lets two runs go side by side."""
-METRICS_PORT = BASE_PORT + 490
+from tests.support.ports import BASE_PORT, METRICS_PORT
 
 
 @pytest.fixture(scope="session")

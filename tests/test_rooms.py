@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,21 @@ def test_a_profile_for_laptops_imports_nothing_of_gpus() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=paths.ROOT)
     assert ran.stdout.strip() == "[]"
     assert config.load_profile("laptop").serving.backend == "openvino"
+
+
+def test_tests_share_support_and_nothing_else() -> None:
+    tests = paths.ROOT / "tests"
+    taken = [
+        f"{file.relative_to(tests)}: {node.module}"
+        for file in tests.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        and re.match(r"(tests\.)?(test_|conftest)|tests\.(?!support)", node.module or "")
+    ]
+    assert taken == []
+
+
+def test_each_room_has_tests_of_its_own() -> None:
+    rooms = [room.parent.name for room in paths.STYLE.parent.glob("*/__init__.py")]
+    assert len(rooms) > 9
+    assert [room for room in rooms if not list((paths.ROOT / "tests" / room).glob("test_*.py"))] == []
