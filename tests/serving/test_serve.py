@@ -19,7 +19,7 @@ from tests.support.ports import BASE_PORT
 
 STARTED_BY_HAND = [
     *(["scripts/" + name] for name in ("distill_step_times.py", "run_all.py", "serve.py")),
-    *(["benchmarks/" + name] for name in ("engines.py", "gateways.py", "router.py")),
+    *(["benchmarks/" + name] for name in ("gateways.py", "router.py")),
     ["-m", "benchmarks.gateway"],
     ["-m", "erlib.gateway"],
 ]
