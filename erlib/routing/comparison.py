@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from string import ascii_lowercase
 
 import numpy as np
@@ -134,8 +134,9 @@ def compare(
     pairs = {name: list(zip(texts, versions, strict=True)) for name, versions in changed.items()}
     pairs |= {name: _conversations(documents.texts, *words, n_documents) for name, words in GROWTH.items()}
     timed = {words: _prompts(documents.texts, words, n_prompts, rng) for words in LATENCY_WORDS}
-    # Routers that share an embedding model need not ask it twice about one text; only where no time is taken.
-    embed = functools.cache(lambda model, text: model(text).vector)
+    # Where no time is taken, embeddings are made of all texts at once, and routers that share a model share them.
+    every = list(dict.fromkeys([*texts, *(text for both in pairs.values() for pair in both for text in pair)]))
+    embed = functools.cache(lambda model: dict(zip(every, _vectors(model, every), strict=True)))
     rows = []
     for name, router in Bar(entries.items(), desc="routers", delay=2, leave=False):
         if isinstance(router, str):
@@ -158,10 +159,17 @@ def compare(
     return pd.DataFrame(rows)
 
 
-def _decider(router: Router, embed: Callable[[embeddings.Embed, str], clusterer.Floats]) -> Callable[[str], int]:
+def _decider(
+    router: Router, embed: Callable[[embeddings.Embed], Mapping[str, clusterer.Floats]]
+) -> Callable[[str], int]:
     if isinstance(router, embeddings.ByEmbedding):
-        return lambda text: router.choose(embed(router.embed, text))
+        vectors = embed(router.embed)
+        return lambda text: router.choose(vectors[text])
     return lambda text: router.route(text)[0]
+
+
+def _vectors(model: embeddings.Embed, texts: Sequence[str]) -> Iterable[clusterer.Floats]:
+    return model.many(texts) if isinstance(model, embeddings.Embedder) else (model(text).vector for text in texts)
 
 
 def _stay(decide: Callable[[str], int], versions: Sequence[tuple[str, str]], rng: np.random.Generator) -> float:

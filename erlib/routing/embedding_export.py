@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from erlib import cache, paths, provenance
-from erlib.machine.progress import Bar, say
+from erlib.machine.progress import say
 from erlib.routing import training
 from erlib.routing.clusterer import RouterError
 from erlib.routing.embeddings import EXAMPLES, NO_EXPERT, WHEEL, Embedder, experts_of_topics, made_with
@@ -64,7 +64,7 @@ def build(profile: config.Profile) -> Path:
     with cache.building(directory) as partial:
         _export(model, partial)
         embed = Embedder(partial)
-        vectors = np.array([embed(train.texts[i]).vector for i in Bar(chosen, desc="embedding", unit="doc", delay=2)])
+        vectors = embed.many([train.texts[i] for i in chosen])
         centres, _ = training.balanced_kmeans(vectors, n_experts, profile.seed)
         made = {"examples": vectors, "centres": centres}
         if train.labels is not None:

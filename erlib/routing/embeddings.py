@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ WORD_PIECES = 256
 """Length at which all-MiniLM-L6-v2 cuts a text off."""
 
 NEIGHBOURS = 10
+_BATCH = 32
 
 
 class Embedded(NamedTuple):
@@ -62,7 +64,8 @@ class Embedder:
             self._tokenizer.no_padding()
             self._tokenizer.enable_truncation(WORD_PIECES)
             # One thread: a gateway is one of many on its machine.
-            model = openvino.Core().compile_model(directory / _MODEL, "CPU", {"INFERENCE_NUM_THREADS": 1})
+            self._compile = functools.partial(openvino.Core().compile_model, directory / _MODEL, "CPU")
+            model = self._compile({"INFERENCE_NUM_THREADS": 1})
         except Exception as error:  # both libraries raise nothing more particular
             why = " ".join(str(error).split())
             raise RouterError(f"{directory} holds no readable sentence-embedding model ({why})") from None
@@ -76,6 +79,24 @@ class Embedder:
         vector = self._request.infer(inputs)[0][0].mean(axis=0)
         vector /= np.linalg.norm(vector)
         return Embedded(vector, tokenised - start, time.perf_counter_ns() - tokenised)
+
+    def many(self, texts: Sequence[str]) -> Floats:
+        """Vectors of many texts at once, float32 array (n, d), on all cores: texts of like length share a batch."""
+        words = [encoded.ids for encoded in self._tokenizer.encode_batch(list(texts))]
+        request = self._compile().create_infer_request()
+        vectors = np.empty((len(words), 0), dtype=np.float32)
+        for batch in np.array_split(np.argsort([len(ids) for ids in words], kind="stable"), -(-len(words) // _BATCH)):
+            ids = np.zeros((len(batch), max(len(words[i]) for i in batch)), dtype=np.int64)
+            mask = np.zeros_like(ids)
+            for row, i in enumerate(batch):
+                ids[row, : len(words[i])] = words[i]
+                mask[row, : len(words[i])] = 1
+            inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+            means = (request.infer(inputs)[0] * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
+            if not vectors.size:
+                vectors = np.empty((len(words), means.shape[1]), dtype=np.float32)
+            vectors[batch] = means / np.linalg.norm(means, axis=1, keepdims=True)
+        return vectors
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,12 @@ def test_embeddings_have_length_one_and_read_256_word_pieces(embedded: Path) -> 
     np.testing.assert_array_equal(model(long).vector, model(long + "butter " * 50).vector)
 
 
+def test_many_embeddings_at_once_are_those_of_each_text(embedded: Path) -> None:
+    model = embeddings.Embedder(embedded)
+    every = ["", *KITCHEN, "orbit " * 300, *SPACE] * 5
+    np.testing.assert_allclose(model.many(every), [model(text).vector for text in every], atol=2e-6)
+
+
 @pytest.mark.parametrize("policy", ["embeddings", "neighbours"])
 def test_embedding_routers_tell_topics_apart(embedded: Path, policy: str) -> None:
     route = policies.load(policy, embedded, 2).route
