@@ -57,7 +57,7 @@ stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/expert-router-installed
 wanted=$(cat locks/torch-*.txt locks/workbench.txt scripts/install.py scripts/environment.sh | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted $PWD" ]; then
   log=$PWD/data/runs/install.log
-  echo "installing the locked packages into ${PYTHON%/bin/python} (about two minutes; log: ${log#"$PWD"/})" >&2
+  echo "installing the locked packages into ${PYTHON%/bin/python} (about a minute and a half; log: ${log#"$PWD"/})" >&2
   # Written anew where it stood elsewhere before: activate and pyvenv.cfg name its place.
   [ "$PYTHON" != "$PWD/.venv/bin/python" ] || "$PYTHON" -m venv --without-pip .venv
   "$PYTHON" scripts/install.py torch workbench . >"$log" || exit 1

@@ -35,6 +35,6 @@ done
 
 # Environments of their own.
 lock steptables pyproject.toml --extra steptables
-for environment in modelopt litellm aiperf guidellm; do
+for environment in modelopt litellm aiperf guidellm uv; do
   lock "$environment" "locks/$environment.in" --no-emit-package torch --excludes <(without "${cuda[@]}")
 done

@@ -114,7 +114,7 @@ def test_another_scikit_learn_gets_another_pickle(profile: config.Profile, monke
 
 
 def test_a_plain_clusterer_is_not_a_stock_router(profile: config.Profile) -> None:
-    with pytest.raises(ClustererError, match=r"stock\.build"):
+    with pytest.raises(ClustererError, match=r"sklearn_pipeline\.build"):
         sklearn_pipeline.load(training.build_clusterer(profile))
 
 
@@ -126,7 +126,7 @@ def test_a_pickle_that_has_been_cut_or_changed_is_not_read_and_made_again(
     whole = pickled.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-200] + b"?" * 200, b""):
         pickled.write_bytes(damaged)
-        with pytest.raises(ClustererError, match=r"no whole stock\.pkl; stock\.build makes one"):
+        with pytest.raises(ClustererError, match=r"no whole stock\.pkl; sklearn_pipeline\.build makes one"):
             sklearn_pipeline.load(made)
         sklearn_pipeline.build(profile, 2000)
         assert "stock router: making" in capsys.readouterr().out
