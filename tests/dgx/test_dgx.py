@@ -257,7 +257,7 @@ def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
     assert (seen["network_us_sd"] >= 0).all()
     started = [file.read_text() for file in tmp_path.glob("ssh-*")]
     assert len(started) == 2 * 2  # processes, once per system
-    assert all(line.startswith("-o BatchMode=yes load-node cd ") for line in started)
+    assert all(line.startswith("-o BatchMode=yes -- load-node cd ") for line in started)
 
     served = [call for call in calls() if "mpirun" in call]
     assert sum(call[1] == "pull" for call in calls()) == 1
