@@ -22,7 +22,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-if sys.version_info[:2] != (3, 11) or not find_spec("pydantic"):  # e.g. the system's own Python
+if sys.version_info[:2] not in ((3, 11), (3, 12)) or not find_spec("pydantic"):  # e.g. the system's own Python
     sys.exit(
         f"error: {sys.executable} lacks the workbench's packages: "
         "./run_all.sh installs them, after which .venv/bin/python has them"

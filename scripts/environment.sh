@@ -35,14 +35,15 @@ if [ "${CONDA_DEFAULT_ENV:-}" = expert-router ]; then
 else
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     base=
-    for candidate in python3.11 python3 python; do
-      if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+    for candidate in python3.11 python3.12 python3 python; do
+      if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
         base=$candidate; break
       fi
     done
-    [ -n "$base" ] || fail "Python 3.11 is needed (Triton's Python backend is built for it): apt-get install python3.11-venv libpython3.11, or conda env create -f environment.yml"
+    [ -n "$base" ] || fail "Python 3.11 or 3.12 is needed (3.13 has no numpy 1, which Triton's Python backend needs): apt-get install python3.11-venv libpython3.11 (or 3.12), or conda env create -f environment.yml"
     if ! "$base" -c 'import ensurepip' 2>/dev/null; then
-      apt_install python3.11-venv || fail "Python's venv module is missing: apt-get install python3.11-venv"
+      version=$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+      apt_install "python$version-venv" || fail "Python's venv module is missing: apt-get install python$version-venv"
     fi
     "$base" -m venv --clear .venv
   fi
@@ -66,9 +67,9 @@ fi
 
 exec 9>&- # everything is installed
 
-# The stub that Triton embeds links to libpython, which Debian's python3.11 does not bring along.
+# The stub that Triton embeds links to libpython, which Debian's python3 does not bring along.
 if ! "$PYTHON" -c 'from erlib.serving import wheel; wheel.preflight()' 2>/dev/null; then
-  apt_install libpython3.11 || true
+  apt_install "libpython$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" || true
   "$PYTHON" -c 'from erlib.serving import wheel; wheel.preflight()' 2>&1 | tail -n 1 | sed 's/^.*StartError: /error: /' >&2
   "$PYTHON" -c 'from erlib.serving import wheel; wheel.preflight()' 2>/dev/null || exit 1
 fi
