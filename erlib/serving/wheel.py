@@ -45,7 +45,7 @@ def preflight(n_servers: int = 1) -> None:
         raise StartError(f"Triton 2.51's Python backend corrupts tensors under numpy {np.__version__}; install numpy<2")
     stub = _stub(root)
     if not stub.exists():
-        raise StartError(f"the Triton wheel has no backend stub for Python {_python_version()}; use Python 3.11 or 3.12")
+        raise StartError(f"the Triton wheel has no stub for Python {_python_version()}; use Python 3.11 or 3.12")
     if not os.access(stub, os.R_OK):
         raise StartError(f"{stub} cannot be read: chmod 755 it (Triton changes the mode of a stub that does not start)")
     # A stub that cannot load libpython makes the server wait for ever.
