@@ -16,7 +16,7 @@ from erlib import config
 from erlib.config import Dtype, Routing
 from erlib.engines import llama
 from erlib.paper_scale import steptimes
-from erlib.paper_scale.steptimes import Calibration, StepTimes
+from erlib.paper_scale.steptimes import StepTimes
 
 _STATED_KV_TOLERANCE = 0.03
 
@@ -61,7 +61,7 @@ class System:
         return (*range(self.instances), *self.added)
 
 
-def paper_system(name: str, calibration: Calibration | None = None, answer_limit: int | None = None) -> System:
+def paper_system(name: str, answer_limit: int | None = None) -> System:
     """A configuration of a paper (or a baseline beside one) on 8 H100s.
 
     KV tokens are those that the text states where they agree with the printed KV cache, and otherwise those that the
@@ -71,7 +71,6 @@ def paper_system(name: str, calibration: Calibration | None = None, answer_limit
     ----------
     name : str
         ``p1.A`` ... ``p2.R``.
-    calibration : Calibration, optional
     answer_limit : int, optional
         See :class:`System`.
     """
@@ -79,11 +78,10 @@ def paper_system(name: str, calibration: Calibration | None = None, answer_limit
     printed = configuration.system
     held = llama.kv_tokens(printed)
     agree = printed.kv_tokens and abs(printed.kv_tokens / held - 1) <= _STATED_KV_TOLERANCE
-    steps: StepTimes = steptimes.for_configuration(configuration)
     return System(
         config=name,
         routing=configuration.routing,
-        steps=steps.calibrated(calibration) if calibration else steps,
+        steps=steptimes.for_configuration(configuration),
         instances=printed.instances,
         batch_size=printed.batch_size,
         kv_tokens=printed.kv_tokens if printed.kv_tokens and agree else held,

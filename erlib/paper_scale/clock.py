@@ -303,53 +303,77 @@ def trace(
         raise CannotServe(
             f"{system.config} has {system.instances} experts, but a prompt belongs to cluster {max(strays)}"
         )
-    env, client = simpy.Environment(), _Client(around)
-    steps = system.steps
-    apart = min(steps.at_full_speed, steps.limits.instances) >= len(system.experts)
-    machine = None if apart else _SharedMachine(env, steps.slowdown)
-    sender = simpy.Resource(env) if around.per_request_s else None
-    servers = [client.server(Engine(system)) for _ in system.experts]
-    replicas = {expert: [i for i, its in enumerate(system.experts) if its == expert] for expert in system.experts}
-    gateway = None
-    if system.routing in ("expert_router", "replicas"):
-        gateway = simpy.Resource(env, capacity=around.gateway_streams or len(drawn))
     latencies_s = routing_s or _routing_latencies(around if classifies else HARDWARE, 2 * len(drawn), seed)
-    requests: list[Request] = []
+    return _Point(system, prompts_of, around, latencies_s).run()
 
-    def user(number: int) -> _Process:
-        for turn, prompt in zip(("base", "continuation"), prompts_of[number], strict=False):
-            turns_taken = len(requests) if system.routing == "replicas" else number
-            expert = prompt.cluster if classifies else turns_taken % system.instances
-            request = Request(number, turn, prompt, prompt.input_tokens, expert, env.now, env.event())
-            requests.append(request)
-            if sender is not None:
-                with sender.request() as my_turn:
+
+class _Point:
+    """Users, and what stands between them and the engines of one system, in one virtual time."""
+
+    def __init__(
+        self, system: System, prompts_of: list[tuple[Prompt, ...]], around: Harness, latencies_s: Sequence[float]
+    ):
+        self._system, self._prompts_of = system, prompts_of
+        self._latencies_s, self._per_request_s = latencies_s, around.per_request_s
+        self._env, self._client = simpy.Environment(), _Client(around)
+        self._servers = [self._client.server(Engine(system)) for _ in system.experts]
+        self._replicas = {
+            expert: [i for i, its in enumerate(system.experts) if its == expert] for expert in system.experts
+        }
+        self._sender = simpy.Resource(self._env) if around.per_request_s else None
+        self._gateway = None
+        if system.routing in ("expert_router", "replicas"):
+            self._gateway = simpy.Resource(self._env, capacity=around.gateway_streams or len(prompts_of))
+        self._requests: list[Request] = []
+
+    def run(self) -> Trace:
+        """Until every user has every answer."""
+        steps = self._system.steps
+        apart = min(steps.at_full_speed, steps.limits.instances) >= len(self._servers)
+        machine = None if apart else _SharedMachine(self._env, steps.slowdown)
+        for server in self._servers:
+            self._env.process(server.run(self._env, self._client, machine))
+        users = [self._env.process(self._user(number)) for number in range(len(self._prompts_of))]
+        self._env.run(self._env.all_of(users))
+        return Trace(self._requests, self._servers)
+
+    def _user(self, number: int) -> _Process:
+        env = self._env
+        for turn, prompt in zip(("base", "continuation"), self._prompts_of[number], strict=False):
+            request = Request(
+                number, turn, prompt, prompt.input_tokens, self._expert(number, prompt), env.now, env.event()
+            )
+            self._requests.append(request)
+            if self._sender is not None:
+                with self._sender.request() as my_turn:
                     yield my_turn
-                    yield env.timeout(around.per_request_s)
-            if gateway is None:
-                taken_s = yield from answer(request)
+                    yield env.timeout(self._per_request_s)
+            if self._gateway is None:
+                taken_s = yield from self._answer(request)
             else:
-                with gateway.request() as stream:
+                with self._gateway.request() as stream:
                     yield stream
                     request.queued_s = env.now - request.sent_s
-                    request.routed_s = latencies_s[2 * number + (turn == "continuation")]
+                    request.routed_s = self._latencies_s[2 * number + (turn == "continuation")]
                     yield env.timeout(request.routed_s)
-                    taken_s = yield from answer(request)
+                    taken_s = yield from self._answer(request)
             yield env.timeout(max(0.0, taken_s - env.now))
 
-    def answer(request: Request) -> Generator[simpy.Event, Any, float]:
-        request.server = min(replicas[request.expert], key=lambda server: servers[server].engine.outstanding)
-        client.open(env.now, 1)
-        servers[request.server].submit(request)
-        taken_s = yield request.done
-        client.open(env.now, -1)
-        return taken_s
+    def _expert(self, user: int, prompt: Prompt) -> int:
+        if self._system.routing == "expert_router":
+            return prompt.cluster
+        turns_taken = len(self._requests) if self._system.routing == "replicas" else user
+        return turns_taken % self._system.instances
 
-    for server in servers:
-        env.process(server.run(env, client, machine))
-    everybody = env.all_of([env.process(user(number)) for number in range(len(drawn))])
-    env.run(everybody)
-    return Trace(requests, servers)
+    def _answer(self, request: Request) -> Generator[simpy.Event, Any, float]:
+        """Let the least busy replica of the request's expert answer; when the client has the last token."""
+        replicas = self._replicas[request.expert]
+        request.server = min(replicas, key=lambda server: self._servers[server].engine.outstanding)
+        self._client.open(self._env.now, 1)
+        self._servers[request.server].submit(request)
+        taken_s: float = yield request.done
+        self._client.open(self._env.now, -1)
+        return taken_s
 
 
 def _turns(drawn: Sequence[Prompt], continues: bool | Sequence[Prompt]) -> list[tuple[Prompt, ...]]:

@@ -23,7 +23,6 @@ from erlib.engines import checkpoint
 from erlib.load import metrics, points, records
 from erlib.load.experiments import Series, System
 from erlib.paper_scale import batching, simulation, steptimes
-from erlib.paper_scale.steptimes import Calibration
 from erlib.routing import clusterer, training
 from erlib.serving import wire
 from erlib.serving.share import Classifier
@@ -41,7 +40,6 @@ def system(
     profile: Profile,
     name: str,
     slow_motion: float = 1.0,
-    calibration: Calibration | None = None,
     classifier: Classifier = "ours",
 ) -> System:
     """A configuration of a paper on 8 emulated H100s (see :func:`erlib.paper_scale.batching.paper_system`).
@@ -54,16 +52,13 @@ def system(
         ``p1.A`` ... ``p2.R``.
     slow_motion : float
         Wall seconds for one second of the engines.
-    calibration : Calibration, optional
     classifier : {"ours", "stock"}
     """
     answer_limit = profile.workload.p2_max_output_tokens if name.startswith("p2") else None
-    calibration = calibration or Calibration()
-    target = batching.paper_system(name, calibration, answer_limit)
+    target = batching.paper_system(name, answer_limit)
     parameters = {
         "engine": str(checkpoint.checkpoint(profile.engines)),
         "config": name,
-        "calibration": json.dumps(dataclasses.asdict(calibration)),
         "answer_limit": json.dumps(answer_limit),
         "slow_motion": str(slow_motion),
         wire.CONTEXT: str(min(target.kv_tokens, target.max_step_tokens)),
@@ -130,7 +125,6 @@ def simulated_beside(profile: Profile, sweep_: list[Series], emulated: pd.DataFr
             parameters = series.system.servers[0].parameters
             target = batching.paper_system(
                 point.system.config,
-                Calibration(**json.loads(parameters["calibration"])),
                 json.loads(parameters["answer_limit"]),
             )
             target = dataclasses.replace(target, added=series.system.added)

@@ -44,27 +44,6 @@ class Limits:
     """Instances at work on the same machine."""
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What a real engine adds to its kernels: step = modelled / efficiency + per_step_s + per_sequence_s x sequences.
-
-    Parameters
-    ----------
-    efficiency : float
-        Share of the modelled speed that is reached; above 0, usually at most 1.
-    per_step_s, per_sequence_s : float
-        Host time of a step and of each sequence in it, in seconds.
-    """
-
-    efficiency: float = 1.0
-    per_step_s: float = 0.0
-    per_sequence_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.efficiency > 0 or not min(self.per_step_s, self.per_sequence_s) >= 0:
-            raise ValueError(f"a calibration needs an efficiency above 0 and no negative times, not {self}")
-
-
 class StepTimes(ABC):
     """Duration of engine steps."""
 
@@ -113,10 +92,6 @@ class StepTimes(ABC):
             raise self._beyond("instances", busy)
         return max(1.0, busy / self.at_full_speed)
 
-    def calibrated(self, calibration: Calibration) -> StepTimes:
-        """The same steps, as slow as `calibration` says."""
-        return _Calibrated(self, calibration)
-
     def _check(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> None:
         limits = self.limits
         if (
@@ -146,17 +121,6 @@ class StepTimes(ABC):
             f"a step with {name} {value:,.6g} was asked for, but {type(self).__name__} knows {name} up to "
             f"{getattr(self.limits, name):,.6g} and does not extrapolate"
         )
-
-
-class _Calibrated(StepTimes):
-    def __init__(self, steps: StepTimes, calibration: Calibration):
-        self.limits, self.at_full_speed = steps.limits, steps.at_full_speed
-        self._steps, self._calibration = steps, calibration
-
-    def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
-        c = self._calibration
-        modelled = self._steps.step_s(prompts, prompt_tokens, sequences, context_tokens)
-        return modelled / c.efficiency + c.per_step_s + c.per_sequence_s * (prompts + sequences)
 
 
 # --- from measured kernels ----------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from erlib.load import experiments, points, records, sweep, users
 from erlib.machine import hardware, processes
 from erlib.paper_scale import batching, emulation
 from erlib.paper_scale.batching import CannotServe
-from erlib.paper_scale.steptimes import Calibration
 from erlib.serving import stack, triton, wheel, wire
 from erlib.workload import prompts  # fmt: skip
 from tests.support.stacks import answer, generated_tokens
@@ -204,7 +203,7 @@ def test_slow_motion_is_part_of_a_points_name(own_ports):
         assert "emulated" in point.path.parts
         return point.hash
 
-    names = [name(), name(slow_motion=2.0), name(calibration=Calibration(efficiency=0.5))]
+    names = [name(), name(slow_motion=2.0), name(slow_motion=3.0)]
     assert len(set(names)) == 3
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from erlib import config
 from erlib.load import metrics, records
-from erlib.paper_scale import batching, clock, simulation, steptimes
+from erlib.paper_scale import batching, clock, simulation
 from erlib.paper_scale.batching import CannotServe, System
 from erlib.paper_scale.clock import HARDWARE, HARNESS, Harness
 from erlib.workload import prompts
@@ -302,12 +302,6 @@ def test_presets():
 def test_paper_systems_have_the_kv_cache_that_fits():
     held = {name: batching.paper_system(name).kv_tokens for name in ("p1.A", "p1.B", "p1.C", "p1.D", "p1.R")}
     assert held == {"p1.A": 1116943, "p1.B": 72000, "p1.C": 65917, "p1.D": 159000, "p1.R": 65917}
-
-
-def test_calibration_slows_a_system_down():
-    fast = batching.paper_system("p2.C")
-    slow = batching.paper_system("p2.C", steptimes.Calibration(efficiency=0.5))
-    assert slow.steps.decode_s(50, 500) == pytest.approx(2 * fast.steps.decode_s(50, 500))
 
 
 def test_a_workload_at_paper_scale_keeps_the_routers_decisions():

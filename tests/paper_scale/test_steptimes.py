@@ -17,7 +17,7 @@ from erlib.engines import llama
 from erlib.load import records
 from erlib.paper_scale import batching, simulation, steptimes
 from erlib.paper_scale.fitting import Fitted
-from erlib.paper_scale.steptimes import Calibration, OutOfRange, Roofline, Table
+from erlib.paper_scale.steptimes import OutOfRange, Roofline, Table
 from erlib.workload.prompts import FORCED, Prompt
 from tests.support.linear import Linear
 
@@ -118,17 +118,6 @@ def test_what_the_table_does_not_know_is_an_error():
     assert steps.step_s(1, 8191, 1, 8192) > 0  # the corner itself is known
     with pytest.raises(OutOfRange, match="no llama-2-13b in int4"):
         Table("llama-2-13b", "int4", "fp16", 1)
-
-
-def test_calibration():
-    steps = Linear().calibrated(Calibration(efficiency=0.5, per_step_s=0.002, per_sequence_s=0.00003))
-    assert steps.decode_s(10, 100) == pytest.approx(2 * 0.014 + 0.002 + 0.0003)
-    assert steps.prefill_s(100, 2) == pytest.approx(2 * 0.024 + 0.002 + 0.00006)
-    with pytest.raises(OutOfRange):
-        steps.decode_s(1001, 1)
-    for wrong in ({"efficiency": 0}, {"efficiency": float("nan")}, {"per_step_s": -1}):
-        with pytest.raises(ValueError, match="efficiency above 0"):
-            Calibration(**wrong)
 
 
 def test_roofline_is_bound_by_memory_then_by_arithmetic():

@@ -12,7 +12,6 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from erlib.paper_scale import batching
-from erlib.paper_scale.steptimes import Calibration
 from tests.support.standin_pb_utils import Request, TritonError, backend, start
 
 PROMPT = "The goalie stopped thirty shots"
@@ -211,7 +210,6 @@ def test_an_emulated_engine_notices_as_well(monkeypatch, directory, stream):
     monkeypatch.setattr(batching, "paper_system", lambda *of: dataclasses.replace(paper_system(*of), batch_size=1))
     model = start(
         code.TritonPythonModel(), directory, config="p2.D", slow_motion="0.01", answer_limit="null",
-        calibration=json.dumps(dataclasses.asdict(Calibration())),
     )  # fmt: skip
     try:
         first, second, third = asked(stream=stream, max_tokens=50_000), asked(max_tokens=50_000), asked()

@@ -14,7 +14,6 @@ import time
 import inflight
 
 from erlib.paper_scale import batching
-from erlib.paper_scale.steptimes import Calibration
 
 WORD = " the"
 LATE = 0.05
@@ -32,9 +31,8 @@ class Request:
 
 class Engine:
     def __init__(self, parameters, token):
-        calibration = Calibration(**json.loads(parameters["calibration"]))
         answer_limit = json.loads(parameters["answer_limit"])
-        self.batch = batching.Engine(batching.paper_system(parameters["config"], calibration, answer_limit))
+        self.batch = batching.Engine(batching.paper_system(parameters["config"], answer_limit))
         self.max_prompt_tokens = self.batch.system.max_step_tokens
         self.slow_motion = float(parameters["slow_motion"])
         self.token = token
