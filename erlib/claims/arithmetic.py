@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from erlib import config
-from erlib.claims.finding import WORDS, Finding, predicate
+from erlib.claims.finding import WORDS, Finding, number, predicate
 from erlib.engines import llama, table1
 from erlib.workload import prompts
 
@@ -71,17 +71,13 @@ def _of(name: str) -> str:
     return "" if name == "all" else f"{name} "
 
 
-def _amount(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 @predicate("{quantity} = {printed} ± {tolerance}", arithmetic=True)
 def computes_to(*, quantity: str, printed: dict[str, float], tolerance: float) -> Finding:
     """What the architecture gives is what is printed, within a relative `tolerance`."""
     found = {name: QUANTITIES[quantity][1](name) for name in printed}
     off = {name: printed[name] / value - 1 for name, value in found.items()}
     text = ", ".join(
-        f"{_of(name)}computed {_amount(value)}, printed {_amount(printed[name])} ({off[name]:+.1%})"
+        f"{_of(name)}computed {number(value, 4)}, printed {number(printed[name], 4)} ({off[name]:+.1%})"
         for name, value in found.items()
     )
     return Finding(all(abs(value) <= tolerance + 1e-9 for value in off.values()), text)
@@ -91,7 +87,7 @@ def computes_to(*, quantity: str, printed: dict[str, float], tolerance: float) -
 def computes_within(*, quantity: str, of: list[str], low: float = 0, high: float = math.inf) -> Finding:
     """What follows from the papers' numbers lies between `low` and `high`."""
     found = {name: QUANTITIES[quantity][1](name) for name in of}
-    text = ", ".join(f"{_of(name)}{_amount(value)}" for name, value in found.items())
+    text = ", ".join(f"{_of(name)}{number(value, 4)}" for name, value in found.items())
     return Finding(all(low <= value <= high for value in found.values()), text)
 
 

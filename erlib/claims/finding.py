@@ -85,5 +85,5 @@ def bounds(low: float, high: float) -> str:
     return f"≤ {high:,g}" if not low else f"= {low:,g}" if low == high else f"from {low:,g} to {high:,g}"
 
 
-def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def number(value: float, digits: int = 3) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"

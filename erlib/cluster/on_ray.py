@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from erlib import paths
 from erlib.cluster.placement import Demand, Node, demands_of, living_nodes, place
 from erlib.config import Routing, ServingSettings
+from erlib.config.system import HAVE_GATEWAYS
 from erlib.load.users import Client, Observation, Script, UserSimulator
 from erlib.machine import hardware
 from erlib.machine.processes import StartError
@@ -189,7 +190,7 @@ class ClusterStack(stack.Stack):
             for node in self._nodes
         ]
         self._one_machine = len({node.address for node in living}) == 1
-        n_gateways = settings.gateways if routing in ("expert_router", "replicas") else 0
+        n_gateways = settings.gateways if routing in HAVE_GATEWAYS else 0
         placement = Placement(
             addresses=tuple(settings.host if self._one_machine else node.address for node in self._nodes),
             servers=tuple(self._nodes.index(node) for node in seats.servers),

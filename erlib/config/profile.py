@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from erlib.cache import digest
 from erlib.config.reading import Strict, nearest
 from erlib.config.system import (
+    HAVE_GATEWAYS,
     Dtype,
     Flow,
     Paper,
@@ -81,7 +82,7 @@ _System = Annotated[str, AfterValidator(_is_system)]
 
 _Classifying = Annotated[_System, AfterValidator(_is_routed("expert_router"))]
 
-_Gated = Annotated[_System, AfterValidator(_is_routed("expert_router", "replicas"))]
+_Gated = Annotated[_System, AfterValidator(_is_routed(*HAVE_GATEWAYS))]
 
 _SYSTEMS = "systems to measure, of engines/*.yaml"
 

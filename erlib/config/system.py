@@ -21,6 +21,9 @@ Routing = Literal["direct", "round_robin", "expert_router", "replicas"]
 """direct: clients to the one server. round_robin: clients alternate between servers. expert_router: NGINX, gateway,
 the cluster's expert. replicas: NGINX, gateway, the next server in turn (no classification)."""
 
+HAVE_GATEWAYS: tuple[Routing, ...] = ("expert_router", "replicas")
+"""Routings whose requests pass NGINX and gateways."""
+
 Flow = Literal["engine", "llmapi"]
 """How a TensorRT-LLM model comes about; see :mod:`erlib.dgx.tensorrt_llm`."""
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from erlib import paths
 from erlib.config import ConfigError, RunnerKind, read_yaml
+from erlib.config.reading import Strict
 
 Purpose = Literal["fetch", "convert", "quantise", "build", "check", "ask"]
 
@@ -56,10 +55,8 @@ class Command:
         return (*(("env", *self.environment) if self.environment else ()), *self.program, *self.options)
 
 
-class Image(BaseModel):
+class Image(Strict):
     """One entry of ``data/tensorrt_llm_images.yaml``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     image: str
     tag: str

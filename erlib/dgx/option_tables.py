@@ -12,10 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict
-
 from erlib import paths
 from erlib.config import ConfigError
+from erlib.config.reading import Strict
 
 TABLES = paths.FACTS / "trtllm_options"
 
@@ -24,11 +23,7 @@ class OptionError(ConfigError):
     """A command does not fit the option table of its version."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Option(_Strict):
+class Option(Strict):
     """What one option takes."""
 
     type: Literal["str", "int", "float", "flag"] = "str"
@@ -38,7 +33,7 @@ class Option(_Strict):
     default: int | float | str | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """Options of one command-line tool."""
 
     evidence: str
@@ -48,7 +43,7 @@ class Tool(_Strict):
     options: dict[str, Option]
 
 
-class Contract(_Strict):
+class Contract(Strict):
     """Options of the tools of one version: ``data/trtllm_options/<version>.json``."""
 
     version: str

@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from erlib import paths
 from erlib.config import Configuration
+from erlib.config.system import HAVE_GATEWAYS
 from erlib.dgx import checkpoints, estimates, preflight, repository, tensorrt_llm
 from erlib.dgx.fit import Fitted
 from erlib.dgx.layout import WIDTH, listed, table, wrapped
@@ -123,7 +124,7 @@ def _memory(fitted: Fitted) -> str:
     for one in [*fitted.load, *([widest] if widest else [])]:
         memory = llama.gpu_memory(one.system)
         total = memory.total / 1e9
-        hosts = one.routing in ("expert_router", "replicas")
+        hosts = one.routing in HAVE_GATEWAYS
         rows.append(
             [one.id, *(f"{part / 1e9:.1f}" for part in dataclasses.astuple(memory)),
              f"{total:.1f}", f"{room - total:.1f}", f"{room - total - gateways:.1f}" if hosts else ""]
@@ -167,7 +168,7 @@ def _servers(fitted: Fitted) -> str:
     first = settings.base_port + 1 + settings.gateways * Gateway.PORTS
     alike: defaultdict[tuple[int, int], list[Configuration]] = defaultdict(list)
     for one in fitted.load:
-        hosts = one.routing in ("expert_router", "replicas")
+        hosts = one.routing in HAVE_GATEWAYS
         count, width = one.system.instances, one.system.tensor_parallel
         gateways = f"{settings.base_port + 1}-{first - 1}"
         rows.append(

@@ -14,6 +14,7 @@ import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from erlib.gateway.experts import Expert
+from erlib.serving import spans
 
 logger = logging.getLogger("erlib.gateway")
 
@@ -21,7 +22,6 @@ _LOGGED = ["id", "kind", "peer", "expert", "replica", "retries", "responses", "e
 NO_EXPERT = "none"
 """The label of requests that were refused before an expert was chosen."""
 _KINDS = ("stream", "unary")
-_SPANS = ("queue", "vectorise", "svd", "kmeans", "forward", "first_byte")
 _BUCKETS_S = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10, 30, 100]
 
 
@@ -53,7 +53,7 @@ class Request:
     @property
     def span_metadata(self) -> dict[str, int]:
         """The spans under the names that they have on the wire."""
-        return {f"er-{span.replace('_', '-')}-ns": ns for span, ns in self.spans_ns.items()}
+        return {spans.header(span): ns for span, ns in self.spans_ns.items()}
 
 
 class Telemetry:
@@ -104,7 +104,7 @@ class Telemetry:
         for expert in experts:
             self._tokens.labels(expert)
             self._retries.labels(expert)
-        for span in _SPANS:
+        for span in spans.SPANS:
             self._spans.labels(span)
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from erlib import config
 from erlib.config import Configuration, Mix, Paper, Profile, Relay, Routing
+from erlib.config.system import HAVE_GATEWAYS
 from erlib.load import backends
 from erlib.load.backends import Workloads
 from erlib.load.users import Client
@@ -43,7 +44,7 @@ class System:
 
     @property
     def has_gateways(self) -> bool:
-        return self.routing in ("expert_router", "replicas")
+        return self.routing in HAVE_GATEWAYS
 
     @property
     def replicas(self) -> list[int]:

@@ -7,6 +7,7 @@ Definitions: paper 1, section V; paper 2, section V.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +15,11 @@ import pandas as pd
 from scipy import special
 
 from erlib import config
+from erlib.serving.spans import GATEWAY_SPANS, SPANS, column
 
 POINT = ["source", "paper", "experiment", "config", "mix", "users", "repeat"]
 """Columns that name one run of the user simulator."""
 
-GATEWAY_SPANS = ["queue", "vectorise", "svd", "kmeans", "forward"]
-"""What the gateway adds before the expert has the prompt; the span ``first_byte`` that follows is the expert's own."""
 
 _NS = 1e-9
 
@@ -235,9 +235,12 @@ def aggregate(summary: pd.DataFrame) -> pd.DataFrame:
     long = summary.melt(id_vars=[*keys, "repeat"], value_vars=METRICS, var_name="metric")
     over = long.groupby([*keys, "metric"])["value"]
     result = over.agg(mean="mean", sd="std", repeats="count").reset_index()
-    # one repeat has no spread: keep Student's t away from 0 degrees of freedom
-    t = special.stdtrit((result["repeats"] - 1).where(result["repeats"] > 1), 0.975)
-    return result.assign(ci95=t * result["sd"] / np.sqrt(result["repeats"]))
+    return result.assign(ci95=half_interval(result["sd"], result["repeats"]))
+
+
+def half_interval(sd: Any, repeats: Any) -> Any:
+    """Half width of Student's 95 % interval of a mean, of numbers or of columns of them; NaN for a single repeat."""
+    return special.stdtrit(np.where(repeats > 1, repeats - 1, np.nan), 0.975) * sd / np.sqrt(repeats)
 
 
 HIGHLIGHTS = [
@@ -299,13 +302,14 @@ def routing_spans(records: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         ``config``, ``relay``, ``mix``, ``users``, ``repeat``, ``turn``, ``input_tokens``, one column per span of
-        :data:`GATEWAY_SPANS` (0 where the gateway skipped it), ``gateway`` (their sum) and ``first_byte``.
+        :data:`erlib.serving.spans.GATEWAY_SPANS` (0 where the gateway skipped it), ``gateway`` (their sum) and
+        ``first_byte``.
     """
     _each_request_once(records)
     done = records[(records["status"] == "ok") & records["route_forward_ns"].notna()].reset_index(drop=True)
-    spans = done[[f"route_{span}_ns" for span in [*GATEWAY_SPANS, "first_byte"]]].fillna(0) * 1e-6
-    spans.columns = pd.Index([*GATEWAY_SPANS, "first_byte"])
-    spans.insert(len(GATEWAY_SPANS), "gateway", spans[GATEWAY_SPANS].sum(axis=1))
+    spans = done[[column(span) for span in SPANS]].fillna(0) * 1e-6
+    spans.columns = pd.Index(SPANS)
+    spans.insert(len(GATEWAY_SPANS), "gateway", spans[list(GATEWAY_SPANS)].sum(axis=1))
     return pd.concat([done[["config", "relay", "mix", "users", "repeat", "turn", "input_tokens"]], spans], axis=1)
 
 

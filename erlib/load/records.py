@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_ROUTE_SPANS = ("queue", "vectorise", "svd", "kmeans", "forward", "first_byte")
+from erlib.serving import spans
 
 SCHEMA = pa.schema(
     [
@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
         ("token_ns", pa.list_(pa.int64())),
         ("status", pa.string()),  # ok, or what went wrong
         # what the gateway did with it (null where there is none)
-        *((f"route_{span}_ns", pa.int64()) for span in _ROUTE_SPANS),
+        *((spans.column(span), pa.int64()) for span in spans.SPANS),
         # who asks (null where nobody is real), who classifies, and who relays the tokens (null where nobody does)
         ("client", pa.string()),  # asyncio | threads
         ("classifier", pa.string()),  # ours | stock

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 
 from erlib import paths
 from erlib.machine import processes
-from erlib.serving import wire
+from erlib.serving import spans, wire
 
 LAG_PROBE_S = 0.01
 CONNECT_TIMEOUT_S = 20
@@ -279,11 +279,7 @@ async def _request(
         call.cancel()
     reply = note(answer, script, times, [wire.decode_response(message) for message in messages])
     answer.expert = int(metadata.get("er-expert", script.target))
-    answer.routing = {
-        span: int(metadata[f"er-{span.replace('_', '-')}-ns"])
-        for span in ("queue", "vectorise", "svd", "kmeans", "forward", "first_byte")
-        if f"er-{span.replace('_', '-')}-ns" in metadata
-    }
+    answer.routing = {span: int(metadata[spans.header(span)]) for span in spans.SPANS if spans.header(span) in metadata}
     return answer, reply
 
 

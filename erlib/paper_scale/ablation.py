@@ -14,10 +14,8 @@ import dataclasses
 from itertools import product
 from typing import get_args
 
-import numpy as np
 import pandas as pd
 import psutil
-from scipy import special
 
 from erlib import config
 from erlib.config import ConfigError, Profile
@@ -118,9 +116,7 @@ def by_point(records: pd.DataFrame) -> pd.DataFrame:
 
 def _interval(values: pd.Series) -> dict[str, float]:
     """Mean and half width of Student's 95 % interval over repeats."""
-    n = values.count()
-    half = special.stdtrit(n - 1, 0.975) * values.std() / np.sqrt(n) if n > 1 else np.nan
-    return {"mean": values.mean(), "ci95": half}
+    return {"mean": values.mean(), "ci95": float(metrics.half_interval(values.std(), values.count()))}
 
 
 def ablation_table(points: pd.DataFrame) -> pd.DataFrame:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import simpy
 
 from erlib.config import ConfigError, Paper
+from erlib.config.system import HAVE_GATEWAYS
 from erlib.paper_scale.batching import CannotServe, Engine, System
 from erlib.workload.prompts import Prompt
 
@@ -322,7 +323,7 @@ class _Point:
         }
         self._sender = simpy.Resource(self._env) if around.per_request_s else None
         self._gateway = None
-        if system.routing in ("expert_router", "replicas"):
+        if system.routing in HAVE_GATEWAYS:
             self._gateway = simpy.Resource(self._env, capacity=around.gateway_streams or len(prompts_of))
         self._requests: list[Request] = []
 

@@ -26,6 +26,7 @@ from erlib.paper_scale import batching, simulation, steptimes
 from erlib.routing import clusterer, training
 from erlib.serving import wire
 from erlib.serving.share import Classifier
+from erlib.serving.spans import GATEWAY_SPANS, column
 from erlib.serving.triton import ServerPlan
 from erlib.workload import prompts
 from erlib.workload.prompts import Workload
@@ -152,7 +153,7 @@ def simulated_beside(profile: Profile, sweep_: list[Series], emulated: pd.DataFr
 
 def _routing_s(emulated: pd.DataFrame) -> dict[tuple[str, int, str], float]:
     """(point's hash, user, turn) -> seconds between the client's send and the prompt's leaving the gateway."""
-    spans_ns = emulated[[f"route_{span}_ns" for span in metrics.GATEWAY_SPANS]].sum(axis=1)
+    spans_ns = emulated[[column(span) for span in GATEWAY_SPANS]].sum(axis=1)
     keys = zip(emulated["point_hash"], emulated["user"], emulated["turn"], strict=True)
     return dict(zip(keys, spans_ns * 1e-9, strict=True))
 

@@ -11,8 +11,9 @@ import pandas as pd
 from scipy.optimize import isotonic_regression, least_squares, minimize_scalar
 
 from erlib.paper_scale.steptimes import Limits, StepTimes
+from erlib.serving import spans
 
-_ROUTE_COLUMNS = [f"route_{span}_ns" for span in ("queue", "vectorise", "svd", "kmeans", "forward")]
+_ROUTE_COLUMNS = [spans.column(span) for span in spans.GATEWAY_SPANS]
 
 
 class TooFewRecords(ValueError):

@@ -29,6 +29,7 @@ import pandas as pd
 
 from erlib import cache, config, provenance
 from erlib.config import ConfigError, Mix, Paper, Profile
+from erlib.config.system import HAVE_GATEWAYS
 from erlib.engines import checkpoint
 from erlib.load import experiments, records
 from erlib.machine import processes
@@ -153,7 +154,7 @@ def simulate(
             "t_last_ns": int(token_ns[-1]),
             "token_ns": token_ns,
         }
-        if system.routing in ("expert_router", "replicas"):
+        if system.routing in HAVE_GATEWAYS:
             row |= {"route_queue_ns": round(request.queued_s * 1e9), "route_forward_ns": round(request.routed_s * 1e9)}
         rows.append(row)
     return rows

@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from erlib.config import Routing, ServingSettings
+from erlib.config.system import HAVE_GATEWAYS
 from erlib.machine import hardware, processes
 from erlib.machine.processes import StartError
 from erlib.serving import wire
@@ -79,7 +80,7 @@ class Stack:
         replicas: Sequence[int] | None = None,
         metrics_port: int | None = None,
     ):
-        has_gateways = routing in ("expert_router", "replicas")
+        has_gateways = routing in HAVE_GATEWAYS
         hands_over = settings.relay == "front"
         if placement is None:
             gateways = (0,) * (settings.gateways if has_gateways else 0)

@@ -22,6 +22,8 @@ from typing import NamedTuple
 from grpc import StatusCode
 from tritonclient.grpc import service_pb2 as pb
 
+from erlib.serving.spans import GATEWAY_SPANS, header
+
 SERVICE = "inference.GRPCInferenceService"
 INFER = f"/{SERVICE}/ModelInfer"
 STREAM_INFER = f"/{SERVICE}/ModelStreamInfer"
@@ -244,7 +246,7 @@ def _bytes_elements(raw: bytes) -> list[bytes]:
 
 FAILED = "er-failed"
 
-TOLD = ["er-gateway", "er-expert", *(f"er-{span}-ns" for span in ("queue", "vectorise", "svd", "kmeans", "forward"))]
+TOLD = ["er-gateway", "er-expert", *map(header, GATEWAY_SPANS)]
 """What NGINX tells a client about a request that it was handed."""
 
 BODY_BYTES = 1 << 20

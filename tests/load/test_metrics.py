@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erlib.load import metrics
+from erlib.serving.spans import GATEWAY_SPANS
 from tests.support import synthetic
 
 S = 1_000_000_000
@@ -125,7 +126,7 @@ def test_damaged_records_are_refused(damage: dict) -> None:
 
 
 def test_records_that_are_read_twice_are_refused_and_not_added_up() -> None:
-    spans = dict.fromkeys((f"route_{span}_ns" for span in metrics.GATEWAY_SPANS), 1)
+    spans = dict.fromkeys((f"route_{span}_ns" for span in GATEWAY_SPANS), 1)
     frame = synthetic.frame([TWO[0] | spans, TWO[1] | spans, request(0, 20.0, 21.0, turn="continuation")])
     assert metrics.summarise(frame)["answers"].sum() == 3
     for twice in (pd.concat([frame, frame]), synthetic.frame([*TWO, TWO[1] | {"status": "UNAVAILABLE"}])):
@@ -167,7 +168,7 @@ def test_one_repeat_has_no_spread() -> None:
 
 
 def test_routing_overhead_sums_the_gateways_own_spans() -> None:
-    spans = {f"route_{span}_ns": (i + 1) * 1_000_000 for i, span in enumerate(metrics.GATEWAY_SPANS)}
+    spans = {f"route_{span}_ns": (i + 1) * 1_000_000 for i, span in enumerate(GATEWAY_SPANS)}
     spans["relay"] = "front"
     rows = [request(0, 0.0, 1.0, **spans, route_first_byte_ns=500_000_000), request(1, 0.0, 1.0, route_forward_ns=None)]
     table = metrics.routing_overhead(synthetic.frame(rows)).set_index("span")

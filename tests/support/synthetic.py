@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from erlib import cache, config
 from erlib.load import records
+from erlib.serving.spans import SPANS
 
 # seconds per decode step: alone, and added by each request in the batch
 STEP_S = {"large": (0.020, 0.0035), "small": (0.012, 0.0016)}
@@ -56,7 +57,7 @@ def point(
         # eight engines share the cores that one engine has to itself
         step = (alone + each * batch) * (1 + 0.5 * (servers > 1) * min(users, 8) / 8)
         wave = rank // slots
-        span = {name: rng.lognormal(mu, 0.8, users) for name, mu in zip(records._ROUTE_SPANS, ROUTE_MU, strict=True)}
+        span = {name: rng.lognormal(mu, 0.8, users) for name, mu in zip(SPANS, ROUTE_MU, strict=True)}
         prefill = 0.02 + step * (rank % slots + 1) * (1 if turn == "base" else 1.3)
         send = free + rng.uniform(0, 0.02, users)
         for user in range(users):
@@ -79,7 +80,7 @@ def point(
                     "status": "ok" if ok else "UNAVAILABLE",
                     **{
                         f"route_{s}_ns": int(span[s][user] * 1e6) if gateway and (kmeans or s not in CLASSIFY) else None
-                        for s in records._ROUTE_SPANS
+                        for s in SPANS
                     },
                     **dict(client_lag_p99_ms=0.4, client_lag_max_ms=2.0, client_cpu_cores=0.1, server_tokens=0),
                     "point_hash": cache.digest(paper, experiment, name, mix, users, repeat),
