@@ -16,6 +16,11 @@ from erlib.serving import stack, triton
 from tests.support.ports import BASE_PORT, METRICS_PORT
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the run of all notebooks: it takes as long as half of the rest, which goes on beside it."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(scope="session")
 def profile() -> config.Profile:
     """The smoke profile on ports that a run of the user's own does not use."""

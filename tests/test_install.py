@@ -273,7 +273,7 @@ def test_both_scripts_work_in_folders_of_any_name_and_notice_a_copy(tmp_path, wh
         tests = each.run("run_tests.sh", "-k", "a b", **shell)
         assert tests.stdout.splitlines() == [
             f"ruff.py|{prefix}|check|.", f"ruff.py|{prefix}|format|--check|.", f"mypy.py|{prefix}",
-            f"pytest.py|{prefix}|-n|2|--dist|loadfile|-k|a b",
+            f"pytest.py|{prefix}|-n|2|--dist|loadfile|--no-loadscope-reorder|-k|a b",
         ], tests.stderr  # fmt: skip
         assert log.read_text().splitlines()[1:] == [f"install.py|{prefix}|embeddings"]
     assert not list(tmp_path.rglob("pwned"))
