@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import io
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def _small_png(path: Path) -> bytes:
 
 
 def write_gallery(profile: config.Profile, scorecard: pd.DataFrame) -> Path:
-    """Write ``figures/<profile>/index.html`` and, with the claims alone, ``scorecard.html``.
+    """Write ``figures/<profile>/index.html``, the figures alone as ``README.md``, the claims as ``scorecard.html``.
 
     Parameters
     ----------
@@ -167,7 +168,35 @@ def write_gallery(profile: config.Profile, scorecard: pd.DataFrame) -> Path:
     (directory / "scorecard.html").write_text(_render(profile, scorecard, []), encoding="utf-8")
     index = directory / "index.html"
     index.write_text(_render(profile, scorecard, shown), encoding="utf-8")
+    (directory / "README.md").write_text(_as_markdown(profile, shown), encoding="utf-8")
     return index
+
+
+def _as_markdown(profile: config.Profile, shown: list[Picture]) -> str:
+    """The pictures with their captions, for hosts that show a folder's README."""
+    lines = [
+        f"# Figures of profile {profile.name}",
+        f"Made by `./run_all.sh --profile {profile.name}`. Beside each picture lie its numbers (`.csv`) and its "
+        "caption, records, versions and command (`.json`). The [scorecard](scorecard.md) has a verdict per claim and "
+        "source; `index.html`, which a run writes, has everything on one page.",
+    ]
+    for paper, title in PAPERS.items():
+        if of_paper := [picture for picture in shown if picture.paper == paper]:
+            lines.append(f"## {title}")
+        for slug, group in itertools.groupby(of_paper, key=lambda picture: picture.slug):
+            lines.append(f"### {slug}")
+            for picture in group:
+                place = f"{picture.source}/{paper}/{slug}.png"
+                lines += [
+                    f"![{slug}, {picture.source}]({place})",
+                    f"**{picture.source}**: {_plain(picture.about['caption'])}",
+                ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _plain(caption: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_<>\[\]|#])", r"\\\1", caption)
 
 
 def _render(profile: config.Profile, scorecard: pd.DataFrame, shown: list[Picture]) -> str:

@@ -136,6 +136,13 @@ def arrived(path: Path) -> bytes:
 # --- in the browser -------------------------------------------------------------------------------------------------
 
 
+def test_a_folders_readme_shows_every_picture_that_lies_there(page: Path) -> None:
+    text = (page.parent / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
+    assert sorted(shown) == sorted(str(path.relative_to(page.parent)) for path in page.parent.glob("*/*/*.png"))
+    assert len(re.findall(r"^\*\*[a-z-]+\*\*: .+", text, re.MULTILINE)) == len(shown)
+
+
 def test_every_figure_is_shown_with_its_caption_and_reference(browser):
     figures = shown(browser, "figure")
     assert len(figures) == len(DRAWN)
