@@ -182,11 +182,7 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
     nothing to be routed: the clusterer stays, for the workloads, and the gateways pass everything to the one expert.
     Paper 2's preliminary experiment compares all GPUs with half of them.
 
-    Parameters
-    ----------
-    profile : Profile
-    gpus : sequence of Gpu
-        At least one. ``tensorrt_llm.gpus`` says how many of them are used.
+    `gpus`: at least one. ``tensorrt_llm.gpus`` says how many of them are used.
     """
     n_gpus = min(profile.tensorrt_llm.gpus or len(gpus), len(gpus))
     gpu = min(gpus[:n_gpus], key=lambda each: (each.has_fp8, each.memory_bytes))

@@ -113,18 +113,23 @@ async def serving(
         for task in background:
             task.cancel()
         await asyncio.wait(background)
-        await standing.enter_graceful_shutdown()
-        gateway.drain()
-        stopped = asyncio.create_task(server.stop(drain_s))  # no new streams from now on
-        idle_s = 0.0
-        while not stopped.done() and idle_s < _SETTLE_S:
-            await asyncio.wait({stopped}, timeout=0.05)
-            idle_s = 0.0 if gateway.is_busy else idle_s + 0.05
-        # What is left are streams that their clients merely keep open, and what slow clients have yet to take. There,
-        # gRPC would wait for as long as they like.
-        await asyncio.wait({stopped, asyncio.create_task(server.stop(None))}, timeout=_SETTLE_S)
+        await _end(server, gateway, standing, drain_s)
         for replica in replicas:
             await replica.close()
+
+
+async def _end(server: grpc.aio.Server, gateway: Gateway, standing: health.aio.HealthServicer, drain_s: float) -> None:
+    """Refuse new requests, and give old ones time."""
+    await standing.enter_graceful_shutdown()
+    gateway.drain()
+    stopped = asyncio.create_task(server.stop(drain_s))  # no new streams from now on
+    idle_s = 0.0
+    while not stopped.done() and idle_s < _SETTLE_S:
+        await asyncio.wait({stopped}, timeout=0.05)
+        idle_s = 0.0 if gateway.is_busy else idle_s + 0.05
+    # What is left are streams that their clients merely keep open, and what slow clients have yet to take. There,
+    # gRPC would wait for as long as they like.
+    await asyncio.wait({stopped, asyncio.create_task(server.stop(None))}, timeout=_SETTLE_S)
 
 
 def _router(args: argparse.Namespace, behind: Sequence[experts.Expert]) -> policies.Router:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from erlib import cache, config, provenance
@@ -36,7 +37,7 @@ from erlib.machine import processes
 from erlib.machine.progress import Bar
 from erlib.paper_scale import batching, steptimes
 from erlib.paper_scale.batching import System
-from erlib.paper_scale.clock import HARDWARE, Harness, Preset, harness, trace
+from erlib.paper_scale.clock import HARDWARE, Harness, Preset, Request, harness, trace
 from erlib.routing import training
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import prompts
@@ -138,26 +139,29 @@ def simulate(
         "status": "ok",
         **(columns or {}),
     }
-    rows = []
-    for request, token_ns in zip(happened.requests, stamps, strict=True):
-        row = {
-            **shared,
-            "user": request.user,
-            "turn": request.turn,
-            "cluster": request.prompt.cluster,
-            "expert": request.expert,
-            "prompt": request.prompt.prompt,
-            "input_tokens": request.input_tokens,
-            "output_tokens": request.output_tokens,
-            "t_send_ns": round(request.sent_s * 1e9),
-            "t_first_ns": int(token_ns[0]),
-            "t_last_ns": int(token_ns[-1]),
-            "token_ns": token_ns,
-        }
-        if system.routing in HAVE_GATEWAYS:
-            row |= {"route_queue_ns": round(request.queued_s * 1e9), "route_forward_ns": round(request.routed_s * 1e9)}
-        rows.append(row)
-    return rows
+    return [
+        shared | _row(request, token_ns, system) for request, token_ns in zip(happened.requests, stamps, strict=True)
+    ]
+
+
+def _row(request: Request, token_ns: npt.NDArray[np.int64], system: System) -> dict[str, Any]:
+    """What a record says of one request."""
+    row = {
+        "user": request.user,
+        "turn": request.turn,
+        "cluster": request.prompt.cluster,
+        "expert": request.expert,
+        "prompt": request.prompt.prompt,
+        "input_tokens": request.input_tokens,
+        "output_tokens": request.output_tokens,
+        "t_send_ns": round(request.sent_s * 1e9),
+        "t_first_ns": int(token_ns[0]),
+        "t_last_ns": int(token_ns[-1]),
+        "token_ns": token_ns,
+    }
+    if system.routing in HAVE_GATEWAYS:
+        row |= {"route_queue_ns": round(request.queued_s * 1e9), "route_forward_ns": round(request.routed_s * 1e9)}
+    return row
 
 
 @functools.cache
@@ -286,6 +290,18 @@ def simulate_papers(
     wanted = points(profile, around, directory, workloads)
     todo = [point for point in wanted if not records.found(point.path, "simulation")]
     print(f"{label}: {len(wanted) - len(todo)} of {len(wanted)} points found by content hash")
+    _simulate_in_parallel(profile, todo, workloads, workers, columns, label)
+    return [point.path for point in wanted]
+
+
+def _simulate_in_parallel(
+    profile: Profile,
+    todo: Sequence[Point],
+    workloads: Mapping[prompts.Paper, Workload],
+    workers: int,
+    columns: Mapping[str, Any] | None,
+    label: str,
+) -> None:
     together = defaultdict(list)
     for point in todo:
         together[point.workload, point.mix, point.users, point.repeat].append(point)
@@ -303,7 +319,6 @@ def simulate_papers(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [point.path for point in wanted]
 
 
 def _write(profile: Profile, workload: Workload, part: Sequence[Point], columns: Mapping[str, Any] | None) -> None:

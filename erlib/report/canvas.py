@@ -136,8 +136,11 @@ def save(
         "records": {"points": len(hashes), "point_hashes": hashes},
         **(extra or {}),
     }
-    target = directory / slug
-    with mpl.rc_context({"svg.hashsalt": slug}):  # element ids and dates must not differ between two runs
+    return _write(fig, directory / slug, data, about)
+
+
+def _write(fig: Figure, target: Path, data: pd.DataFrame, about: Mapping[str, Any]) -> Path:
+    with mpl.rc_context({"svg.hashsalt": target.name}):  # element ids and dates must not differ between two runs
         fig.savefig(target.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
         fig.savefig(target.with_suffix(".png"), bbox_inches="tight")
     data.to_csv(target.with_suffix(".csv"), index=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
@@ -59,44 +60,9 @@ def architecture(clusters: pd.DataFrame, profile: config.Profile, paper: Literal
             FancyArrowPatch((26, 23.5), (32.5, y), arrowstyle="-|>", mutation_scale=6, color="#888888", lw=0.7)
         )
 
-    for back in (2, 1, 0):  # a stack of identical gateways
-        canvas.box(ax, 43 + back, 3 + back, 31, 41, "" if back else f"Routing gateway  × {profile.serving.gateways}")
-    steps = ["numbers, stop words", "TF-IDF", f"SVD {profile.clusterer.n_components}", "normalise", f"k-means, k = {n}"]
-    for i, step in enumerate(steps):
-        y = 37 - 3.5 * i
-        ax.text(58.5, y, step, ha="center", va="center", fontsize=6.5, color="#333333")
-        if i:
-            ax.add_patch(
-                FancyArrowPatch(
-                    (58.5, y + 2.7), (58.5, y + 0.8), arrowstyle="-|>", mutation_scale=5, lw=0.6, color="#888888"
-                )
-            )
-    dots = clusters.sample(min(len(clusters), 1600), random_state=profile.seed).sort_values("cluster")
-    inset = ax.inset_axes((46, 4.5, 25, 15), transform=ax.transData)
-    inset.scatter(dots["x"], dots["y"], s=2.2, c=[colours[c] for c in dots["cluster"]], linewidths=0, alpha=0.75)
-    inset.set(xticks=[], yticks=[])
-    inset.grid(False)
-    for spine in inset.spines.values():
-        spine.set(visible=True, color="#cccccc", linewidth=0.6)
-
-    height = 41 / n
-    for expert, colour in enumerate(colours):
-        y = 44 - height * (expert + 1)
-        box = FancyBboxPatch(
-            (84, y + 0.5), 15, height - 1, "round,pad=0,rounding_size=0.7", fc="white", ec=colour, lw=1.4
-        )
-        ax.add_patch(box)
-        ax.text(91.5, y + height / 2, f"Triton {expert + 1}", ha="center", va="center", fontsize=6.5)
-        start, end = (76.6, 24 + (expert - (n - 1) / 2) * -0.9), (83.7, y + height / 2)
-        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="<|-|>", mutation_scale=6, color=colour, lw=0.9))
-    ax.text(91.5, 46.2, "experts", ha="center", va="center", fontsize=8, weight="bold")
-
-    for x0, x1, there, back_number in ((15.4, 22.6, "1", "6"), (35.4, 42.6, "2", "5")):
-        for y, (a, b), number in ((27, (x0, x1), there), (20, (x1, x0), back_number)):
-            ax.add_patch(FancyArrowPatch((a, y), (b, y), arrowstyle="-|>", mutation_scale=9, color="#333333", lw=1.1))
-            canvas.number(ax, (x0 + x1) / 2, y + 2.3, number)
-    canvas.number(ax, 46.8, 37, "3")
-    canvas.number(ax, 79.3, 38.4, "4")
+    dots = _gateways(ax, clusters, profile, colours)
+    _experts(ax, colours)
+    _numbered_arrows(ax)
     where = "on its own node in paper 2" if paper == "paper2" else "on the experts' node in paper 1"
     caption = (
         f"Architecture: users' prompts (1) reach one of {profile.serving.gateways} routing gateways through NGINX (2), "
@@ -120,6 +86,57 @@ def architecture(clusters: pd.DataFrame, profile: config.Profile, paper: Literal
     )
     plt.close(fig)
     return fig
+
+
+def _numbered_arrows(ax: Axes) -> None:
+    """The way of a prompt and of its answer."""
+    for x0, x1, there, back_number in ((15.4, 22.6, "1", "6"), (35.4, 42.6, "2", "5")):
+        for y, (a, b), number in ((27, (x0, x1), there), (20, (x1, x0), back_number)):
+            ax.add_patch(FancyArrowPatch((a, y), (b, y), arrowstyle="-|>", mutation_scale=9, color="#333333", lw=1.1))
+            canvas.number(ax, (x0 + x1) / 2, y + 2.3, number)
+    canvas.number(ax, 46.8, 37, "3")
+    canvas.number(ax, 79.3, 38.4, "4")
+
+
+def _gateways(ax: Axes, clusters: pd.DataFrame, profile: config.Profile, colours: Sequence[Any]) -> pd.DataFrame:
+    """The routing gateways, with their pipeline and the clusters' documents; returns the dots."""
+    n = len(colours)
+    for back in (2, 1, 0):  # a stack of identical gateways
+        canvas.box(ax, 43 + back, 3 + back, 31, 41, "" if back else f"Routing gateway  × {profile.serving.gateways}")
+    steps = ["numbers, stop words", "TF-IDF", f"SVD {profile.clusterer.n_components}", "normalise", f"k-means, k = {n}"]
+    for i, step in enumerate(steps):
+        y = 37 - 3.5 * i
+        ax.text(58.5, y, step, ha="center", va="center", fontsize=6.5, color="#333333")
+        if i:
+            ax.add_patch(
+                FancyArrowPatch(
+                    (58.5, y + 2.7), (58.5, y + 0.8), arrowstyle="-|>", mutation_scale=5, lw=0.6, color="#888888"
+                )
+            )
+    dots = clusters.sample(min(len(clusters), 1600), random_state=profile.seed).sort_values("cluster")
+    inset = ax.inset_axes((46, 4.5, 25, 15), transform=ax.transData)
+    inset.scatter(dots["x"], dots["y"], s=2.2, c=[colours[c] for c in dots["cluster"]], linewidths=0, alpha=0.75)
+    inset.set(xticks=[], yticks=[])
+    inset.grid(False)
+    for spine in inset.spines.values():
+        spine.set(visible=True, color="#cccccc", linewidth=0.6)
+    return dots
+
+
+def _experts(ax: Axes, colours: Sequence[Any]) -> None:
+    """One Triton server per cluster, in its colour."""
+    n = len(colours)
+    height = 41 / n
+    for expert, colour in enumerate(colours):
+        y = 44 - height * (expert + 1)
+        box = FancyBboxPatch(
+            (84, y + 0.5), 15, height - 1, "round,pad=0,rounding_size=0.7", fc="white", ec=colour, lw=1.4
+        )
+        ax.add_patch(box)
+        ax.text(91.5, y + height / 2, f"Triton {expert + 1}", ha="center", va="center", fontsize=6.5)
+        start, end = (76.6, 24 + (expert - (n - 1) / 2) * -0.9), (83.7, y + height / 2)
+        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="<|-|>", mutation_scale=6, color=colour, lw=0.9))
+    ax.text(91.5, 46.2, "experts", ha="center", va="center", fontsize=8, weight="bold")
 
 
 def table1_models(table: pd.DataFrame, profile: config.Profile, paper: Literal["paper1", "paper2"]) -> Figure:

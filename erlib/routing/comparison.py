@@ -142,19 +142,14 @@ def compare(
         if isinstance(router, str):
             rows.append({"router": name, "reason": router})
             continue
-        row = {"router": name, "reason": "", "documents": len(texts)}
         decide = _decider(router, embed)
-        experts = np.array([decide(text) for text in texts])
-        row |= evaluate.evaluate(experts, router.n_experts, labels)
+        row = {"router": name, "reason": "", "documents": len(texts)}
+        row |= evaluate.evaluate(np.array([decide(text) for text in texts]), router.n_experts, labels)
         for number, (change, versions) in enumerate(pairs.items()):
             row[change] = _stay(decide, versions, np.random.default_rng([seed, number]))
         row |= {f"conversations_{growth}": len(pairs[growth]) for growth in GROWTH}
         for words, prompts in timed.items():
-            ms = _latencies_ms(router, prompts)
-            row |= {
-                f"p50_ms_{words}": float(np.median(ms)),
-                f"p99_ms_{words}": float(np.percentile(ms, 99, method="inverted_cdf")),
-            }
+            row |= _latencies(router, words, prompts)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -198,6 +193,13 @@ def _prompts(texts: Sequence[str], words: int, n: int, rng: np.random.Generator)
     """`n` prompts of exactly so many words, documents one after the other."""
     every = np.array(" ".join(texts[i] for i in rng.permutation(len(texts))).split())
     return [" ".join(prompt) for prompt in np.resize(every, (n, words))]
+
+
+def _latencies(router: Router, words: int, prompts: Sequence[str]) -> dict[str, float]:
+    """Median and p99 (nearest rank) of decisions on prompts of so many words."""
+    ms = _latencies_ms(router, prompts)
+    p99 = np.percentile(ms, 99, method="inverted_cdf")
+    return {f"p50_ms_{words}": float(np.median(ms)), f"p99_ms_{words}": float(p99)}
 
 
 def _latencies_ms(router: Router, prompts: Sequence[str]) -> npt.NDArray[np.float64]:

@@ -232,6 +232,41 @@ def _warn(model: Clusterer) -> None:
         )
 
 
+def _enough_texts(texts: Sequence[str], n_clusters: int, n_components: int) -> list[str]:
+    """Those that are not empty, if they are enough."""
+    if n_clusters < 1 or n_components < 1:
+        raise ClustererError("n_clusters and n_components must be at least 1")
+    found = [text for text in map(checked, texts) if text.strip()]
+    if len(found) < max(n_clusters, n_components):
+        raise ClustererError(
+            f"{len(found)} non-empty documents are too few for {n_clusters} clusters of {n_components} components: "
+            "take more documents or lower clusterer.n_clusters and clusterer.n_components"
+        )
+    return found
+
+
+def _svd_of_tfidf(
+    texts: Sequence[str], n_components: int, stop_words: str, seed: int
+) -> tuple[TfidfVectorizer, TruncatedSVD, npt.NDArray[np.float64]]:
+    """Both, fitted, and the documents' vectors (n, d)."""
+    vectorizer = TfidfVectorizer(tokenizer=words_of, token_pattern=None, stop_words=_stop_words(stop_words))
+    svd = TruncatedSVD(n_components, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Your stop_words may be inconsistent")
+        try:
+            weights = vectorizer.fit_transform(Bar(texts, desc="TF-IDF", unit="doc", delay=2))
+        except ValueError as error:
+            raise ClustererError(f"the documents hold no words but stop words and numbers ({error})") from None
+    if weights.shape[1] < n_components:
+        raise ClustererError(
+            f"{weights.shape[1]} different words are too few for {n_components} components: "
+            "take more documents or lower clusterer.n_components"
+        )
+    with threadpool_limits(1, "blas"):  # several threads add up in another order: a model for each number of cores
+        vectors = svd.fit_transform(weights)
+    return vectorizer, svd, vectors
+
+
 def fit(
     texts: Sequence[str],
     n_clusters: int = 8,
@@ -261,31 +296,10 @@ def fit(
         If there are fewer documents or terms than clusters or components, or an option is unknown.
     """
 
+    texts = _enough_texts(texts, n_clusters, n_components)
     if normalizer not in ("l2", "standard"):
         raise ClustererError(f"normalizer must be 'l2' or 'standard', not {normalizer!r}")
-    if n_clusters < 1 or n_components < 1:
-        raise ClustererError("n_clusters and n_components must be at least 1")
-    texts = [text for text in map(checked, texts) if text.strip()]
-    if len(texts) < max(n_clusters, n_components):
-        raise ClustererError(
-            f"{len(texts)} non-empty documents are too few for {n_clusters} clusters of {n_components} components: "
-            "take more documents or lower clusterer.n_clusters and clusterer.n_components"
-        )
-    vectorizer = TfidfVectorizer(tokenizer=words_of, token_pattern=None, stop_words=_stop_words(stop_words))
-    svd = TruncatedSVD(n_components, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Your stop_words may be inconsistent")
-        try:
-            weights = vectorizer.fit_transform(Bar(texts, desc="TF-IDF", unit="doc", delay=2))
-        except ValueError as error:
-            raise ClustererError(f"the documents hold no words but stop words and numbers ({error})") from None
-    if weights.shape[1] < n_components:
-        raise ClustererError(
-            f"{weights.shape[1]} different words are too few for {n_components} components: "
-            "take more documents or lower clusterer.n_components"
-        )
-    with threadpool_limits(1, "blas"):  # several threads add up in another order: a model for each number of cores
-        vectors = svd.fit_transform(weights)
+    vectorizer, svd, vectors = _svd_of_tfidf(texts, n_components, stop_words, seed)
     mean = scale = None
     if normalizer == "l2":
         vectors = normalize(vectors)

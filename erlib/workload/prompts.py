@@ -180,9 +180,24 @@ def build(
     print(
         f"workload {paper}: cutting {k * per_cluster} prompts from {len(documents.texts)} documents (none cached yet)"
     )
+    frame = _prompts(profile, paper, tokenizer, clusterer, documents, per_cluster)
+    _write(frame, path)
+    return Workload(frame, k, settings.sigma)
+
+
+def _prompts(
+    profile: config.Profile,
+    paper: Paper,
+    tokenizer: Tokenizer,
+    clusterer: Classifies,
+    documents: corpus.Corpus,
+    per_cluster: int,
+) -> pd.DataFrame:
+    """As many prompts of each cluster as asked for, one row each."""
+    k = clusterer.n_clusters
     rng = np.random.default_rng([profile.seed, *paper.encode()])
     # Neighbouring quantiles are dealt out by lot: the pool has many different lengths, each cluster the same spread.
-    lengths = rng.permuted(paper_input_tokens(paper, settings, k * per_cluster).reshape(per_cluster, k), axis=1)
+    lengths = rng.permuted(paper_input_tokens(paper, profile.workload, k * per_cluster).reshape(per_cluster, k), axis=1)
     home = clusterer.predict(documents.texts)
     limits, end_id = answer_tokens(paper, profile, k * per_cluster, rng)
     rows: list[tuple[object, ...]] = []
@@ -194,9 +209,7 @@ def build(
                 text = _find(passages, profile.scaled_tokens(length), tokenizer, clusterer, cluster)
                 rows.append((paper, cluster, text, len(tokenizer.encode(text)), length, limits[len(rows)], end_id))
                 progress.update()
-    frame = pd.DataFrame(rows, columns=_COLUMNS).astype({"end_id": "Int32"}).rename_axis("prompt").reset_index()
-    _write(frame, path)
-    return Workload(frame, k, settings.sigma)
+    return pd.DataFrame(rows, columns=_COLUMNS).astype({"end_id": "Int32"}).rename_axis("prompt").reset_index()
 
 
 def _pool_size(profile: config.Profile, paper: Paper, k: int) -> int:

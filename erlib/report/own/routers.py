@@ -21,6 +21,24 @@ CHANGE_LOOKS = {
 }
 
 
+def _caption(table: pd.DataFrame, profile: config.Profile) -> str:
+    n_experts = profile.clusterer.n_clusters
+    missing = table.loc[table["reason"] != "", "reason"].unique()
+    tried = table[table["reason"] == ""].iloc[0]
+    return (
+        f"Routers behind the same gateway, {n_experts} experts, {tried['documents']:.0f} held-out documents. Agreement "
+        "with the corpus' topics, which cannot be complete where topics are more than experts; nearest examples have "
+        "been told the topics of training documents, k-means has not. Stability: the same text changed by rule, no "
+        "model paraphrases; passages are "
+        f"{comparison.PASSAGE_WORDS} words long; an answer is the text by which the document goes on "
+        f"({tried['conversations_growth']:.0f} conversations that begin with 250 words, "
+        f"{tried['conversations_growth_short']:.0f} that begin with 35). Dotted: chance. The sentence embedding reads "
+        "256 word pieces and no more, so that a long prompt cannot move it by growing. Latency: one thread, one prompt "
+        f"at a time, {profile.routers.prompts} prompts each, without network or queue; for least loaded all experts "
+        f"are equally idle.{' Not there: ' + '; '.join(missing) + '.' if len(missing) else ''}"
+    )
+
+
 def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
     """Routers beside each other: agreement with topics, balance, stability, latency.
 
@@ -69,20 +87,7 @@ def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
     agreement.set_yticks(place, [comparison.NAMES[name].replace(", ", ",\n", 1) for name in table["router"]])
     agreement.set_ylim(len(table) - 0.5, -0.5)
     fig.legend(*kept.get_legend_handles_labels(), title="Stability under", loc="outside upper center", ncols=3)
-    missing = table.loc[table["reason"] != "", "reason"].unique()
-    tried = table[table["reason"] == ""].iloc[0]
-    caption = (
-        f"Routers behind the same gateway, {n_experts} experts, {tried['documents']:.0f} held-out documents. Agreement "
-        "with the corpus' topics, which cannot be complete where topics are more than experts; nearest examples have "
-        "been told the topics of training documents, k-means has not. Stability: the same text changed by rule, no "
-        "model paraphrases; passages are "
-        f"{comparison.PASSAGE_WORDS} words long; an answer is the text by which the document goes on "
-        f"({tried['conversations_growth']:.0f} conversations that begin with 250 words, "
-        f"{tried['conversations_growth_short']:.0f} that begin with 35). Dotted: chance. The sentence embedding reads "
-        "256 word pieces and no more, so that a long prompt cannot move it by growing. Latency: one thread, one prompt "
-        f"at a time, {profile.routers.prompts} prompts each, without network or queue; for least loaded all experts "
-        f"are equally idle.{' Not there: ' + '; '.join(missing) + '.' if len(missing) else ''}"
-    )
+    caption = _caption(table, profile)
     canvas.save(
         *(fig, profile.name, "measured", "workbench", "router_comparison", table, caption, NO_COUNTERPART),
         command=canvas.command(profile, "06_routing_overhead"),

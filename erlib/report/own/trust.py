@@ -42,10 +42,8 @@ def simulation_trust(
 
     Parameters
     ----------
-    published, aisimulate : DataFrame
-        What the functions of these names in :mod:`erlib.paper_scale.validation` return.
-    predictions : DataFrame
-        What :func:`erlib.paper_scale.validation.calibrated` returns; empty if too few loads were measured.
+    published, aisimulate, predictions : DataFrame
+        What ``published``, ``aisimulate`` and ``calibrated`` of :mod:`erlib.paper_scale.validation` return.
     measured : DataFrame
         The records behind `predictions`.
     profile : Profile
@@ -75,26 +73,10 @@ def simulation_trust(
 
     fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3)
     fig.legend(*middle.get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    known = _listed(set(measured["users"]) - set(predictions["users"]))
-    off = 100 * published.groupby("weights")["ratio"].agg(validation.mape)
     hosts = " and ".join(sorted(measured["host"].unique()))
-    caption = (
-        "How far the simulation can be trusted. Left: output tokens per second of the whole system, simulated and as "
-        "NVIDIA published them for TensorRT-LLM 0.17 on H100s (FP8, all requests at once). Mean absolute error over "
-        f"{(published['weights'] == 'parameters').sum()} points: {off['parameters']:.1f} % if weights take a byte per "
-        f"parameter, {off['loaded']:.1f} % if embedding and output layer are FP16 (hollow, where it matters). On one "
-        "GPU, 70B leaves so little for the KV cache that an unpublished gigabyte decides. Middle: the papers' systems, "
-        "200 users at once, relative to AISimulate, which prices steps with the same kernel measurements except for "
-        f"{' and '.join(validation.OTHER_PRICES)}; grey: ±2 %, for these two ±25 %. Right: step times fitted to "
-        f"{known} users of each configuration as measured here, then {held_out or 'no other'} users predicted; a mark "
-        f"for every turn, mix and metric; grey: ±{100 * validation.BAR:.0f} %, line: by how much two repeats of a "
-        "measurement differ, mean of the metrics."
-    )
-    data = [
-        published.assign(panel="published"),
-        aisimulate.assign(panel="aisimulate"),
-        predictions.assign(panel="predicted"),
-    ]
+    caption = _caption(published, predictions, measured)
+    panels = {"published": published, "aisimulate": aisimulate, "predicted": predictions}
+    data = [frame.assign(panel=name) for name, frame in panels.items()]
     canvas.save(
         *(fig, profile.name, "simulated-hardware", "workbench", "simulation_trust"),
         pd.concat(data, ignore_index=True),
@@ -107,6 +89,24 @@ def simulation_trust(
     )
     plt.close(fig)
     return fig
+
+
+def _caption(published: pd.DataFrame, predictions: pd.DataFrame, measured: pd.DataFrame) -> str:
+    held_out = _listed(predictions["users"])
+    known = _listed(set(measured["users"]) - set(predictions["users"]))
+    off = 100 * published.groupby("weights")["ratio"].agg(validation.mape)
+    return (
+        "How far the simulation can be trusted. Left: output tokens per second of the whole system, simulated and as "
+        "NVIDIA published them for TensorRT-LLM 0.17 on H100s (FP8, all requests at once). Mean absolute error over "
+        f"{(published['weights'] == 'parameters').sum()} points: {off['parameters']:.1f} % if weights take a byte per "
+        f"parameter, {off['loaded']:.1f} % if embedding and output layer are FP16 (hollow, where it matters). On one "
+        "GPU, 70B leaves so little for the KV cache that an unpublished gigabyte decides. Middle: the papers' systems, "
+        "200 users at once, relative to AISimulate, which prices steps with the same kernel measurements except for "
+        f"{' and '.join(validation.OTHER_PRICES)}; grey: ±2 %, for these two ±25 %. Right: step times fitted to "
+        f"{known} users of each configuration as measured here, then {held_out or 'no other'} users predicted; a mark "
+        f"for every turn, mix and metric; grey: ±{100 * validation.BAR:.0f} %, line: by how much two repeats of a "
+        "measurement differ, mean of the metrics."
+    )
 
 
 def _listed(levels: Iterable[int]) -> str:
