@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from erlib.cache import digest
-from erlib.config.reading import Strict, nearest
+from erlib.config.reading import Settings, nearest
 from erlib.config.system import (
     HAVE_GATEWAYS,
     Dtype,
@@ -46,7 +46,7 @@ Passable = Literal["driver", "gpus_in_use", "calibration", "host_memory", "share
 """Checks of :mod:`erlib.dgx.preflight` that somebody who knows better may go past: they estimate, or ask others."""
 
 
-class _Section(Strict):
+class _Section(Settings):
     @model_validator(mode="before")
     @classmethod
     def _may_be_left_empty(cls, value: Any) -> Any:
@@ -307,7 +307,7 @@ class EngineSettings(_Section):
     speed_tokens: Count = Field(32, description="tokens that each of them generates")
 
 
-class Profile(Strict):
+class Profile(Settings):
     """Everything that a run can vary; see ``profiles/*.yaml``."""
 
     name: Name = Field(description="of the folders of records and figures: the file's, where it does not say")

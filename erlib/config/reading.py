@@ -18,7 +18,13 @@ class ConfigError(ValueError):
 
 
 class Strict(BaseModel):
+    """Takes the keys that it has, and no others."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Settings(Strict):
+    """Written by hand, where nothing is true or false."""
 
     @field_validator("*", mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_v
 
 from erlib import paths
 from erlib.config.keys import names_of
-from erlib.config.reading import ConfigError, Strict, explain, nearest, read_mapping, shown
+from erlib.config.reading import ConfigError, Settings, explain, nearest, read_mapping, shown
 
 Paper = Literal["p1", "p2"]
 
@@ -37,7 +37,7 @@ KV_BLOCK_TOKENS = 32
 """Tokens per block of OpenVINO GenAI's paged KV cache on a CPU."""
 
 
-class PaperSystem(Strict):
+class PaperSystem(Settings):
     """One row of a paper's Table I, as printed."""
 
     model: Literal["llama-2-70b", "llama-2-13b", "llama-3-70b", "llama-3-8b"]
@@ -54,7 +54,7 @@ class PaperSystem(Strict):
     remark: str = Field("", description="where the paper contradicts itself or is silent, and arithmetic cannot say so")
 
 
-class LaptopSystem(Strict):
+class LaptopSystem(Settings):
     """What stands for it on a laptop: `size` names a depth-truncated SmolLM2-135M sibling."""
 
     size: Literal["large", "small"]
@@ -67,7 +67,7 @@ class LaptopSystem(Strict):
     )
 
 
-class Configuration(Strict):
+class Configuration(Settings):
     """One system under test: ``engines/<id>.yaml``."""
 
     id: str = Field(pattern=r"^[a-z0-9]+\.[A-Za-z0-9-]+$")
