@@ -18,7 +18,7 @@ from tests.support.ports import BASE_PORT
 PREFIX = f"er{BASE_PORT + 600}-"
 OWNER = """
 import os, sys, time
-from erlib import leftovers, runfolder
+from erlib.machine import leftovers, runfolder
 claim = leftovers.claim(leftovers.claim_of(sys.argv[1]), make=True)
 region = leftovers.SHARED_MEMORY / (sys.argv[1] + "region")
 region.write_text("")

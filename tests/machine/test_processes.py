@@ -45,7 +45,7 @@ def _ended(pids: list[int], within_s: float = 5.0) -> list[int]:
 KILLED_PARENT = """
 import signal, subprocess, sys, time
 from pathlib import Path
-from erlib import leftovers, processes
+from erlib.machine import leftovers, processes
 log = Path(sys.argv[1])
 {before}
 child = processes.spawn(["bash", "-c", sys.argv[2]], log, stdout=subprocess.PIPE)
