@@ -181,7 +181,7 @@ def test_a_damaged_stamp_means_never_run(step, home, stamp):
 
 BARS = """
 import sys
-from erlib.progress import Bar, say
+from erlib.machine.progress import Bar, say
 for _ in range(5):
     say("clusterer: reused")
 with Bar(total=3, unit="user") as bar:
@@ -303,7 +303,7 @@ def test_braces_in_the_name_of_a_folder_are_part_of_it(step, tmp_path, monkeypat
 
 BUSY = """
 from pathlib import Path
-from erlib import processes
+from erlib.machine import processes
 processes.end_on_signals()
 child = processes.spawn(["sleep", "60"], Path("{log}"))
 print("sweep: started", child.pid, flush=True)
@@ -313,7 +313,7 @@ while True:  # amid a computation
 RUN = """
 import signal, sys
 from pathlib import Path
-from erlib import config, processes
+from erlib import config; from erlib.machine import processes
 from scripts import run_all
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 processes.end_on_signals()
