@@ -36,10 +36,12 @@ UNTOLD = secrets.token_hex(16)
 
 LOOPBACK = "127.0.0.1"
 
-_ABORTED_WHILE_LOADING = "boost::interprocess::lock_exception"
-"""Last words of Triton's Python backend when, seldom and on busy machines, it ends a server that loads its models.
+_ENDED_BY_ITS_BACKEND = "boost::interprocess::lock_exception"
+_WAITS_FOR_ITS_BACKEND = "TRITONBACKEND_ModelInstanceInitialize"
+"""What Triton says last when its Python backend, seldom and on busy machines, is lost while it loads a model.
 
-Reported with and without load (triton-inference-server/server issue 8882, tensorrtllm_backend issue 349), not mended.
+The first ends the server (reported with and without load: triton-inference-server/server issue 8882,
+tensorrtllm_backend issue 349); after the second it waits for ever for a process that has begun and not answered.
 """
 
 _CONFIG = """\
@@ -211,7 +213,7 @@ class TritonServer:
         """Wait until the server says that it is ready (a canary inference, which :class:`~erlib.serving.stack.Stack`
         sends, is what shows that it works: Triton goes on saying "ready" when the backend process is dead).
 
-        One that its own Python backend aborts while it loads, a known fault, is started a second time.
+        One whose Python backend is lost while it loads, a known fault, is started a second time.
 
         Raises
         ------
@@ -221,7 +223,8 @@ class TritonServer:
         try:
             self._wait_ready(timeout_s)
         except StartError:
-            if _ABORTED_WHILE_LOADING not in processes.tail(self.log):
+            ended = _ENDED_BY_ITS_BACKEND in processes.tail(self.log)
+            if not ended and _WAITS_FOR_ITS_BACKEND not in processes.tail(self.log, lines=1):
                 raise
             self._start_again()
             self._wait_ready(timeout_s)
@@ -235,7 +238,7 @@ class TritonServer:
         processes.stop([self.process], grace_s=0)
         self.clean_up()
         last_words = processes.keep_last_words(self.log)
-        print(f"{self.title} was aborted by its Python backend while it loaded (see {last_words}): starting it again")
+        print(f"{self.title} has lost its Python backend while it loaded (see {last_words}): starting it again")
         self.start()
 
     def _healthy(self) -> bool:
