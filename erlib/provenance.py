@@ -52,13 +52,13 @@ def code_digest(*places: Path | str) -> str:
     """
     found = [_PACKAGE / place for place in places]
     assert all(place.exists() for place in found), places
-    files = {
-        str(file.relative_to(place.parent)): _content(file)
+    files = [
+        (str(file.relative_to(place.parent)), _content(file))
         for place in found
         for file in (place.rglob("*") if place.is_dir() else [place])
         if _is_code(file)
-    }
-    return cache.digest(sorted(files.items()))
+    ]
+    return cache.digest(sorted(files))
 
 
 def _is_code(file: Path) -> bool:

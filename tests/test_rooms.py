@@ -114,6 +114,19 @@ def test_code_is_known_by_what_it_does(tmp_path: Path) -> None:
     assert provenance.code_digest(file, room) not in (before, deeper)
 
 
+def test_two_files_of_one_name_both_count(tmp_path: Path) -> None:
+    one, other = tmp_path / "one" / "same.py", tmp_path / "other" / "same.py"
+    for file in (one, other):
+        file.parent.mkdir()
+        file.write_text("A = 1\n")
+    before = provenance.code_digest(one, other)
+    one.write_text("A = 2\n")
+    changed = provenance.code_digest(one, other)
+    one.write_text("A = 1\n")
+    other.write_text("A = 3\n")
+    assert len({before, changed, provenance.code_digest(one, other)}) == 3
+
+
 def test_a_change_on_the_measured_path_is_a_point_of_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[tuple[object, ...]] = []
     monkeypatch.setattr(provenance, "code_digest", lambda *places: hashed.append(places) or str(len(hashed)))

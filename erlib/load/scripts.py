@@ -10,6 +10,7 @@ from erlib.workload import prompts
 
 
 def scripts_of(profile: Profile, series: Series, point: Point, n_targets: int) -> list[users.Script]:
+    """One script per user of a point; users without a router share `n_targets` servers evenly."""
     drawn = prompts.draw(series.workload, point.users, point.mix, profile.seed, point.repeat)
     return [
         users.Script(

@@ -77,6 +77,13 @@ def _stub(root: Path) -> Path:
 
 
 def installed() -> Path:
+    """Where the wheel has put ``tritonserver``.
+
+    Raises
+    ------
+    StartError
+        If it is not installed.
+    """
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         raise StartError("the package nvidia-pytriton, which carries tritonserver, is not installed; run ./run_all.sh")

@@ -548,9 +548,10 @@ class TestLlmApi(SpeaksTheContract):
         while written != (written := served.counted("engine")):
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        whole = self.small_kv_tokens - len(served.tokenizers[-1].encode(PROMPT).ids)  # where the last server's end
-        for tokens, answer in zip(difference(written, before), [1900] * 3 + [whole], strict=True):
-            assert tokens < 0.9 * 3 * answer
+        # The last server's answers end where its KV cache is full; of two of them that may be before anybody notices.
+        whole = self.small_kv_tokens - len(served.tokenizers[-1].encode(PROMPT).ids)
+        for tokens, most in zip(difference(written, before), [3 * 1900 / 2] * 3 + [2.7 * whole], strict=True):
+            assert tokens < most
 
     def test_what_the_llm_api_does_not_take_is_said_at_the_start(self, tokenizer, tmp_path):
         models = rendered_llmapi("p2.E", tmp_path / "models", tokenizer.parent, max_batch=8)
