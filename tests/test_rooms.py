@@ -172,3 +172,26 @@ def test_each_room_has_tests_of_its_own() -> None:
     rooms = [room.parent.name for room in paths.STYLE.parent.glob("*/__init__.py")]
     assert len(rooms) > 9
     assert [room for room in rooms if not list((paths.ROOT / "tests" / room).glob("test_*.py"))] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*paths.FACTS.glob("*.md"), *(paths.ROOT / "docs").glob("*.md"), *paths.ROOT.glob("*.md")]),
+    ids=lambda path: path.name,
+)
+def test_what_the_documents_name_is_there(path: Path) -> None:
+    for name in set(re.findall(r"`(erlib(?:\.\w+)+)`", path.read_text(encoding="utf-8"))):
+        *modules, last = name.split(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert _has(modules, last), f"{path.name} names {name}"
+
+
+def _has(modules: list[str], name: str) -> bool:
+    """Whether a module, or a class of one, has it."""
+    try:
+        return hasattr(importlib.import_module(".".join(modules)), name)
+    except ModuleNotFoundError:
+        owner = importlib.import_module(".".join(modules[:-1]))
+        return hasattr(getattr(owner, modules[-1], None), name)

@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 
 from erlib import paths
@@ -24,6 +26,8 @@ from erlib.config import Configuration, Dtype
 from erlib.engines.llama import BYTES_PER_VALUE, LlamaShape
 
 TABLE = paths.FACTS / "h100_step_times.parquet"
+PARTS = ("dense", "output", "decode", "prefill")
+"""What adds up to a step; a table may hold more."""
 
 
 class OutOfRange(ValueError):
@@ -127,34 +131,77 @@ class StepTimes(ABC):
 
 
 class Table(StepTimes):
-    """Step times of one model on H100s, from ``data/h100_step_times.parquet``; provenance in the notice beside it.
+    """Step times of one model, from ``data/h100_step_times.parquet``; provenance in the notice beside it.
 
     A step is the sum of four parts: ``dense`` (matrices, all-reduce and element-wise work, by tokens in the step),
     ``output`` (output layer, by sequences), ``decode`` (attention of decoded tokens, by sequences and mean context) and
     ``prefill`` (attention of prompts, by prompts and mean length). Between the table's points each is linear.
 
+    Parameters
+    ----------
+    model : str
+        Of ``data/llama_shapes.yaml``.
+    dtype, kv_dtype : {"fp16", "fp8", "int8", "int4"}
+    tensor_parallel : int
+    file : Path, optional
+        Another table with the same columns, e.g. one that ``scripts/measure_step_times.py`` measured (CSV). Prompts
+        beyond the most that it read at once each take as long as those between its last two points: their attention is
+        work of its own, and a small part of a step.
+    dense : str
+        The part that holds the matrices, if it has another name there.
+
     Raises
     ------
     OutOfRange
-        If the table does not hold this model in this form.
+        If the table does not hold this model in this form, or not all of its parts.
     """
 
-    def __init__(self, model: str, dtype: Dtype, kv_dtype: Dtype, tensor_parallel: int):
+    def __init__(
+        self,
+        model: str,
+        dtype: Dtype,
+        kv_dtype: Dtype,
+        tensor_parallel: int,
+        file: Path | None = None,
+        *,
+        dense: str = "dense",
+    ):
+        self._file = file or TABLE
         mine = (pc.field("model") == model) & (pc.field("dtype") == dtype) & (pc.field("kv_dtype") == kv_dtype)
-        rows = _table().filter(mine & (pc.field("tensor_parallel") == tensor_parallel))
-        if not rows.num_rows:
+        rows = _table(self._file).filter(mine & (pc.field("tensor_parallel") == tensor_parallel))
+        held = set(rows["part"].to_pylist())
+        if missing := [part for part in (dense, *PARTS[1:]) if part not in held]:
             raise OutOfRange(
-                f"{TABLE.name} holds no {model} in {dtype} with {kv_dtype} KV cache and TP{tensor_parallel}; "
-                "use Roofline, or distil it with scripts/distill_step_times.py"
+                f"{self._file.name} holds no {model} in {dtype} with {kv_dtype} KV cache and TP{tensor_parallel}"
+                f"{f' ({missing[0]} is missing)' if held else ''}; use Roofline, distil it with "
+                "scripts/distill_step_times.py, or measure it with scripts/measure_step_times.py"
             )
         self._name = f"{model} {dtype}, KV cache {kv_dtype}, TP{tensor_parallel}"
-        self._dense, self._output = (_line(*_part(rows, name)) for name in ("dense", "output"))
+        self._dense, self._output = (_line(*_part(rows, name)) for name in (dense, "output"))
         self._decode, self._prefill = (_Grid(*_part(rows, name)) for name in ("decode", "prefill"))
-        self._prompts = self._prefill.x[-1]
+        self._prompts = np.inf if file else self._prefill.x[-1]
         self.limits = Limits(len(self._dense) - 1, self._decode.x[-1], min(self._decode.y[-1], self._prefill.y[-1]))
 
     def __str__(self) -> str:
-        return f"{TABLE.name}: {self._name}"
+        return f"{self._file.name}: {self._name}"
+
+    def part_ms(self, part: str, x: float, y: float = 0) -> float:
+        """Milliseconds of one of :data:`PARTS` alone.
+
+        Raises
+        ------
+        OutOfRange
+            If the table ends before `x` or `y`.
+        """
+        if part in ("dense", "output"):
+            line = self._dense if part == "dense" else self._output
+            if x > len(line) - 1:
+                raise OutOfRange(f"{self}: {part} is known up to {len(line) - 1}, not {x:g}")
+            return 1e3 * float(np.interp(x, np.arange(len(line)), line))
+        grid = self._decode if part == "decode" else self._prefill
+        if x > grid.x[-1] or y > grid.y[-1]:
+            raise OutOfRange(f"{self}: {part} is known up to {grid.x[-1]} x {grid.y[-1]} tokens, not {x:g} x {y:g}")
+        return 1e3 * grid.at(x, y)
 
     def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
         self._check(prompts, prompt_tokens, sequences, context_tokens)
@@ -181,17 +228,20 @@ _FEW = 16
 """Fewer steps than this are faster one by one."""
 
 
-def for_configuration(configuration: Configuration) -> Table:
+def for_configuration(configuration: Configuration, file: Path | None = None) -> Table:
     """The table of one instance of a paper's configuration (or of the one that a baseline stands beside)."""
     system = configuration.system
-    return Table(system.model, system.dtype, system.kv_dtype, system.tensor_parallel)
+    return Table(system.model, system.dtype, system.kv_dtype, system.tensor_parallel, file)
 
 
 @functools.cache
-def _table() -> pa.Table:  # not pandas: every emulated engine imports this
+def _table(file: Path) -> pa.Table:  # not pandas: every emulated engine imports this
     # Read here: Triton's embedded Python may not know the encoding of its name, and pyarrow would insist on it. Of a
     # file opened by Python, pyarrow would read in threads that abort the process if it ends before they do.
-    return pq.ParquetFile(pa.BufferReader(TABLE.read_bytes())).read(use_threads=False)
+    content = pa.BufferReader(file.read_bytes())
+    if file.suffix == ".csv":
+        return pyarrow.csv.read_csv(content, pyarrow.csv.ReadOptions(use_threads=False))
+    return pq.ParquetFile(content).read(use_threads=False)
 
 
 def _part(rows: pa.Table, name: str) -> Iterator[npt.NDArray[Any]]:
@@ -213,6 +263,13 @@ class _Grid:
         xs, row = np.unique(x, return_inverse=True)
         self._array = np.full((len(xs), len(self._edges)), np.nan)
         self._array[row, np.searchsorted(self._edges, y)] = seconds
+        # A GPU whose memory did not suffice for the longest contexts has measured fewer of the largest batches.
+        whole = ~np.isnan(self._array).any(axis=1)
+        xs, self._array = xs[whole], self._array[whole]
+        if min(self._array.shape) < 2:
+            raise OutOfRange(
+                "attention was measured at too few points; at least two batches and two contexts are needed"
+            )
         self.x: list[int] = xs.tolist()
         self.y: list[int] = self._edges.tolist()
         self._seconds: list[list[float]] = self._array.tolist()

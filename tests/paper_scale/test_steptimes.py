@@ -66,7 +66,7 @@ def test_the_table_is_read_by_a_python_that_does_not_know_how_its_folder_is_call
     (home / "data").mkdir()
     shutil.copy(steptimes.TABLE, home / "data")
     # It also ends, which must not abort it.
-    code = "from erlib.paper_scale import steptimes; print(steptimes._table().num_rows)"
+    code = "from erlib.paper_scale import steptimes; print(steptimes._table(steptimes.TABLE).num_rows)"
     no_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(home)}
     ran = subprocess.run(
         [sys.executable, "-c", code],
@@ -76,7 +76,7 @@ def test_the_table_is_read_by_a_python_that_does_not_know_how_its_folder_is_call
         text=True,
         check=True,
     )
-    assert int(ran.stdout) == steptimes._table().num_rows
+    assert int(ran.stdout) == steptimes._table(steptimes.TABLE).num_rows
 
 
 @pytest.mark.parametrize(("sequences", "context_tokens"), [(1, 1), (60, 60 * 333 + 7), (1000, 1000 * 1500)])

@@ -18,7 +18,16 @@ from scripts import serve
 from tests.support.ports import BASE_PORT
 
 STARTED_BY_HAND = [
-    *(["scripts/" + name] for name in ("distill_step_times.py", "run_all.py", "serve.py")),
+    *(
+        ["scripts/" + name]
+        for name in (
+            "compare_step_times.py",
+            "distill_step_times.py",
+            "measure_step_times.py",
+            "run_all.py",
+            "serve.py",
+        )
+    ),
     *(["benchmarks/" + name] for name in ("gateways.py", "router.py")),
     ["-m", "benchmarks.gateway"],
     ["-m", "erlib.gateway"],

@@ -1,0 +1,171 @@
+"""Step times measured on a GPU at hand, held against the table of H100 step times and against whole steps.
+
+Such a table is what ``scripts/measure_step_times.py`` writes; :class:`~erlib.paper_scale.steptimes.Table` reads it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+
+from erlib import config
+from erlib.config import Dtype, Paper, Profile
+from erlib.load import metrics, records
+from erlib.paper_scale import batching, simulation, steptimes
+from erlib.paper_scale.steptimes import OutOfRange, Table
+from erlib.workload import prompts
+from erlib.workload.prompts import Workload
+
+FORM = ["model", "dtype", "kv_dtype", "tensor_parallel"]
+SHARE = "dense without all-reduce"
+"""One GPU's share of a model in tensor parallelism; the H100 table's ``dense`` has the all-reduce in it."""
+
+
+def read(file: Path) -> pd.DataFrame:
+    """The rows of a measured table.
+
+    Raises
+    ------
+    ValueError
+        If it has other columns.
+    """
+    rows = pd.read_csv(file)
+    wanted = [*FORM, "part", "x", "y", "ms", "p10_ms", "p90_ms", "how"]
+    if missing := [name for name in wanted if name not in rows.columns]:
+        raise ValueError(f"{file} has no column {missing[0]!r}; tables of scripts/measure_step_times.py have it")
+    return rows
+
+
+def entry_by_entry(file: Path) -> pd.DataFrame:
+    """Each measured point beside the H100 table.
+
+    Matrices do not depend on the KV cache's format, attention does: points of which the table has no model with the
+    same KV cache are missing.
+
+    Returns
+    -------
+    DataFrame
+        The measured rows with ``table_ms`` and ``ratio`` (measured over table).
+    """
+    known = {(t.model, t.dtype, t.tensor_parallel): t.kv_dtype for t in _forms(pd.read_parquet(steptimes.TABLE))}
+    rows = []
+    for form in _forms(measured := read(file)):
+        kv_dtype = known.get((form.model, form.dtype, form.tensor_parallel))
+        if kv_dtype is None:
+            continue
+        table = Table(form.model, form.dtype, kv_dtype, form.tensor_parallel)
+        parts = {"dense", SHARE, "output"} | ({"decode", "prefill"} if kv_dtype == form.kv_dtype else set())
+        mine = _of(measured, form)
+        for row in mine[mine["part"].isin(parts)].itertuples():
+            try:
+                ms = table.part_ms("dense" if row.part == SHARE else row.part, row.x, row.y)
+            except OutOfRange:
+                continue
+            rows.append({name: getattr(row, name) for name in measured.columns} | {"table_ms": ms})
+    beside = pd.DataFrame(rows, columns=[*measured.columns, "table_ms"])
+    return beside.assign(ratio=beside["ms"] / beside["table_ms"])
+
+
+def sums_beside_whole_steps(file: Path) -> pd.DataFrame:
+    """Do a step's parts add up? Steps measured as a whole, beside the sum of their parts.
+
+    Returns
+    -------
+    DataFrame
+        Columns of :data:`FORM`, ``turn`` (decode, prefill), ``x``, ``y``, ``whole_ms``, ``parts_ms``, ``ratio`` (parts
+        over whole).
+    """
+    rows = []
+    for form in _forms(measured := read(file)):
+        mine = _of(measured, form)
+        dense = "dense" if "dense" in set(mine["part"]) else SHARE  # neither exchanges anything between GPUs
+        try:
+            table = Table(*form, file, dense=dense)
+        except OutOfRange:
+            continue
+        for row in mine[mine["part"].str.startswith("whole ")].itertuples():
+            turn = row.part.removeprefix("whole ")
+            seconds = table.decode_s(row.x, row.y) if turn == "decode" else table.prefill_s(row.y, row.x)
+            rows.append([*form, turn, row.x, row.y, row.ms, 1e3 * seconds])
+    sums = pd.DataFrame(rows, columns=[*FORM, "turn", "x", "y", "whole_ms", "parts_ms"])
+    return sums.assign(ratio=sums["parts_ms"] / sums["whole_ms"])
+
+
+def spread(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Median, smallest and largest ``ratio`` of each group, and how many points it has."""
+    ratio = table.groupby(by, sort=False)["ratio"]
+    return ratio.agg(median="median", smallest="min", largest="max", points="size").reset_index()
+
+
+def simulated_from(name: str, file: Path, profile: Profile, users: Sequence[int], repeats: int = 3) -> pd.DataFrame:
+    """A paper's configuration in virtual time, with the H100 table's step times and with measured ones.
+
+    Parameters
+    ----------
+    name : str
+        A configuration of one GPU per expert that the measured table holds, e.g. ``p2.E``.
+    file : Path
+    profile : Profile
+        At full scale (``dgx-h100``).
+    users : sequence of int
+        At once; both see the same draws, uniform over clusters, without gateways' costs (preset "hardware").
+    repeats : int
+
+    Returns
+    -------
+    DataFrame
+        ``users``, and for each of ``ttft_mean_s``, ``tpot_mean_s`` and ``session_tokens_per_s``: ``<metric>`` from the
+        table, ``<metric>_measured``, ``<metric>_ratio`` (measured over table), means over repeats.
+
+    Raises
+    ------
+    OutOfRange
+        If the measured table does not hold it.
+    """
+    paper: Paper = "p1" if name.startswith("p1") else "p2"
+    workload = simulation.textless_workload(profile, paper)
+    limit = profile.workload.p2_max_output_tokens if paper == "p2" else None
+    system = batching.paper_system(name, answer_limit=limit)
+    measured = replace(system, steps=steptimes.for_configuration(config.load_configuration(name), file))
+    means = [
+        _simulated(one, workload, paper, profile.seed, users, repeats).groupby("users")[list(METRICS)].mean()
+        for one in (system, measured)
+    ]
+    ratios = (means[1] / means[0]).add_suffix("_ratio")
+    return pd.concat([means[0], means[1].add_suffix("_measured"), ratios], axis=1).reset_index()
+
+
+METRICS = ("ttft_mean_s", "tpot_mean_s", "session_tokens_per_s")
+
+
+def _simulated(
+    system: batching.System, workload: Workload, paper: Paper, seed: int, users: Sequence[int], repeats: int
+) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for crowd, repeat in itertools.product(users, range(repeats)):
+        drawn = prompts.draw(workload, crowd, "uniform", seed, repeat)
+        rows += simulation.simulate(system, drawn, paper=paper, repeat=repeat)
+    summary = metrics.summarise(pa.Table.from_pylist(rows, schema=records.SCHEMA).to_pandas())
+    return summary[summary["turn"] == "base"]
+
+
+class _Form(NamedTuple):
+    model: str
+    dtype: Dtype
+    kv_dtype: Dtype
+    tensor_parallel: int
+
+
+def _forms(rows: pd.DataFrame) -> Iterator[_Form]:
+    for form in rows[FORM].drop_duplicates().itertuples(index=False):
+        yield _Form(form.model, form.dtype, form.kv_dtype, int(form.tensor_parallel))
+
+
+def _of(rows: pd.DataFrame, form: _Form) -> pd.DataFrame:
+    return rows[(rows[FORM] == list(form)).all(axis=1)]

@@ -1,0 +1,148 @@
+"""Step times measured on a GPU: the script that measures them (here on a CPU), and what they are held against."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from erlib import config, paths
+from erlib.paper_scale import measured_steps
+from erlib.paper_scale.steptimes import PARTS, OutOfRange, Table
+from scripts import measure_step_times as script
+
+H100 = paths.FACTS / "h100_pytorch_step_times.csv"
+TINY = ["--device", "cpu", "--models", "tiny:fp16", "--few"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["measure_step_times.py", *map(str, arguments)])
+    script.main()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("steps") / "tiny.csv"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(monkeypatch, path, *TINY)
+    return path
+
+
+def test_every_part_of_a_tiny_model_is_measured_on_a_cpu(tiny):
+    rows = measured_steps.read(tiny)
+    assert list(rows.columns) == script.COLUMNS
+    assert set(rows["part"]) == {*PARTS, "matrices", "whole decode", "whole prefill"}
+    assert (rows["p10_ms"] > 0).all()
+    assert (rows["p10_ms"] <= rows["ms"]).all() and (rows["ms"] <= rows["p90_ms"]).all()
+    described = json.loads(tiny.with_suffix(".json").read_text())
+    assert described["device"] == "cpu" and described["copy_gb_per_s"] > 0 and described["fp16_tflops"] > 0
+
+
+def test_what_is_measured_is_not_measured_again_and_what_is_missing_is(tiny, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "copy.csv"
+    lines = tiny.read_text().splitlines(keepends=True)
+    copy.write_text("".join(lines[:-2]))
+    copy.with_suffix(".json").write_text(tiny.with_suffix(".json").read_text())
+    run(monkeypatch, copy, *TINY)
+    assert "2 points in" in capsys.readouterr().out
+    again = copy.read_text().splitlines(keepends=True)
+    assert (again[: len(lines) - 2], len(again)) == (lines[:-2], len(lines))
+
+
+def test_one_table_is_of_one_machine(tiny, monkeypatch):
+    beside = tiny.with_suffix(".json")
+    before = beside.read_text()
+    beside.write_text(json.dumps(json.loads(before) | {"device": "another"}))
+    with pytest.raises(SystemExit, match="another device"):
+        run(monkeypatch, tiny, *TINY)
+    beside.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "llama"], "no shape is called 'llama'; known: llama-2-13b"),
+        (["--models", "tiny:int4"], "not 'int4'"),
+        (["--models", "tiny:fp16:3"], "4 heads cannot be shared by '3' GPUs"),
+        (["--shape", "mine=1,2,3"], "six whole numbers"),
+        (["--device", "cuda"], "no CUDA GPU"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, tmp_path / "steps.csv", *TINY[:2], *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"ends in \.csv"):
+        run(monkeypatch, tmp_path / "steps.parquet", *TINY)
+    with pytest.raises(SystemExit, match="No such file"):
+        run(monkeypatch, tmp_path / "nowhere" / "steps.csv", *TINY)
+
+
+def test_the_script_has_the_shapes_of_the_repository():
+    known = yaml.safe_load((paths.FACTS / "llama_shapes.yaml").read_text())
+    for name, shape in script.SHAPES.items():
+        if name != "tiny":
+            assert shape._asdict() == {key: value for key, value in known[name].items() if key != "tied"}
+
+
+def test_the_notice_says_what_the_measured_table_says():
+    entries = measured_steps.entry_by_entry(H100)
+    few, small = entries["x"] <= 256, entries["model"] != "llama-3-70b"
+    ranges = {
+        (1.00, 1.11): (entries["dtype"] == "fp16") & few & small,
+        (1.11, 1.34): (entries["dtype"] == "fp16") & ~few & small,
+        (0.82, 0.91): (entries["dtype"] == "fp8") & few & small,
+        (0.88, 1.15): (entries["dtype"] == "fp8") & ~few & small,
+        (0.92, 0.97): (entries["dtype"] == "fp8") & few & ~small,
+        (0.98, 1.11): (entries["dtype"] == "fp8") & ~few & ~small,
+    }
+    for (least, most), chosen in ranges.items():
+        ratio = entries[chosen & (entries["part"] == "dense")]["ratio"]
+        assert (round(ratio.min(), 2), round(ratio.max(), 2)) == (least, most)
+    sums = measured_steps.sums_beside_whole_steps(H100)
+    away = (sums["ratio"] - 1).abs()
+    assert (len(sums), (away > 0.054).sum()) == (75, 3)
+    assert away[sums["turn"] == "decode"].median() == pytest.approx(0.008, abs=5e-4)
+    assert away[sums["turn"] == "prefill"].median() == pytest.approx(0.016, abs=5e-4)
+
+
+def test_users_are_simulated_with_measured_step_times():
+    profile = config.load_profile("dgx-h100")
+    table = measured_steps.simulated_from("p2.E", H100, profile, [1, 300], repeats=1).set_index("users")
+    assert table["tpot_mean_s_ratio"].between(0.9, 1.1).all()
+    alone = table.loc[1]
+    assert alone["ttft_mean_s_measured"] != alone["ttft_mean_s"]
+    with pytest.raises(OutOfRange, match="holds no llama-2-70b"):
+        measured_steps.simulated_from("p1.B", H100, profile, [1], repeats=1)
+
+
+def test_a_share_of_a_model_is_no_step(tmp_path):
+    """Its all-reduce is missing."""
+    with pytest.raises(OutOfRange, match="dense is missing"):
+        Table("llama-3-70b", "fp16", "fp16", 8, H100)
+
+
+def test_batches_for_which_a_gpu_had_no_memory_are_not_known(tmp_path):
+    rows = pd.read_csv(H100)
+    less = tmp_path / "less.csv"
+    rows[~((rows["part"] == "decode") & (rows["x"] == 512) & (rows["y"] == 4096))].to_csv(less, index=False)
+    table, whole = (Table("llama-3-8b", "fp16", "fp16", 1, file) for file in (less, H100))
+    assert (table.limits.batch, whole.limits.batch) == (256, 512)
+    assert table.decode_s(100, 900) == whole.decode_s(100, 900)
+    with pytest.raises(OutOfRange, match="batch up to 256"):
+        table.decode_s(300, 900)
+
+
+def test_another_csv_is_refused(tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no column 'model'"):
+        measured_steps.entry_by_entry(other)
