@@ -154,7 +154,7 @@ def relaying(log: Path, expert: str, *options: str) -> Iterator[tuple[str, list[
 def _fuzz(n: int, log: Path, relay: str) -> tuple[Counter[str], float]:
     """`n` mutated messages to a gateway process, or to an NGINX that relays and asks it; they must live on.
 
-    How each was answered, and memory taken (MB) since the first twentieth of them: what 500 at once need is not counted.
+    How each was answered, and memory taken (MB) since the first twentieth of them, which has what 500 at once need.
     """
     ask, started = (refusals, gateway_process) if relay == "gateway" else (relayed, relaying)
     rng = random.Random(0)
