@@ -410,7 +410,7 @@ def main() -> None:
     long_enough = [words for text in texts if len(words := text.split()) >= PROMPT_WORDS]
     prompts = [" ".join(words[:PROMPT_WORDS]) for words in long_enough]
     about = {
-        **provenance.provenance(),
+        **provenance.columns(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "arguments": {name: str(value) for name, value in vars(options).items() if name != "out"},
         "load_average": os.getloadavg(),
