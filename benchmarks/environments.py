@@ -31,7 +31,7 @@ def environment(*locks: str) -> Path:
         print(f"{name}: installing into {directory}")
         with cache.building(directory) as partial:
             venv.create(partial, with_pip=True)
-            command = [partial / "bin" / "python", paths.ROOT / "scripts" / "install.py", *locks]
+            command: list[str | Path] = [partial / "bin" / "python", paths.ROOT / "scripts" / "install.py", *locks]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise StartError(f"{name} cannot be installed: {done.stderr.strip().removeprefix('error: ')}")

@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,7 +90,7 @@ class Engine:
         command = processes.python("-m", "benchmarks.paced", *map(str, ports))
         self.process = processes.spawn(command, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for port in ports:
-            processes.wait_until(lambda port=port: processes.listening(port), self.process, "engine", log, 30)
+            processes.wait_until(partial(processes.listening, port), self.process, "engine", log, 30)
 
     def report(self, pace_s: float | None = None) -> dict[str, Any]:
         """What :mod:`benchmarks.paced` says about the time since the last report; sets the pace, if given."""

@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -100,7 +101,7 @@ def main() -> None:
         try:
             for index, (process, port) in enumerate(zip(running, ports, strict=True)):
                 processes.wait_until(
-                    lambda port=port: processes.listening(port), process, f"gateway {index}", logs / f"{index}.log", 60
+                    partial(processes.listening, port), process, f"gateway {index}", logs / f"{index}.log", 60
                 )
             nginx.start()
             with tqdm(total=(args.gateways + 2) * len(prompts), unit="request") as progress:

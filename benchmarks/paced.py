@@ -371,11 +371,10 @@ class Stream:
 
     def note(self, now_ns: int, text: bytes) -> None:
         """Take note of all tokens in `text`; one without a stamp is an error's text."""
-        found = False
-        for found in _STAMP.finditer(text):
-            self.arrived_ns.append(now_ns)
-            self.took_ns.append(now_ns - int(found[1]))
-        if not found and not self.error:
+        stamps = [int(found[1]) for found in _STAMP.finditer(text)]
+        self.arrived_ns += [now_ns] * len(stamps)
+        self.took_ns += [now_ns - stamp for stamp in stamps]
+        if not stamps and not self.error:
             self.error = text.decode(errors="replace")[:300]
 
     def end(self, reason: str = "") -> None:
@@ -462,11 +461,15 @@ class _OpenAiUser(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
-        self.stream.abandon = lambda: (transport.abort(), self.stream.end())[1]
+        self.stream.abandon = self._abandon
         transport.write(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: paced\r\nauthorization: Bearer none\r\n"
             b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(self._body), self._body)
         )
+
+    def _abandon(self) -> None:
+        self._transport.abort()
+        self.stream.end()
 
     def data_received(self, data: bytes) -> None:
         now_ns = time.monotonic_ns()

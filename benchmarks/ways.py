@@ -94,14 +94,14 @@ class Site:
         gateways = self._start(running, GATEWAYS, hands_over=True)
         urls, questions = [each.url for each in gateways], [each.questions for each in gateways]
         url, relay = self._nginx(running, urls, [self._engine] * EXPERTS, questions)
-        return Way(url, "grpc", [relay, *(each.process for each in gateways)])
+        return Way(url, "grpc", [relay, *map(_process, gateways)])
 
     def litellm(self, running: contextlib.ExitStack) -> Way:
         python = environment("litellm")
         port = next(self._ports)
         configuration = self._work / "litellm.yaml"
         configuration.write_text(_LITELLM_CONFIG.format(engine=self._openai_engine), encoding="utf-8")
-        command = [
+        command: list[str | Path] = [
             *(python, "-c", "from litellm import run_server; run_server()", "--config", configuration),
             *("--host", "127.0.0.1", "--port", str(port), "--num_workers", str(LITELLM_WORKERS)),
         ]
@@ -112,7 +112,7 @@ class Site:
     ) -> tuple[list[str], list[subprocess.Popen[bytes]]]:
         """Addresses and processes of `n` gateways, started together; all experts are the one engine."""
         gateways = self._start(running, n, *options)
-        return [each.url for each in gateways], [each.process for each in gateways]
+        return [each.url for each in gateways], list(map(_process, gateways))
 
     def _start(self, running: contextlib.ExitStack, n: int, *options: str, hands_over: bool = False) -> list[Gateway]:
         experts = [self._engine] * EXPERTS
@@ -125,7 +125,7 @@ class Site:
             )
         for gateway in gateways:
             gateway.start()
-            running.callback(processes.stop, [gateway.process], 3)
+            running.callback(processes.stop, [_process(gateway)], 3)
         for gateway in gateways:
             gateway.wait_ready(START_TIMEOUT_S)
         return gateways
@@ -152,6 +152,11 @@ class Site:
         running.callback(processes.stop, [process], 3)
         processes.wait_until(lambda: processes.listening(port), process, what, log, START_TIMEOUT_S)
         return process
+
+
+def _process(gateway: Gateway) -> subprocess.Popen[bytes]:
+    assert gateway.process is not None  # it has been started
+    return gateway.process
 
 
 WAYS: dict[str, Callable[[Site, contextlib.ExitStack], Way]] = {
