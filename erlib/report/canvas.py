@@ -16,7 +16,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -131,7 +130,7 @@ def save(
         "footer": footer,
         "command": command,
         "git_commit": provenance.git_commit(),
-        "versions": {name: metadata.version(name) for name in ("matplotlib", "numpy", "pandas", "scipy")}
+        "versions": {name: metadata.version(name) for name in ("matplotlib", "numpy", "pandas", "scipy", "seaborn")}
         | {"python": platform.python_version()},
         "records": {"points": len(hashes), "point_hashes": hashes},
         **(extra or {}),
@@ -239,56 +238,10 @@ def log_axis(ax: Axes) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def line(ax: Axes, rows: pd.DataFrame, look: tuple[str, str], label: str, *, shift: float = 0, **kwargs: Any) -> None:
-    """One configuration over users; `rows` has ``users``, ``mean`` and ``sd`` (NaN: no bar)."""
-    rows = rows.sort_values("users")
-    colour, marker = look
-    if colour == GREY:  # our own baseline often coincides with the system it is made from: let both be seen
-        kwargs = {"linestyle": "--", "zorder": 3, "linewidth": 1.0} | kwargs
-    bars = rows["sd"].fillna(0)
-    ax.errorbar(
-        rows["users"] + shift, rows["mean"], bars, c=colour, marker=marker, label=label, elinewidth=0.7, **kwargs
-    )
-
-
-def systems(ax: Axes, table: pd.DataFrame, *, dodge: bool = False) -> None:
-    """A line per configuration; `dodge` moves them apart sideways where long bars would cover each other."""
-    step = 0.008 * (table["users"].max() - table["users"].min()) if dodge else 0.0
-    names = sorted(table["config"].unique())
-    for i, name in enumerate(names):
-        line(ax, table[table["config"] == name], look(name), name_of(name), shift=step * (i - (len(names) - 1) / 2))
-
-
 def legend(fig: Figure, ax: Axes, columns: int = 3) -> None:
     """One legend for all panels, above them."""
     handles, labels = ax.get_legend_handles_labels()
-    lines = [handle[0] if isinstance(handle, ErrorbarContainer) else handle for handle in handles]
-    fig.legend(lines, labels, loc="outside upper center", ncols=min(columns, len(labels)))
-
-
-def panel_row(
-    profile: config.Profile,
-    panels: Sequence[tuple[str, str, pd.DataFrame]],
-    *,
-    log: bool = False,
-    sharey: bool = False,
-    dodge: bool = False,
-) -> Figure:
-    """Metrics over concurrent users, side by side: (title, y label, table of means) each."""
-    fig, axes = plt.subplots(1, len(panels), sharey=sharey, squeeze=False)
-    for ax, (title, ylabel, table) in zip(axes[0], panels, strict=True):
-        systems(ax, table, dodge=dodge)
-        ax.set_title(title)
-        if not sharey or ax is axes[0, 0]:
-            ax.set_ylabel(ylabel)
-        user_axis(ax, sorted(table["users"].unique()), profile)
-    for ax in axes[0]:  # only now, because a limit set on one shared axis would cut off what the next panel draws
-        if log:
-            log_axis(ax)
-        else:
-            ax.set_ylim(bottom=0)
-    legend(fig, axes[0, 0])
-    return fig
+    fig.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)))
 
 
 def cluster_colours(n: int) -> list[Any]:

@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from erlib import config
-from erlib.load import metrics
 from erlib.provenance import MissingRecords
 from erlib.report import canvas
 from erlib.report.canvas import command, save
@@ -61,12 +60,6 @@ def load_records(records: pd.DataFrame, profile: config.Profile, paper: str, *mi
 
 def is_routed(name: str) -> bool:
     return config.load_configuration(name).routing == "expert_router"
-
-
-def metric_of(used: pd.DataFrame, *names: str) -> pd.DataFrame:
-    """Mean and spread over repeats of some metrics, as they are plotted."""
-    table = metrics.aggregate(metrics.summarise(used))
-    return table[table["metric"].isin(names)].reset_index(drop=True)
 
 
 def finish(
@@ -147,12 +140,3 @@ def on_the_same_axes() -> Iterator[None]:
                 ax.set_ylim(min(lows), max(highs))
     for *_, saved in drawn:
         saved()
-
-
-def over_users(used: pd.DataFrame) -> pd.DataFrame:
-    """User throughput with its spread over users in the place of the spread over repeats."""
-    table = metric_of(used, "user_tokens_per_s_mean", "user_tokens_per_s_sd")
-    is_sd = table["metric"] == "user_tokens_per_s_sd"
-    keys = ["config", "mix", "users", "turn"]
-    spread = table.loc[is_sd, [*keys, "mean"]].rename(columns={"mean": "sd"})
-    return table[~is_sd].drop(columns=["sd", "ci95"]).merge(spread, on=keys, validate="one_to_one")

@@ -6,8 +6,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from erlib import config
+from erlib.report.over_users import Turn
 from erlib.report.paper1 import (
-    Turn,
     paper1_bucket_throughput,
     paper1_p99_response_time,
     paper1_session_throughput,

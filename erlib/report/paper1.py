@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,95 +13,101 @@ from erlib import config
 from erlib.load import metrics
 from erlib.report import canvas
 from erlib.report.canvas import GREY
-from erlib.report.drawing import finish, load_records, metric_of, over_users
+from erlib.report.drawing import finish, load_records
+from erlib.report.over_users import OverUsers, Panel, Turn, draw
 
-Turn = Literal["base", "continuation"]
+
+def _ttft(turn: Turn, number: int) -> OverUsers:
+    return OverUsers(
+        "p1",
+        f"fig0{number}_ttft_{turn}",
+        (
+            Panel("ttft_mean_s", "Mean", "time to first token [s]", turn),
+            Panel("ttft_sd_s", "Spread over users (sd)", "sd of time to first token [s]", turn),
+        ),
+        f"Time to first token of the {turn} prompt: mean over users (left) and standard deviation over users (right). "
+        "The paper finds the tensor-parallel baseline A far below the routed systems B to D, for both prompts alike, "
+        f"and less variance for the continuation prompt.{canvas.REPEATS}",
+        log=True,
+    )
+
+
+def _tpot(turn: Turn, number: int) -> OverUsers:
+    return OverUsers(
+        "p1",
+        f"fig0{number}_tpot_{turn}",
+        (
+            Panel("gap_median_s", "Median over all gaps", "time per output token [s]", turn),
+            Panel("tpot_mean_s", "Mean over users", turn=turn),
+        ),
+        f"Time per output token of the {turn} prompt: median of all gaps between consecutive tokens (left) and mean "
+        "over users of (t_last - t_first) / (n - 1) (right). The paper's caption says median and its text average, so "
+        "both are shown: A rises from about 0.1 s at 200 users to nearly 1 s at 1,000 while B to D stay near 0.1 "
+        f"s.{canvas.REPEATS}",
+        sharey=True,
+    )
+
+
+def _both_turns(metric: str, ylabel: str, bars: str | None = None) -> tuple[Panel, ...]:
+    turns: tuple[Turn, ...] = ("base", "continuation")
+    return tuple(Panel(metric, f"{turn.capitalize()} prompt", ylabel, turn, bars) for turn in turns)
+
+
+TTFT: dict[Turn, OverUsers] = {"base": _ttft("base", 2), "continuation": _ttft("continuation", 3)}
+TPOT: dict[Turn, OverUsers] = {"base": _tpot("base", 4), "continuation": _tpot("continuation", 5)}
+USER_THROUGHPUT = OverUsers(
+    "p1",
+    "fig06_user_throughput",
+    _both_turns("user_tokens_per_s_mean", "user throughput [tokens/s]", "user_tokens_per_s_sd"),
+    "User throughput, an answer's tokens over the time from request to last token: mean over users, bars one standard "
+    "deviation over users (as the paper defines it), averaged over repeats. The paper sees no clear difference between "
+    "A and B to D for more than one user.",
+    log=True,
+    sharey=True,
+    dodge=True,
+)
+P99_RESPONSE_TIME = OverUsers(
+    "p1",
+    "fig07_p99_response_time",
+    _both_turns("response_p99_s", "p99 response time [s]"),
+    "Response time that 99 % of the answers do not exceed (nearest rank: with fewer than 100 users the slowest "
+    f"answer). The paper finds B to D below A between 200 and 900 users.{canvas.REPEATS}",
+    sharey=True,
+)
+SESSION_THROUGHPUT = OverUsers(
+    "p1",
+    "fig08_session_throughput",
+    _both_turns("session_tokens_per_s", "session throughput [tokens/s]"),
+    "Session throughput (Eq. 1-3): tokens of the users answered within the p99 response time, over the time from the "
+    "first request to the last token among them. The paper finds B to D above A between 200 and 900 "
+    f"users.{canvas.REPEATS}",
+    sharey=True,
+)
 
 
 def paper1_ttft(records: pd.DataFrame, profile: config.Profile, turn: Turn) -> Figure:
     """Paper 1, Fig. 2 (base) and Fig. 3 (continuation): time to first token over concurrent users."""
-    used = load_records(records, profile, "p1", "uniform")
-    used = used[used["turn"] == turn]
-    table = metric_of(used, "ttft_mean_s", "ttft_sd_s")
-    mean, spread = (table[table["metric"] == name] for name in ("ttft_mean_s", "ttft_sd_s"))
-    fig = canvas.panel_row(
-        profile,
-        [
-            ("Mean", "time to first token [s]", mean),
-            ("Spread over users (sd)", "sd of time to first token [s]", spread),
-        ],
-        log=True,
-    )
-    caption = (
-        f"Time to first token of the {turn} prompt: mean over users (left) and standard deviation over users (right). "
-        f"{_P1_TTFT}{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
-    )
-    number = {"base": 2, "continuation": 3}[turn]
-    return finish(fig, table, used, profile, "paper1", f"fig0{number}_ttft_{turn}", caption=caption)
+    return draw(TTFT[turn], records, profile)
 
 
 def paper1_tpot(records: pd.DataFrame, profile: config.Profile, turn: Turn) -> Figure:
     """Paper 1, Fig. 4 (base) and Fig. 5 (continuation): time per output token over concurrent users."""
-    used = load_records(records, profile, "p1", "uniform")
-    used = used[used["turn"] == turn]
-    table = metric_of(used, "gap_median_s", "tpot_mean_s")
-    median, mean = (table[table["metric"] == name] for name in ("gap_median_s", "tpot_mean_s"))
-    fig = canvas.panel_row(
-        profile,
-        [("Median over all gaps", "time per output token [s]", median), ("Mean over users", "", mean)],
-        sharey=True,
-    )
-    caption = (
-        f"Time per output token of the {turn} prompt: median of all gaps between consecutive tokens (left) and mean "
-        "over users of (t_last - t_first) / (n - 1) (right). "
-        f"{_P1_TPOT}{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
-    )
-    number = {"base": 4, "continuation": 5}[turn]
-    return finish(fig, table, used, profile, "paper1", f"fig0{number}_tpot_{turn}", caption=caption)
-
-
-def _both_turns(table: pd.DataFrame, ylabel: str) -> list[tuple[str, str, pd.DataFrame]]:
-    return [(f"{turn.capitalize()} prompt", ylabel, table[table["turn"] == turn]) for turn in ("base", "continuation")]
+    return draw(TPOT[turn], records, profile)
 
 
 def paper1_user_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
     """Paper 1, Fig. 6: tokens per second as one user receives them, mean and sd over users."""
-    used = load_records(records, profile, "p1", "uniform")
-    table = over_users(used)
-    fig = canvas.panel_row(profile, _both_turns(table, "user throughput [tokens/s]"), log=True, sharey=True, dodge=True)
-    caption = (
-        "User throughput, an answer's tokens over the time from request to last token: mean over users, bars one "
-        "standard deviation over users (as the paper defines it), averaged over repeats. The paper sees no clear "
-        "difference between A and B to D for more than one "
-        f"user.{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
-    )
-    return finish(fig, table, used, profile, "paper1", "fig06_user_throughput", caption=caption)
+    return draw(USER_THROUGHPUT, records, profile)
 
 
 def paper1_p99_response_time(records: pd.DataFrame, profile: config.Profile) -> Figure:
     """Paper 1, Fig. 7: 99th percentile of the response time."""
-    used = load_records(records, profile, "p1", "uniform")
-    table = metric_of(used, "response_p99_s")
-    fig = canvas.panel_row(profile, _both_turns(table, "p99 response time [s]"), sharey=True)
-    caption = (
-        "Response time that 99 % of the answers do not exceed (nearest rank: with fewer than 100 users the slowest "
-        "answer). The paper finds B to D below A between 200 and 900 "
-        f"users.{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
-    )
-    return finish(fig, table, used, profile, "paper1", "fig07_p99_response_time", caption=caption)
+    return draw(P99_RESPONSE_TIME, records, profile)
 
 
 def paper1_session_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
     """Paper 1, Fig. 8: session throughput, Eq. 1-3."""
-    used = load_records(records, profile, "p1", "uniform")
-    table = metric_of(used, "session_tokens_per_s")
-    fig = canvas.panel_row(profile, _both_turns(table, "session throughput [tokens/s]"), sharey=True)
-    caption = (
-        "Session throughput (Eq. 1-3): tokens of the users answered within the p99 response time, over the time from "
-        "the first request to the last token among them. The paper finds B to D above A between 200 and 900 "
-        f"users.{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper1.configs)}"
-    )
-    return finish(fig, table, used, profile, "paper1", "fig08_session_throughput", caption=caption)
+    return draw(SESSION_THROUGHPUT, records, profile)
 
 
 def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -141,14 +146,3 @@ def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> 
         f"first.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
     )
     return finish(fig, table, used, profile, "paper1", "fig09_bucket_throughput", caption=caption)
-
-
-_P1_TTFT = (
-    "The paper finds the tensor-parallel baseline A far below the routed systems B to D, for both prompts alike, and "
-    "less variance for the continuation prompt."
-)
-
-_P1_TPOT = (
-    "The paper's caption says median and its text average, so both are shown: A rises from about 0.1 s at 200 users to "
-    "nearly 1 s at 1,000 while B to D stay near 0.1 s."
-)

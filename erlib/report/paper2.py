@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from itertools import product
 from typing import Any
 
@@ -10,13 +11,15 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
 from erlib import config
 from erlib.load import metrics
 from erlib.report import canvas
 from erlib.report.canvas import BLUE, GREY, SKY, command, look, save
-from erlib.report.drawing import finish, is_routed, load_records, metric_of, over_users, select
+from erlib.report.drawing import finish, is_routed, load_records, select
+from erlib.report.over_users import Panel, line, means, systems
 
 
 def paper2_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -39,7 +42,7 @@ def paper2_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figur
         values = lengths[column].to_numpy()
         step = width or max(1, round(32 / profile.scale.tokens))
         count, edges = np.histogram(values, np.arange(values.min() - 0.5, values.max() + step + 0.5, step))
-        ax.stairs(count, edges, fill=True, color=colour, alpha=0.85)
+        sns.histplot(x=values, bins=edges, color=colour, alpha=0.85, linewidth=0, ax=ax)
         median = float(np.median(values))
         ax.axvline(median, color="#222222", linewidth=0.9, linestyle="--")
         ax.text(median, ax.get_ylim()[1], f" median {median:g}, mean {values.mean():.0f}", va="top", fontsize=7)
@@ -64,31 +67,33 @@ def paper2_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figur
 _PRELIMINARY = re.compile(r"p2\.(fp16|fp8|int8|int4)-tp(\d+)-bs(\d+)")
 
 
-def _preliminary(records: pd.DataFrame, profile: config.Profile) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Mean response time by configuration, `best` marking the fastest batch size of its data type, and the records."""
+def _preliminary(records: pd.DataFrame, profile: config.Profile) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Mean response time by configuration, `best` marking the fastest batch size of its data type; points; records."""
     sweep = profile.preliminary
     names = [f"p2.{d}-tp{t}-bs{b}" for d, t, b in product(sweep.dtypes, (4, 8), sweep.batch_sizes)]
     wanted = product(names, ["uniform"], sweep.users)
     used = select(records, wanted, paper="p2", experiment="preliminary", notebook="04_preliminary_sweep")
-    table = metric_of(used, "response_mean_s")
+    summary = metrics.summarise(used)
+    table = means(summary, [Panel("response_mean_s", "")])
     parts = table["config"].str.extract(_PRELIMINARY.pattern)
     table = table.assign(dtype=parts[0], tensor_parallel=parts[1].astype(int), batch_size=parts[2].astype(int))
     top = table[table["users"] == table["users"].max()]
     best = top.loc[top.groupby(["dtype", "tensor_parallel"])["mean"].idxmin(), "config"]
-    return table.assign(best=table["config"].isin(best)), used
+    return table.assign(best=table["config"].isin(best)), summary, used
 
 
 def paper2_preliminary(records: pd.DataFrame, profile: config.Profile) -> Figure:
     """Paper 2, Fig. 3: response time over users, best batch size of each data type, TP=4 and TP=8."""
-    table, used = _preliminary(records, profile)
+    table, summary, used = _preliminary(records, profile)
     scaled = profile.scale.users != 1
     fig, axes = plt.subplots(1, 2, sharey=True)
     for ax, parallel in zip(axes, (4, 8), strict=True):
-        for (dtype, batch, best), rows in table[table["tensor_parallel"] == parallel].groupby(
-            ["dtype", "batch_size", "best"]
+        for (dtype, batch, best, name), _ in table[table["tensor_parallel"] == parallel].groupby(
+            ["dtype", "batch_size", "best", "config"]
         ):
             label = f"{dtype.upper()}, batch {batch}" + f" (here {profile.scaled_users(batch)})" * scaled
-            canvas.line(*(ax, rows, canvas.DTYPE_LOOKS[dtype], label if best else ""), **({} if best else canvas.FAINT))
+            mine, colours = summary[summary["config"] == name], canvas.DTYPE_LOOKS[dtype]
+            line(ax, mine, "response_mean_s", colours, label if best else "", **({} if best else canvas.FAINT))
         ax.set_title(f"TP={parallel}" + (" (one instance)" if parallel == 4 else ""))
         canvas.user_axis(ax, sorted(table["users"].unique()), profile)
         ax.legend(loc="upper left", title="best batch size", alignment="left")
@@ -131,27 +136,38 @@ def _median_and_box(
     records: pd.DataFrame, profile: config.Profile, name: str, ylabel: str, slug: str, *, text: str
 ) -> Figure:
     used = load_records(records, profile, "p2", "normal")
-    table = metric_of(used, f"{name}_median_s")
+    summary = metrics.summarise(used)
+    table = means(summary, [Panel(f"{name}_median_s", "")])
     most = max(profile.paper2.users)
     done = metrics.answers(used[used["users"] == most])
     boxes = {c: done.loc[done["config"] == c, f"{name}_s"].dropna().to_numpy() for c in profile.paper2.configs}
 
     fig, (left, right) = plt.subplots(1, 2, width_ratios=[3, 2], figsize=(7.2, 3.5))
-    canvas.systems(left, table)
+    systems(left, summary, f"{name}_median_s")
     left.set(title="Median over users", ylabel=ylabel)
     canvas.user_axis(left, sorted(profile.paper2.users), profile)
-    drawn = right.boxplot(
-        list(boxes.values()),
-        whis=(0, 100),
-        tick_labels=[c[-1] for c in boxes],
-        patch_artist=True,
-        widths=0.55,
-        medianprops=dict(color="#222222", linewidth=1.1),
-        whiskerprops=dict(color="#777777"),
-        capprops=dict(color="#777777"),
-    )
-    for config_id, box in zip(boxes, drawn["boxes"], strict=True):
-        box.set(facecolor=mpl.colors.to_rgba(look(config_id)[0], 0.45), edgecolor=look(config_id)[0])
+    colours = {c: look(c)[0] for c in boxes}
+    with warnings.catch_warnings():  # seaborn 0.13.2 calls boxes by a name that matplotlib 3.11 asks to give up
+        warnings.simplefilter("ignore", mpl.MatplotlibDeprecationWarning)
+        sns.boxplot(
+            done,
+            x="config",
+            y=f"{name}_s",
+            hue="config",
+            order=list(boxes),
+            palette=colours,
+            saturation=1,
+            whis=(0, 100),
+            width=0.55,
+            medianprops=dict(color="#222222", linewidth=1.1),
+            whiskerprops=dict(color="#777777"),
+            capprops=dict(color="#777777"),
+            ax=right,
+        )
+    for system, drawn in zip((c for c in boxes if len(boxes[c])), right.patches, strict=True):
+        drawn.set(facecolor=mpl.colors.to_rgba(colours[system], 0.45), edgecolor=colours[system])
+    right.set_xticks(range(len(boxes)), [c[-1] for c in boxes])
+    right.set(xlabel="", ylabel="")
     right.set_title(f"{most} users, min to max")
     right.grid(axis="x", visible=False)
     for ax in (left, right):
@@ -177,23 +193,25 @@ def paper2_user_throughput_p99(records: pd.DataFrame, profile: config.Profile) -
     """Paper 2, Fig. 6: user throughput (I) and p99 response time (II), routed systems under both mixes."""
     configs = profile.paper2.configs
     used = load_records(records, profile, "p2", "normal", "uniform")
-    throughput, latency = over_users(used), metric_of(used, "response_p99_s")
+    panels = [
+        Panel("user_tokens_per_s_mean", "I) User throughput", "tokens/s per user", bars="user_tokens_per_s_sd"),
+        Panel("response_p99_s", "II) p99 response time", "seconds"),
+    ]
+    summary = metrics.summarise(used)
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.6))
-    panels = [("I) User throughput", "tokens/s per user", throughput), ("II) p99 response time", "seconds", latency)]
-    for ax, (title, ylabel, table) in zip(axes, panels, strict=True):
+    for ax, panel in zip(axes, panels, strict=True):
         for name in configs:
-            for mix, rows in table[table["config"] == name].groupby("mix"):
+            for mix, rows in summary[summary["config"] == name].groupby("mix"):
                 uniform = is_routed(name) and mix == "uniform"
                 hollow: dict[str, Any] = dict(linestyle=":", markerfacecolor="white") if uniform else {}
-                canvas.line(
-                    ax, rows, look(name), canvas.name_of(name) + (f", {mix}" if is_routed(name) else ""), **hollow
-                )
-        ax.set(title=title, ylabel=ylabel)
+                label = canvas.name_of(name) + (f", {mix}" if is_routed(name) else "")
+                line(ax, rows, panel.metric, look(name), label, bars=panel.bars, **hollow)
+        ax.set(title=panel.title, ylabel=panel.ylabel)
         canvas.user_axis(ax, sorted(profile.paper2.users), profile)
     canvas.log_axis(axes[0])
     axes[1].set_ylim(bottom=0)
     canvas.legend(fig, axes[0])
-    data = pd.concat([throughput, latency])
+    data = pd.concat([means(summary, [panel]) for panel in panels])
     caption = (
         "I) user throughput, mean over users with bars of one standard deviation over users; II) response time that "
         "99 % of the answers do not exceed (nearest rank), bars one standard deviation between repeats. The routed "

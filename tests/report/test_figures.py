@@ -116,7 +116,7 @@ def test_the_plotted_numbers_are_the_metrics(records: pd.DataFrame, profile: con
 def test_the_drawn_line_is_the_csv(records: pd.DataFrame, profile: config.Profile, home: Path) -> None:
     fig = paper2.paper2_ttft(records, profile)
     plotted = pd.read_csv(home / "paper2" / "fig04_ttft.csv")
-    line = next(c.lines[0] for c in fig.axes[0].containers if c.get_label().startswith("D "))
+    line = next(line for line in fig.axes[0].lines if line.get_label().startswith("D "))
     mine = plotted[(plotted["config"] == "p2.D") & (plotted["panel"] == "median over users")]
     assert line.get_xdata().tolist() == mine["users"].tolist()
     assert line.get_ydata().tolist() == pytest.approx(mine["mean"].tolist())

@@ -1,0 +1,158 @@
+"""Figures of "metric over concurrent users": each is declared, and one function draws them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from erlib import config
+from erlib.config import Paper
+from erlib.load import metrics
+from erlib.report import canvas
+from erlib.report.drawing import finish, load_records
+
+Turn = Literal["base", "continuation"]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric over users, a line per system: means over repeats."""
+
+    metric: str
+    """Of :data:`erlib.load.metrics.METRICS`."""
+    title: str
+    ylabel: str = ""
+    turn: Turn = "base"
+    bars: str | None = None
+    """The metric whose mean over repeats is the bars, e.g. a spread over users. None: one sd between repeats."""
+
+
+@dataclass(frozen=True)
+class OverUsers:
+    """A row of panels, under the first mix of the paper's experiment."""
+
+    paper: Paper
+    slug: str
+    panels: tuple[Panel, ...]
+    caption: str
+    log: bool = False
+    sharey: bool = False
+    dodge: bool = False
+    """Lines are moved apart sideways where long bars would cover each other."""
+
+
+def draw(figure: OverUsers, records: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Draw a declared figure and save it.
+
+    Raises
+    ------
+    MissingRecords
+        If the records of a point are missing; the message names the notebook that makes them.
+    """
+    used = load_records(records, profile, figure.paper, "uniform")
+    used = used[used["turn"].isin({panel.turn for panel in figure.panels})]
+    summary = metrics.summarise(used)
+    fig, axes = plt.subplots(1, len(figure.panels), sharey=figure.sharey, squeeze=False)
+    for ax, panel in zip(axes[0], figure.panels, strict=True):
+        systems(ax, summary[summary["turn"] == panel.turn], panel.metric, panel.bars, dodge=figure.dodge)
+        ax.set(title=panel.title, ylabel="" if figure.sharey and ax is not axes[0, 0] else panel.ylabel)
+        canvas.user_axis(ax, sorted(summary["users"].unique()), profile)
+    for ax in axes[0]:  # only now, because a limit set on one shared axis would cut off what the next panel draws
+        canvas.log_axis(ax) if figure.log else ax.set_ylim(bottom=0)
+    canvas.legend(fig, axes[0, 0])
+    configs = (profile.paper1 if figure.paper == "p1" else profile.paper2).configs
+    caption = f"{figure.caption}{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
+    name = f"paper{figure.paper[-1]}"
+    return finish(fig, means(summary, figure.panels), used, profile, name, figure.slug, caption=caption)
+
+
+def means(summary: pd.DataFrame, panels: Sequence[Panel]) -> pd.DataFrame:
+    """The numbers that are drawn: mean and spread over repeats of each panel's metric, the latter its bars.
+
+    Parameters
+    ----------
+    summary : DataFrame
+        What :func:`erlib.load.metrics.summarise` returned.
+    panels : sequence of Panel
+    """
+    table = metrics.aggregate(summary)
+    bars = {panel.metric: panel.bars for panel in panels}
+    drawn = table[table["metric"].isin(bars)].reset_index(drop=True)
+    if not any(bars.values()):
+        return drawn
+    keys = ["config", "mix", "users", "turn"]
+    spread = table.assign(metric=table["metric"].map({bar: name for name, bar in bars.items() if bar}))
+    spread = spread.dropna(subset="metric")[[*keys, "metric", "mean"]].rename(columns={"mean": "sd"})
+    return drawn.drop(columns=["sd", "ci95"]).merge(spread, on=[*keys, "metric"], validate="one_to_one")
+
+
+def systems(ax: Axes, summary: pd.DataFrame, metric: str, bars: str | None = None, *, dodge: bool = False) -> None:
+    """A line for each configuration."""
+    step = 0.008 * (summary["users"].max() - summary["users"].min()) if dodge else 0.0
+    names = sorted(summary["config"].unique())
+    for i, name in enumerate(names):
+        mine = summary[summary["config"] == name]
+        shift = step * (i - (len(names) - 1) / 2)
+        line(ax, mine, metric, canvas.look(name), canvas.name_of(name), bars=bars, shift=shift)
+
+
+def line(
+    ax: Axes,
+    summary: pd.DataFrame,
+    metric: str,
+    look: tuple[str, str],
+    label: str,
+    *,
+    bars: str | None = None,
+    shift: float = 0,
+    **looks: Any,
+) -> None:
+    """One system over users: mean over repeats of `metric`, with bars.
+
+    Parameters
+    ----------
+    ax : Axes
+    summary : DataFrame
+        Rows of the system, one per point and repeat: ``users`` and metrics.
+    metric, bars
+        See :class:`Panel`.
+    look : (str, str)
+        Colour and marker.
+    label : str
+        For the legend; empty: none.
+    shift : float
+        Of all points to the right, in users.
+    **looks
+        Of matplotlib's lines.
+    """
+    colour, marker = look
+    if colour == canvas.GREY:  # our own baseline often coincides with the system it is made from: let both be seen
+        looks = {"linestyle": "--", "zorder": 3, "linewidth": 1.0} | looks
+    moved = summary.assign(users=summary["users"] + shift)
+    sns.lineplot(
+        *(moved,),
+        x="users",
+        y=metric,
+        errorbar=None if bars else "sd",
+        err_style="bars",
+        err_kws={"elinewidth": 0.7},
+        color=colour,
+        marker=marker,
+        markeredgecolor=colour,
+        label=label or "_",
+        legend=False,
+        ax=ax,
+        **looks,
+    )
+    if bars:
+        over = moved.groupby("users")[[metric, bars]].mean()
+        ax.errorbar(over.index, over[metric], np.nan_to_num(over[bars]), color=colour, ls="", elinewidth=0.7)
+    ax.set(xlabel="", ylabel="")
