@@ -114,7 +114,7 @@ SEQUENCES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 DECODE = list(
     itertools.product([1, 2, 4, 8, 16, 32, 64, 128, 256, 512], [16, 128, 256, 512, 1024, 1536, 2048, 3072, 4096])
 )
-PREFILL = list(itertools.product([1, 2, 4, 8, 16, 32, 64, 128], [16, 64, 128, 256, 512, 1024, 2048, 4096]))
+PREFILL = list(itertools.product([1, 2, 4, 8, 16, 32], [16, 64, 128, 256, 512, 1024, 2048, 4096]))
 WHOLE_DECODE = [(1, 512), (1, 2048), (8, 1024), (32, 512), (32, 1024), (64, 1024), (128, 512), (128, 1024), (256, 512)]
 WHOLE_PREFILL = [(1, 128), (1, 512), (1, 2048), (4, 512), (8, 512)]
 FEW = 2
@@ -266,6 +266,8 @@ class Share:
             try:
                 with sdpa_kernel(backend):
                     found[name] = timed(work, self.device)
+            except torch.cuda.OutOfMemoryError:
+                raise
             except RuntimeError:  # this kernel does not take the shape
                 continue
         if not found:
@@ -284,9 +286,10 @@ class Share:
             answer = self.attend(q, k[layer], v[layer]).transpose(1, 2).reshape(sequences * queries, -1)
             return F.pad(answer, (0, 0, 0, len(y) - len(answer)))  # rows that only FP8 products want
 
-        backends = [backend for name, backend in BACKENDS.items() if name != "math" or self.device == "cpu"]
-        found = []
-        for backend in backends:
+        found: list[Times] = []
+        for name, backend in BACKENDS.items():
+            if name == "math" and found:
+                continue
             try:
                 with sdpa_kernel(backend):
                     found.append(
@@ -390,6 +393,8 @@ def ceilings(device: str) -> dict[str, float]:
     """What the device does at best: GB/s of a large copy (read and written), TFLOP/s of a large FP16 product."""
     cuda = device.startswith("cuda")
     n, m = (1 << 30, 8192) if cuda else (1 << 22, 128)
+    if cuda:
+        n = min(n, torch.cuda.mem_get_info()[0] // 16)  # half of the free memory, for two of them
     source, target = (torch.ones(n, dtype=torch.float32, device=device) for _ in range(2))
     copy_ms = timed(lambda: target.copy_(source), device)[0]
     a, b = (torch.randn(m, m, device=device, dtype=HALF) for _ in range(2))
@@ -412,31 +417,48 @@ def about(device: str) -> dict[str, Any]:
 def _smi(query: str) -> str | None:
     if not (tool := shutil.which("nvidia-smi")):
         return None
-    command = [tool, f"--query-gpu={query}", "--format=csv,noheader"]
+    command = [tool, f"--id={torch.cuda.current_device()}", f"--query-gpu={query}", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.strip() or None
 
 
 class Table:
     """The rows of a CSV file, of which those already there are not measured again, and the description beside it."""
 
-    def __init__(self, path: Path, described: dict[str, Any]):
+    def __init__(self, path: Path, described: dict[str, Any], shapes: dict[str, Shape]):
         self._path, self._beside = path, path.with_suffix(".json")
-        self.described = described
         self.known: set[tuple[str, ...]] = set()
+        wanted = {name: shape._asdict() for name, shape in shapes.items()}
+        self.described: dict[str, Any] = described | {"shapes": {}}
         if path.exists():
-            before = json.loads(self._beside.read_text(encoding="utf-8")) if self._beside.exists() else {}
-            if different := [name for name, value in described.items() if before.get(name) != value]:
+            if not self._beside.exists():
+                raise ValueError(
+                    f"{self._beside}, which says what {path} was measured on, is missing; name another file"
+                )
+            self.described = json.loads(self._beside.read_text(encoding="utf-8"))
+            if different := [name for name, value in described.items() if self.described.get(name) != value]:
                 raise ValueError(f"{path} was measured with another {', '.join(different)}; name another file")
-            with path.open(newline="", encoding="utf-8") as file:
-                self.known = {tuple(row[:KEY]) for row in csv.reader(file)}
-            self.described = before
-        else:
+            for name, shape in wanted.items():
+                if self.described["shapes"].get(name, shape) != shape:
+                    raise ValueError(f"{path} holds another shape called {name}; name another file")
+            self._read()
+        self.described["shapes"] |= wanted
+        self.describe()
+        if not path.exists():
             path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+
+    def _read(self) -> None:
+        """Take note of what is there; a line that was being written when the machine stopped goes."""
+        text = self._path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            text = text[: text.rfind("\n") + 1]
+            self._path.write_text(text, encoding="utf-8")
+        self.known = {tuple(row[:KEY]) for row in csv.reader(text.splitlines())}
 
     def add(self, key: tuple[Any, ...], measured: Measured) -> None:
         ms = [f"{measured.factor * time_ms:.5g}" for time_ms in measured.times]
         with self._path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow([*key, *ms, measured.how])
+        self.known.add(tuple(map(str, key)))
 
     def describe(self, **more: Any) -> None:
         self.described |= more
@@ -484,9 +506,10 @@ def main() -> None:
         _check(options.device, plans)
         if options.out.suffix != ".csv":
             raise ValueError(f"{options.out}: a table's name ends in .csv")
-        table = Table(options.out, about(options.device))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        table = Table(options.out, about(options.device), {plan.model: shapes[plan.model] for plan in plans})
+        reached = ceilings(options.device)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[0]}")
     cuda, end = options.device.startswith("cuda"), time.monotonic() + options.budget_s
     if not cuda:
         torch.set_num_threads(1)  # threads that wait for each other would be what is measured of a tiny model
@@ -494,8 +517,7 @@ def main() -> None:
     table.describe(
         date=datetime.date.today().isoformat(),
         found=f"{state}: {_smi(state)}" if cuda else None,
-        shapes={plan.model: shapes[plan.model]._asdict() for plan in plans},
-        **ceilings(options.device),
+        **reached,
     )
     print(", ".join(f"{name} {value}" for name, value in table.described.items() if name != "shapes"), flush=True)
     torch.manual_seed(0)
@@ -521,6 +543,7 @@ def _check(device: str, plans: list[Plan]) -> None:
         raise ValueError(
             "PyTorch sees no CUDA GPU here (nvidia-smi says why); --device cpu --models tiny:fp16 tries the script"
         )
+    torch.cuda.set_device(torch.device(device) if ":" in device else 0)
     if torch.cuda.get_device_capability() < (8, 9) and any(plan.dtype == "fp8" for plan in plans):
         raise ValueError(f"{torch.cuda.get_device_name()} computes no FP8; leave such models out of --models")
 

@@ -171,13 +171,17 @@ class _Questions(asyncio.Protocol):
         self._headers: dict[str, str] = {}
         self._body: list[bytes] = []
         self._size = 0
+        self._unread = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        self._unread += len(data)
         try:
+            if self._unread > 2 * (_HEADER_BYTES + wire.BODY_BYTES):  # the parser would collect one header without end
+                raise httptools.HttpParserError
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # what callbacks raise is among the former
             self._send(b"400 Bad Request", {}, last=True)  # NGINX then leaves the request to the gateways' own words
@@ -207,34 +211,35 @@ class _Questions(asyncio.Protocol):
         self._body.append(body)
 
     def on_message_complete(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._answer(b"".join(self._body), self._headers))
+        self._unread = 0
+        last = not self._parser.should_keep_alive()
+        task = asyncio.get_running_loop().create_task(self._answer(b"".join(self._body), self._headers, last))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
     def _grow(self, size: int, limit: int) -> None:
         self._size += size
         if self._size > limit:
-            raise _TooLarge
+            raise httptools.HttpParserError
 
-    async def _answer(self, body: bytes, headers: Mapping[str, str]) -> None:
+    async def _answer(self, body: bytes, headers: Mapping[str, str], last: bool) -> None:
         try:
-            self._send(b"200 OK", await self._decide(body, headers))
-        except Exception:
-            _LOG.exception("a question of NGINX's could not be answered")
+            self._send(b"200 OK", await self._decide(body, headers), last)
+        except BaseException as error:  # also if this process ends: NGINX asks another one then
+            if isinstance(error, Exception):
+                _LOG.exception("a question of NGINX's could not be answered")
             self._send(b"500 Internal Server Error", {}, last=True)
+            if not isinstance(error, Exception):
+                raise
 
     def _send(self, status: bytes, headers: Mapping[str, str], last: bool = False) -> None:
         if self._transport is None or self._transport.is_closing():
             return
-        lines = [b"HTTP/1.1 " + status, b"content-length: 0"]
+        lines = [b"HTTP/1.1 " + status, b"content-length: 0", *([b"connection: close"] if last else [])]
         lines += [f"{name}: {value}".encode() for name, value in headers.items()]
         self._transport.write(b"\r\n".join([*lines, b"", b""]))
         if last:
             self._transport.close()
-
-
-class _TooLarge(Exception):
-    """A question has more headers or a longer body than NGINX lets through."""
 
 
 @asynccontextmanager
@@ -279,7 +284,9 @@ async def hearing(decide: Decide, handovers: Handovers, address: str) -> AsyncIt
     finally:
         listening.close()
         if running:
-            await asyncio.wait(running, timeout=1.0)
+            _, late = await asyncio.wait(running, timeout=1.0)
+            for task in late:
+                task.cancel()
         for asked in list(open_):
             asked.close()
         ends.close()

@@ -85,13 +85,13 @@ def sums_beside_whole_steps(file: Path) -> pd.DataFrame:
     for form in _forms(measured := read(file)):
         mine = _of(measured, form)
         dense = "dense" if "dense" in set(mine["part"]) else SHARE  # neither exchanges anything between GPUs
-        try:
-            table = Table(*form, file, dense=dense)
-        except OutOfRange:
-            continue
         for row in mine[mine["part"].str.startswith("whole ")].itertuples():
             turn = row.part.removeprefix("whole ")
-            seconds = table.decode_s(row.x, row.y) if turn == "decode" else table.prefill_s(row.y, row.x)
+            try:
+                table = Table(*form, file, dense=dense)
+                seconds = table.decode_s(row.x, row.y) if turn == "decode" else table.prefill_s(row.y, row.x)
+            except OutOfRange:  # a part of it was not measured
+                continue
             rows.append([*form, turn, row.x, row.y, row.ms, 1e3 * seconds])
     sums = pd.DataFrame(rows, columns=[*FORM, "turn", "x", "y", "whole_ms", "parts_ms"])
     return sums.assign(ratio=sums["parts_ms"] / sums["whole_ms"])

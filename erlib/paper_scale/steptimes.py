@@ -179,6 +179,7 @@ class Table(StepTimes):
         self._name = f"{model} {dtype}, KV cache {kv_dtype}, TP{tensor_parallel}"
         self._dense, self._output = (_line(*_part(rows, name)) for name in (dense, "output"))
         self._decode, self._prefill = (_Grid(*_part(rows, name)) for name in ("decode", "prefill"))
+        self._outputs = len(self._output) - 1
         self._prompts = np.inf if file else self._prefill.x[-1]
         self.limits = Limits(len(self._dense) - 1, self._decode.x[-1], min(self._decode.y[-1], self._prefill.y[-1]))
 
@@ -207,6 +208,8 @@ class Table(StepTimes):
         self._check(prompts, prompt_tokens, sequences, context_tokens)
         if prompts > self._prompts:
             raise OutOfRange(f"a step reads at most {self._prompts} prompts, not {prompts}")
+        if prompts + sequences > self._outputs:
+            raise OutOfRange(f"a step gives at most {self._outputs} tokens, not {prompts + sequences}")
         seconds = self._dense[prompt_tokens + sequences] + self._output[prompts + sequences]
         if sequences:
             seconds += self._decode.at(sequences, context_tokens / sequences)
@@ -252,6 +255,8 @@ def _part(rows: pa.Table, name: str) -> Iterator[npt.NDArray[Any]]:
 
 def _line(x: npt.NDArray[Any], y: npt.NDArray[Any], seconds: npt.NDArray[Any]) -> list[float]:
     """Seconds for 0, 1, 2, ... (nothing takes no time); plain floats, with which Python counts twice as fast."""
+    order = np.argsort(x)  # a point that was measured later stands at a table's end
+    x, seconds = x[order], seconds[order]
     return np.interp(np.arange(x.max() + 1), [0, *x], [0, *seconds]).tolist()
 
 

@@ -37,12 +37,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class OverUsers:
-    """A row of panels, under the first mix of the paper's experiment."""
+    """A row of panels; routed systems under one mix, the others under the one that they are measured with."""
 
     paper: Paper
     slug: str
     panels: tuple[Panel, ...]
     caption: str
+    mix: config.Mix = "uniform"
     log: bool = False
     sharey: bool = False
     dodge: bool = False
@@ -57,7 +58,7 @@ def draw(figure: OverUsers, records: pd.DataFrame, profile: config.Profile) -> F
     MissingRecords
         If the records of a point are missing; the message names the notebook that makes them.
     """
-    used = load_records(records, profile, figure.paper, "uniform")
+    used = load_records(records, profile, figure.paper, figure.mix)
     used = used[used["turn"].isin({panel.turn for panel in figure.panels})]
     summary = metrics.summarise(used)
     fig, axes = plt.subplots(1, len(figure.panels), sharey=figure.sharey, squeeze=False)
@@ -85,13 +86,15 @@ def means(summary: pd.DataFrame, panels: Sequence[Panel]) -> pd.DataFrame:
     """
     table = metrics.aggregate(summary)
     bars = {panel.metric: panel.bars for panel in panels}
-    drawn = table[table["metric"].isin(bars)].reset_index(drop=True)
-    if not any(bars.values()):
-        return drawn
+    plain = table[table["metric"].isin([name for name, bar in bars.items() if bar is None])].reset_index(drop=True)
+    parts = [plain] if len(plain) else []
     keys = ["config", "mix", "users", "turn"]
-    spread = table.assign(metric=table["metric"].map({bar: name for name, bar in bars.items() if bar}))
-    spread = spread.dropna(subset="metric")[[*keys, "metric", "mean"]].rename(columns={"mean": "sd"})
-    return drawn.drop(columns=["sd", "ci95"]).merge(spread, on=[*keys, "metric"], validate="one_to_one")
+    for name, bar in bars.items():
+        if bar is not None:
+            spread = table.loc[table["metric"] == bar, [*keys, "mean"]].rename(columns={"mean": "sd"})
+            drawn = table[table["metric"] == name].drop(columns=["sd", "ci95"])
+            parts.append(drawn.merge(spread, on=keys, validate="one_to_one"))
+    return pd.concat(parts, ignore_index=True)
 
 
 def systems(ax: Axes, summary: pd.DataFrame, metric: str, bars: str | None = None, *, dodge: bool = False) -> None:
@@ -137,6 +140,11 @@ def line(
     if colour == canvas.GREY:  # our own baseline often coincides with the system it is made from: let both be seen
         looks = {"linestyle": "--", "zorder": 3, "linewidth": 1.0} | looks
     moved = summary.assign(users=summary["users"] + shift)
+    over_repeats = moved.groupby("users")[metric].mean()
+    if over_repeats.isna().all():  # its name belongs into the legend all the same
+        ax.plot(over_repeats.index, over_repeats, color=colour, marker=marker, label=label or "_", **looks)
+        return
+    before = len(ax.lines)
     sns.lineplot(
         *(moved,),
         x="users",
@@ -152,6 +160,9 @@ def line(
         ax=ax,
         **looks,
     )
+    ax.lines[before].set_data(
+        over_repeats.index, over_repeats
+    )  # seaborn would draw through a level at which nothing was answered
     if bars:
         over = moved.groupby("users")[[metric, bars]].mean()
         ax.errorbar(over.index, over[metric], np.nan_to_num(over[bars]), color=colour, ls="", elinewidth=0.7)

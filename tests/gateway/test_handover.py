@@ -52,6 +52,11 @@ def test_a_question_may_come_in_pieces_and_a_connection_has_many() -> None:
     assert len({*answers}) == 1 and asked == [asked[0]] * 3
 
 
+def test_a_connection_that_is_to_end_ends() -> None:
+    (answer,), _ = talk(QUESTION.replace(b"host:", b"proxy-connection: close\r\nhost:"))
+    assert answer.startswith("HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n")
+
+
 def test_the_first_of_metadata_of_one_name_counts_and_bytes_that_are_no_text_pass() -> None:
     _, ((_, headers),) = talk(QUESTION.replace(b"host:", b"x: 1\r\nx: 2\r\ny: \xff\r\nhost:"))
     assert headers["x"] == "1" and headers["y"].encode("utf-8", "surrogateescape") == b"\xff"
@@ -69,13 +74,13 @@ def test_the_first_of_metadata_of_one_name_counts_and_bytes_that_are_no_text_pas
 )
 def test_what_is_no_question_is_refused(question: bytes) -> None:
     answers, asked = talk(question)
-    assert answers == ["HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n"]
+    assert answers == ["HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"]
     assert not asked
 
 
 def test_an_error_of_ours_is_one_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     answers, _ = talk(QUESTION.replace(BODY, b"who breaks it"))
-    assert answers == ["HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n"]
+    assert answers == ["HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"]
     assert "could not be answered" in caplog.text
 
 

@@ -53,6 +53,37 @@ def test_what_is_measured_is_not_measured_again_and_what_is_missing_is(tiny, tmp
     assert (again[: len(lines) - 2], len(again)) == (lines[:-2], len(lines))
 
 
+def test_a_line_that_was_not_finished_is_measured_again(tiny, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "copy.csv"
+    whole = tiny.read_text()
+    copy.write_text(whole[:-9])
+    copy.with_suffix(".json").write_text(tiny.with_suffix(".json").read_text())
+    run(monkeypatch, copy, *TINY)
+    assert "1 points in" in capsys.readouterr().out
+    assert len(measured_steps.read(copy)) == len(measured_steps.read(tiny))
+
+
+def test_a_table_knows_what_it_is_of(tiny, tmp_path, monkeypatch):
+    copy = tmp_path / "copy.csv"
+    copy.write_text(tiny.read_text())
+    with pytest.raises(SystemExit, match=r"copy\.json, which says what .* is missing"):
+        run(monkeypatch, copy, *TINY)
+    copy.with_suffix(".json").write_text(tiny.with_suffix(".json").read_text())
+    with pytest.raises(SystemExit, match="another shape called tiny"):
+        run(monkeypatch, copy, *TINY, "--shape", "tiny=2,64,128,4,2,512")
+
+
+def test_points_may_stand_in_any_order(tmp_path):
+    mixed = tmp_path / "mixed.csv"
+    pd.read_csv(H100).sample(frac=1, random_state=0).to_csv(mixed, index=False)
+    one, other = (Table("llama-3-8b", "fp16", "fp16", 1, file) for file in (mixed, H100))
+    assert [one.step_s(3, 900, n, 500 * n) for n in (1, 50, 300)] == [
+        other.step_s(3, 900, n, 500 * n) for n in (1, 50, 300)
+    ]
+    with pytest.raises(OutOfRange, match="gives at most 1024 tokens"):
+        one.step_s(1000, 1000, 100, 5000)
+
+
 def test_one_table_is_of_one_machine(tiny, monkeypatch):
     beside = tiny.with_suffix(".json")
     before = beside.read_text()
@@ -96,6 +127,14 @@ def test_the_script_has_the_shapes_of_the_repository():
 def test_the_notice_says_what_the_measured_table_says():
     entries = measured_steps.entry_by_entry(H100)
     few, small = entries["x"] <= 256, entries["model"] != "llama-3-70b"
+    output = entries[entries["part"] == "output"]
+    for chosen, (least, most) in ((output["x"] <= 256, (0.97, 1.11)), (output["x"] > 256, (0.97, 1.13))):
+        assert (output["ratio"][chosen].min().round(2), output["ratio"][chosen].max().round(2)) == (least, most)
+    attention = entries[entries["model"].isin(["llama-3-8b", "llama-2-13b"])]
+    large = attention[(attention["part"] == "decode") & (attention["x"] >= 32) & (attention["y"] >= 512)]
+    assert large.groupby("model")["ratio"].mean().round(2).to_dict() == {"llama-3-8b": 0.91, "llama-2-13b": 0.98}
+    prompts = attention[attention["part"] == "prefill"].groupby("model")["ratio"].median().round(2).to_dict()
+    assert prompts == {"llama-3-8b": 0.41, "llama-2-13b": 0.35}
     ranges = {
         (1.00, 1.11): (entries["dtype"] == "fp16") & few & small,
         (1.11, 1.34): (entries["dtype"] == "fp16") & ~few & small,

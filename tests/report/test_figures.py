@@ -19,7 +19,8 @@ from erlib.engines import table1
 from erlib.load import metrics
 from erlib.paper_scale import replicas
 from erlib.provenance import MissingRecords
-from erlib.report import canvas, diagrams, drawing, figures, paper1, paper2
+from erlib.report import canvas, diagrams, drawing, figures, over_users, paper1, paper2
+from erlib.report.over_users import Panel
 from erlib.report.own import hot_experts, overhead, routers
 from erlib.routing import comparison
 from tests.support import synthetic
@@ -120,6 +121,34 @@ def test_the_drawn_line_is_the_csv(records: pd.DataFrame, profile: config.Profil
     mine = plotted[(plotted["config"] == "p2.D") & (plotted["panel"] == "median over users")]
     assert line.get_xdata().tolist() == mine["users"].tolist()
     assert line.get_ydata().tolist() == pytest.approx(mine["mean"].tolist())
+
+
+def test_a_level_without_answers_leaves_a_gap(records: pd.DataFrame, profile: config.Profile, home: Path) -> None:
+    lost = (records["config"] == "p1.A") & (records["users"] == 8) | (records["config"] == "p1.B")
+    fig = paper1.paper1_p99_response_time(records.assign(status=records["status"].mask(lost, "LOST")), profile)
+    drawn = {line.get_label()[0]: line.get_ydata() for line in fig.axes[0].lines}
+    assert np.isnan(drawn["A"]).tolist() == [False, True, False]
+    assert np.isnan(drawn["B"]).all() and not np.isnan(drawn["C"]).any()
+    assert [text.get_text()[0] for text in fig.legends[0].get_texts()] == ["A", "B", "C", "D", "R"]
+
+
+def test_the_drawn_bars_are_the_csv(records: pd.DataFrame, profile: config.Profile, home: Path) -> None:
+    for draw, slug in (
+        (paper1.paper1_user_throughput, "fig06_user_throughput"),
+        (paper1.paper1_p99_response_time, "fig07_p99_response_time"),
+    ):
+        fig = draw(records, profile)
+        plotted = pd.read_csv(home / "paper1" / f"{slug}.csv")
+        mine = plotted[(plotted["config"] == "p1.A") & (plotted["turn"] == "base")]
+        (segments,) = (bars.get_segments() for bars in fig.axes[0].collections[:1])
+        half = [(segment[1][1] - segment[0][1]) / 2 for segment in segments]
+        assert half == pytest.approx(mine["sd"].fillna(0).tolist())  # a spread of one user is none
+
+
+def test_panels_with_and_without_bars_are_both_in_the_csv(records: pd.DataFrame, profile: config.Profile) -> None:
+    summary = metrics.summarise(records[records["paper"] == "p1"])
+    both = [Panel("user_tokens_per_s_mean", "", bars="user_tokens_per_s_sd"), Panel("response_p99_s", "")]
+    assert set(over_users.means(summary, both)["metric"]) == {panel.metric for panel in both}
 
 
 def test_bars_of_user_throughput_are_the_spread_over_users(
