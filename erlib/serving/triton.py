@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import subprocess
 import time
@@ -37,11 +38,13 @@ UNTOLD = secrets.token_hex(16)
 LOOPBACK = "127.0.0.1"
 
 _ENDED_BY_ITS_BACKEND = "boost::interprocess::lock_exception"
-_WAITS_FOR_ITS_BACKEND = "TRITONBACKEND_ModelInstanceInitialize"
-"""What Triton says last when its Python backend, seldom and on busy machines, is lost while it loads a model.
+_BEGUN = re.compile(r"TRITONBACKEND_ModelInstanceInitialize: (\S+)_\d+_\d+")
+_LOADED = re.compile(r"successfully loaded '([^']+)'")
+"""What Triton says when its Python backend, seldom and on busy machines, is lost while it loads a model.
 
 The first ends the server (reported with and without load: triton-inference-server/server issue 8882,
-tensorrtllm_backend issue 349); after the second it waits for ever for a process that has begun and not answered.
+tensorrtllm_backend issue 349). Or a model of which the second is said is never loaded, as the third would say: Triton
+waits for ever for a process that has begun and not answered.
 """
 
 _CONFIG = """\
@@ -223,8 +226,10 @@ class TritonServer:
         try:
             self._wait_ready(timeout_s)
         except StartError:
-            ended = _ENDED_BY_ITS_BACKEND in processes.tail(self.log)
-            if not ended and _WAITS_FOR_ITS_BACKEND not in processes.tail(self.log, lines=1):
+            said = self.log.read_text(encoding="utf-8", errors="replace")
+            waits = set(_BEGUN.findall(said)) - set(_LOADED.findall(said))
+            is_alive = self.process is not None and self.process.poll() is None
+            if _ENDED_BY_ITS_BACKEND not in processes.tail(self.log) and not (is_alive and waits):
                 raise
             self._start_again()
             self._wait_ready(timeout_s)

@@ -23,6 +23,7 @@ SCALED_DOWN = {
     "serving.gateways": 2,
     "serving.user_processes": 2,
     "serving.base_port": BASE_PORT + 500,
+    "serving.start_timeout_s": 150,  # a stand-in is loaded in seconds; real engines take minutes
     "paper1.users": [2],
     "paper1.repeats": 1,
     "paper2.users": [2],

@@ -97,6 +97,7 @@ def test_what_binds_a_server_is_seen(emulated):
     [
         ("boost::interprocess::lock_exception", "kill -ABRT $$"),
         ("TRITONBACKEND_ModelInstanceInitialize: ensemble_0_0", "exec sleep 60"),
+        ("TRITONBACKEND_ModelInstanceInitialize: ensemble_0_0", "echo \"successfully loaded 'other'\"; exec sleep 60"),
         ("no space left on device", "kill -ABRT $$"),
     ],
 )
