@@ -40,6 +40,10 @@ def main() -> None:
         sums = measured_steps.sums_beside_whole_steps(options.table)
         print("\nsum of a step's parts over the same step measured as a whole:")
         print(measured_steps.spread(sums, [*form, "turn"]).round(3).to_string(index=False))
+        twice = measured_steps.measured_twice(options.table) - 1
+        if len(twice):
+            share = (twice > 0.06).mean()
+            print(f"\n{len(twice)} points measured twice: {twice.median():.1%} apart (median), {share:.0%} over 6 %")
         if options.entries:
             entries.round(5).to_csv(options.entries, index=False)
         profile = config.load_profile("dgx-h100")

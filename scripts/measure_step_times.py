@@ -84,32 +84,9 @@ CACHES_BYTES = 8e9
 """KV caches of so many bytes at most; larger ones are those of fewer than four layers, which no cache holds either."""
 
 TOKENS = [
-    1,
-    2,
-    4,
-    8,
-    16,
-    32,
-    48,
-    64,
-    96,
-    128,
-    160,
-    192,
-    256,
-    320,
-    384,
-    512,
-    640,
-    768,
-    1024,
-    1536,
-    2048,
-    3072,
-    4096,
-    6144,
-    8192,
-]
+    1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384,
+    512, 640, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192,
+]  # fmt: skip
 SEQUENCES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 DECODE = list(
     itertools.product([1, 2, 4, 8, 16, 32, 64, 128, 256, 512], [16, 128, 256, 512, 1024, 1536, 2048, 3072, 4096])
@@ -514,11 +491,8 @@ def main() -> None:
     if not cuda:
         torch.set_num_threads(1)  # threads that wait for each other would be what is measured of a tiny model
     state = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-    table.describe(
-        date=datetime.date.today().isoformat(),
-        found=f"{state}: {_smi(state)}" if cuda else None,
-        **reached,
-    )
+    found = {"date": datetime.date.today().isoformat(), "found": f"{state}: {_smi(state)}" if cuda else None, **reached}
+    table.describe(**{name: value for name, value in found.items() if name not in table.described})
     print(", ".join(f"{name} {value}" for name, value in table.described.items() if name != "shapes"), flush=True)
     torch.manual_seed(0)
     for plan in plans:

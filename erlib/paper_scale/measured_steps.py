@@ -97,6 +97,27 @@ def sums_beside_whole_steps(file: Path) -> pd.DataFrame:
     return sums.assign(ratio=sums["parts_ms"] / sums["whole_ms"])
 
 
+def measured_twice(file: Path) -> pd.Series:
+    """What can be told from noise: points of equal work, measured once for each format of the weights.
+
+    Attention and the output layer are in FP16 whatever the weights are in.
+
+    Returns
+    -------
+    Series
+        Longer over shorter time of each such pair.
+    """
+    rows = read(file)
+    same = rows[rows["part"].isin(["decode", "prefill"]) | ((rows["part"] == "output") & (rows["x"] >= _FP8_TOKENS))]
+    ms = same.groupby(["model", "tensor_parallel", "part", "x", "y"])["ms"].agg(["min", "max", "size"])
+    pairs = ms[ms["size"] == 2]
+    return pairs["max"] / pairs["min"]
+
+
+_FP8_TOKENS = 16
+"""Below it, what stands beside FP8 matrices is computed for more sequences."""
+
+
 def spread(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Median, smallest and largest ``ratio`` of each group, and how many points it has."""
     ratio = table.groupby(by, sort=False)["ratio"]

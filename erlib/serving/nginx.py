@@ -47,7 +47,7 @@ def find() -> Path:
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 10)}
 """Buffers of so many bytes go back to the system when they are freed. A request that NGINX relays has one of a
 megabyte, of which it touches a few pages. Left alone, glibc soon takes such buffers from its heap, where those of many
-requests at once touch ever more pages: 70 MB after 24,000 requests, 500 at a time, and growing."""
+requests at once touch ever more pages: the slow test of broken messages, 500 at a time, shows how many megabytes."""
 
 
 class Nginx:

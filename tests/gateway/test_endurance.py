@@ -154,16 +154,16 @@ def relaying(log: Path, expert: str, *options: str) -> Iterator[tuple[str, list[
 def _fuzz(n: int, log: Path, relay: str) -> tuple[Counter[str], float]:
     """`n` mutated messages to a gateway process, or to an NGINX that relays and asks it; they must live on.
 
-    How each was answered, and memory taken (MB) since the first twentieth of them, which has what 500 at once need.
+    How each was answered, and memory taken (MB).
     """
     ask, started = (refusals, gateway_process) if relay == "gateway" else (relayed, relaying)
     rng = random.Random(0)
     n_connections = n // 100
 
-    async def run(url: str, some: int) -> Counter[str]:
+    async def run(url: str) -> Counter[str]:
         answers: Counter[str] = Counter()
         async with grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
-            while (left := some - sum(answers.values())) > 0:
+            while (left := n - sum(answers.values())) > 0:
                 answers += await ask(channel, [mutated(rng) for _ in range(min(500, left))])
         return answers
 
@@ -171,10 +171,9 @@ def _fuzz(n: int, log: Path, relay: str) -> tuple[Counter[str], float]:
         async with standin(lambda _: [ANSWER]) as expert:
             with started(log, expert.url) as (url, running):
                 those = running if isinstance(running, list) else [running]
-                first = await run(url, n // 20)
                 before = sum(each.memory_info().rss for each in those)
                 await asyncio.to_thread(lambda: [babble(url, rng) for _ in range(n_connections)])
-                answers = first + await run(url, n - n // 20)
+                answers = await run(url)
                 grown = (sum(each.memory_info().rss for each in those) - before) / 1e6
                 async with grpc.aio.insecure_channel(url) as channel:  # it lives, and serves
                     stream = channel.unary_stream(wire.STREAM_INFER)(wire.encode_request("0", 1), timeout=10)

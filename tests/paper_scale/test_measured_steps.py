@@ -146,6 +146,8 @@ def test_the_notice_says_what_the_measured_table_says():
     for (least, most), chosen in ranges.items():
         ratio = entries[chosen & (entries["part"] == "dense")]["ratio"]
         assert (round(ratio.min(), 2), round(ratio.max(), 2)) == (least, most)
+    apart = measured_steps.measured_twice(H100) - 1
+    assert (len(apart), apart.median().round(3), (apart > 0.06).mean().round(2)) == (290, 0.007, 0.16)
     sums = measured_steps.sums_beside_whole_steps(H100)
     away = (sums["ratio"] - 1).abs()
     assert (len(sums), (away > 0.054).sum()) == (75, 3)
