@@ -41,6 +41,8 @@ SLOW_CONNECT_S = 20.0
 
 DOUBT_AGAIN_AFTER_S = 2.0
 """Between two questions to a replica that may merely give short answers."""
+STATISTICS_LATE_S = 0.2
+"""Triton may count a failure a little after its error has been sent."""
 SERVER_AT_FAULT = {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DATA_LOSS"}
 """How a request ends for which its server can be suspected, and not its client."""
 
@@ -168,6 +170,7 @@ class Replica:
 
     async def _ask_for_failures(self) -> None:
         """Triton counts those of a backend that is dead, and not the errors that a living one gives as its answers."""
+        await asyncio.sleep(STATISTICS_LATE_S)
         try:
             reply = pb.ModelStatisticsResponse.FromString(await self.ask("ModelStatistics"))
         except grpc.aio.AioRpcError as error:
