@@ -21,6 +21,9 @@ unpickled."""
 _GATEWAY_ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener"}
 """gRPC's older event loop hands a message on through fewer threads: behind NGINX, a quarter less CPU per token."""
 
+STANDS_BACK = 8
+"""How far a gateway that only decides stands back behind NGINX, whose tokens would wait for its decisions."""
+
 
 class Gateway:
     """One process of :mod:`erlib.gateway`, which reaches all `experts`.
@@ -57,7 +60,7 @@ class Gateway:
         self.log = log_dir / f"gateway-{index}.log"
         self.metrics_port: int | None = None
         self.process: subprocess.Popen[bytes] | None = None
-        self._niceness = niceness
+        self._niceness = niceness + (STANDS_BACK if hands_over else 0)
         self._command = processes.python(
             "-m", "erlib.gateway", "--port", str(port), "--host", host, "--experts", ",".join(experts),
             "--clusterer", clusterer or "", "--policy", policy, "--index", str(index), "--behind-proxy",
