@@ -21,7 +21,7 @@ def scripts_of(profile: Profile, series: Series, point: Point, n_targets: int) -
             max_tokens=prompt.max_tokens,
             end_id=prompt.end_id,
             target=user % n_targets,
-            continues=series.continues,
+            follow_up=prompt.follow_up if series.continues else None,
         )
         for user, prompt in enumerate(drawn)
     ]

@@ -61,21 +61,19 @@ def _user(
     client.start_stream(inbox)
     together.wait()  # all streams are open
     together.wait()  # the common start
-    text = script.text
     answers = []
-    for turn in ("base", "continuation") if script.continues else ("base",):
-        answer, reply = _request(script, turn, text, client, inbox, timeout_s)
+    for turn, text in users.turns(script):
+        answer = _request(script, turn, text, client, inbox, timeout_s)
         answers.append((answer, text))
         if answer.status != "ok":
             break
-        text = users.continuation(text, reply.decode("utf-8", errors="replace"))
     client.stop_stream(cancel_requests=answer.status != "ok")
     return answers
 
 
 def _request(
     script: Script, turn: str, text: str, client: InferenceServerClient, inbox: _Inbox, timeout_s: float
-) -> tuple[Answer, bytes]:
+) -> Answer:
     inputs = _inputs(script, text)
     inbox.expect_answer()
     answer = Answer(script.user, script.prompt, script.cluster, turn, script.target, t_send_ns=time.monotonic_ns())
@@ -83,18 +81,19 @@ def _request(
         client.async_stream_infer(wire.MODEL_NAME, inputs, request_id=f"{script.user}-{turn}")
         if not inbox.complete.wait(timeout_s):
             answer.status = f"DEADLINE_EXCEEDED: no complete answer within {timeout_s:g} s"
-            return answer, b""
+            return answer
         if inbox.error is not None:
             raise inbox.error
     except InferenceServerException as error:
         code = (error.status() or "").removeprefix("StatusCode.")
         answer.status = f"{code}: {error.message()}" if code else error.message()
-        return answer, b""
+        return answer
     responses = [
         wire.Response("", result.as_numpy("text_output").item(), tuple(result.as_numpy("output_ids").ravel()))
         for result in inbox.results
     ]
-    return answer, users.note(answer, script, inbox.times, responses)
+    users.note(answer, script, inbox.times, responses)
+    return answer
 
 
 def _inputs(script: Script, text: str) -> list[InferInput]:

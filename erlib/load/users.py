@@ -4,9 +4,9 @@ The papers run one thread per user in one process (:mod:`erlib.load.threaded_use
 loops over raw gRPC, because a client that falls behind measures itself; how late their loops ran and how much CPU they
 took is part of the result.
 
-A user sends a base prompt and, in paper 1, then a continuation prompt that carries prompt and answer. All users of a
-point start together. Times are ``CLOCK_MONOTONIC`` ns, one clock for all processes of a host. The users may have a host
-of their own, as in paper 2 (section IV); how far it is to what they ask is measured before every point.
+A user sends a base prompt and, in paper 1, then a continuation prompt, as long as the base prompt and its answer. All
+users of a point start together. Times are ``CLOCK_MONOTONIC`` ns, one clock for all processes of a host. The users may
+have a host of their own, as in paper 2 (section IV); how far it is to what they ask is measured before every point.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Script:
     max_tokens: int
     end_id: int | None
     target: int
-    continues: bool
+    follow_up: str | None
+    """The continuation prompt, if one follows."""
 
 
 @dataclass
@@ -237,29 +238,27 @@ class UserSimulator:
 # --- inside a user process --------------------------------------------------------------------------------------
 
 
-def continuation(prompt_text: str, answer_text: str) -> str:
-    """Text of the second turn: the first prompt and its answer (paper 1, section IV-B: 335 + 1,200 = 1,535 tokens)."""
-    return prompt_text + answer_text
+def turns(script: Script) -> list[tuple[str, str]]:
+    """What a user asks, one after the other: which turn it is, and the prompt."""
+    return [("base", script.text), *([("continuation", script.follow_up)] if script.follow_up else [])]
 
 
 async def _user(
     script: Script, channel: grpc.aio.Channel, timeout_s: float, shares_clock: bool
 ) -> list[tuple[Answer, str]]:
     """One user's requests, each answer with the prompt that it answers."""
-    text = script.text
     answers = []
-    for turn in ("base", "continuation") if script.continues else ("base",):
-        answer, reply = await _request(script, turn, text, channel, timeout_s, shares_clock)
+    for turn, text in turns(script):
+        answer = await _request(script, turn, text, channel, timeout_s, shares_clock)
         answers.append((answer, text))
         if answer.status != "ok":
             break
-        text = continuation(text, reply.decode("utf-8", errors="replace"))
     return answers
 
 
 async def _request(
     script: Script, turn: str, text: str, channel: grpc.aio.Channel, timeout_s: float, shares_clock: bool
-) -> tuple[Answer, bytes]:
+) -> Answer:
     """Send one prompt and take a timestamp per message as it arrives; messages are decoded after the last one."""
     request = wire.encode_request(text, script.max_tokens, script.end_id, f"{script.user}-{turn}")
     answer = Answer(script.user, script.prompt, script.cluster, turn, script.target, t_send_ns=time.monotonic_ns())
@@ -274,17 +273,17 @@ async def _request(
         metadata = {**dict(await call.initial_metadata()), **dict(await call.trailing_metadata())}
     except grpc.aio.AioRpcError as error:
         answer.status = f"{error.code().name}: {error.details()}"
-        return answer, b""
+        return answer
     finally:
         call.cancel()
-    reply = note(answer, script, times, [wire.decode_response(message) for message in messages])
+    note(answer, script, times, [wire.decode_response(message) for message in messages])
     answer.expert = int(metadata.get("er-expert", script.target))
     answer.routing = {span: int(metadata[spans.header(span)]) for span in spans.SPANS if spans.header(span) in metadata}
-    return answer, reply
+    return answer
 
 
-def note(answer: Answer, script: Script, times: list[int], responses: Sequence[wire.Response]) -> bytes:
-    """Write down what arrived when (ns), or what is wrong with it, in `answer`; returns the reply's text.
+def note(answer: Answer, script: Script, times: list[int], responses: Sequence[wire.Response]) -> None:
+    """Write down what arrived when (ns), or what is wrong with it, in `answer`.
 
     A last response without a token, with which TensorRT-LLM may follow an end of sequence, is not one of them.
     """
@@ -300,7 +299,6 @@ def note(answer: Answer, script: Script, times: list[int], responses: Sequence[w
         answer.status = f"expected exactly {script.max_tokens} tokens, got {len(times)}"
     if times:
         answer.t_first_ns, answer.t_last_ns, answer.token_ns = times[0], times[-1], times
-    return b"".join(response.text for response in responses)
 
 
 async def _watch_lag(lags_ms: list[float]) -> None:

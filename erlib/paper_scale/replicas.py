@@ -27,7 +27,6 @@ from erlib.machine.progress import Bar
 from erlib.paper_scale import batching, emulation, simulation
 from erlib.serving import wire
 from erlib.workload import prompts
-from erlib.workload.prompts import Prompt
 
 BETTER = {"response_p99_s": -1, "session_tokens_per_s": 1, "ttft_mean_s": -1}
 """What is looked at, and whether more (1) or less (-1) of it is better."""
@@ -92,18 +91,17 @@ def run_replicas(
     """
     full = config.at_paper_scale(profile)
     workload = replace(simulation.textless_workload(full, "p2"), sigma=profile.workload.sigma)
-    shares = {mix: prompts.mix_shares(mix, workload.n_clusters, workload.sigma) for mix in typing.get_args(Mix)}
+    shares = prompts.mix_shares("normal", workload.n_clusters, workload.sigma)
     arms: list[tuple[Mix, int]] = [("uniform", 0), *(("normal", added) for added in range(most_added + 1))]
     rows = []
     for users_now in Bar(users, desc="replicas", unit="level", delay=2, leave=False):
         for repeat in range(profile.paper_scale.repeats):
-            asked = prompts.draw(workload, users_now, "uniform", profile.seed, repeat)
-            drawn = {mix: _whose(asked, shares[mix], np.random.default_rng([profile.seed, repeat])) for mix in shares}
+            drawn = {mix: prompts.draw(workload, users_now, mix, profile.seed, repeat) for mix in typing.get_args(Mix)}
             for name in configs:
                 system = batching.paper_system(name, answer_limit=full.workload.p2_max_output_tokens)
                 for mix, added in arms:
                     about = {"source": "simulated-hardware", "point_hash": f"{added} added"}
-                    wider = replace(system, added=hottest(shares["normal"], added))
+                    wider = replace(system, added=hottest(shares, added))
                     answered = simulation.simulate(
                         wider, drawn[mix], paper="p2", mix=mix, repeat=repeat, seed=profile.seed, columns=about
                     )
@@ -111,14 +109,6 @@ def run_replicas(
                     rows.append(summary.assign(added=added, gpus=len(wider.experts)))
     table = pd.concat(rows, ignore_index=True)
     return table.assign(session_tokens_per_s_per_gpu=table["session_tokens_per_s"] / table["gpus"])
-
-
-def _whose(asked: Sequence[Prompt], shares: npt.NDArray[np.float64], rng: np.random.Generator) -> list[Prompt]:
-    """The same prompts, dealt out to the clusters by `shares`."""
-    clusters = np.repeat(np.arange(len(shares)), prompts.partition(len(asked), shares, rng))
-    return [
-        prompt._replace(cluster=int(cluster)) for prompt, cluster in zip(asked, rng.permutation(clusters), strict=True)
-    ]
 
 
 def gpus_needed(table: pd.DataFrame) -> pd.DataFrame:

@@ -53,9 +53,10 @@ def at_paper_scale(workload: Workload, profile: Profile, paper: prompts.Paper) -
     """
     forced = {"workload": profile.workload.model_copy(update={"p2_answers": "mlperf"}), "scale": _FULL_SCALE}
     rng = np.random.default_rng([profile.seed, *paper.encode()])
-    lengths, _ = prompts.answer_tokens(paper, profile.model_copy(update=forced), len(workload.frame), rng)
+    nth = workload.frame.groupby("cluster").cumcount().to_numpy()
+    lengths, _ = prompts.answer_tokens(paper, profile.model_copy(update=forced), nth.max() + 1, rng)
     tokens = workload.frame["paper_input_tokens"]
-    frame = workload.frame.assign(input_tokens=tokens, max_tokens=lengths, end_id=prompts.FORCED)
+    frame = workload.frame.assign(input_tokens=tokens, max_tokens=lengths[nth], end_id=prompts.FORCED)
     return replace(workload, frame=frame)
 
 
@@ -71,15 +72,14 @@ def full_scale_workloads(profile: Profile) -> dict[prompts.Paper, Workload]:
 
 
 def textless_workload(
-    profile: Profile, paper: prompts.Paper, n_clusters: int = _CLUSTERS, per_cluster: int = 512
+    profile: Profile, paper: prompts.Paper, n_clusters: int = _CLUSTERS, per_cluster: int = 1024
 ) -> Workload:
     """A pool of the papers' lengths without texts, equally many prompts per cluster, where no clusterer is at hand."""
     n = n_clusters * per_cluster
-    lengths = prompts.paper_input_tokens(paper, profile.workload, n)
     rng = np.random.default_rng([profile.seed, *paper.encode()])
-    # as in a workload of texts: every cluster gets the same spread of lengths
-    lengths = rng.permuted(lengths.reshape(per_cluster, n_clusters), axis=1).ravel()
+    lengths = np.repeat(rng.permutation(prompts.paper_input_tokens(paper, profile.workload, per_cluster)), n_clusters)
     columns = {"prompt": np.arange(n), "paper": paper, "cluster": np.arange(n) % n_clusters, "text": ""}
+    columns |= {"follow_up": None}
     frame = pd.DataFrame(columns | {"paper_input_tokens": lengths})
     return at_paper_scale(Workload(frame, n_clusters, profile.workload.sigma), profile, paper)
 

@@ -1,7 +1,12 @@
 """The workloads of both papers: real text of a given length in tokens, cut so that the router's decision is known.
 
-A workload is a pool of prompts, equally many per cluster and equally long; a *draw* picks the prompts of N
-concurrent users from it, by one of paper 2's two mixes (section IV-A).
+A workload is a pool of prompts. Every length that it has, it has once per cluster, with the same length of the answer.
+A *draw* gives N concurrent users a length each, and then a cluster each, by one of paper 2's two mixes (section IV-A):
+so two mixes differ in nothing but whose experts have to answer.
+
+What paper 1's users go on with (section IV-B: a prompt and its answer, 335 + 1,200 tokens) is the text of which their
+prompt is the beginning, read on by as many tokens as the answer has. An engine's own answer would be another text, and
+after encoding another length, in every system.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ class WorkloadError(ValueError):
 
 
 class Prompt(NamedTuple):
-    """One prompt of a draw; `end_id` None lets the engine end the answer."""
+    """One prompt of a draw; `end_id` None lets the engine end the answer, `follow_up` is the continuation prompt."""
 
     prompt: int
     cluster: int
@@ -47,6 +52,7 @@ class Prompt(NamedTuple):
     input_tokens: int
     max_tokens: int
     end_id: int | None
+    follow_up: str | None = None
 
 
 class Classifies(Protocol):
@@ -69,7 +75,9 @@ class Workload:
     frame : pandas.DataFrame
         One row per prompt: ``prompt`` (int), ``paper``, ``cluster`` (the router's decision), ``text``,
         ``input_tokens`` (counted with the model's tokenizer), ``paper_input_tokens`` (the full-scale length that it
-        stands for), ``max_tokens``, ``end_id`` (-1: forced length, missing: may end early).
+        stands for), ``max_tokens``, ``end_id`` (-1: forced length, missing: may end early), ``follow_up`` (the
+        continuation prompt's text, ``input_tokens + max_tokens`` long; missing: there is none). The n-th prompts of all
+        clusters have the same lengths.
     n_clusters : int
     sigma : float
         Width of the normal mix, in clusters.
@@ -152,8 +160,8 @@ def build(
         Of the model under test.
     clusterer : Classifies
     n : int, optional
-        Prompts in the pool, rounded up to a multiple of the number of clusters. By default enough for the largest draw
-        of all repeats, at least 64 per cluster.
+        Prompts in the pool, rounded up to a multiple of the number of clusters. By default as many lengths as the
+        largest draw has users, at least 64.
 
     Raises
     ------
@@ -163,7 +171,7 @@ def build(
     if paper not in ("p1", "p2", "preliminary"):
         raise WorkloadError(f"paper must be 'p1', 'p2' or 'preliminary', not {paper!r}")
     k = clusterer.n_clusters
-    per_cluster = _pool_size(profile, paper, k) if n is None else math.ceil(n / k)
+    per_cluster = _pool_size(profile, paper) if n is None else math.ceil(n / k)
     if per_cluster < 1:
         raise WorkloadError("a workload needs at least one prompt")
     documents = corpus.load_corpus(profile.corpus, profile.seed, "holdout")
@@ -196,32 +204,30 @@ def _prompts(
     """As many prompts of each cluster as asked for, one row each."""
     k = clusterer.n_clusters
     rng = np.random.default_rng([profile.seed, *paper.encode()])
-    # Neighbouring quantiles are dealt out by lot: the pool has many different lengths, each cluster the same spread.
-    lengths = rng.permuted(paper_input_tokens(paper, profile.workload, k * per_cluster).reshape(per_cluster, k), axis=1)
+    lengths = rng.permutation(paper_input_tokens(paper, profile.workload, per_cluster))
     home = clusterer.predict(documents.texts)
-    limits, end_id = answer_tokens(paper, profile, k * per_cluster, rng)
+    answers, end_id = answer_tokens(paper, profile, per_cluster, rng)
     rows: list[tuple[object, ...]] = []
     with Bar(total=k * per_cluster, desc=f"prompts {paper}", delay=2, leave=False) as progress:
         for cluster in range(k):
             own = [text for text, c in zip(documents.texts, home, strict=True) if c == cluster]
             passages = _Passages(own or documents.texts, rng)
-            for length in rng.permutation(lengths[:, cluster]):
-                text = _find(passages, profile.scaled_tokens(length), tokenizer, clusterer, cluster)
-                rows.append((paper, cluster, text, len(tokenizer.encode(text)), length, limits[len(rows)], end_id))
+            for length, answer in zip(lengths, answers, strict=True):
+                more = int(answer) if paper == "p1" else 0
+                text, follow_up = _find(passages, profile.scaled_tokens(length), more, tokenizer, clusterer, cluster)
+                rows.append((paper, cluster, text, len(tokenizer.encode(text)), length, answer, end_id, follow_up))
                 progress.update()
     return pd.DataFrame(rows, columns=_COLUMNS).astype({"end_id": "Int32"}).rename_axis("prompt").reset_index()
 
 
-def _pool_size(profile: config.Profile, paper: Paper, k: int) -> int:
+def _pool_size(profile: config.Profile, paper: Paper) -> int:
+    """Prompts per cluster."""
     if paper == "preliminary":
-        users, repeats = profile.preliminary.users, profile.preliminary.repeats
-        mixes: list[config.Mix] = ["uniform"]
+        users = profile.preliminary.users
     else:
-        sweep = profile.paper1 if paper == "p1" else profile.paper2
-        users, repeats, mixes = [*sweep.users, *profile.overhead.users], sweep.repeats, sweep.mixes
-    largest_share = max(mix_shares(mix, k, profile.workload.sigma).max() for mix in mixes)
-    needed = max(MIN_PER_CLUSTER, math.ceil(max(users) * repeats * largest_share))
-    return int(2 ** math.ceil(math.log2(needed)))  # in steps, so that one more repeat rarely changes all prompts
+        users = [*(profile.paper1 if paper == "p1" else profile.paper2).users, *profile.overhead.users]
+    # in steps, so that more users rarely change all prompts
+    return int(2 ** math.ceil(math.log2(max(MIN_PER_CLUSTER, *users))))
 
 
 class _Passages:
@@ -249,15 +255,27 @@ class _Passages:
         return text[:characters]
 
 
-def _find(passages: _Passages, tokens: int, tokenizer: Tokenizer, clusterer: Classifies, cluster: int) -> str:
+def _find(
+    passages: _Passages, tokens: int, more: int, tokenizer: Tokenizer, clusterer: Classifies, cluster: int
+) -> tuple[str, str | None]:
+    """A text of so many tokens, and, if `more` are asked for, the text of which it is the beginning."""
     for _ in range(_MAX_PASSAGES):
-        text = _cut(passages.next(64 + 16 * tokens), tokens, tokenizer)
-        if text is not None and text.strip() and clusterer.route(text)[0] == cluster:
-            return text
+        passage = passages.next(_enough(tokens + more))
+        text = _cut(passage[: _enough(tokens)], tokens, tokenizer)
+        if text is None or not text.strip() or clusterer.route(text)[0] != cluster:
+            continue
+        follow_up = _cut(passage, tokens + more, tokenizer) if more else None
+        if follow_up is not None or not more:
+            return text, follow_up
     raise WorkloadError(
-        f"found no held-out text of {tokens} tokens that the router sends to cluster {cluster}: "
+        f"found no held-out text of {tokens + more} tokens that the router sends to cluster {cluster}: "
         "raise corpus.documents or corpus.holdout, or lower clusterer.n_clusters"
     )
+
+
+def _enough(tokens: int) -> int:
+    """Characters that hold so many tokens."""
+    return 64 + 16 * tokens
 
 
 def _cut(passage: str, tokens: int, tokenizer: Tokenizer) -> str | None:
@@ -272,7 +290,7 @@ def _cut(passage: str, tokens: int, tokenizer: Tokenizer) -> str | None:
     return None
 
 
-_COLUMNS = ["paper", "cluster", "text", "input_tokens", "paper_input_tokens", "max_tokens", "end_id"]
+_COLUMNS = ["paper", "cluster", "text", "input_tokens", "paper_input_tokens", "max_tokens", "end_id", "follow_up"]
 
 
 def _read(path: Path, n: int) -> pd.DataFrame:
@@ -308,16 +326,19 @@ def mix_shares(mix: config.Mix, n_clusters: int, sigma: float) -> Floats:
     return weights / weights.sum()
 
 
-def partition(users: int, shares: Floats, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Split `users` by `shares`, int array (k,): largest remainders, equal ones by lot.
+def partition(
+    users: int, shares: Floats, rng: np.random.Generator, rather: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.int64]:
+    """Split `users` by `shares`, int array (k,): largest remainders; of equal ones those that are `rather` to get one.
 
-    Both papers partition the requests rather than draw each user's cluster, so a mix is met as exactly as whole users
-    allow, in every repeat.
+    Where that leaves a choice, it is made by lot. Both papers partition the requests rather than draw each user's
+    cluster, so a mix is met as exactly as whole users allow, in every repeat.
     """
     exact = users * shares
     counts = np.floor(exact + 1e-9).astype(np.int64)
     remainders = (exact - counts).round(9)
-    order = np.lexsort((rng.random(len(shares)), -remainders))
+    first = np.zeros(len(shares), bool) if rather is None else rather
+    order = np.lexsort((rng.random(len(shares)), ~first, -remainders))
     counts[order[: users - counts.sum()]] += 1
     return counts
 
@@ -325,23 +346,25 @@ def partition(users: int, shares: Floats, rng: np.random.Generator) -> npt.NDArr
 def draw(workload: Workload, users: int, mix: config.Mix, seed: int, repeat: int) -> list[Prompt]:
     """The prompts of `users` concurrent users, one each, in random order.
 
-    The same for all configurations, so that they answer the same prompts. A prompt occurs twice only where a cluster
-    gets more users than the pool has prompts for it.
+    The same for all configurations, so that they answer the same prompts. Under both mixes a user's prompt and answer
+    have the same lengths, and as many users as possible have the same prompt; the rest has one of another cluster. A
+    prompt occurs twice only where there are more users than the pool has lengths.
 
     Raises
     ------
     WorkloadError
-        If `users` is below 1 or the mix is unknown.
+        If `users` is below 1, the mix is unknown, or the pool has no prompt of some cluster.
     """
     if users < 1:
         raise WorkloadError(f"users must be at least 1, not {users}")
-    shares = mix_shares(mix, workload.n_clusters, workload.sigma)
-    rng = np.random.default_rng([seed, repeat, users, _MIXES.index(mix)])
-    rows: list[int] = []
-    for cluster, count in enumerate(partition(users, shares, rng)):
-        pool = np.flatnonzero(workload.frame["cluster"] == cluster)
-        rows.extend(np.resize(rng.permutation(pool), count))
-    chosen = workload.frame.iloc[rng.permutation(rows)]
+    mix_shares(mix, workload.n_clusters, workload.sigma)  # refuses an unknown one
+    rng = np.random.default_rng([seed, repeat, users])
+    of_cluster = [np.flatnonzero(workload.frame["cluster"] == cluster) for cluster in range(workload.n_clusters)]
+    if not (n_lengths := min(map(len, of_cluster))):
+        raise WorkloadError("a pool needs a prompt of every cluster")
+    lengths = np.resize(rng.permutation(n_lengths), users)
+    clusters = _clusters(workload, users, mix, rng)
+    chosen = workload.frame.iloc[[of_cluster[cluster][n] for cluster, n in zip(clusters, lengths, strict=True)]]
     return [
         Prompt(
             prompt=int(row.prompt),
@@ -350,9 +373,25 @@ def draw(workload: Workload, users: int, mix: config.Mix, seed: int, repeat: int
             input_tokens=int(row.input_tokens),
             max_tokens=int(row.max_tokens),
             end_id=None if pd.isna(row.end_id) else int(row.end_id),
+            follow_up=None if pd.isna(row.follow_up) else row.follow_up,
         )
         for row in chosen.itertuples()
     ]
+
+
+def _clusters(workload: Workload, users: int, mix: config.Mix, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Each user's cluster, int array (users,): the normal mix moves as few users of the uniform one as it can."""
+    k = workload.n_clusters
+    normal = partition(users, mix_shares("normal", k, workload.sigma), rng)
+    uniform = partition(users, mix_shares("uniform", k, workload.sigma), rng, rather=normal > users // k)
+    clusters = rng.permutation(np.repeat(np.arange(k), uniform))
+    if mix == "normal":
+        leave = [
+            rng.permutation(np.flatnonzero(clusters == cluster))[: max(0, too_many)]
+            for cluster, too_many in enumerate(uniform - normal)
+        ]
+        clusters[np.concatenate(leave)] = rng.permutation(np.repeat(np.arange(k), np.maximum(0, normal - uniform)))
+    return clusters
 
 
 # --- what to look at --------------------------------------------------------------------------------------------

@@ -159,7 +159,8 @@ def own(profile, several_nodes, tmp_path):
 
 def series(tokenizer, router, server_plan, users, tokens):
     columns = {"prompt": range(16), "paper": "p2", "cluster": np.arange(16) % 8, "text": PROMPT, "input_tokens": 14}
-    pool = pd.DataFrame({**columns, "paper_input_tokens": 14, "max_tokens": tokens, "end_id": prompts.FORCED})
+    columns |= {"paper_input_tokens": 14, "max_tokens": tokens, "end_id": prompts.FORCED, "follow_up": None}
+    pool = pd.DataFrame(columns)
     system = experiments.System("p2.E", "expert_router", [server_plan] * 8, tokenizer, router)
     return experiments.Series("p2", "load", system, prompts.Workload(pool, 8, 2.0), users, 2, ["uniform"])
 

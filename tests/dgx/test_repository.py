@@ -422,9 +422,11 @@ class SpeaksTheContract:
             assert answered(messages) == served.expected(server, prompt, 60)
 
     def test_users_count_every_token(self, served, tokenizer, tmp_path):
-        """The user simulator: base prompts and continuations, which hold the answers' text."""
+        """The user simulator: base prompts and continuations."""
         n = 2 * len(served.servers)
-        scripts = [users.Script(i, i, 0, f"{PROMPT} {i}", 20, wire.NEVER_STOP, 0, True) for i in range(n)]
+        scripts = [
+            users.Script(i, i, 0, f"{PROMPT} {i}", 20, wire.NEVER_STOP, 0, f"{PROMPT} {i} and so on") for i in range(n)
+        ]
         before = sum(served.counted("generated"))
         with users.UserSimulator(tokenizer, 1, tmp_path / "users.log") as simulator:
             seen = simulator.run(scripts, [served.url], 60)

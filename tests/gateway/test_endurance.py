@@ -275,7 +275,7 @@ def test_a_thousand_streams_outlive_an_expert_that_is_killed_at_half_time(relay,
     system = emulation.system(profile, "p2.D", SLOW_MOTION)
     drawn = prompts.draw(emulation.workload(profile, "p2"), USERS, "uniform", 0, 0)
     scripts = [
-        users.Script(user, prompt.prompt, prompt.cluster, prompt.text, TOKENS, wire.NEVER_STOP, 0, False)
+        users.Script(user, prompt.prompt, prompt.cluster, prompt.text, TOKENS, wire.NEVER_STOP, 0, None)
         for user, prompt in enumerate(drawn)
     ]
     victim = 3

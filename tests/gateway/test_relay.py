@@ -236,7 +236,7 @@ def test_a_client_may_take_its_time_to_ask(tmp_path):
 
 
 def test_the_users_find_in_it_what_they_find_in_a_gateway(tmp_path):
-    script = users.Script(0, 0, 1, "1 n=4", 4, wire.NEVER_STOP, 0, False)
+    script = users.Script(0, 0, 1, "1 n=4", 4, wire.NEVER_STOP, 0, None)
 
     async def visit(site: Site):
         return await users._request(script, "base", script.text, site.channel, 10, True)

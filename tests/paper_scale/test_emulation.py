@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from tokenizers import Tokenizer
 
 from erlib import config, paths
 from erlib.load import experiments, points, records, sweep, users
@@ -49,14 +50,13 @@ def test_it_answers_as_every_expert_does(emulated):
 
 def test_its_steps_take_as_long_as_the_table_says(emulated, tokenizer, tmp_path):
     """Never less; how much more depends on the machine, which is what the counters are for."""
-    script = users.Script(0, 0, 0, PROMPT, 40, wire.NEVER_STOP, 0, True)
+    script = users.Script(0, 0, 0, PROMPT, 40, wire.NEVER_STOP, 0, f"{PROMPT} And then?")
     steps = batching.paper_system("p2.A").steps
     with users.UserSimulator(tokenizer, 1, tmp_path / "users.log") as simulator:
         before = emulated.counters()
         base, continuation = simulator.run([script], emulated.targets, 60).answers
     counted = {name: value - before[name] for name, value in emulated.counters().items()}
-    prompt_tokens = base.input_tokens
-    assert continuation.input_tokens == prompt_tokens + 40  # the answer is words of one token each
+    assert continuation.input_tokens == len(Tokenizer.from_file(str(tokenizer)).encode(script.follow_up).ids)
     planned_s = 0.0
     for one in (base, continuation):
         contexts = range(one.input_tokens + 1, one.input_tokens + 40)
@@ -144,7 +144,7 @@ def test_a_machine_that_is_too_slow_is_told(own_ports, tokenizer, tmp_path):
     serving = own_ports.serving.model_copy(update={"base_port": own_ports.serving.base_port + 20})
     apart = own_ports.model_copy(update={"name": f"smoke-{tmp_path.name}", "serving": serving})
     system = emulation.system(own_ports, "p2.A", slow_motion=1e-4)
-    pool = prompts.Workload(_pool(4), 8, 2.0)
+    pool = prompts.Workload(_pool(8), 8, 2.0)
     series = experiments.Series("p2", "load", system, pool, [4], 1, ["uniform"])
     frame = sweep.run(apart, [series])
     try:
@@ -163,7 +163,13 @@ def test_a_machine_that_is_too_slow_is_told(own_ports, tokenizer, tmp_path):
 
 def _pool(n):
     columns = {"prompt": range(n), "paper": "p2", "cluster": np.arange(n) % 8, "text": PROMPT, "input_tokens": 14}
-    return pd.DataFrame({**columns, "paper_input_tokens": 14, "max_tokens": 12, "end_id": prompts.FORCED})
+    columns |= {
+        "paper_input_tokens": 14,
+        "max_tokens": 12,
+        "end_id": prompts.FORCED,
+        "follow_up": f"{PROMPT} And then?",
+    }
+    return pd.DataFrame(columns)
 
 
 # --- arithmetic of the comparison ---------------------------------------------------------------------------------

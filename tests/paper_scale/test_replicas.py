@@ -210,7 +210,7 @@ def test_replicas_share_their_experts_requests_on_a_real_stack(
     system, workload = plan[1].system, plan[1].workload
     drawn = prompts.draw(workload, 80, "normal", small.seed, 0)
     scripts = [
-        users.Script(i, one.prompt, one.cluster, one.text, one.max_tokens, one.end_id, 0, False)
+        users.Script(i, one.prompt, one.cluster, one.text, one.max_tokens, one.end_id, 0, None)
         for i, one in enumerate(drawn)
     ]
     served = stack.Stack(

@@ -41,6 +41,7 @@ from tests.support.served import changed, drop, drop_all, refusal, wrong_type
 from tests.support.stacks import answer, answer_of, generated_tokens
 
 PROMPT = "The goalie stopped thirty shots and the team went home with two points"
+FOLLOW_UP = f"{PROMPT}, and nobody was surprised, least of all the goalie himself"
 
 
 def test_one_response_is_one_token_and_the_length_is_forced(expert_router, tokenizer):
@@ -211,7 +212,7 @@ def test_whoever_gives_up_frees_the_slot(expert_router, stream, end):
 def _scripts(n: int, max_tokens: int, targets: int = 1) -> list[users.Script]:
     words = ["space", "hockey", "windows", "gun", "church", "motorcycle", "chip", "medicine"]
     return [
-        users.Script(i, i, 0, f"{words[i % 8]} {PROMPT}", max_tokens, wire.NEVER_STOP, i % targets, True)
+        users.Script(i, i, 0, f"{words[i % 8]} {PROMPT}", max_tokens, wire.NEVER_STOP, i % targets, FOLLOW_UP)
         for i in range(n)
     ]
 
@@ -251,7 +252,7 @@ def test_users_get_exactly_what_they_ask_for(expert_router, tokenizer, tmp_path,
 
 
 def test_both_clients_get_the_same_answers(expert_router, tokenizer, tmp_path):
-    """A continuation prompt holds the answer to the base prompt: where its length agrees, so does the answer's text."""
+    """Both ask the same, and count it alike."""
     lengths = []
     for client in ("asyncio", "threads"):
         with users.UserSimulator(tokenizer, 1, tmp_path / "users.log", client) as simulator:
@@ -273,7 +274,7 @@ def test_failures_are_told_and_the_users_go_on(expert_router, tokenizer, tmp_pat
         late = simulator.run(_scripts(3, 450), urls, 0.15).answers
         assert [one.turn for one in late] == ["base"] * 3
         assert all(one.status.startswith("DEADLINE_EXCEEDED") for one in late)
-        (early,) = simulator.run([users.Script(0, 0, 0, PROMPT, 12, stop_at, 0, False)], urls, 60).answers
+        (early,) = simulator.run([users.Script(0, 0, 0, PROMPT, 12, stop_at, 0, None)], urls, 60).answers
         assert early.status == "ok"
         assert len(early.token_ns) <= 5
         assert all(one.status == "ok" for one in simulator.run(_scripts(3, 5), urls, 60).answers)
@@ -406,7 +407,7 @@ def test_a_killed_server_is_an_error_and_nothing_is_left(
         victim = server if whose == "server" else server.children()[0]
         with users.UserSimulator(tokenizer, 1, tmp_path / "users.log") as simulator:
             threading.Timer(0.6, victim.kill).start()
-            seen = simulator.run([users.Script(0, 0, 0, PROMPT, 480, -1, 0, False)], running.targets, 10)
+            seen = simulator.run([users.Script(0, 0, 0, PROMPT, 480, -1, 0, None)], running.targets, 10)
         assert seen.answers[0].status != "ok"
         with pytest.raises(processes.StartError, match=reason):
             running.require_alive()

@@ -16,7 +16,6 @@ from scipy.stats import ks_2samp, kstest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from erlib import config, paths
-from erlib.load import users
 from erlib.routing import training
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import prompts
@@ -67,10 +66,16 @@ def test_pool(made: tuple[config.Profile, Tokenizer, Clusterer], paper: prompts.
     assert (model.predict(frame["text"].tolist()) == frame["cluster"]).all()
     assert [len(tokenizer.encode(text)) for text in frame["text"]] == frame["input_tokens"].tolist()
     assert [profile.scaled_tokens(length) for length in frame["paper_input_tokens"]] == frame["input_tokens"].tolist()
-    full_scale = prompts.paper_input_tokens(paper, profile.workload, 160)
-    assert sorted(frame["paper_input_tokens"]) == full_scale.tolist()
-    medians = frame.groupby("cluster")["paper_input_tokens"].median()
-    assert np.ptp(medians) < 0.1 * full_scale.mean()
+    full_scale = prompts.paper_input_tokens(paper, profile.workload, 40)
+    planned = [mine[["paper_input_tokens", "max_tokens"]].to_numpy() for _, mine in frame.groupby("cluster")]
+    assert all((mine == planned[0]).all() for mine in planned)
+    assert sorted(planned[0][:, 0]) == full_scale.tolist()
+    if paper == "p1":
+        assert all(map(str.startswith, frame["follow_up"], frame["text"]))
+        follow_ups = [len(tokenizer.encode(text)) for text in frame["follow_up"]]
+        assert follow_ups == (frame["input_tokens"] + frame["max_tokens"]).tolist()
+    else:
+        assert frame["follow_up"].isna().all()
     assert {prompt.end_id for prompt in prompts.draw(workload, 16, "uniform", 0, 0)} == {-1}
     if paper == "p2":  # MLPerf's reference answers: mean 219 tokens, median 190, at most 1,016 and 1,000 allowed
         assert abs(frame["max_tokens"].mean() * profile.scale.tokens / 219 - 1) < 0.1
@@ -184,10 +189,6 @@ def test_normal_lengths() -> None:
     assert prompts.paper_input_tokens("p1", config.WorkloadSettings(p1_input_tokens=1), 100).min() == 1
 
 
-def test_continuation_carries_prompt_and_answer() -> None:
-    assert users.continuation("What is", " a cluster?") == "What is a cluster?"
-
-
 # --- mixes and draws ---
 
 
@@ -196,7 +197,9 @@ def _pool(k: int, per_cluster: int, sigma: float = 2.0) -> prompts.Workload:
     frame = pd.DataFrame({"prompt": range(n), "paper": "p2", "cluster": np.repeat(np.arange(k), per_cluster)})
     frame["text"] = [f"prompt {i}" for i in range(n)]
     frame[["input_tokens", "paper_input_tokens", "max_tokens"]] = 5
+    frame["input_tokens"] += np.tile(np.arange(per_cluster), k)
     frame["end_id"] = pd.array([None] * n, dtype="Int32")
+    frame["follow_up"] = None
     return prompts.Workload(frame, k, sigma)
 
 
@@ -218,10 +221,30 @@ def test_draw_conserves_users_and_mix(
     assert drawn == prompts.draw(pool, users, mix, seed, repeat)
     counts = np.bincount([prompt.cluster for prompt in drawn], minlength=k)
     assert (np.abs(counts - users * prompts.mix_shares(mix, k, 2.0)) < 1).all()
-    uses = Counter(prompt.prompt for prompt in drawn)
-    for prompt, times in uses.items():
-        assert times <= -(-counts[prompt // per_cluster] // per_cluster)
+    lengths = Counter(prompt.input_tokens for prompt in drawn)
+    assert max(lengths.values()) - min(lengths.values() if users >= per_cluster else [1]) <= 1
     assert all(prompt.text == f"prompt {prompt.prompt}" for prompt in drawn)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    k=st.integers(1, 12),
+    per_cluster=st.integers(1, 9),
+    users=st.integers(1, 200),
+    sigma=st.floats(0.3, 9),
+    repeat=st.integers(0, 9),
+)
+def test_mixes_differ_in_nothing_but_whose_experts_answer(
+    k: int, per_cluster: int, users: int, sigma: float, repeat: int
+) -> None:
+    pool = _pool(k, per_cluster, sigma)
+    uniform, normal = (prompts.draw(pool, users, mix, 0, repeat) for mix in ("uniform", "normal"))  # type: ignore[arg-type]
+    planned = [[(prompt.input_tokens, prompt.max_tokens) for prompt in drawn] for drawn in (uniform, normal)]
+    assert planned[0] == planned[1]
+    counts = [np.bincount([prompt.cluster for prompt in drawn], minlength=k) for drawn in (uniform, normal)]
+    moved = sum(one.prompt != other.prompt for one, other in zip(uniform, normal, strict=True))
+    assert moved == np.maximum(0, counts[1] - counts[0]).sum()
+    assert uniform == normal or users > 1
 
 
 def test_draws_differ_between_repeats_and_are_shuffled() -> None:
