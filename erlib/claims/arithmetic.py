@@ -20,6 +20,11 @@ def _weights_gb(name: str, dtype: config.Dtype | None = None) -> float:
     return llama.shape(system.model).parameters * llama.BYTES_PER_VALUE[dtype or system.dtype] / 1e9
 
 
+def _loaded_thousand_mib(name: str) -> float:
+    system = _system(name)
+    return llama.shape(system.model).loaded_bytes(system.dtype, system.tensor_parallel) / 2**20 / 1000
+
+
 def _gpu_gb(name: str) -> float:
     table = table1.recomputed_table1(config.paper_of(name)).set_index("config")
     return float(table["gpu_gb"][name])
@@ -27,6 +32,7 @@ def _gpu_gb(name: str) -> float:
 
 QUANTITIES: dict[str, tuple[str, Callable[[str], float]]] = {
     "weights_gb": ("parameters x bytes [GB]", _weights_gb),
+    "weights_loaded_thousand_mib": ("thousands of MiB that are loaded", _loaded_thousand_mib),
     "weights_as_int8_gb": ("parameters x 1 byte [GB]", lambda name: _weights_gb(name, "int8")),
     "kv_tokens": ("tokens that the KV cache holds", lambda name: llama.kv_tokens(_system(name))),
     "gpu_gb": ("weights, KV cache and gateways on one GPU [GB]", _gpu_gb),

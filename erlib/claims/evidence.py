@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import signal, stats
 
 from erlib import config
+from erlib.claims.uncertainty import Value
 from erlib.config import Profile
 from erlib.load import metrics
 
@@ -19,13 +19,6 @@ Levels = int | Sequence[int]
 
 class NotTestable(Exception):
     """A source has no record of what a predicate asks for; the message says of what."""
-
-
-class Value(NamedTuple):
-    """Mean over repeats and its spread (NaN for a single repeat)."""
-
-    mean: float
-    sd: float
 
 
 FULL_SCALE = config.Scale(users=1, tokens=1)
@@ -66,9 +59,11 @@ class Evidence:
         self.curves: pd.DataFrame = curves
         """Tokens over time of the load experiment, by turn: 60 s buckets in paper 1, 2 s in paper 2, scaled."""
         keys = ["experiment", "config", "mix", "users", "turn", "metric"]
-        over = tables.groupby(keys)["value"].agg(["mean", "std"])
-        self.values = {key: Value(*row) for key, row in zip(over.index, over.to_numpy(), strict=True)}
-        """(experiment, config, mix, users, turn, metric) -> mean and sd over repeats."""
+        over = tables.groupby(keys)["value"].agg(["mean", "std", "count"])
+        self.values = {
+            key: Value(mean, sd, int(n)) for key, (mean, sd, n) in zip(over.index, over.to_numpy(), strict=True)
+        }
+        """(experiment, config, mix, users, turn, metric) -> mean and spread over repeats."""
 
     @property
     def has_gpus(self) -> bool:
@@ -172,7 +167,13 @@ class Evidence:
 
 def _of_answers(done: pd.DataFrame) -> dict[str, float]:
     tpot = done["tpot_s"].dropna()
-    return {"ttft_min_s": done["ttft_s"].min(), "tpot_iqr_s": stats.iqr(tpot) if len(tpot) else np.nan}
+    lasted_s = (done["t_last_ns"].max() - done["t_send_ns"].min()) / 1e9
+    return {
+        "ttft_min_s": done["ttft_s"].min(),
+        "tpot_iqr_s": stats.iqr(tpot) if len(tpot) else np.nan,
+        # Not the mean over buckets: the last one is seldom full, and a short run has few.
+        "run_tokens_per_s": done["output_tokens"].sum() / lasted_s if lasted_s else np.nan,
+    }
 
 
 def _of_routing(done: pd.DataFrame) -> dict[str, float]:
@@ -200,7 +201,6 @@ def _of_buckets(tokens_per_s: np.ndarray) -> dict[str, float]:
     # a peak stands out by a fifth of the highest; zeros around let the first and the last bucket be one
     peaks, _ = signal.find_peaks(np.pad(tokens_per_s, 1), prominence=peak / 5)
     return {
-        "bucket_mean_tokens_per_s": mean,
         "bucket_peak_tokens_per_s": peak,
         "bucket_p5_tokens_per_s": low,
         "bucket_p95_tokens_per_s": high,
@@ -228,7 +228,7 @@ LABELS = {
     "gateway_cv": "sd over mean of routing latency",
     "gateway_p99_over_median": "p99 over median of routing latency",
     "gateway_share": "routing latency over median response time",
-    "bucket_mean_tokens_per_s": "mean bucket throughput",
+    "run_tokens_per_s": "mean throughput over the run",
     "bucket_peak_tokens_per_s": "peak bucket throughput",
     "bucket_p5_tokens_per_s": "5th percentile of bucket throughput",
     "bucket_p95_tokens_per_s": "95th percentile of bucket throughput",

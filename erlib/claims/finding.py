@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from erlib.claims.evidence import LABELS, name_users
+from erlib.claims.uncertainty import Decision
 
 UNITS = {"_tokens_per_s": " tokens/s", "_tokens_per_s_mean": " tokens/s", "_s": " s", "_ms": " ms"}
 
@@ -18,10 +19,11 @@ def unit_of(metric: str) -> str:
 
 
 class Finding(NamedTuple):
-    """Whether a predicate holds, and the numbers that say so."""
+    """Whether a predicate holds (None: cannot be told), the numbers that say so, and what it hangs on, if on one."""
 
-    holds: bool
+    holds: bool | None
     numbers: str
+    decision: Decision | None = None
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from scipy import stats
 
 from erlib import config
-from erlib.claims.evidence import LABELS, Evidence, Levels, NotTestable, Value
+from erlib.claims.evidence import LABELS, Evidence, Levels, NotTestable
 from erlib.claims.finding import Finding, number, predicate, unit_of
+from erlib.claims.uncertainty import Decision, Estimate, Value, decide, estimate, ratio
 from erlib.load import metrics
 
 
@@ -36,16 +36,8 @@ def below(
     experiment: str = "load",
 ) -> Finding:
     """Every `left` times `factor` is at most every `right`, at every level that both have."""
-    ratios = _ratios(e, metric, left, right, users, turn, experiment)
-    worst = min(ratios, key=lambda pair: pair.ratio)
-    held = sum(pair.ratio >= factor for pair in ratios)
-    spread = math.hypot(worst.left.sd * factor, worst.right.sd)
-    close = bool(abs(worst.right.mean - worst.left.mean * factor) < spread)
-    return Finding(
-        held == len(ratios),
-        f"{held} of {len(ratios)} comparisons; tightest: {worst.text}"
-        + "; this difference is within the spread between repeats" * close,
-    )
+    found = decide(_ratios(e, metric, left, right, users, turn, experiment), low=factor)
+    return _finding(found, " comparisons; tightest: {text}")
 
 
 @predicate("{metric} of {left} and {right} within a factor of {within} {users} {turn}")
@@ -61,31 +53,28 @@ def alike(
     experiment: str = "load",
 ) -> Finding:
     """Every `left` differs from every `right` by less than a factor of `within` either way."""
-    ratios = _ratios(e, metric, left, right, users, turn, experiment)
-    worst = max(ratios, key=lambda pair: abs(math.log(pair.ratio)))
-    held = sum(1 / within <= pair.ratio <= within for pair in ratios)
-    return Finding(held == len(ratios), f"{held} of {len(ratios)} comparisons; widest: {worst.text}")
+    found = decide(_ratios(e, metric, left, right, users, turn, experiment), 1 / within, within)
+    return _finding(found, " comparisons; widest: {text}")
 
 
-class _Pair(NamedTuple):
-    ratio: float
-    left: Value
-    right: Value
-    text: str
+def _finding(found: Decision, words: str) -> Finding:
+    at = found.closest
+    about = f" (ratio {number(at.value)}, {at.interval})"
+    return Finding(found.holds, f"{found.count}{words.format(text=at.text)}{about}", found)
 
 
 def _ratios(
     e: Evidence, metric: str, left: list[str], right: list[str], users: Levels, turn: str, experiment: str
-) -> list[_Pair]:
+) -> list[Estimate]:
+    """Right over left, of every pair at every level that both have."""
     pairs = []
     for which, a, b in itertools.product(_turns(turn, *left), left, right):
         ours = e.series(metric, a, users, which, experiment=experiment)
         theirs = e.series(metric, b, users, which, experiment=experiment)
         for level in sorted(ours.keys() & theirs.keys()):
             x, y = ours[level], theirs[level]
-            ratio = y.mean / x.mean if x.mean else math.inf
             names = f"{e.resolve(a)} {number(x.mean)}, {e.resolve(b)} {number(y.mean)}{unit_of(metric)}"
-            pairs.append(_Pair(ratio, x, y, f"{names} at {e.at(level, which)}"))
+            pairs.append(ratio([y], [x], f"{names} at {e.at(level, which)}"))
     if not pairs:
         raise NotTestable(f"no level at which both {', '.join(left)} and {', '.join(right)} were run")
     return pairs
@@ -107,24 +96,16 @@ def between(
     if absolute and not e.has_gpus:
         raise NotTestable("an absolute number of H100s, which this machine does not have")
     cells = _cells(e, metric, of, users, turn)
-    worst = max(cells, key=lambda cell: max(low - cell.mean, cell.mean - high))
-    held = sum(low <= cell.mean <= high for cell in cells)
-    least, most = (pick(cell.mean for cell in cells) for pick in (min, max))
-    return Finding(
-        held == len(cells),
-        f"{held} of {len(cells)}; from {number(least)} to {number(most)}{unit_of(metric)}"
-        + ("" if held == len(cells) else f"; farthest off: {worst.text}"),
-    )
+    found = decide(cells, low, high)
+    least, most = (pick(cell.value for cell in cells) for pick in (min, max))
+    text = f"{found.count}; from {number(least)} to {number(most)}{unit_of(metric)}"
+    off = f"; closest: {found.closest.text} ({found.closest.interval})"
+    return Finding(found.holds, text + off * (found.holds is not True), found)
 
 
-class _Cell(NamedTuple):
-    mean: float
-    text: str
-
-
-def _cells(e: Evidence, metric: str, of: list[str], users: Levels, turn: str) -> list[_Cell]:
+def _cells(e: Evidence, metric: str, of: list[str], users: Levels, turn: str) -> list[Estimate]:
     return [
-        _Cell(value.mean, f"{name} {number(value.mean)}{unit_of(metric)} at {e.at(level, which)}")
+        estimate(value, f"{name} {number(value.mean)}{unit_of(metric)} at {e.at(level, which)}")
         for which, name in itertools.product(_turns(turn, *of), of)
         for level, value in sorted(e.series(metric, name, users, which).items())
     ]
@@ -141,27 +122,46 @@ def stable(
     e: Evidence, *, metric: str, of: list[str], users: Levels, high: float, over: str = "", turn: str = ""
 ) -> Finding:
     """Over users, no configuration's largest value (relative to `over`'s) exceeds `high` times its smallest."""
-    spans = {}
+    spans = []
     for which, name in itertools.product(_turns(turn, *of), of):
         values = _trend(e, metric, name, users, which)
-        if over:
-            base = e.series(metric, over, users, which)
-            values = {level: value / base[level].mean for level, value in values.items() if level in base}
-        spans[name, which] = max(values.values()) / min(values.values())
-    return Finding(max(spans.values()) <= high, _by_config("factor", spans))
+        base = e.series(metric, over, users, which) if over else {}
+        at = [level for level in values if level in base or not over]
+        if len(at) < 2:
+            raise NotTestable(f"no two levels at which both {name} and {over} were run")
+
+        def relative(level: int, values: dict[int, Value] = values, base: dict[int, Value] = base) -> float:
+            return values[level].mean / (base[level].mean if base else 1)
+
+        least, most = min(at, key=relative), max(at, key=relative)
+        above, under = [values[most], *_one(base, least)], [values[least], *_one(base, most)]
+        spans.append(ratio(above, under, _of(name, which)))
+    return _factors(spans, high=high)
 
 
-def _trend(e: Evidence, metric: str, name: str, users: Levels, turn: str) -> dict[int, float]:
-    values = {level: value.mean for level, value in sorted(e.series(metric, name, users, turn).items())}
+def _one(values: Mapping[int, Value], level: int) -> list[Value]:
+    return [values[level]] if values else []
+
+
+def _of(name: str, turn: str) -> str:
+    return name + " (continuation)" * (turn == "continuation")
+
+
+def _factors(spans: Sequence[Estimate], low: float = 0.0, high: float = math.inf) -> Finding:
+    found = decide(spans, low, high)
+    parts = [f"{span.text} {span.value:.2f}" + f" ({span.interval})" * (span.n > 1) for span in spans]
+    return Finding(found.holds, f"factor: {', '.join(parts)}", found)
+
+
+def _trend(e: Evidence, metric: str, name: str, users: Levels, turn: str) -> dict[int, Value]:
+    values = dict(sorted(e.series(metric, name, users, turn).items()))
     if len(values) < 2:
         raise NotTestable(f"one level of users says nothing about {LABELS[metric]} over users")
     return values
 
 
 def _by_config(what: str, values: Mapping[tuple[str, str], float]) -> str:
-    parts = [
-        f"{name} {value:.2f}" + " (continuation)" * (turn == "continuation") for (name, turn), value in values.items()
-    ]
+    parts = [f"{_of(name, turn)} {value:.2f}" for (name, turn), value in values.items()]
     return f"{what}: {', '.join(parts)}"
 
 
@@ -182,9 +182,9 @@ def falls(e: Evidence, *, metric: str, of: list[str], users: Levels, turn: str =
 def _spearman(e: Evidence, metric: str, of: list[str], users: Levels, turn: str) -> dict[tuple[str, str], float]:
     found = {}
     for which, name in itertools.product(_turns(turn, *of), of):
-        values = _trend(e, metric, name, users, which)
-        steady = min(values.values()) == max(values.values())
-        found[name, which] = 0.0 if steady else float(stats.spearmanr(list(values), list(values.values())).statistic)
+        means = {level: value.mean for level, value in _trend(e, metric, name, users, which).items()}
+        steady = min(means.values()) == max(means.values())
+        found[name, which] = 0.0 if steady else float(stats.spearmanr(list(means), list(means.values())).statistic)
     return found
 
 
@@ -193,11 +193,11 @@ def growth(
     e: Evidence, *, metric: str, of: list[str], users: Sequence[int], low: float, high: float, turn: str = ""
 ) -> Finding:
     """The value at the second level over the value at the first, the nearest measured ones."""
-    grown = {}
+    grown = []
     for which, name in itertools.product(_turns(turn, *of), of):
         (first,), (last,) = (e.series(metric, name, level, which).values() for level in users)
-        grown[name, which] = last.mean / first.mean
-    return Finding(all(low <= value <= high for value in grown.values()), _by_config("factor", grown))
+        grown.append(ratio([last], [first], _of(name, which)))
+    return _factors(grown, low, high)
 
 
 @predicate("{metric} of {of}: continuation over base prompt ≤ {high} {users} {share}")
@@ -207,10 +207,8 @@ def turns(e: Evidence, *, metric: str, of: list[str], users: Levels, high: float
     for name in of:
         base, then = (e.series(metric, name, users, turn) for turn in ("base", "continuation"))
         for level in sorted(base.keys() & then.keys()):
-            ratio = then[level].mean / base[level].mean
-            cells.append(_Cell(ratio, f"{name} {ratio:.2f} at {e.at(level, '')}"))
-    held = sum(cell.mean <= high for cell in cells)
-    return Finding(held >= share * len(cells), f"{held} of {len(cells)}; largest: {max(cells).text}")
+            cells.append(ratio([then[level]], [base[level]], f"{name} at {e.at(level, '')}"))
+    return _finding(decide(cells, high=high, share=share), "; largest: {text}")
 
 
 @predicate("{metric} of {of}: normal over uniform mix {bounds} {users}")
@@ -220,10 +218,10 @@ def mixes(e: Evidence, *, metric: str, of: list[str], users: Levels, low: float 
     for name in of:
         uneven, even = (e.series(metric, name, users, "base", mix) for mix in ("normal", "uniform"))
         for level in sorted(uneven.keys() & even.keys()):
-            ratio = uneven[level].mean / even[level].mean
-            cells.append(_Cell(ratio, f"{name} {ratio:.2f} at {e.at(level, '')}"))
-    held = sum(low <= cell.mean <= high for cell in cells)
-    return Finding(held == len(cells), f"{held} of {len(cells)}; from {min(cells).text} to {max(cells).text}")
+            cells.append(ratio([uneven[level]], [even[level]], f"{name} at {e.at(level, '')}"))
+    found = decide(cells, low, high)
+    least, most = (pick(cell.value for cell in cells) for pick in (min, max))
+    return _finding(found, f"; from {least:.2f} to {most:.2f}; closest: {{text}}")
 
 
 @predicate(
@@ -231,7 +229,7 @@ def mixes(e: Evidence, *, metric: str, of: list[str], users: Levels, low: float 
 )
 def trajectory(e: Evidence, *, left: str, right: str, users: int, within: float, correlation: float) -> Finding:
     """Two systems' bucket throughput: mean and course, a system that has ended counting as 0."""
-    ours, theirs = (e.series("bucket_mean_tokens_per_s", name, users, "base") for name in (left, right))
+    ours, theirs = (e.series("run_tokens_per_s", name, users, "base") for name in (left, right))
     if ours.keys() != theirs.keys():
         raise NotTestable(f"{left} and {right} were run at different levels")
     (level,) = ours
@@ -240,11 +238,12 @@ def trajectory(e: Evidence, *, left: str, right: str, users: int, within: float,
     mix = "normal" if (curves["mix"] == "normal").any() else "uniform"
     course = curves[curves["mix"] == mix].pivot_table(index="bucket", columns="config", values="tokens_per_s").fillna(0)
     similar = float(course[left].corr(course[right]))
-    ratio = ours[level].mean / theirs[level].mean
+    means = decide([ratio([ours[level]], [theirs[level]], "")], 1 / within, within)
     return Finding(
-        1 / within <= ratio <= within and similar >= correlation,
-        f"means {number(ours[level].mean)} and {number(theirs[level].mean)} tokens/s (ratio {ratio:.2f}), "
-        f"correlation {similar:.2f} at {e.at(level, '')}",
+        means.holds if similar >= correlation else False,
+        f"means {number(ours[level].mean)} and {number(theirs[level].mean)} tokens/s (ratio {means.closest.value:.2f}, "
+        f"{means.closest.interval}), correlation {similar:.2f} at {e.at(level, '')}",
+        means,
     )
 
 

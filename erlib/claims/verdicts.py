@@ -22,20 +22,29 @@ from erlib import config, paths
 from erlib.claims import arithmetic, predicates, protocol
 from erlib.claims.evidence import Evidence, NotTestable
 from erlib.claims.finding import PREDICATES
+from erlib.claims.uncertainty import Decision
 from erlib.config import ConfigError, Profile
 from erlib.load import experiments, records, sweep
 from erlib.machine.progress import Bar
 from erlib.paper_scale import emulation
 
-Verdict = Literal["holds", "fails", "not testable here", "ambiguous in the paper"]
+Verdict = Literal[
+    "holds", "fails", "cannot be told", "by construction", "fitted", "not run here", "ambiguous in the paper"
+]
 _FAMILIES = (arithmetic, predicates, protocol)
 """Modules whose predicates are known by name once they are imported."""
 
 HOLDS: Verdict = "holds"
 FAILS: Verdict = "fails"
-UNTESTABLE: Verdict = "not testable here"
+UNTOLD: Verdict = "cannot be told"
+"""The interval of what decides covers the threshold."""
+CONSTRUCTION: Verdict = "by construction"
+"""It holds, and could hardly do otherwise: a setting of the workbench, an input, an identity."""
+FITTED: Verdict = "fitted"
+"""It holds where the source's own numbers were chosen so that it does."""
+NOT_RUN: Verdict = "not run here"
 AMBIGUOUS: Verdict = "ambiguous in the paper"
-VERDICTS = (HOLDS, FAILS, UNTESTABLE, AMBIGUOUS)
+VERDICTS = (HOLDS, FAILS, UNTOLD, CONSTRUCTION, FITTED, NOT_RUN, AMBIGUOUS)
 
 ARITHMETIC = "arithmetic"
 """The source of claims that the papers' own numbers decide."""
@@ -55,7 +64,9 @@ class Claim(BaseModel):
     also: list[str] = []
     ambiguous: str = ""
     untestable: str = ""
+    construction: str = ""
     given: dict[str, str] = {}
+    fitted: dict[str, str] = {}
     conflict: str = ""
 
     @model_validator(mode="after")
@@ -125,29 +136,40 @@ def load() -> list[Claim]:
 
 
 class Row(NamedTuple):
+    """A verdict, the numbers or the reason behind it, and what it hangs on, if on one number."""
+
     verdict: Verdict
     numbers: str
+    decision: Decision | None = None
 
 
 def judge(claim: Claim, evidence: Evidence | None) -> Row:
     """Verdict on one claim, and the numbers or the reason behind it; `evidence` None: by arithmetic."""
     if claim.untestable:
-        return Row(UNTESTABLE, claim.untestable)
-    if evidence:
-        for source, reason in claim.given.items():
-            if evidence.source.startswith(source):
-                return Row(UNTESTABLE, reason)
+        return Row(NOT_RUN, claim.untestable)
+    if reason := _about(claim.given, evidence):
+        return Row(CONSTRUCTION, reason)
     row = _conjunction(claim, evidence)
+    if row.verdict == HOLDS:  # what was to be so, and is not, fails as anything else does
+        if reason := _about(claim.fitted, evidence):
+            row = row._replace(verdict=FITTED, numbers=f"{row.numbers}; {reason}")
+        elif claim.construction:
+            row = row._replace(verdict=CONSTRUCTION, numbers=f"{row.numbers}; {claim.construction}")
     if claim.ambiguous:
         if not claim.checks:
             return Row(AMBIGUOUS, claim.ambiguous)
         reading = "" if all("report" in check for check in claim.checks) else f"as read here: {row.verdict}: "
-        return Row(AMBIGUOUS, f"{claim.ambiguous}; {reading}{row.numbers}")
+        return Row(AMBIGUOUS, f"{claim.ambiguous}; {reading}{row.numbers}", row.decision)
     return row
 
 
+def _about(reasons: Mapping[str, str], evidence: Evidence | None) -> str:
+    """What is said of a source, by the beginning of its name."""
+    return next((reason for name, reason in reasons.items() if evidence and evidence.source.startswith(name)), "")
+
+
 def _conjunction(claim: Claim, evidence: Evidence | None) -> Row:
-    """All must hold; one that fails decides, one that cannot be tested leaves the claim open."""
+    """All must hold; one that fails decides, one that cannot be told or was not run leaves the claim open."""
     parts: list[Row] = []
     for other in (other for other in load() if other.id in claim.also):
         row = judge(other, evidence)
@@ -156,11 +178,15 @@ def _conjunction(claim: Claim, evidence: Evidence | None) -> Row:
         predicate = PREDICATES[name]
         try:
             finding = predicate.function(*(() if predicate.arithmetic else (evidence,)), **parameters)
-            parts.append(Row(HOLDS if finding.holds else FAILS, finding.numbers))
+            parts.append(Row(_OF_FINDING[finding.holds], finding.numbers, finding.decision))
         except NotTestable as reason:
-            parts.append(Row(UNTESTABLE, str(reason)))
-    verdict = next((v for v in (FAILS, UNTESTABLE, AMBIGUOUS) if any(part.verdict == v for part in parts)), HOLDS)
-    return Row(verdict, "; ".join(dict.fromkeys(part.numbers for part in parts)))
+            parts.append(Row(NOT_RUN, str(reason)))
+    order = (FAILS, NOT_RUN, UNTOLD, AMBIGUOUS, FITTED, CONSTRUCTION, HOLDS)
+    decides = min(parts, key=lambda part: order.index(part.verdict))
+    return Row(decides.verdict, "; ".join(dict.fromkeys(part.numbers for part in parts)), decides.decision)
+
+
+_OF_FINDING: dict[bool | None, Verdict] = {True: HOLDS, False: FAILS, None: UNTOLD}
 
 
 FULL_SCALE_SOURCES = {
@@ -222,6 +248,7 @@ def in_parts(files: Sequence[Path], source: str = "") -> Iterator[pd.DataFrame]:
 
 COLUMNS = [
     *("id", "paper", "where", "type", "claim", "source", "verdict", "numbers", "criterion", "figure", "conflict"),
+    *("held", "open", "compared", "effect", "ci95_low", "ci95_high", "repeats", "threshold_low", "threshold_high"),
 ]
 """Columns of :func:`evaluate`'s frame."""
 
@@ -243,7 +270,10 @@ def evaluate(records_by_source: Mapping[str, pd.DataFrame | Iterable[pd.DataFram
         One row per claim and source, claims of arithmetic once with source ``arithmetic``: ``id``, ``paper``,
         ``where``, ``type``, ``claim``, ``source``, ``verdict``, ``numbers`` (behind the verdict, or the reason why
         there is none), ``criterion`` (what was tested), ``figure`` (relative to the profile's figures, empty where not
-        drawn), ``conflict`` (what the claim contradicts inside the papers).
+        drawn), ``conflict`` (what the claim contradicts inside the papers). Where a verdict counts comparisons:
+        ``held`` for certain, ``open`` (their intervals cover the threshold), ``compared`` (all); of the one that is
+        closest to failing ``effect``, its 95 % interval ``ci95_low`` to ``ci95_high`` (missing for one run),
+        ``repeats``, and the thresholds between which it should lie, ``threshold_low`` and ``threshold_high``.
 
     Raises
     ------
@@ -265,9 +295,20 @@ def evaluate(records_by_source: Mapping[str, pd.DataFrame | Iterable[pd.DataFram
                     "criterion": claim.criterion,
                     "figure": _figure(profile, source, claim.picture),
                     "conflict": claim.conflict,
+                    **_hangs_on(row.decision),
                 }
             )
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _hangs_on(decision: Decision | None) -> dict[str, float]:
+    if decision is None:
+        return {}
+    at = decision.closest
+    interval = {"ci95_low": at.low, "ci95_high": at.high} if at.n > 1 else {}
+    counted = {"held": decision.held, "open": decision.open, "compared": decision.of}
+    bounds = {"threshold_low": decision.low, "threshold_high": decision.high}
+    return {**counted, "effect": at.value, **interval, "repeats": at.n, **bounds}
 
 
 def _figure(profile: Profile, source: str, picture: str) -> str:
@@ -296,7 +337,9 @@ def write_scorecard(scorecard: pd.DataFrame, profile: Profile) -> None:
     (directory / "scorecard.md").write_text(_markdown(scorecard, profile), encoding="utf-8")
 
 
-SIGNS: dict[str, str] = {HOLDS: "✓", FAILS: "✗", UNTESTABLE: "–", AMBIGUOUS: "?"}
+SIGNS: dict[str, str] = {
+    **{HOLDS: "✓", FAILS: "✗", UNTOLD: "≈", CONSTRUCTION: "=", FITTED: "~", NOT_RUN: "–", AMBIGUOUS: "?"},
+}
 TITLES = {"paper1": "Paper 1", "paper2": "Paper 2", "both": "Across the papers"}
 TYPES = {
     "arith": "arithmetic",
@@ -312,7 +355,7 @@ TYPES = {
 def _markdown(scorecard: pd.DataFrame, profile: Profile) -> str:
     parts = [
         f"# Scorecard of both papers' claims, profile {profile.name}",
-        "✓ holds, ✗ fails, – not testable here, ? ambiguous in the paper. The thresholds are ours.",
+        ", ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items()) + ". The thresholds are ours.",
         counts(scorecard).to_markdown(),
     ]
     for paper, title in TITLES.items():
