@@ -96,10 +96,6 @@ class Evidence:
         table = pd.concat([general, pd.DataFrame(own), pd.DataFrame(over)]).dropna(subset="value")
         return done.drop(columns="token_ns"), curves, table
 
-    def paper_users(self, users: int) -> float:
-        """The papers' users that `users` stand for; one user is one user at any scale."""
-        return users if users == 1 else users * self.scale.users
-
     def resolve(self, name: str) -> str:
         """``p2.fp8-tp4-best`` -> the batch size with the lowest response time at the most users."""
         stem = name.removesuffix("best")
@@ -146,7 +142,7 @@ class Evidence:
         return {level: at[level] for level in chosen}
 
     def _levels(self, available: Iterable[int], users: Levels) -> list[int]:
-        paper = {level: self.paper_users(level) for level in sorted(available)}
+        paper = {level: self.scale.paper_users(level) for level in sorted(available)}
         if not isinstance(users, int):
             return [level for level, at in paper.items() if users[0] <= round(at) <= users[1]]
         nearest = min(paper, key=lambda level: abs(paper[level] - users))
@@ -160,8 +156,8 @@ class Evidence:
         return mine
 
     def at(self, level: int, turn: str) -> str:
-        same = self.paper_users(level) == level
-        where = f"{level} user{'s' * (level > 1)}" + ("" if same else f" (papers: {self.paper_users(level):.0f})")
+        paper = self.scale.paper_users(level)
+        where = f"{level} user{'s' * (level > 1)}" + ("" if paper == level else f" (papers: {paper:.0f})")
         return where + (", continuation" if turn == "continuation" else "")
 
 

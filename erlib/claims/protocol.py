@@ -15,7 +15,7 @@ def protocol(
 ) -> Finding:
     """The levels and repeats that were run are the paper's."""
     mine = e.requests(paper, experiment)
-    found = [round(e.paper_users(level)) for level in sorted(mine["users"].unique())]
+    found = [round(e.scale.paper_users(level)) for level in sorted(mine["users"].unique())]
     runs, several = int(mine["repeat"].nunique()), int(mine["config"].nunique())
     text = f"users {', '.join(map(number, found))} on the papers' scale; {runs} repeat{'s' * (runs > 1)}"
     text += f"; {several} systems" * bool(systems)

@@ -98,6 +98,10 @@ class Scale(_Section):
     tokens: Divisor = Field(description="prompt and answer lengths are divided by this")
     seconds: Divisor = Field(1.0, description="time buckets are divided by this")
 
+    def paper_users(self, users: int) -> float:
+        """The papers' users that `users` stand for; one user is one user at any scale."""
+        return users if users == 1 else users * self.users
+
 
 class CorpusSettings(_Section):
     name: Literal["newsgroups", "c4", "jsonl", "parquet"] = Field(

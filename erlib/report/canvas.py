@@ -218,7 +218,9 @@ def user_axis(ax: Axes, levels: Sequence[int], profile: config.Profile) -> None:
     step = math.ceil(len(levels) / 6)
     shown = sorted(sorted(levels, reverse=True)[::step])
     same = profile.scale.users == 1
-    ax.set_xticks(shown, [f"{n}" if same else f"{n}\n({n * profile.scale.users:.0f})" for n in shown], linespacing=1.3)
+    stand_for = [profile.scale.paper_users(n) for n in shown]
+    labels = [f"{n}" if paper == n else f"{n}\n({paper:.0f})" for n, paper in zip(shown, stand_for, strict=True)]
+    ax.set_xticks(shown, labels, linespacing=1.3)
     ax.set_xlabel("concurrent users" + ("" if same else " (on the papers' scale)"))
     margin = 0.05 * (max(levels) - min(levels)) or 0.5
     ax.set_xlim(min(levels) - margin, max(levels) + margin)
@@ -226,8 +228,8 @@ def user_axis(ax: Axes, levels: Sequence[int], profile: config.Profile) -> None:
 
 def level(users: int, profile: config.Profile, unit: str = "") -> str:
     """A number of users and the papers' number that it stands for."""
-    same = profile.scale.users == 1
-    return f"{users}{unit}" + ("" if same else f" (papers: {users * profile.scale.users:.0f})")
+    paper = profile.scale.paper_users(users)
+    return f"{users}{unit}" + ("" if paper == users else f" (papers: {paper:.0f})")
 
 
 def log_axis(ax: Axes) -> None:
