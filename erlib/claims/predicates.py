@@ -60,7 +60,7 @@ def alike(
 def _finding(found: Decision, words: str) -> Finding:
     at = found.closest
     about = f" (ratio {number(at.value)}, {at.interval})"
-    return Finding(found.holds, f"{found.count}{words.format(text=at.text)}{about}", found)
+    return Finding(found.holds, f"{found.counted}{words.format(text=at.text)}{about}", found)
 
 
 def _ratios(
@@ -96,9 +96,9 @@ def between(
     if absolute and not e.has_gpus:
         raise NotTestable("an absolute number of H100s, which this machine does not have")
     cells = _cells(e, metric, of, users, turn)
-    found = decide(cells, low, high)
+    found = decide(cells, low or -math.inf, high)  # none is negative, whatever its interval says
     least, most = (pick(cell.value for cell in cells) for pick in (min, max))
-    text = f"{found.count}; from {number(least)} to {number(most)}{unit_of(metric)}"
+    text = f"{found.counted}; from {number(least)} to {number(most)}{unit_of(metric)}"
     off = f"; closest: {found.closest.text} ({found.closest.interval})"
     return Finding(found.holds, text + off * (found.holds is not True), found)
 

@@ -51,7 +51,7 @@ class Decision(NamedTuple):
     high: float
 
     @property
-    def count(self) -> str:
+    def counted(self) -> str:
         """How many hold for certain."""
         return f"{self.held} of {self.of}" + f" (of {self.open} it cannot be told)" * bool(self.open)
 

@@ -182,7 +182,7 @@ def _conjunction(claim: Claim, evidence: Evidence | None) -> Row:
         except NotTestable as reason:
             parts.append(Row(NOT_RUN, str(reason)))
     order = (FAILS, NOT_RUN, UNTOLD, AMBIGUOUS, FITTED, CONSTRUCTION, HOLDS)
-    decides = min(parts, key=lambda part: order.index(part.verdict))
+    decides = min(parts, key=lambda part: order.index(part.verdict), default=Row(HOLDS, ""))
     return Row(decides.verdict, "; ".join(dict.fromkeys(part.numbers for part in parts)), decides.decision)
 
 

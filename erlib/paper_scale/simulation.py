@@ -79,8 +79,7 @@ def textless_workload(
     rng = np.random.default_rng([profile.seed, *paper.encode()])
     lengths = np.repeat(rng.permutation(prompts.paper_input_tokens(paper, profile.workload, per_cluster)), n_clusters)
     columns = {"prompt": np.arange(n), "paper": paper, "cluster": np.arange(n) % n_clusters, "text": ""}
-    columns |= {"follow_up": None}
-    frame = pd.DataFrame(columns | {"paper_input_tokens": lengths})
+    frame = pd.DataFrame(columns | {"paper_input_tokens": lengths}).assign(follow_up=None)
     return at_paper_scale(Workload(frame, n_clusters, profile.workload.sigma), profile, paper)
 
 

@@ -168,7 +168,7 @@ def test_routing_claims_turn_with_the_gateways_spans(runs, profile):
 
 def test_what_was_not_run_is_said_to_be_so(runs, profile):
     missing = row("P1-R18", runs[runs["config"] != "p1.C"], profile)
-    assert missing == (NOT_RUN, missing.numbers)
+    assert missing.verdict == NOT_RUN
     assert "p1.C" in missing.numbers
     assert row("P1-R18", runs[runs["users"] != 8][lambda r: r["users"] != 16], profile).verdict == NOT_RUN
     assert row("P2-R05", runs[runs["experiment"] == "load"], profile).verdict == NOT_RUN
@@ -177,7 +177,7 @@ def test_what_was_not_run_is_said_to_be_so(runs, profile):
 
 def test_absolute_numbers_of_h100s_are_not_tested_on_a_laptop(runs, profile):
     assert row("P1-R10", runs, profile).verdict == NOT_RUN
-    verdict, numbers = row("P1-R10", at_full_scale(runs), profile, "emulated")
+    verdict, numbers, _ = row("P1-R10", at_full_scale(runs), profile, "emulated")
     assert verdict == FAILS
     assert "at 200 users" in numbers and "papers" not in numbers
 
@@ -217,7 +217,7 @@ def test_slow_motion_makes_no_gateway_fast(runs, profile):
 
 
 def test_ambiguous_claims_stay_ambiguous_and_name_the_reading(runs, profile):
-    verdict, numbers = row("P1-S11", runs, profile)
+    verdict, numbers, _ = row("P1-S11", runs, profile)
     assert verdict == AMBIGUOUS
     assert "as read here: " in numbers and "336" in numbers
 
@@ -236,7 +236,7 @@ def test_a_difference_within_the_spread_cannot_be_told(runs, profile):
     undecided = row("P1-R18", same, profile)
     assert undecided.verdict == UNTOLD and undecided.decision.open > 0 and "cannot be told" in undecided.numbers
     assert undecided.decision.closest.low < 1 < undecided.decision.closest.high
-    assert row("P1-R18", stretched(same, 1e7, config="p1.B"), profile).verdict == FAILS
+    assert row("P1-R18", stretched(same, 5000, config="p1.B"), profile).verdict == FAILS
 
 
 def test_a_class_has_borders_that_the_records_cross(runs, profile):
@@ -347,7 +347,8 @@ def test_scorecard_files_hold_every_row(runs, profile, home):
     picture.touch()
     scorecard = verdicts.evaluate({"measured": runs}, profile)
     verdicts.write_scorecard(scorecard, profile)
-    again = pd.read_csv(home / "laptop/scorecard.csv", keep_default_na=False)
+    counted = scorecard.select_dtypes("number").columns
+    again = pd.read_csv(home / "laptop/scorecard.csv", keep_default_na=False, na_values=dict.fromkeys(counted, [""]))
     pd.testing.assert_frame_equal(again, scorecard)
     text = (home / "laptop/scorecard.md").read_text()
     assert all(f"| {name} |" in text for name in IDS)

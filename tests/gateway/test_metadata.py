@@ -36,6 +36,7 @@ METADATA: list[tuple[str, str | bytes]] = [
     ("if-modified-since", "Thu, 01 Jan 1970 00:00:00 GMT"),
     ("if-range", "x"),
     ("max-forwards", "0"),
+    ("proxy-connection", "close"),
     ("range", "bytes=0-0"),
     ("referer", "x"),
     ("server", "mine"),

@@ -19,7 +19,7 @@ def _series(paper: Paper, name: str, routing: Routing, instances: int) -> experi
     frame["max_tokens"] = [1 + i // 8 for i in range(64)]
     frame["text"] = [f"prompt {i}" for i in range(64)]
     frame["follow_up"] = frame["text"] + " and its answer"
-    plan = ServerPlan(backend="emulated", parameters={}, max_batch_size=4)
+    plan = ServerPlan(backend="emulated", parameters={"engine": "none"}, max_batch_size=4)
     system = experiments.System(name, routing, [plan] * instances, Path("tokenizer.json"), Path("router"))
     return experiments.Series(paper, "load", system, prompts.Workload(frame, 8, 2.0), [1, 12], 2, ["uniform", "normal"])
 
