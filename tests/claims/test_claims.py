@@ -348,7 +348,7 @@ def test_scorecard_files_hold_every_row(runs, profile, home):
     scorecard = verdicts.evaluate({"measured": runs}, profile)
     verdicts.write_scorecard(scorecard, profile)
     counted = scorecard.select_dtypes("number").columns
-    again = pd.read_csv(home / "laptop/scorecard.csv", keep_default_na=False, na_values=dict.fromkeys(counted, [""]))
+    again = pd.read_csv(home / "laptop/scorecard.csv", keep_default_na=False, na_values={key: "" for key in counted})
     pd.testing.assert_frame_equal(again, scorecard)
     text = (home / "laptop/scorecard.md").read_text()
     assert all(f"| {name} |" in text for name in IDS)
