@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+from traitlets import default
 
 from erlib import paths
 from erlib.machine import processes
+from erlib.machine.runfolder import RunFolder
 
 NAME = "python3"
 """What notebooks call it."""
@@ -26,7 +29,19 @@ _USERS_OWN = ("PYTHON", "IPYTHON", "JUPYTER", "MPL", "MATPLOTLIB")
 
 
 class Kernel(AsyncKernelManager):
-    """A kernel of this interpreter, whatever kernels are installed on this machine under its name."""
+    """A kernel of this interpreter, whatever kernels are installed on this machine under its name.
+
+    It listens at sockets in a folder of ours. A free TCP port that is chosen for it, as by default, may be another
+    program's by the time that it listens, and any user of the machine could connect there.
+    """
+
+    @default("transport")
+    def _files(self) -> str:
+        return "ipc"
+
+    @default("ip")
+    def _where(self) -> str:
+        return f"{os.environ['JUPYTER_RUNTIME_DIR']}/{secrets.token_hex(4)}"
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -45,6 +60,7 @@ def environment(directory: Path) -> Iterator[None]:
     The home directory need not be there, nor be writable.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    runtime = RunFolder()  # names of sockets must be short
     before = dict(os.environ)
     for name in before:
         if name.startswith(_USERS_OWN):
@@ -53,7 +69,8 @@ def environment(directory: Path) -> Iterator[None]:
         "PYTHONPATH": paths.ROOT,  # a notebook runs in a directory of its own
         "PYTHONNOUSERSITE": 1,
         "PYTHONUTF8": 1,
-        **{f"JUPYTER_{kind}_DIR": directory / kind.lower() for kind in ("CONFIG", "DATA", "RUNTIME")},
+        **{f"JUPYTER_{kind}_DIR": directory / kind.lower() for kind in ("CONFIG", "DATA")},
+        "JUPYTER_RUNTIME_DIR": runtime.path,
         "IPYTHONDIR": directory / "ipython",
         "MPLCONFIGDIR": directory / "matplotlib",
     }
@@ -63,3 +80,4 @@ def environment(directory: Path) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+        runtime.remove()

@@ -241,8 +241,8 @@ def test_the_users_find_in_it_what_they_find_in_a_gateway(tmp_path):
     async def visit(site: Site):
         return await users._request(script, "base", script.text, site.channel, 10, True)
 
-    (answer, reply), _ = through(tmp_path, visit, n=2)
-    assert (answer.status, answer.expert, len(answer.token_ns), reply) == ("ok", 1, 4, b"tt" * 4)
+    answer, _ = through(tmp_path, visit, n=2)
+    assert (answer.status, answer.expert, len(answer.token_ns)) == ("ok", 1, 4)
     assert set(answer.routing) == {"queue", "vectorise", "svd", "kmeans", "forward", "first_byte"}
 
 
