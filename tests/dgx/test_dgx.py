@@ -263,7 +263,8 @@ def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
     served = [call for call in calls() if "mpirun" in call]
     assert sum(call[1] == "pull" for call in calls()) == 1
     visible = [word for call in served for word in call if str(word).startswith("CUDA_VISIBLE_DEVICES=")]
-    assert visible == [f"CUDA_VISIBLE_DEVICES={gpus}" for gpus in (*range(8), "0,1,2,3", "4,5,6,7")]
+    once = list(dict.fromkeys(visible))  # a server that hung while it loaded is started a second time, on its own GPUs
+    assert once == [f"CUDA_VISIBLE_DEVICES={gpus}" for gpus in (*range(8), "0,1,2,3", "4,5,6,7")]
     names = {call[call.index("--name") + 1] for call in served}
     assert names == {call[-2] for call in calls() if call[1] == "rm"}  # nothing is left behind
     assert len(names) == 8  # the second system's servers take the ports of the first
