@@ -135,7 +135,7 @@ def stable(
 
         least, most = min(at, key=relative), max(at, key=relative)
         above, under = [values[most], *_one(base, least)], [values[least], *_one(base, most)]
-        spans.append(ratio(above, under, _of(name, which)))
+        spans.append(ratio(above, under, _named(name, which)))
     return _factors(spans, high=high)
 
 
@@ -143,7 +143,7 @@ def _one(values: Mapping[int, Value], level: int) -> list[Value]:
     return [values[level]] if values else []
 
 
-def _of(name: str, turn: str) -> str:
+def _named(name: str, turn: str) -> str:
     return name + " (continuation)" * (turn == "continuation")
 
 
@@ -161,7 +161,7 @@ def _trend(e: Evidence, metric: str, name: str, users: Levels, turn: str) -> dic
 
 
 def _by_config(what: str, values: Mapping[tuple[str, str], float]) -> str:
-    parts = [f"{_of(name, turn)} {value:.2f}" for (name, turn), value in values.items()]
+    parts = [f"{_named(name, turn)} {value:.2f}" for (name, turn), value in values.items()]
     return f"{what}: {', '.join(parts)}"
 
 
@@ -196,7 +196,7 @@ def growth(
     grown = []
     for which, name in itertools.product(_turns(turn, *of), of):
         (first,), (last,) = (e.series(metric, name, level, which).values() for level in users)
-        grown.append(ratio([last], [first], _of(name, which)))
+        grown.append(ratio([last], [first], _named(name, which)))
     return _factors(grown, low, high)
 
 

@@ -260,8 +260,8 @@ def _find(
 ) -> tuple[str, str | None]:
     """A text of so many tokens, and, if `more` are asked for, the text of which it is the beginning."""
     for _ in range(_MAX_PASSAGES):
-        passage = passages.next(_enough(tokens + more))
-        text = _cut(passage[: _enough(tokens)], tokens, tokenizer)
+        passage = passages.next(64 + 16 * (tokens + more))
+        text = _cut(passage[: 64 + 16 * tokens], tokens, tokenizer)
         if text is None or not text.strip() or clusterer.route(text)[0] != cluster:
             continue
         follow_up = _cut(passage, tokens + more, tokenizer) if more else None
@@ -271,11 +271,6 @@ def _find(
         f"found no held-out text of {tokens + more} tokens that the router sends to cluster {cluster}: "
         "raise corpus.documents or corpus.holdout, or lower clusterer.n_clusters"
     )
-
-
-def _enough(tokens: int) -> int:
-    """Characters that hold so many tokens."""
-    return 64 + 16 * tokens
 
 
 def _cut(passage: str, tokens: int, tokenizer: Tokenizer) -> str | None:
@@ -367,11 +362,7 @@ def draw(workload: Workload, users: int, mix: config.Mix, seed: int, repeat: int
     chosen = workload.frame.iloc[[of_cluster[cluster][n] for cluster, n in zip(clusters, lengths, strict=True)]]
     return [
         Prompt(
-            prompt=int(row.prompt),
-            cluster=int(row.cluster),
-            text=row.text,
-            input_tokens=int(row.input_tokens),
-            max_tokens=int(row.max_tokens),
+            *(int(row.prompt), int(row.cluster), row.text, int(row.input_tokens), int(row.max_tokens)),
             end_id=None if pd.isna(row.end_id) else int(row.end_id),
             follow_up=None if pd.isna(row.follow_up) else row.follow_up,
         )
@@ -404,8 +395,6 @@ def input_lengths(workload: Workload) -> pd.DataFrame:
 
 def mix_table(workload: Workload, users: int, seed: int) -> pd.DataFrame:
     """Users per cluster (rows) under each mix (columns) in the first repeat's draw of `users`."""
-    table = {}
-    for mix in _MIXES:
-        clusters = [prompt.cluster for prompt in draw(workload, users, mix, seed, 0)]
-        table[mix] = np.bincount(clusters, minlength=workload.n_clusters)
+    drawn = {mix: [prompt.cluster for prompt in draw(workload, users, mix, seed, 0)] for mix in _MIXES}
+    table = {mix: np.bincount(clusters, minlength=workload.n_clusters) for mix, clusters in drawn.items()}
     return pd.DataFrame(table).rename_axis("cluster")

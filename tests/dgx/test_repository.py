@@ -307,11 +307,15 @@ def test_an_image_that_is_not_here_is_fetched_before_a_server_needs_it(tmp_path,
         server.start()
     (tmp_path / "broken").unlink()
     (tmp_path / "calls").unlink()
-    for each in (server, other):
-        each.start()
-        assert each.process.wait(30) == 3
-    # The file is there since the first try; the second server finds what the first has made.
-    assert (tmp_path / "calls").read_text().split() == ["list", "list", "create", "start", "list", "start"]
+    try:
+        for each in (server, other):
+            each.start()
+            assert each.process.wait(30) == 3
+        # The file is there since the first try; the second server finds what the first has made.
+        assert (tmp_path / "calls").read_text().split() == ["list", "list", "create", "start", "list", "start"]
+    finally:
+        for each in (server, other):
+            each.clean_up()
 
 
 def test_too_few_gpus_are_said():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 
 import pytest
@@ -28,11 +29,18 @@ def talk(*pieces: bytes, n_answers: int = 1) -> tuple[list[str], list[tuple[byte
         async with hearing(decide, Handovers(lambda request: None), "127.0.0.1:0") as address:
             host, _, port = address.rpartition(":")
             reader, writer = await asyncio.open_connection(host, int(port))
+
+            async def heads() -> list[str]:
+                return [(await reader.readuntil(b"\r\n\r\n")).decode() for _ in range(n_answers)]
+
+            # Read meanwhile: what is refused amid a question is reset, and then nothing more can be read.
+            reading = asyncio.create_task(asyncio.wait_for(heads(), 5))
             for piece in pieces:
                 writer.write(piece)
-                await writer.drain()
+                with contextlib.suppress(ConnectionError):
+                    await writer.drain()
                 await asyncio.sleep(0.01)
-            answers = [(await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode() for _ in range(n_answers)]
+            answers = await reading
             writer.close()
             return answers
 
@@ -61,7 +69,7 @@ def test_the_first_of_metadata_of_one_name_counts_and_bytes_that_are_no_text_pas
     [
         b"what is this?\r\n\r\n",
         b"POST /x HTTP/1.1\r\nno colon\r\n\r\n",
-        QUESTION.replace(b"host:", b"a: " + (130 << 10) * b"x" + b"\r\nhost:"),
+        QUESTION.replace(b"host:", b"a: " + (2 << 20) * b"x" + b"\r\nhost:"),
     ],
     ids=["no HTTP", "no header", "too many headers"],
 )
