@@ -365,15 +365,17 @@ def _durations_ms(function: Any, prompts: Sequence[str]) -> np.ndarray:
 
 
 def memory(site: Site) -> pd.DataFrame:
-    """Start time, and resident and proportional memory of each gateway, for one and for all of them."""
+    """Start time, and resident and proportional memory, of one gateway and of all, with the process that forks them."""
     rows = []
     for n in (1, GATEWAYS):
         with contextlib.ExitStack() as running:
             began = time.monotonic()
             _, gateways = site.gateways(running, n)
             start_s = time.monotonic() - began
-            used = [psutil.Process(gateway.pid).memory_full_info() for gateway in gateways]
-            cpu_s = sum(_cpu_s(gateway.pid) for gateway in gateways)
+            family = [psutil.Process(gateway.pid) for gateway in gateways]
+            family += {gateway.parent() for gateway in family}  # what has forked them
+            used = [member.memory_full_info() for member in family]
+            cpu_s = sum(_cpu_s(member.pid) for member in family)
         rows.append(
             {
                 "gateways": n,

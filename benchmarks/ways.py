@@ -17,6 +17,7 @@ import psutil
 
 from benchmarks.environments import environment
 from erlib.machine import processes
+from erlib.machine.processes import Process
 from erlib.serving.nginx import Nginx
 from erlib.serving.share import Gateway
 
@@ -32,7 +33,7 @@ class Way:
 
     url: str
     protocol: str
-    relays: list[subprocess.Popen[bytes]]
+    relays: Sequence[Process]
 
     def processes(self) -> list[int]:
         """Process ids of the relays and their children."""
@@ -107,9 +108,7 @@ class Site:
         ]
         return Way(f"127.0.0.1:{port}", "openai", [self._spawn(running, "litellm", command, port)])
 
-    def gateways(
-        self, running: contextlib.ExitStack, n: int, *options: str
-    ) -> tuple[list[str], list[subprocess.Popen[bytes]]]:
+    def gateways(self, running: contextlib.ExitStack, n: int, *options: str) -> tuple[list[str], list[Process]]:
         """Addresses and processes of `n` gateways, started together; all experts are the one engine."""
         gateways = self._start(running, n, *options)
         return [each.url for each in gateways], list(map(_process, gateways))
@@ -123,8 +122,10 @@ class Site:
             gateways.append(
                 Gateway(index, "127.0.0.1", port, experts, self._router, "classify", self._work, 0, options, hands_over)
             )
+        nursery = gateways[0].nursery()
+        running.callback(processes.stop, [nursery.process], 3)
         for gateway in gateways:
-            gateway.start()
+            gateway.start(nursery)
             running.callback(processes.stop, [_process(gateway)], 3)
         for gateway in gateways:
             gateway.wait_ready(START_TIMEOUT_S)
@@ -154,7 +155,7 @@ class Site:
         return process
 
 
-def _process(gateway: Gateway) -> subprocess.Popen[bytes]:
+def _process(gateway: Gateway) -> Process:
     assert gateway.process is not None  # it has been started
     return gateway.process
 

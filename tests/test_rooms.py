@@ -86,7 +86,9 @@ def test_no_module_needs_itself(graph: grimp.ImportGraph) -> None:
     assert left == {}
 
 
-@pytest.mark.parametrize("start", ["erlib.gateway.__main__", "erlib.serving.stack", "erlib.load.users"])
+@pytest.mark.parametrize(
+    "start", ["erlib.gateway.__main__", "erlib.gateway.forks", "erlib.serving.stack", "erlib.load.users"]
+)
 def test_what_measured_processes_import_is_hashed(graph: grimp.ImportGraph, start: str) -> None:
     """A module that is added to the measured path cannot be forgotten."""
     hashed = tuple(f"erlib.{place.removesuffix('.py').replace('/', '.')}" for place in points.MEASURED)

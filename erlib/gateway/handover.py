@@ -15,18 +15,23 @@ NGINX gives the request, which it still holds, to a gateway to relay, with ``er-
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import grpc
-from aiohttp import web
+import httptools
 
 from erlib.gateway.experts import SERVER_AT_FAULT, Replica
 from erlib.gateway.telemetry import Request
 from erlib.machine.processes import StartError
+from erlib.serving import wire
+
+_LOG = logging.getLogger(__name__)
 
 PLACE = "X-Accel-Redirect"
 
@@ -34,8 +39,8 @@ THROUGH_GATEWAYS = {PLACE: "@gateways"}
 
 TICKET = "er-ticket"
 
-_HEADER_BYTES, _HEADERS = 128 << 10, 10_000
-"""What NGINX takes of metadata; more than gRPC does, which then says so."""
+_HEADER_BYTES = 1 << 20
+"""What NGINX takes of metadata, eight buffers of 128 KB; more than gRPC does, which then says so."""
 
 _RECEIVE_BUFFER_BYTES = 4 << 20
 
@@ -148,16 +153,103 @@ class Handovers(asyncio.DatagramProtocol):
         return held
 
 
+Decide = Callable[[bytes, Mapping[str, str]], Awaitable[Mapping[str, str]]]
+"""Takes the body and the headers of a question and gives the headers of its answer."""
+
+
+class _Questions(asyncio.Protocol):
+    """A connection on which NGINX asks, one question after the other.
+
+    An HTTP server's own code would be most of what a question costs in sixteen processes, none of which is asked so
+    often that its code stays in a core's cache. So there is none: a parser, and the one kind of answer.
+    """
+
+    def __init__(self, decide: Decide, running: set[asyncio.Task[None]]):
+        self._decide, self._running = decide, running
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._headers: dict[str, str] = {}
+        self._body: list[bytes] = []
+        self._size = 0
+        self._unread = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += len(data)
+        try:
+            if self._unread > 2 * (_HEADER_BYTES + wire.BODY_BYTES):  # the parser would collect one header without end
+                raise httptools.HttpParserError
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # what callbacks raise is among the former
+            self._send(b"400 Bad Request", {}, last=True)  # NGINX then leaves the request to the gateways' own words
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+
+    def close(self) -> None:
+        """Leave the connection."""
+        if self._transport is not None:
+            self._transport.close()
+
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        self._headers, self._body, self._size = {}, [], 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._grow(len(name) + len(value), _HEADER_BYTES)
+        self._headers.setdefault(name.decode("latin-1").lower(), value.decode("utf-8", "surrogateescape"))
+
+    def on_headers_complete(self) -> None:
+        self._size = 0
+
+    def on_body(self, body: bytes) -> None:
+        self._grow(len(body), wire.BODY_BYTES)
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        self._unread = 0
+        last = not self._parser.should_keep_alive()
+        task = asyncio.get_running_loop().create_task(self._answer(b"".join(self._body), self._headers, last))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    def _grow(self, size: int, limit: int) -> None:
+        self._size += size
+        if self._size > limit:
+            raise httptools.HttpParserError
+
+    async def _answer(self, body: bytes, headers: Mapping[str, str], last: bool) -> None:
+        try:
+            self._send(b"200 OK", await self._decide(body, headers), last)
+        except BaseException as error:  # also if this process ends: NGINX asks another one then
+            if isinstance(error, Exception):
+                _LOG.exception("a question of NGINX's could not be answered")
+            self._send(b"500 Internal Server Error", {}, last=True)
+            if not isinstance(error, Exception):
+                raise
+
+    def _send(self, status: bytes, headers: Mapping[str, str], last: bool = False) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        lines = [b"HTTP/1.1 " + status, b"content-length: 0", *([b"connection: close"] if last else [])]
+        lines += [f"{name}: {value}".encode() for name, value in headers.items()]
+        self._transport.write(b"\r\n".join([*lines, b"", b""]))
+        if last:
+            self._transport.close()
+
+
 @asynccontextmanager
-async def hearing(
-    decide: Callable[[bytes, Mapping[str, str]], Awaitable[Mapping[str, str]]], handovers: Handovers, address: str
-) -> AsyncIterator[str]:
+async def hearing(decide: Decide, handovers: Handovers, address: str) -> AsyncIterator[str]:
     """Answer NGINX's questions at an address (TCP), and hear there how requests end (UDP).
 
     Parameters
     ----------
     decide : callable
-        Takes the body and the headers of a question and gives the headers of its answer.
+        See :data:`Decide`.
     handovers : Handovers
     address : str
         ``host:port``; port 0 takes a free one.
@@ -174,15 +266,15 @@ async def hearing(
     """
     host, _, port = address.rpartition(":")
     loop = asyncio.get_running_loop()
+    running: set[asyncio.Task[None]] = set()
+    open_: weakref.WeakSet[_Questions] = weakref.WeakSet()
 
-    async def answer(question: web.BaseRequest) -> web.Response:
-        return web.Response(headers=await decide(await question.content.read(), question.headers))
+    def connection() -> _Questions:
+        open_.add(asked := _Questions(decide, running))
+        return asked
 
-    server = web.Server(
-        answer, access_log=None, auto_decompress=False, max_field_size=_HEADER_BYTES, max_headers=_HEADERS
-    )
     try:
-        listening = await loop.create_server(server, host.strip("[]"), int(port), backlog=4096)
+        listening = await loop.create_server(connection, host.strip("[]"), int(port), backlog=4096)
         at = listening.sockets[0].getsockname()[:2]
         ends, _ = await loop.create_datagram_endpoint(lambda: handovers, local_addr=at)
     except OSError as error:
@@ -191,5 +283,10 @@ async def hearing(
         yield f"{host}:{at[1]}"
     finally:
         listening.close()
-        await server.shutdown(1.0)
+        if running:
+            _, late = await asyncio.wait(running, timeout=1.0)
+            for task in late:
+                task.cancel()
+        for asked in list(open_):
+            asked.close()
         ends.close()

@@ -259,10 +259,10 @@ def _positive(kind: type[float]) -> Callable[[str], float]:
     return number
 
 
-def _arguments() -> argparse.Namespace:
-    """The command line's, of which no part is ignored: plain text must not be spoken where TLS was asked for."""
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, of which no part is ignored: plain text must not be spoken where TLS was asked for."""
     parser = _parser()
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if bool(args.tls_certificate) != bool(args.tls_key):
         parser.error("--tls-certificate and --tls-key go together")
     if args.tls_client_ca and not args.tls_certificate:
@@ -274,9 +274,9 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Entry point of one gateway process."""
-    args = _arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of one gateway process; by default its arguments are the command line's."""
+    args = _parsed(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("erlib").setLevel(args.log_level.upper())  # gRPC's own debug lines are many, and not of requests
     try:

@@ -65,7 +65,7 @@ def code_digest(backend: str, in_cluster: bool) -> str:
 
 
 MEASURED = (
-    "machine/processes.py", "serving", "gateway", "routing/clusterer.py", "routing/policies.py",
+    "machine/processes.py", "machine/nursery.py", "serving", "gateway", "routing/clusterer.py", "routing/policies.py",
     "load/users.py", "load/scripts.py",
 )  # fmt: skip
 """What every measured request passes, and what starts it."""

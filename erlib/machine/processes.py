@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -33,6 +33,24 @@ _AUTOGROUP = Path("/proc/self/autogroup")
 
 class StartError(RuntimeError):
     """A process did not come up; the message says why and where its log is."""
+
+
+class Process(Protocol):
+    """What a child of ours (:class:`subprocess.Popen`) and of a nursery's (:mod:`erlib.machine.nursery`) offer."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | Any: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 def spawn(
@@ -51,11 +69,6 @@ def spawn(
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
 
-    def follow_parent() -> None:
-        _hear_all_signals()
-        _die_with(parent, signal.SIGTERM)
-        _stand_back(niceness)
-
     _GUARD.stand()  # if it cannot, nothing is started
     with log.open("ab") as file:
         child = subprocess.Popen(
@@ -64,7 +77,7 @@ def spawn(
             env={**os.environ, **(env or {})},
             # Ctrl-C goes to the foreground process group: we stop our children ourselves, in order.
             start_new_session=True,
-            preexec_fn=follow_parent,  # noqa: PLW1509  (touches no lock, and nothing else sets a death signal)
+            preexec_fn=lambda: follow(parent, niceness),  # noqa: PLW1509  (no lock, and nothing else sets its signal)
             **{"stdin": subprocess.DEVNULL, "stdout": file, **popen},
         )
     _GUARD.watch(child.pid)
@@ -75,6 +88,13 @@ def guard(session: int) -> None:
     """Let what is left of a session that somebody else started for us be killed when this process is gone."""
     _GUARD.stand()
     _GUARD.watch(session)
+
+
+def follow(parent: int, niceness: int) -> None:
+    """In a new child: hear all signals, end when `parent` does, stand back by `niceness`."""
+    _hear_all_signals()
+    _die_with(parent, signal.SIGTERM)
+    _stand_back(niceness)
 
 
 def _hear_all_signals() -> None:
@@ -214,7 +234,7 @@ def undisturbed() -> Iterator[None]:
             signal.raise_signal(late[0])
 
 
-def stop(processes: Iterable[subprocess.Popen[bytes]], grace_s: float = 10.0) -> None:
+def stop(processes: Iterable[Process], grace_s: float = 10.0) -> None:
     """SIGTERM all `processes`, wait up to `grace_s` seconds, SIGKILL what is left of their sessions; reap them.
 
     That is their children, also those of a process that has died before.
@@ -247,9 +267,7 @@ def _wait_for_the_end(sessions: Collection[int], timeout_s: float) -> None:
         time.sleep(0.01)
 
 
-def wait_until(
-    ready: Callable[[], bool], process: subprocess.Popen[bytes], what: str, log: Path, timeout_s: float
-) -> None:
+def wait_until(ready: Callable[[], bool], process: Process, what: str, log: Path, timeout_s: float) -> None:
     """Poll `ready` until it is true.
 
     Raises

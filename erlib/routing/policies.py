@@ -9,6 +9,7 @@ more.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ Outstanding = Callable[[], Sequence[int]]
 """Requests under way at each expert, now."""
 
 POLICIES = ("classify", "stock", "embeddings", "neighbours", "replicas", "random", "least_loaded")
+
+BY_CLUSTER = ("classify", "stock")
+"""Policies of one and the same model, which gateways of one host can share."""
 
 SLOW = ("embeddings", "neighbours")
 """Policies that take ten milliseconds and more, most of them outside Python: others' tokens need not wait for that."""
@@ -148,8 +152,8 @@ def load(
         If the policy is unknown, its directory holds no such model, or the model has other than `n_experts` experts.
     """
     makers: dict[str, Callable[[], Router]] = {
-        "classify": lambda: ByCluster(Clusterer.load(directory)),
-        "stock": lambda: _stock(directory),
+        "classify": lambda: by_cluster(policy, directory),
+        "stock": lambda: by_cluster(policy, directory),
         "embeddings": lambda: nearest_centre(directory, Embedder(directory)),
         "neighbours": lambda: neighbours(directory, Embedder(directory)),
         "replicas": lambda: RoundRobin(n_experts, index),
@@ -164,7 +168,17 @@ def load(
     return router
 
 
-def _stock(directory: Path) -> ByCluster:
+@functools.cache
+def by_cluster(policy: str, directory: Path) -> ByCluster:
+    """The router of ``classify`` or ``stock``, read once in this process and those that it forks.
+
+    Raises
+    ------
+    ClustererError
+        If `directory` holds no such model.
+    """
+    if policy == "classify":
+        return ByCluster(Clusterer.load(directory))
     from erlib.routing import sklearn_pipeline  # noqa: PLC0415  (scikit-learn, which others do without)
 
     return ByCluster(sklearn_pipeline.load(directory))

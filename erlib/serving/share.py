@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from erlib.machine import leftovers, processes
+from erlib.machine.nursery import Forked, Nursery
 from erlib.machine.processes import StartError
 from erlib.serving import triton, wheel
 from erlib.serving.nginx import Nginx
@@ -26,7 +26,7 @@ STANDS_BACK = 8
 
 
 class Gateway:
-    """One process of :mod:`erlib.gateway`, which reaches all `experts`.
+    """One process of :mod:`erlib.gateway`, which reaches all `experts`; its :meth:`nursery` forks it.
 
     Parameters
     ----------
@@ -59,13 +59,14 @@ class Gateway:
         self.host, self.port = host, port
         self.log = log_dir / f"gateway-{index}.log"
         self.metrics_port: int | None = None
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Forked | None = None
         self._niceness = niceness + (STANDS_BACK if hands_over else 0)
-        self._command = processes.python(
-            "-m", "erlib.gateway", "--port", str(port), "--host", host, "--experts", ",".join(experts),
-            "--clusterer", clusterer or "", "--policy", policy, "--index", str(index), "--behind-proxy",
-            *options, *(("--hands-over", str(port + 1)) if hands_over else ()),
-        )  # fmt: skip
+        self._router = (policy, clusterer)
+        self._arguments = [
+            "--port", str(port), "--host", host, "--experts", ",".join(experts), "--clusterer", clusterer or "",
+            "--policy", policy, "--index", str(index), "--behind-proxy", *options,
+            *(("--hands-over", str(port + 1)) if hands_over else ()),
+        ]  # fmt: skip
 
     @property
     def url(self) -> str:
@@ -85,11 +86,17 @@ class Gateway:
     def serve_metrics(self, port: int) -> None:
         """Let it serve Prometheus metrics at `port`, too, once it has been started."""
         self.metrics_port = port
-        self._command += ["--metrics-port", str(port)]
+        self._arguments += ["--metrics-port", str(port)]
 
-    def start(self) -> None:
+    def nursery(self) -> Nursery:
+        """A new process that forks this gateway, and others of its policy and model; its log is beside theirs."""
+        policy, clusterer = self._router
+        command = processes.python("-m", "erlib.gateway.forks", policy, clusterer or "")
+        return Nursery(command, self.log.parent / "gateways.log", _GATEWAY_ENVIRONMENT)
+
+    def start(self, nursery: Nursery) -> None:
         """Start the process; see :meth:`wait_ready`."""
-        self.process = processes.spawn(self._command, self.log, env=_GATEWAY_ENVIRONMENT, niceness=self._niceness)
+        self.process = nursery.fork(self._arguments, self.log, self._niceness)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until it listens.
@@ -129,6 +136,7 @@ class Share:
         self.servers = servers
         self._gateways = gateways
         self._front = front
+        self._nursery: Nursery | None = None
         self._parts: list[TritonServer | Gateway] = [*servers, *gateways]
         self._everything: list[TritonServer | Gateway | Nginx] = [*self._parts, *([front] if front else [])]
 
@@ -152,7 +160,15 @@ class Share:
         processes.require_free_ports([*ports, *([self._front.port] if self._front else [])], self.host)
         for part in self._parts:
             part.log.parent.mkdir(parents=True, exist_ok=True)
+            self._begin(part)
+
+    def _begin(self, part: TritonServer | Gateway | Nginx) -> None:
+        if not isinstance(part, Gateway):
             part.start()
+            return
+        if self._nursery is None or self._nursery.process.poll() is not None:
+            self._nursery = part.nursery()
+        part.start(self._nursery)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until servers and gateways are up, each at most `timeout_s`, then start what is in front if it is here.
@@ -221,7 +237,7 @@ class Share:
             processes.stop([part.process], grace_s=0)
             _clean_up(part)
             last_words = processes.keep_last_words(part.log)
-            part.start()
+            self._begin(part)
             if not isinstance(part, Nginx):  # those wait by themselves
                 part.wait_ready(timeout_s)
             lines.append(f"{part.title} {how} (see {last_words}) and has been started again")
@@ -234,6 +250,8 @@ class Share:
         # Nobody is served any more: gateways need not wait for requests to end, nor Triton, for seconds, for its model.
         for parts in (self._gateways, self.servers):
             processes.stop([part.process for part in parts if part.process], grace_s=0)
+        if self._nursery:
+            processes.stop([self._nursery.process], grace_s=0)
         for part in self._everything:
             _clean_up(part)
         leftovers.sweep()

@@ -10,6 +10,7 @@ import pytest
 
 from erlib.gateway.handover import Handovers, hearing
 from erlib.machine.processes import StartError
+from erlib.serving import wire
 
 BODY = b"what is asked"
 QUESTION = b"POST /x HTTP/1.1\r\nhost: questions\r\ncontent-length: 13\r\nEr-Ticket: 7\r\n\r\n" + BODY
@@ -49,14 +50,19 @@ def talk(*pieces: bytes, n_answers: int = 1) -> tuple[list[str], list[tuple[byte
 
 def test_a_question_is_answered_by_headers_alone() -> None:
     (answer,), ((body, headers),) = talk(QUESTION)
-    assert answer.startswith("HTTP/1.1 200 OK\r\nX-Accel-Redirect: @here\r\ner-expert: 3\r\nContent-Length: 0\r\n")
+    assert answer == "HTTP/1.1 200 OK\r\ncontent-length: 0\r\nX-Accel-Redirect: @here\r\ner-expert: 3\r\n\r\n"
     assert (body, headers["er-ticket"]) == (BODY, "7")
 
 
 def test_a_question_may_come_in_pieces_and_a_connection_has_many() -> None:
     pieces = [QUESTION[i : i + 7] for i in range(0, len(QUESTION), 7)]
     answers, asked = talk(*pieces, QUESTION, QUESTION, n_answers=3)
-    assert all("@here" in answer for answer in answers) and [body for body, _ in asked] == [BODY] * 3
+    assert len({*answers}) == 1 and asked == [asked[0]] * 3
+
+
+def test_a_connection_that_is_to_end_ends() -> None:
+    (answer,), _ = talk(QUESTION.replace(b"host:", b"proxy-connection: close\r\nhost:"))
+    assert answer.startswith("HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n")
 
 
 def test_the_first_of_metadata_of_one_name_counts_and_bytes_that_are_no_text_pass() -> None:
@@ -70,19 +76,20 @@ def test_the_first_of_metadata_of_one_name_counts_and_bytes_that_are_no_text_pas
         b"what is this?\r\n\r\n",
         b"POST /x HTTP/1.1\r\nno colon\r\n\r\n",
         QUESTION.replace(b"host:", b"a: " + (2 << 20) * b"x" + b"\r\nhost:"),
+        QUESTION.replace(b"13", str(2 + wire.BODY_BYTES).encode()) + wire.BODY_BYTES * b"x",
     ],
-    ids=["no HTTP", "no header", "too many headers"],
+    ids=["no HTTP", "no header", "too many headers", "too long"],
 )
 def test_what_is_no_question_is_refused(question: bytes) -> None:
     answers, asked = talk(question)
-    assert answers[0].startswith(("HTTP/1.0 400 ", "HTTP/1.1 400 "))
+    assert answers == ["HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"]
     assert not asked
 
 
 def test_an_error_of_ours_is_one_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     answers, _ = talk(QUESTION.replace(BODY, b"who breaks it"))
-    assert answers[0].startswith("HTTP/1.1 500 Internal Server Error\r\n")
-    assert "broken" in caplog.text
+    assert answers == ["HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"]
+    assert "could not be answered" in caplog.text
 
 
 def test_an_address_that_is_taken_is_refused() -> None:
