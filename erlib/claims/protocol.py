@@ -26,11 +26,13 @@ def protocol(
 
 @predicate("mean {mean} {median} input tokens ± {tolerance} {turn}")
 def input_tokens(e: Evidence, *, paper: str, turn: str, mean: float, tolerance: float, median: float = 0) -> Finding:
-    """Prompt lengths on the papers' scale."""
-    mine = e.requests(paper)
-    tokens = mine.loc[mine["turn"] == turn, "input_tokens"] * e.scale.tokens
+    """Prompt lengths on the papers' scale, where a continuation is a base prompt and its answer."""
+    mine = e.requests(paper).set_index(["config", "mix", "users", "repeat", "user"])
+    tokens, base = (mine.loc[mine["turn"] == one, "input_tokens"] for one in (turn, "base"))
     if tokens.empty:
         raise NotTestable(f"no {turn} prompt in paper {paper[-1]}'s records")
+    base = base.reindex(tokens.index)
+    tokens = base * e.scale.inputs + (tokens - base) * e.scale.tokens
     wanted = {"mean": mean} | ({"median": median} if median else {})
     found = {name: float(tokens.agg(name)) for name in wanted}
     return Finding(

@@ -95,8 +95,17 @@ class Scale(_Section):
     """What the papers' numbers are divided by on this machine."""
 
     users: Divisor = Field(description="concurrent users and batch sizes are divided by this")
-    tokens: Divisor = Field(description="prompt and answer lengths are divided by this")
+    tokens: Divisor = Field(description="answer lengths are divided by this")
+    input_tokens: Divisor | None = Field(None, description="prompt lengths are divided by this (none: by tokens)")
     seconds: Divisor = Field(1.0, description="time buckets are divided by this")
+    distortion: Literal["refuse", "accept"] = Field(
+        "refuse", description="accept: go on where so little is left that systems behave in another way"
+    )
+
+    @property
+    def inputs(self) -> float:
+        """What prompt lengths are divided by."""
+        return self.input_tokens or self.tokens
 
     def paper_users(self, users: int) -> float:
         """The papers' users that `users` stand for; one user is one user at any scale."""
@@ -344,5 +353,9 @@ class Profile(Settings):
         return max(1, round(paper_users / self.scale.users))
 
     def scaled_tokens(self, paper_tokens: float) -> int:
-        """Tokens that stand for `paper_tokens` on this machine (at least 1)."""
+        """Tokens of an answer that stand for `paper_tokens` on this machine (at least 1)."""
         return max(1, round(paper_tokens / self.scale.tokens))
+
+    def scaled_input_tokens(self, paper_tokens: float) -> int:
+        """Tokens of a prompt that stand for `paper_tokens` on this machine (at least 1)."""
+        return max(1, round(paper_tokens / self.scale.inputs))

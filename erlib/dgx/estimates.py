@@ -23,7 +23,7 @@ from erlib.engines import llama
 from erlib.machine.hardware import Gpu
 from erlib.paper_scale import steptimes
 from erlib.paper_scale.steptimes import StepTimes
-from erlib.workload import prompts
+from erlib.workload import lengths, prompts
 
 DOWNLOAD_BYTES_PER_S = 100e6
 CONVERT_BYTES_PER_S = 0.5e9
@@ -156,7 +156,7 @@ def turns(profile: Profile, workload: str) -> tuple[Turn, ...]:
         return tuple(Turn(prompt, (answer,)) for prompt in (base, base + answer))
     if workload == "preliminary":
         return (Turn(settings.p1_input_tokens, (settings.preliminary_output_tokens,)),)
-    prompt = float(np.mean(prompts.paper_input_tokens("p2", settings, 1000)))
+    prompt = float(np.mean(lengths.input_tokens("p2", settings, 1000)))
     if workload == "overhead":
         return (Turn(prompt, (profile.overhead.output_tokens,)),)
     full = profile.model_copy(
@@ -165,7 +165,7 @@ def turns(profile: Profile, workload: str) -> tuple[Turn, ...]:
             "workload": settings.model_copy(update={"p2_answers": "mlperf"}),
         }
     )
-    answers, _ = prompts.answer_tokens("p2", full, 1000, np.random.default_rng(0))
+    answers, _ = lengths.answer_tokens("p2", full, 1000, np.random.default_rng(0))
     return (Turn(prompt, tuple(np.sort(answers))),)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,11 +23,15 @@ from erlib.engines.llama import (
     most_kv_tokens,
     shape,
 )
+from erlib.workload import lengths
 
 KvCache = Literal["f16", "u8"]
 
 
 _SLACK_TOKENS = 8
+
+_LEAST_INPUT_TOKENS = 25
+"""Two dozen words: what c-BTM's router can tell topics by."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +61,31 @@ def longest_sequence_tokens(profile: Profile, workload: Paper | Literal["prelimi
     Paper 1: base prompt (mean + 4 sd), its answer, and the continuation's answer; preliminary: base prompt and its
     answer. Paper 2: longest prompt and answer.
     """
-    settings = profile.workload
+    settings, scale = profile.workload, profile.scale
     if workload == "p2":
-        longest: float = P2_MAX_INPUT_TOKENS + settings.p2_max_output_tokens
+        prompt: float = P2_MAX_INPUT_TOKENS
+        answers = settings.p2_max_output_tokens
     else:
+        prompt = settings.p1_input_tokens + 4 * settings.p1_input_sd
         answers = 2 * settings.p1_output_tokens if workload == "p1" else settings.preliminary_output_tokens
-        longest = settings.p1_input_tokens + 4 * settings.p1_input_sd + answers
-    return math.ceil(longest / profile.scale.tokens) + _SLACK_TOKENS
+    return math.ceil(prompt / scale.inputs + answers / scale.tokens) + _SLACK_TOKENS
+
+
+def _scaled_kv_blocks(profile: Profile, configuration: Configuration) -> int:
+    """So many KV blocks that as many typical sequences fit, for each user, as in the papers' cache."""
+    prompt, answer = lengths.typical_tokens(config.paper_of(configuration.id), profile.workload)
+    sequences = kv_tokens(configuration.system) / (prompt + answer) / profile.scale.users
+    tokens = profile.scaled_input_tokens(prompt) + profile.scaled_tokens(answer)
+    return round(sequences) * math.ceil(tokens / config.KV_BLOCK_TOKENS)
 
 
 def laptop_system(profile: Profile, configuration: Configuration, max_sequence_tokens: int | None = None) -> LaptopPlan:
-    """Scale a configuration to this machine, keeping the papers' ratios of users to slots and to KV tokens.
+    """Scale a configuration to this machine, keeping the papers' ratios of users to slots and to cached sequences.
 
     Parameters
     ----------
     profile : Profile
-        Its ``scale`` divides batch size (users) and KV tokens (users and tokens).
+        Its ``scale`` divides batch size and what the KV cache holds.
     configuration : Configuration
         ``laptop.batch_size`` and ``laptop.kv_blocks`` override the scaled values.
     max_sequence_tokens : int, optional
@@ -80,8 +94,8 @@ def laptop_system(profile: Profile, configuration: Configuration, max_sequence_t
     Raises
     ------
     ConfigError
-        If an overridden KV cache cannot hold one sequence; the message names the number that can. A scaled one is
-        rounded up to hold one.
+        If an overridden KV cache cannot hold one sequence; the message names the number that can. A scaled one holds
+        at least one of the longest, and at most as many as run together.
     """
     laptop, system = configuration.laptop, configuration.system
     if max_sequence_tokens is None:
@@ -92,19 +106,33 @@ def laptop_system(profile: Profile, configuration: Configuration, max_sequence_t
             f"{configuration.id}: laptop.kv_blocks is {laptop.kv_blocks}, but one sequence of "
             f"{max_sequence_tokens} tokens needs {one_sequence} blocks of {config.KV_BLOCK_TOKENS}"
         )
-    scaled_tokens = kv_tokens(system) / (profile.scale.users * profile.scale.tokens)
-    scaled_blocks = max(one_sequence, math.ceil(scaled_tokens / config.KV_BLOCK_TOKENS))
+    batch_size = laptop.batch_size or profile.scaled_users(system.batch_size)
+    scaled_blocks = max(one_sequence, min(batch_size * one_sequence, _scaled_kv_blocks(profile, configuration)))
     return LaptopPlan(
         config=configuration.id,
         size=laptop.size,
         dtype=laptop.dtype,
         kv_cache=laptop.kv_cache,
         instances=laptop.instances,
-        batch_size=laptop.batch_size or profile.scaled_users(system.batch_size),
+        batch_size=batch_size,
         kv_blocks=laptop.kv_blocks or scaled_blocks,
         max_sequence_tokens=max_sequence_tokens,
         threads=max(1, len(os.sched_getaffinity(0)) * system.tensor_parallel // GPUS),
     )
+
+
+def distortions(profile: Profile) -> Iterator[str]:
+    """Why systems at this profile's scale behave in another way than the papers' do, a line each."""
+    for name in dict.fromkeys([*profile.paper1.configs, *profile.paper2.configs]):
+        configuration = config.load_configuration(name)
+        if configuration.routing != "direct" and laptop_system(profile, configuration).batch_size < 2:
+            slots = f"{configuration.system.batch_size} slots for an expert, divided by {profile.scale.users:g}"
+            yield f"{name} has one slot ({slots}), so that nothing runs together: lower scale.users"
+    for paper in ("p1", "p2"):
+        prompt, _ = lengths.typical_tokens(paper, profile.workload)
+        if prompt / profile.scale.inputs < _LEAST_INPUT_TOKENS:
+            scaled = f"{prompt:.0f} tokens, divided by {profile.scale.inputs:g}"
+            yield f"paper {paper[1]}'s prompts ({scaled}) have too few words to route by: lower scale.input_tokens"
 
 
 def preliminary_configurations(profile: Profile) -> list[Configuration]:

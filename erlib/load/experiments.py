@@ -20,7 +20,7 @@ from erlib.load.users import Client
 from erlib.routing import clusterer, training
 from erlib.serving import share, wire
 from erlib.serving.triton import ServerPlan
-from erlib.workload import prompts
+from erlib.workload import lengths, prompts
 from erlib.workload.prompts import Workload
 
 Experiment = Literal["load", "preliminary", "overhead", "ablation", "replicas"]
@@ -163,13 +163,13 @@ def all_configurations(profile: Profile) -> list[Configuration]:
     return [*backend.configurations(profile, list(named)), *backend.preliminary_configurations(profile)]
 
 
-def build_workload(profile: Profile, paper: prompts.Paper) -> Workload:
+def build_workload(profile: Profile, paper: lengths.Paper) -> Workload:
     """A paper's prompts, cut and counted with the tokenizer of its models; see :func:`erlib.workload.prompts.build`."""
     router = clusterer.Clusterer.load(training.build_clusterer(profile))
     return prompts.build(profile, paper, tokenizer(profile, paper), router)
 
 
-def tokenizer(profile: Profile, paper: prompts.Paper) -> Tokenizer:
+def tokenizer(profile: Profile, paper: lengths.Paper) -> Tokenizer:
     """Tokenizer of a paper's models, with which its prompts are cut and counted."""
     model = "llama-2-70b" if paper == "p1" else "llama-3-70b"
     return Tokenizer.from_file(str(backends.of(profile).tokenizer_file(profile, model)))

@@ -6,6 +6,7 @@ Definitions: paper 1, section V; paper 2, section V.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,6 +101,24 @@ def session_throughput(done: pd.DataFrame) -> float:
     return float(n99["output_tokens"].sum() / ((t_end - t_start) * _NS))
 
 
+def bucket_width_s(records: pd.DataFrame, paper_s: float) -> float:
+    """The papers' width, or less: 1, 2 or 5 times a power of ten, so that the longest point has twenty intervals.
+
+    Parameters
+    ----------
+    records : DataFrame
+        Requests of all points that are to be compared.
+    paper_s : float
+        The papers' width at these records' scale.
+    """
+    ended = answers(records).groupby(POINT).agg({"t_send_ns": "min", "t_last_ns": "max"})
+    most_s = float((ended["t_last_ns"] - ended["t_send_ns"]).max()) * _NS / 20
+    if not most_s < paper_s:  # also if there are none
+        return paper_s
+    power = 10.0 ** math.floor(math.log10(most_s))
+    return max(n for n in (power, 2 * power, 5 * power) if n <= most_s * (1 + 1e-9))
+
+
 def bucket_throughput(records: pd.DataFrame, width_s: float) -> pd.DataFrame:
     """Tokens received in consecutive intervals, whoever received them (paper 1, section V-B; paper 2, section V-B).
 
@@ -108,7 +127,7 @@ def bucket_throughput(records: pd.DataFrame, width_s: float) -> pd.DataFrame:
     records : DataFrame
         Requests; select one turn beforehand where only that turn is wanted.
     width_s : float
-        Width of an interval. The papers use 60 s and 2 s; profiles divide these by ``scale.seconds``.
+        Width of an interval; see :func:`bucket_width_s`.
 
     Returns
     -------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from erlib import paths
 from erlib.config import Profile
-from erlib.engines import llama
+from erlib.engines import laptop, llama
 from erlib.load import backends
 from erlib.machine import hardware, processes
 from erlib.machine.processes import StartError
@@ -25,7 +25,7 @@ LEAST_FREE_BYTES = 4e9
 
 def basics(profile: Profile) -> list[str]:
     """Problems that any run on this machine would have: folders, disk space, input files, NGINX, ports."""
-    found = [*_names(), *_folders(profile), *_inputs(profile)]
+    found = [*_names(), *_folders(profile), *_inputs(profile), *_scale(profile)]
     free = hardware.free_disk_bytes(paths.run_dir(profile.name))
     if free < LEAST_FREE_BYTES:
         found.append(
@@ -60,6 +60,13 @@ def _folders(profile: Profile) -> Iterable[str]:
             yield f"{place} is a file where a run needs a folder: remove it, or set ERLIB_HOME to a folder of yours"
         elif not os.access(place, os.W_OK | os.X_OK):
             yield f"{place} is not writable: set ERLIB_HOME to a folder of yours"
+
+
+def _scale(profile: Profile) -> Iterable[str]:
+    """What is too small to behave as the papers' systems do."""
+    if profile.serving.backend == "openvino" and profile.scale.distortion == "refuse":
+        for why in laptop.distortions(profile):
+            yield f"{why}, or set scale.distortion=accept"
 
 
 def _inputs(profile: Profile) -> Iterable[str]:

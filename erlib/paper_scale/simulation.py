@@ -40,13 +40,13 @@ from erlib.paper_scale.batching import System
 from erlib.paper_scale.clock import HARDWARE, Harness, Preset, Request, harness, trace
 from erlib.routing import training
 from erlib.routing.clusterer import Clusterer
-from erlib.workload import prompts
+from erlib.workload import lengths, prompts
 from erlib.workload.prompts import Prompt, Workload
 
 _CLUSTERS = 8
 
 
-def at_paper_scale(workload: Workload, profile: Profile, paper: prompts.Paper) -> Workload:
+def at_paper_scale(workload: Workload, profile: Profile, paper: lengths.Paper) -> Workload:
     """A workload that was cut for this machine, with the papers' lengths: the router's decisions stay.
 
     Paper 2's answers get MLPerf's lengths, whatever ``workload.p2_answers`` is: nobody generates them here.
@@ -54,17 +54,17 @@ def at_paper_scale(workload: Workload, profile: Profile, paper: prompts.Paper) -
     forced = {"workload": profile.workload.model_copy(update={"p2_answers": "mlperf"}), "scale": _FULL_SCALE}
     rng = np.random.default_rng([profile.seed, *paper.encode()])
     nth = workload.frame.groupby("cluster").cumcount().to_numpy()
-    lengths, _ = prompts.answer_tokens(paper, profile.model_copy(update=forced), nth.max() + 1, rng)
+    answers, _ = lengths.answer_tokens(paper, profile.model_copy(update=forced), nth.max() + 1, rng)
     tokens = workload.frame["paper_input_tokens"]
-    frame = workload.frame.assign(input_tokens=tokens, max_tokens=lengths[nth], end_id=prompts.FORCED)
+    frame = workload.frame.assign(input_tokens=tokens, max_tokens=answers[nth], end_id=lengths.FORCED)
     return replace(workload, frame=frame)
 
 
-def full_scale_workloads(profile: Profile) -> dict[prompts.Paper, Workload]:
+def full_scale_workloads(profile: Profile) -> dict[lengths.Paper, Workload]:
     """The workloads of all experiments at full scale, routed by the profile's own clusterer."""
     router, tokenizer = Clusterer.load(training.build_clusterer(profile)), checkpoint.tokenizer(profile)
     many = profile.paper_scale.prompts
-    pool: dict[prompts.Paper, int | None] = {"p1": many, "p2": many, "preliminary": None}
+    pool: dict[lengths.Paper, int | None] = {"p1": many, "p2": many, "preliminary": None}
     return {
         name: at_paper_scale(prompts.build(profile, name, tokenizer, router, n), profile, name)
         for name, n in pool.items()
@@ -72,14 +72,14 @@ def full_scale_workloads(profile: Profile) -> dict[prompts.Paper, Workload]:
 
 
 def textless_workload(
-    profile: Profile, paper: prompts.Paper, n_clusters: int = _CLUSTERS, per_cluster: int = 1024
+    profile: Profile, paper: lengths.Paper, n_clusters: int = _CLUSTERS, per_cluster: int = 1024
 ) -> Workload:
     """A pool of the papers' lengths without texts, equally many prompts per cluster, where no clusterer is at hand."""
     n = n_clusters * per_cluster
     rng = np.random.default_rng([profile.seed, *paper.encode()])
-    lengths = np.repeat(rng.permutation(prompts.paper_input_tokens(paper, profile.workload, per_cluster)), n_clusters)
+    inputs = np.repeat(rng.permutation(lengths.input_tokens(paper, profile.workload, per_cluster)), n_clusters)
     columns = {"prompt": np.arange(n), "paper": paper, "cluster": np.arange(n) % n_clusters, "text": ""}
-    frame = pd.DataFrame(columns | {"paper_input_tokens": lengths}).assign(follow_up=None)
+    frame = pd.DataFrame(columns | {"paper_input_tokens": inputs}).assign(follow_up=None)
     return at_paper_scale(Workload(frame, n_clusters, profile.workload.sigma), profile, paper)
 
 
@@ -174,7 +174,7 @@ def _provenance() -> dict[str, str]:
 class Point:
     """One file of records."""
 
-    workload: prompts.Paper
+    workload: lengths.Paper
     system: System
     around: Harness
     mix: Mix
@@ -191,7 +191,7 @@ class Point:
         return "preliminary" if self.workload == "preliminary" else "load"
 
 
-def _paper(workload: prompts.Paper) -> Paper:
+def _paper(workload: lengths.Paper) -> Paper:
     """Whose it is: the preliminary experiment is paper 2's."""
     return "p1" if workload == "p1" else "p2"
 
@@ -200,7 +200,7 @@ def points(
     profile: Profile,
     around: Mapping[Paper, Harness],
     directory: Path,
-    workloads: Mapping[prompts.Paper, Workload],
+    workloads: Mapping[lengths.Paper, Workload],
 ) -> list[Point]:
     """All points of the experiments that `workloads` name; paths carry a hash of what they are computed from.
 
@@ -209,9 +209,9 @@ def points(
     """
     files = ("simulation", "clock", "batching", "steptimes")
     code = provenance.code_digest(
-        *(f"paper_scale/{name}.py" for name in files), "engines/llama.py", "workload/prompts.py"
+        *(f"paper_scale/{name}.py" for name in files), "engines/llama.py", "workload/prompts.py", "workload/lengths.py"
     )
-    levels: dict[prompts.Paper, config.SweepSettings | config.PreliminarySettings] = {
+    levels: dict[lengths.Paper, config.SweepSettings | config.PreliminarySettings] = {
         "p1": profile.paper1,
         "p2": profile.paper2,
         "preliminary": profile.preliminary,
@@ -231,7 +231,7 @@ def points(
     return result
 
 
-def _systems(profile: Profile, workload: prompts.Paper) -> Iterator[tuple[System, list[Mix]]]:
+def _systems(profile: Profile, workload: lengths.Paper) -> Iterator[tuple[System, list[Mix]]]:
     """The systems of an experiment, and the mixes under which each is run."""
     if workload == "preliminary":
         grid = profile.preliminary
@@ -249,7 +249,7 @@ def simulate_papers(
     profile: Profile,
     preset: Preset | Mapping[Paper, Harness],
     directory: Path,
-    workloads: Mapping[prompts.Paper, Workload] | None = None,
+    workloads: Mapping[lengths.Paper, Workload] | None = None,
     workers: int = 2,
     columns: Mapping[str, Any] | None = None,
 ) -> list[Path]:
@@ -281,7 +281,7 @@ def simulate_papers(
             f"the simulation has the papers' own scale, but profile {profile.name!r} divides users by "
             f"{profile.scale.users:g} and tokens by {profile.scale.tokens:g}; use dgx-h100"
         )
-    everything: tuple[prompts.Paper, ...] = ("p1", "p2", "preliminary")
+    everything: tuple[lengths.Paper, ...] = ("p1", "p2", "preliminary")
     workloads = workloads or {name: textless_workload(profile, name) for name in everything}
     papers = list(dict.fromkeys(map(_paper, workloads)))
     around = {paper: harness(preset, paper) for paper in papers} if isinstance(preset, str) else preset
@@ -296,7 +296,7 @@ def simulate_papers(
 def _simulate_in_parallel(
     profile: Profile,
     todo: Sequence[Point],
-    workloads: Mapping[prompts.Paper, Workload],
+    workloads: Mapping[lengths.Paper, Workload],
     workers: int,
     columns: Mapping[str, Any] | None,
     label: str,

@@ -23,7 +23,8 @@ from erlib.load import metrics, on_cores, records
 from erlib.machine import processes
 from erlib.paper_scale import batching, clock, fitting, simulation, steptimes
 from erlib.paper_scale.clock import Harness
-from erlib.workload.prompts import FORCED, Prompt
+from erlib.workload.lengths import FORCED
+from erlib.workload.prompts import Prompt
 
 PUBLISHED = paths.FACTS / "h100_published_throughput.csv"
 AISIMULATE = paths.FACTS / "aisimulate_200_users.csv"

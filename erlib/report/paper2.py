@@ -34,13 +34,13 @@ def paper2_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figur
         raise ValueError("input lengths need rows with input_tokens and paper_input_tokens: run 02_workload first")
     panels = [
         ("As in the paper (MLPerf Llama-2-70B)", "paper_input_tokens", 32, SKY),
-        (f"On this machine (divided by {profile.scale.tokens:g})", "input_tokens", None, BLUE),
+        (f"On this machine (divided by {profile.scale.inputs:g})", "input_tokens", None, BLUE),
     ]
     fig, axes = plt.subplots(1, 2)
     counts = []
     for ax, (title, column, width, colour) in zip(axes, panels, strict=True):
         values = lengths[column].to_numpy()
-        step = width or max(1, round(32 / profile.scale.tokens))
+        step = width or max(1, round(32 / profile.scale.inputs))
         count, edges = np.histogram(values, np.arange(values.min() - 0.5, values.max() + step + 0.5, step))
         sns.histplot(x=values, bins=edges, color=colour, alpha=0.85, linewidth=0, ax=ax)
         median = float(np.median(values))

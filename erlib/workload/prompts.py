@@ -11,14 +11,12 @@ after encoding another length, in every system.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +25,9 @@ from tokenizers import Tokenizer
 
 from erlib import cache, config, paths, provenance
 from erlib.machine.progress import Bar, say
-from erlib.workload import corpus
+from erlib.workload import corpus, lengths
+from erlib.workload.lengths import Floats, Paper
 
-Paper = Literal["p1", "p2", "preliminary"]
-Floats = npt.NDArray[np.float64]
-
-FORCED = -1
-"""``end_id`` with which an engine generates exactly ``max_tokens`` tokens."""
 MIN_PER_CLUSTER = 64
 _MAX_PASSAGES = 2000  # tried for one prompt before giving up
 _MIXES: tuple[config.Mix, ...] = ("uniform", "normal")
@@ -88,58 +82,6 @@ class Workload:
     sigma: float
 
 
-# --- lengths ----------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _mlperf_quantiles() -> dict[str, list[float]]:
-    data = config.read_yaml(paths.FACTS / "mlperf_lengths.yaml")
-    return {name: data[name] for name in ("levels", "input_tokens", "output_tokens")}
-
-
-def mlperf_input_tokens(levels: Floats) -> Floats:
-    """Inverse CDF of MLPerf's Llama-2-70B input lengths (paper 2, Fig. 2) at `levels` in [0, 1]; in tokens."""
-    return np.interp(levels, _mlperf_quantiles()["levels"], _mlperf_quantiles()["input_tokens"])
-
-
-def paper_input_tokens(paper: Paper, settings: config.WorkloadSettings, n: int) -> npt.NDArray[np.int64]:
-    """`n` full-scale input lengths at evenly spaced quantiles, int array (n,), ascending.
-
-    Paper 1 and the preliminary sweep: normal, 335 +- 30 (paper 1, section IV-B; paper 2, section IV-C). Paper 2:
-    MLPerf's. Evenly spaced rather than random quantiles, so that a small pool shows the whole distribution.
-    """
-    levels = (np.arange(n) + 0.5) / n
-    if paper == "p2":
-        lengths = mlperf_input_tokens(levels)
-    elif settings.p1_input_sd == 0:
-        lengths = np.full(n, float(settings.p1_input_tokens))
-    else:
-        normal = NormalDist(settings.p1_input_tokens, settings.p1_input_sd)
-        lengths = np.array([normal.inv_cdf(level) for level in levels])
-    return np.maximum(1, lengths.round()).astype(np.int64)
-
-
-def answer_tokens(
-    paper: Paper, profile: config.Profile, n: int, rng: np.random.Generator
-) -> tuple[npt.NDArray[np.int64], int | None]:
-    """Answer lengths of `n` prompts in tokens on this machine, int array (n,), and the ``end_id`` that goes with them.
-
-    Forced, except in paper 2 with ``workload.p2_answers: eos``, where they are limits. With ``mlperf``, each answer of
-    paper 2 is forced to the length of a reference answer of MLPerf's data set, drawn without regard to its prompt.
-    """
-    settings = profile.workload
-    if paper == "p2" and settings.p2_answers == "mlperf":
-        quantiles = _mlperf_quantiles()
-        lengths = np.interp(rng.permutation((np.arange(n) + 0.5) / n), quantiles["levels"], quantiles["output_tokens"])
-        return np.array([profile.scaled_tokens(min(x, settings.p2_max_output_tokens)) for x in lengths]), FORCED
-    tokens = {
-        "p1": settings.p1_output_tokens,
-        "p2": settings.p2_max_output_tokens,
-        "preliminary": settings.preliminary_output_tokens,
-    }[paper]
-    return np.full(n, profile.scaled_tokens(tokens)), None if paper == "p2" else FORCED
-
-
 # --- the pool ---------------------------------------------------------------------------------------------------
 
 
@@ -176,11 +118,10 @@ def build(
         raise WorkloadError("a workload needs at least one prompt")
     documents = corpus.load_corpus(profile.corpus, profile.seed, "holdout")
     settings = profile.workload
-    scale = profile.scale.tokens
+    scale = (profile.scale.inputs, profile.scale.tokens)
     content = (documents.sha, clusterer.digest, tokenizer.to_str(), settings.model_dump(), scale, profile.seed)
-    digest = cache.digest(
-        provenance.code_digest("workload/prompts.py"), _mlperf_quantiles(), paper, per_cluster, *content
-    )
+    code = provenance.code_digest("workload/prompts.py", "workload/lengths.py")
+    digest = cache.digest(code, paths.FACTS / "mlperf_lengths.csv", paper, per_cluster, *content)
     path = paths.run_dir(profile.name) / "prompts" / f"{paper}-{digest}.parquet"
     if (kept := cache.recalled(path, lambda file: _read(file, k * per_cluster), f"workload {paper}")) is not None:
         say(f"workload {paper}: reused {path.name} (same texts, router, tokenizer, lengths and code)")
@@ -204,17 +145,18 @@ def _prompts(
     """As many prompts of each cluster as asked for, one row each."""
     k = clusterer.n_clusters
     rng = np.random.default_rng([profile.seed, *paper.encode()])
-    lengths = rng.permutation(paper_input_tokens(paper, profile.workload, per_cluster))
+    inputs = rng.permutation(lengths.input_tokens(paper, profile.workload, per_cluster))
     home = clusterer.predict(documents.texts)
-    answers, end_id = answer_tokens(paper, profile, per_cluster, rng)
+    answers, end_id = lengths.answer_tokens(paper, profile, per_cluster, rng)
     rows: list[tuple[object, ...]] = []
     with Bar(total=k * per_cluster, desc=f"prompts {paper}", delay=2, leave=False) as progress:
         for cluster in range(k):
             own = [text for text, c in zip(documents.texts, home, strict=True) if c == cluster]
             passages = _Passages(own or documents.texts, rng)
-            for length, answer in zip(lengths, answers, strict=True):
+            for length, answer in zip(inputs, answers, strict=True):
                 more = int(answer) if paper == "p1" else 0
-                text, follow_up = _find(passages, profile.scaled_tokens(length), more, tokenizer, clusterer, cluster)
+                tokens = profile.scaled_input_tokens(length)
+                text, follow_up = _find(passages, tokens, more, tokenizer, clusterer, cluster)
                 rows.append((paper, cluster, text, len(tokenizer.encode(text)), length, answer, end_id, follow_up))
                 progress.update()
     return pd.DataFrame(rows, columns=_COLUMNS).astype({"end_id": "Int32"}).rename_axis("prompt").reset_index()

@@ -24,7 +24,8 @@ IDS += [f"P2-S{i:02d}" for i in range(1, 17)] + [f"P2-R{i:02d}" for i in range(1
 @pytest.fixture(scope="module")
 def profile() -> config.Profile:
     levels = {"paper1.users": [1, 8, 16, 32], "paper2.users": [1, 8, 16, 32]}
-    return config.load_profile("laptop", {**levels, "paper2.repeats": 2})
+    scale = {"scale.users": 31.25, "scale.input_tokens": 24}
+    return config.load_profile("laptop", {**levels, **scale, "paper2.repeats": 2})
 
 
 @pytest.fixture(scope="module")

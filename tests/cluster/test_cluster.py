@@ -25,7 +25,7 @@ from erlib.dgx.repository import RepositoryPlan
 from erlib.load import backends, experiments, records, sweep
 from erlib.machine import hardware, processes
 from erlib.serving import triton
-from erlib.workload import prompts
+from erlib.workload import lengths, prompts
 
 PROMPT = "The goalie stopped thirty shots and the team went home with two points"
 
@@ -159,7 +159,7 @@ def own(profile, several_nodes, tmp_path):
 
 def series(tokenizer, router, server_plan, users, tokens):
     columns = {"prompt": range(16), "paper": "p2", "cluster": np.arange(16) % 8, "text": PROMPT, "input_tokens": 14}
-    columns |= {"paper_input_tokens": 14, "max_tokens": tokens, "end_id": prompts.FORCED, "follow_up": None}
+    columns |= {"paper_input_tokens": 14, "max_tokens": tokens, "end_id": lengths.FORCED, "follow_up": None}
     pool = pd.DataFrame(columns)
     system = experiments.System("p2.E", "expert_router", [server_plan] * 8, tokenizer, router)
     return experiments.Series("p2", "load", system, prompts.Workload(pool, 8, 2.0), users, 2, ["uniform"])

@@ -227,8 +227,8 @@ def test_a_baseline_stands_beside_a_row_of_table_one(tmp_path, monkeypatch):
 
 def test_scaling_keeps_at_least_one():
     profile = config.load_profile("laptop")
-    assert profile.scaled_users(1000) == 32
-    assert profile.scaled_users(1) == profile.scaled_tokens(1) == 1
+    assert profile.scaled_users(1000) == 50
+    assert profile.scaled_users(1) == profile.scaled_tokens(1) == profile.scaled_input_tokens(1) == 1
 
 
 def test_the_papers_scale_has_the_profiles_levels_and_never_more_preliminary_ones_than_the_paper():

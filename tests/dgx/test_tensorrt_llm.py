@@ -12,7 +12,7 @@ from erlib.dgx import __main__, containers, option_tables, tensorrt_llm
 from erlib.dgx.containers import Places
 from erlib.dgx.option_tables import OptionError
 from erlib.engines import llama
-from erlib.workload import prompts
+from erlib.workload import lengths
 
 PLACES = Places(Path("/data/checkpoints"), Path("/data/built"))
 PAPERS = [name for name in config.config_ids() if config.load_configuration(name).paper]
@@ -108,7 +108,7 @@ def test_formats_of_weights_and_kv_cache_are_explicit():
 def test_engines_take_the_longest_prompts_that_the_workload_draws(paper):
     settings = WorkloadSettings()
     longest, sequence = tensorrt_llm.lengths(config.load_configuration(f"{paper}.A"), settings)
-    drawn = prompts.paper_input_tokens(paper, settings, 8192).max()
+    drawn = lengths.input_tokens(paper, settings, 8192).max()
     answer = settings.p1_output_tokens if paper == "p1" else settings.p2_max_output_tokens
     prompt = drawn + (answer if paper == "p1" else 0)  # a continuation prompt holds its base prompt's answer
     assert prompt <= longest

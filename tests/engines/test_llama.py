@@ -1,13 +1,12 @@
 """Arithmetic of the papers' models, Table I and the laptop's systems."""
 
-import math
 
 import pytest
 
 from erlib import config
 from erlib.config import ConfigError
 from erlib.engines import llama, table1
-from erlib.engines.laptop import laptop_system, longest_sequence_tokens, needed
+from erlib.engines.laptop import distortions, laptop_system, longest_sequence_tokens, needed
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +156,19 @@ def test_every_system_fits_its_gpus(table):
 
 def test_batch_and_kv_cache_shrink_by_the_profiles_factors(laptop):
     plan = laptop_system(laptop, config.load_configuration("p1.A"))
-    assert plan.batch_size == round(600 / 31.25)
-    tokens = 1_116_943 / (31.25 * 24)
-    assert tokens <= plan.kv_tokens < tokens + config.KV_BLOCK_TOKENS
+    assert plan.batch_size == round(600 / 20)
+    assert plan.kv_blocks == 4 * round(1_116_943 / (335 + 1200) / 20)  # 67 + 50 tokens are four blocks
+
+
+def test_the_laptops_scale_distorts_no_system(laptop):
+    assert not list(distortions(laptop))
+    blunt = laptop.model_copy(update={"scale": config.Scale(users=31.25, tokens=24)})
+    one, other, *prompts = distortions(blunt)
+    assert one == (
+        "p1.C has one slot (40 slots for an expert, divided by 31.25), so that nothing runs together: lower scale.users"
+    )
+    assert other.startswith("p1.R")
+    assert [line[:16] for line in prompts] == ["paper 1's prompt", "paper 2's prompt"]
 
 
 @pytest.mark.parametrize("name", config.config_ids())
@@ -172,17 +181,17 @@ def test_every_plan_holds_one_sequence_and_one_user(laptop, name):
 
 def test_the_longest_sequence_is_prompt_and_both_answers(laptop):
     tokens = longest_sequence_tokens(laptop, "p1")
-    assert math.ceil((1535 + 1200 + 30) / 24) < tokens < (1535 + 1200 + 30) / 24 + 20
+    assert 335 / 5 + 2400 / 24 < tokens < (335 + 5 * 30) / 5 + 2400 / 24 + 20
 
 
 def test_a_kv_cache_that_cannot_hold_one_sequence_is_refused(laptop):
     spec = config.load_configuration("p1.C")
     small = spec.model_copy(update={"laptop": spec.laptop.model_copy(update={"kv_blocks": 3})})
-    with pytest.raises(ConfigError, match=r"p1\.C: laptop.kv_blocks is 3, but one sequence of 127 tokens needs 4"):
+    with pytest.raises(ConfigError, match=r"p1\.C: laptop.kv_blocks is 3, but one sequence of 199 tokens needs 7"):
         laptop_system(laptop, small)
-    enough = spec.model_copy(update={"laptop": spec.laptop.model_copy(update={"kv_blocks": 4, "batch_size": 7})})
+    enough = spec.model_copy(update={"laptop": spec.laptop.model_copy(update={"kv_blocks": 7, "batch_size": 9})})
     plan = laptop_system(laptop, enough)
-    assert (plan.kv_blocks, plan.batch_size) == (4, 7)
+    assert (plan.kv_blocks, plan.batch_size) == (7, 9)
 
 
 def test_needed_engines_cover_configurations_and_all_formats_without_repetition(laptop):

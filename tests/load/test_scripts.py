@@ -10,11 +10,11 @@ from erlib import config
 from erlib.config import Paper, Routing
 from erlib.load import experiments, points, scripts
 from erlib.serving.triton import ServerPlan
-from erlib.workload import prompts
+from erlib.workload import lengths, prompts
 
 
 def _series(paper: Paper, name: str, routing: Routing, instances: int) -> experiments.Series:
-    columns = {"prompt": range(64), "paper": paper, "cluster": [i % 8 for i in range(64)], "end_id": prompts.FORCED}
+    columns = {"prompt": range(64), "paper": paper, "cluster": [i % 8 for i in range(64)], "end_id": lengths.FORCED}
     frame = pd.DataFrame({**columns, "input_tokens": [10 + i // 8 for i in range(64)], "paper_input_tokens": 240})
     frame["max_tokens"] = [1 + i // 8 for i in range(64)]
     frame["text"] = [f"prompt {i}" for i in range(64)]

@@ -19,7 +19,7 @@ from erlib.machine import hardware, processes
 from erlib.paper_scale import batching, emulation
 from erlib.paper_scale.batching import CannotServe
 from erlib.serving import stack, triton, wheel, wire
-from erlib.workload import prompts  # fmt: skip
+from erlib.workload import lengths, prompts  # fmt: skip
 from tests.support.stacks import answer, generated_tokens
 
 PROMPT = "The goalie stopped thirty shots and the team went home with two points"
@@ -166,7 +166,7 @@ def _pool(n):
     columns |= {
         "paper_input_tokens": 14,
         "max_tokens": 12,
-        "end_id": prompts.FORCED,
+        "end_id": lengths.FORCED,
         "follow_up": f"{PROMPT} And then?",
     }
     return pd.DataFrame(columns)

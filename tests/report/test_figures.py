@@ -56,7 +56,8 @@ TIMED = [item for item in ITEMS if item[1].split("_")[0] not in ("fig01", "table
 
 @pytest.fixture(scope="module")
 def profile() -> config.Profile:
-    return config.load_profile("laptop", {"paper1.users": [1, 8, 32], "paper2.users": [1, 8, 32]})
+    levels = {"paper1.users": [1, 8, 32], "paper2.users": [1, 8, 32]}
+    return config.load_profile("laptop", {**levels, "scale.users": 31.25, "scale.input_tokens": 24})
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from erlib import config, paths
 from erlib.routing import training
 from erlib.routing.clusterer import Clusterer
-from erlib.workload import prompts
+from erlib.workload import lengths, prompts
 from tests.support import texts
 
 MLPERF = texts.C4.with_name("mlperf_llama2_70b_lengths.csv")
@@ -57,7 +57,7 @@ def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("paper", ["p1", "p2", "preliminary"])
-def test_pool(made: tuple[config.Profile, Tokenizer, Clusterer], paper: prompts.Paper) -> None:
+def test_pool(made: tuple[config.Profile, Tokenizer, Clusterer], paper: lengths.Paper) -> None:
     profile, tokenizer, model = made
     workload = prompts.build(profile, paper, tokenizer, model, n=159)
     frame = workload.frame
@@ -65,8 +65,9 @@ def test_pool(made: tuple[config.Profile, Tokenizer, Clusterer], paper: prompts.
     assert frame["cluster"].value_counts().to_dict() == dict.fromkeys(range(4), 40)
     assert (model.predict(frame["text"].tolist()) == frame["cluster"]).all()
     assert [len(tokenizer.encode(text)) for text in frame["text"]] == frame["input_tokens"].tolist()
-    assert [profile.scaled_tokens(length) for length in frame["paper_input_tokens"]] == frame["input_tokens"].tolist()
-    full_scale = prompts.paper_input_tokens(paper, profile.workload, 40)
+    scaled = [profile.scaled_input_tokens(length) for length in frame["paper_input_tokens"]]
+    assert scaled == frame["input_tokens"].tolist()
+    full_scale = lengths.input_tokens(paper, profile.workload, 40)
     planned = [mine[["paper_input_tokens", "max_tokens"]].to_numpy() for _, mine in frame.groupby("cluster")]
     assert all((mine == planned[0]).all() for mine in planned)
     assert sorted(planned[0][:, 0]) == full_scale.tolist()
@@ -77,9 +78,8 @@ def test_pool(made: tuple[config.Profile, Tokenizer, Clusterer], paper: prompts.
     else:
         assert frame["follow_up"].isna().all()
     assert {prompt.end_id for prompt in prompts.draw(workload, 16, "uniform", 0, 0)} == {-1}
-    if paper == "p2":  # MLPerf's reference answers: mean 219 tokens, median 190, at most 1,016 and 1,000 allowed
-        assert abs(frame["max_tokens"].mean() * profile.scale.tokens / 219 - 1) < 0.1
-        assert abs(frame["max_tokens"].median() * profile.scale.tokens / 190 - 1) < 0.1
+    if paper == "p2":  # 1,000 tokens at most
+        assert abs(frame["max_tokens"].mean() * profile.scale.tokens / 291.9 - 1) < 0.1
         assert frame["max_tokens"].between(1, 42).all()
     else:
         assert set(frame["max_tokens"]) == {{"p1": 50, "preliminary": 8}[paper]}
@@ -151,7 +151,7 @@ def test_too_little_text(made: tuple[config.Profile, Tokenizer, Clusterer], tmp_
 def test_real_text_at_full_and_laptop_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     documents = texts.c4()
-    profile = write_profile(tmp_path, documents, **{"scale.tokens": scale})
+    profile = write_profile(tmp_path, documents, **{"scale.tokens": scale, "scale.input_tokens": scale})
     model = Clusterer.load(training.build_clusterer(profile))
     tokenizer = train_tokenizer(documents[:300], 4000)
     for paper in ("p1", "p2"):
@@ -175,18 +175,29 @@ def _mlperf() -> pd.Series:
 
 
 def test_mlperf_quantiles_stand_for_the_samples() -> None:
-    lengths = prompts.paper_input_tokens("p2", config.WorkloadSettings(), 24576)
-    assert (lengths.min(), lengths.max()) == (48, 1021)
-    assert (np.diff(lengths) >= 0).all()
-    assert ks_2samp(lengths, _mlperf()).statistic < 0.025
+    drawn = lengths.input_tokens("p2", config.WorkloadSettings(), 24576)
+    assert (drawn.min(), drawn.max()) == (48, 1021)
+    assert (np.diff(drawn) >= 0).all()
+    assert drawn.mean() == pytest.approx(222.33, abs=0.01)
+    assert ks_2samp(drawn, _mlperf()).statistic < 0.025
+
+
+def test_answers_are_as_long_as_the_model_writes_them() -> None:
+    settings = config.WorkloadSettings(p2_answers="mlperf")
+    full = config.load_profile("smoke").model_copy(
+        update={"workload": settings, "scale": config.Scale(users=1, tokens=1)}
+    )
+    drawn, end_id = lengths.answer_tokens("p2", full, 24576, np.random.default_rng(0))
+    assert (drawn.min(), drawn.max(), end_id) == (4, 1000, lengths.FORCED)
+    assert drawn.mean() == pytest.approx(7_174_833 / 24_576, rel=2e-3)
 
 
 def test_normal_lengths() -> None:
-    lengths = prompts.paper_input_tokens("p1", config.WorkloadSettings(), 1000)
-    assert abs(lengths.mean() - 335) < 0.5
-    assert abs(lengths.std() - 30) < 0.5
-    assert set(prompts.paper_input_tokens("p1", config.WorkloadSettings(p1_input_sd=0), 5)) == {335}
-    assert prompts.paper_input_tokens("p1", config.WorkloadSettings(p1_input_tokens=1), 100).min() == 1
+    drawn = lengths.input_tokens("p1", config.WorkloadSettings(), 1000)
+    assert abs(drawn.mean() - 335) < 0.5
+    assert abs(drawn.std() - 30) < 0.5
+    assert set(lengths.input_tokens("p1", config.WorkloadSettings(p1_input_sd=0), 5)) == {335}
+    assert lengths.input_tokens("p1", config.WorkloadSettings(p1_input_tokens=1), 100).min() == 1
 
 
 # --- mixes and draws ---
