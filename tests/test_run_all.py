@@ -119,9 +119,10 @@ def test_a_relative_home_is_one_place_wherever_one_stands(tmp_path, given, meant
         (["corpus.name=jsonl", "corpus.path={folder}/no.jsonl"], "no corpus file"),
         (["corpus.name=parquet", "corpus.path={folder}"], "no corpus file"),
         (["clusterer.pickles={folder}"], "no tfidf.pkl nor kmeans.pkl"),
+        (["scale.distortion=refuse"], "p1.C has one slot (40 slots for an expert, divided by 250)"),
     ],
 )
-def test_a_file_that_is_not_there_is_told_before_the_start(run, home, tmp_path, settings, message):
+def test_what_cannot_work_is_told_before_the_start(run, home, tmp_path, settings, message):
     settings = [setting.format(folder=tmp_path) for setting in settings]
     status, out, err = run("--profile", "smoke", "--dry-run", "--set", *settings)
     assert status == 0

@@ -91,6 +91,14 @@ def test_average_buckets_counts_a_finished_repeat_as_silence() -> None:
     assert mean["tokens_per_s"].tolist() == [1.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("lasts_s", "width_s"), [(2.0, 0.1), (3.99, 0.1), (4.0, 0.2), (10.0, 0.5), (39.9, 1.0), (40.0, 2.0), (1000.0, 2.0)]
+)
+def test_buckets_are_the_papers_or_resolve_the_longest_run(lasts_s: float, width_s: float) -> None:
+    rows = [request(0, 0.0, 0.5, lasts_s), request(0, 0.0, 0.25, 0.75, repeat=1, point_hash="other")]
+    assert metrics.bucket_width_s(synthetic.frame(rows), 2.0) == pytest.approx(width_s)
+
+
 @pytest.mark.parametrize("width_s", [0.0, -1.0])
 def test_a_bucket_without_width_is_an_error(width_s: float) -> None:
     with pytest.raises(ValueError, match="positive width"):
