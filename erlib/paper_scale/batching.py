@@ -12,6 +12,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from erlib import config
 from erlib.config import Dtype, Routing
 from erlib.engines import llama
@@ -204,22 +207,20 @@ class Engine(Generic[R]):
 
     def begin_step(self) -> float:
         """Admit who may enter; returns how long the step takes, in seconds."""
-        self.joining, self._joining_tokens = self._admit() if self.waiting else ([], 0)
-        joining, decoded = len(self.joining), self.sequences
-        self.sequences += joining
-        return self.system.steps.step_s(joining, self._joining_tokens, decoded, self._context_tokens)
+        self._admit()
+        return self._step_s()
 
-    def begin_steps(self) -> list[float]:
+    def begin_steps(self) -> npt.NDArray[np.float64]:
         """Admit who may enter; returns how long each of the next steps takes, in seconds.
 
         One step if somebody joins, otherwise all up to the first at whose end somebody leaves. A request that is
         submitted meanwhile may enter after any of them, if no other waits before it.
         """
-        first_s = self.begin_step()
+        self._admit()
         if self.joining:
-            return [first_s]
-        more = min(self._ending) - self.steps
-        return [first_s, *self.system.steps.decode_steps_s(more, self.sequences, self._context_tokens + self.sequences)]
+            return np.array([self._step_s()])
+        steps = min(self._ending) + 1 - self.steps
+        return self.system.steps.decode_steps_s(steps, self.sequences, self._context_tokens)
 
     def end_step(self) -> Step[R]:
         """Everybody under way has one more token."""
@@ -249,15 +250,21 @@ class Engine(Generic[R]):
         self._context_tokens -= request.input_tokens + answered
         self._reserved -= self.blocks(request)
 
-    def _admit(self) -> tuple[list[R], int]:
-        admitted: list[R] = []
+    def _step_s(self) -> float:
+        joining = len(self.joining)
+        decoded = self.sequences - joining
+        return self.system.steps.step_s(joining, self._joining_tokens, decoded, self._context_tokens)
+
+    def _admit(self) -> None:
+        self.joining = []
         prompt_tokens, reserved = 0, self._reserved
-        while self.waiting and self.sequences + len(admitted) < self.system.batch_size:
+        while self.waiting and self.sequences + len(self.joining) < self.system.batch_size:
             request = self.waiting[0]
             fits = self.sequences + prompt_tokens + request.input_tokens <= self.system.max_step_tokens
             reserved += self.blocks(request)
             if not fits or reserved > self.kv_blocks_total:
                 break
-            admitted.append(self.waiting.popleft())
+            self.joining.append(self.waiting.popleft())
             prompt_tokens += request.input_tokens
-        return admitted, prompt_tokens
+        self.sequences += len(self.joining)
+        self._joining_tokens = prompt_tokens

@@ -7,15 +7,13 @@ import gc
 import heapq
 import itertools
 import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from operator import itemgetter
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import simpy
 
 from erlib.config import ConfigError, Paper
 from erlib.config.system import HAVE_GATEWAYS
@@ -23,8 +21,6 @@ from erlib.paper_scale.batching import CannotServe, Engine, System
 from erlib.workload.prompts import Prompt
 
 Preset = Literal["hardware", "harness"]
-
-_Process = Generator[simpy.Event, Any, None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,6 @@ class Request:
     input_tokens: int
     expert: int
     sent_s: float
-    done: simpy.Event
     server: int = -1
     """Which instance: of the expert's replicas the one with the fewest requests outstanding when it is forwarded."""
     queued_s: float = 0.0
@@ -88,20 +83,50 @@ class Request:
     def output_tokens(self) -> int:
         return self.prompt.max_tokens
 
+    @property
+    def last_step(self) -> int:
+        """The step that gives the last token."""
+        return self.first_step + self.output_tokens - 1
 
-@dataclass
+
+class _Clock:
+    """Virtual time, in which everything happens when it is planned for; at the same time, in the order of planning."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._planned: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._plans = itertools.count()
+
+    def at(self, when_s: float, do: Callable[..., None], *arguments: Any) -> None:
+        heapq.heappush(self._planned, (when_s, next(self._plans), do, arguments))
+
+    def run(self) -> None:
+        """Until nothing is left to happen."""
+        while self._planned:
+            self.now_s, _, do, arguments = heapq.heappop(self._planned)
+            do(*arguments)
+
+
 class Server:
     """One engine instance; what it did stays readable afterwards."""
 
-    engine: Engine[Request]
-    taken_s: list[float]
-    """When the client had each step's tokens."""
-    ends_s: list[float] = field(default_factory=list)
-    sequences: list[int] = field(default_factory=list)
-    """Sequences that got a token in each step."""
-    kv_blocks: list[int] = field(default_factory=list)
-    """KV blocks reserved in each step."""
-    _arrival: simpy.Event | None = None
+    def __init__(self, engine: Engine[Request], clock: _Clock, machine: _SharedMachine | None, slow_client: bool):
+        self.engine = engine
+        self._clock, self._machine = clock, machine
+        self.ends_s: list[float] = []
+        self.taken_s: list[float] = [] if slow_client else self.ends_s
+        """When the client had each step's tokens; one that keeps up with everything has them when steps end."""
+        self.sequences: list[int] = []
+        """Sequences that got a token in each step."""
+        self.kv_blocks: list[int] = []
+        """KV blocks reserved in each step."""
+        self.finish: Callable[[Request], None]
+        """What happens when a request has its last token."""
+        self._running_s = np.empty(0)
+        """When the steps end that are under way, which are one event."""
+        self._begun = 0
+        """The first of them."""
+        self._plans = 0
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -111,83 +136,108 @@ class Server:
         CannotServe
             If it would wait for ever.
         """
-        may_enter = not self.engine.waiting
+        idle, may_enter = self.engine.is_idle, not self.engine.waiting
         self.engine.submit(request)
-        if may_enter and self._arrival and not self._arrival.triggered:
-            self._arrival.succeed()
+        if idle:  # it may share the first step with others that come at the same time
+            self._clock.at(self._clock.now_s, self._begin)
+        elif may_enter and self._machine is None:  # after the step that runs, which ends as it would have
+            ended = int(self._running_s.searchsorted(self._clock.now_s))
+            if ended + 1 < len(self._running_s):
+                self._running_s = self._running_s[: ended + 1]
+                self._plan_end()
 
-    def run(self, env: simpy.Environment, client: _Client, machine: _SharedMachine | None) -> _Process:
-        """The engine's loop; `machine` is what it shares with others, if it does."""
-        engine = self.engine
-        while True:
-            self._arrival = env.event()
-            if engine.is_idle:
-                yield self._arrival
-                self._arrival = env.event()
-            begun = len(self.ends_s)
-            yield from self._steps(env) if machine is None else self._shared_step(env, machine)
-            steps = len(self.ends_s) - begun
-            done = engine.end_steps(steps)
-            self.kv_blocks += [done.kv_blocks] * steps
-            if done.finished:
-                client.take(self.ends_s[-1])
-            for request in done.finished:
-                request.done.succeed(self.taken_s[-1])
+    def _begin(self) -> None:
+        """All steps in which nobody joins or leaves; or one, whose end depends on what other instances do meanwhile."""
+        self._begun = len(self.ends_s)
+        if self._machine is None:
+            steps_s = self.engine.begin_steps()
+            steps_s[0] += self._clock.now_s
+            self._running_s = steps_s.cumsum()
+            self._plan_end()
+        else:
+            self._machine.work(self.engine.begin_step(), self._end_shared)
 
-    def _steps(self, env: simpy.Environment) -> _Process:
-        """All steps in which nobody joins or leaves, as one event."""
-        begun = len(self.ends_s)
-        self.ends_s += itertools.islice(itertools.accumulate(self.engine.begin_steps(), initial=env.now), 1, None)
-        self.sequences += [self.engine.sequences] * (len(self.ends_s) - begun)
-        assert self._arrival is not None
-        yield env.timeout(self.ends_s[-1] - env.now) | self._arrival
-        if self._arrival.triggered:  # the step that runs ends as it would have; whoever arrived may join the next
-            last = bisect_left(self.ends_s, env.now, begun)
-            del self.ends_s[last + 1 :], self.sequences[last + 1 :]
-            yield env.timeout(max(0.0, self.ends_s[-1] - env.now))
+    def _plan_end(self) -> None:
+        self._plans += 1
+        self._clock.at(float(self._running_s[-1]), self._end, self._plans)
 
-    def _shared_step(self, env: simpy.Environment, machine: _SharedMachine) -> _Process:
-        """One step, whose end depends on what the other instances do meanwhile."""
-        yield machine.work(self.engine.begin_step())
-        self.ends_s.append(env.now)
-        self.sequences.append(self.engine.sequences)
+    def _end_shared(self) -> None:
+        self._running_s = np.array([self._clock.now_s])
+        self._end(self._plans)
+
+    def note(self, now_s: float) -> None:
+        """Note the steps that have ended."""
+        ended = int(self._running_s.searchsorted(now_s, "right"))
+        self.ends_s += self._running_s[:ended].tolist()
+        self.sequences += [self.engine.sequences] * ended
+        self._running_s = self._running_s[ended:]
+
+    def _end(self, plan: int) -> None:
+        if plan != self._plans:  # somebody has come since, and this is no longer the end
+            return
+        self.note(self._clock.now_s)
+        steps = len(self.ends_s) - self._begun
+        done = self.engine.end_steps(steps)
+        self.kv_blocks += [done.kv_blocks] * steps
+        if not self.engine.is_idle:
+            self._begin()
+        for request in done.finished:
+            self.finish(request)
 
 
 class _Client:
     """Takes the messages of all streams, in the order in which they come, as fast as it can."""
 
-    def __init__(self, settings: Harness):
-        self._settings = settings
+    def __init__(self, settings: Harness, clock: _Clock, servers: Sequence[Server]):
+        self._knee, self._slope = settings.client_knee, settings.client_slope
+        self._tokens_per_s, self._clock, self._servers = settings.client_tokens_per_s, clock, servers
         self._free_s = 0.0
-        self._open_streams = 0
-        self.servers: list[Server] = []
+        self._changed_s: list[float] = []
+        self._open_streams = [0]
+        """Since the beginning, and since each change."""
+        self._asked: list[tuple[Request, Callable[..., None], tuple[Any, ...]]] = []
 
-    def server(self, engine: Engine[Request]) -> Server:
-        """A server whose messages it takes; one that keeps up with everything has them when steps end."""
-        ends_s: list[float] = []
-        self.servers.append(Server(engine, ends_s if self._settings.client_tokens_per_s is None else [], ends_s))
-        return self.servers[-1]
-
-    def open(self, now_s: float, streams: int) -> None:
+    def open(self, streams: int) -> None:
         """Servers have so many requests more, or fewer, from now on."""
-        self.take(now_s)
-        self._open_streams += streams
+        self._changed_s.append(self._clock.now_s)
+        self._open_streams.append(self._open_streams[-1] + streams)
+
+    def after(self, request: Request, do: Callable[..., None], *arguments: Any) -> None:
+        """Let something happen when the last token of a request, which is there, has been taken."""
+        self._asked.append((request, do, arguments))
+        if len(self._asked) == 1:  # it is not taken sooner, and then others can be looked at together with it
+            self._clock.at(max(self._clock.now_s, self._free_s), self._answer)
+
+    def _answer(self) -> None:
+        self.take(self._clock.now_s)
+        for request, do, arguments in self._asked:
+            self._clock.at(self._servers[request.server].taken_s[request.last_step], do, *arguments)
+        self._asked.clear()
 
     def take(self, now_s: float) -> None:
         """Take the messages of all steps that have ended; those of a step count as taken together."""
-        if self._settings.client_tokens_per_s is None:
+        if self._tokens_per_s is None:
             return
-        slower = 1 + max(0, self._open_streams - self._settings.client_knee) / self._settings.client_slope
-        ended: list[tuple[float, int, list[float]]] = []
-        for server in self.servers:
-            new = slice(len(server.taken_s), bisect_right(server.ends_s, now_s, len(server.taken_s)))
-            ended += zip(server.ends_s[new], server.sequences[new], itertools.repeat(server.taken_s))
-        ended.sort(key=itemgetter(0))
-        free_s, tokens_per_s = self._free_s, self._settings.client_tokens_per_s
-        for end_s, messages, taken_s in ended:
-            free_s = (end_s if end_s > free_s else free_s) + messages * slower / tokens_per_s
-            taken_s.append(free_s)
-        self._free_s = free_s
+        for server in self._servers:
+            server.note(now_s)
+        ends_s = np.concatenate([server.ends_s[len(server.taken_s) :] for server in self._servers])
+        messages = np.concatenate([server.sequences[len(server.taken_s) :] for server in self._servers])
+        if not len(ends_s):
+            return
+        streams = np.array(self._open_streams)[np.searchsorted(self._changed_s, ends_s)]
+        self._changed_s, self._open_streams = [], self._open_streams[-1:]
+        order = np.argsort(ends_s, kind="stable")
+        lasts_s = (messages * (1 + np.maximum(0, streams - self._knee) / self._slope) / self._tokens_per_s)[order]
+        # Until it has taken a message, the client has been busy with all so far, and else idle: it has been idle for as
+        # long as any of them came later than the work before it would have taken.
+        busy_s = lasts_s.cumsum()
+        idle_s = np.maximum.accumulate(np.maximum(ends_s[order] - (busy_s - lasts_s), self._free_s))
+        taken_s = np.empty_like(ends_s)
+        taken_s[order] = idle_s + busy_s
+        self._free_s = float(taken_s[order[-1]])
+        rest = iter(taken_s.tolist())
+        for server in self._servers:
+            server.taken_s += itertools.islice(rest, len(server.ends_s) - len(server.taken_s))
 
 
 class _SharedMachine:
@@ -195,43 +245,42 @@ class _SharedMachine:
 
     Parameters
     ----------
-    env : simpy.Environment
+    clock : _Clock
     slowdown : callable
         How many times as long a step takes while so many are under way.
     """
 
-    def __init__(self, env: simpy.Environment, slowdown: Callable[[int], float]):
-        self._env, self._slowdown = env, slowdown
+    def __init__(self, clock: _Clock, slowdown: Callable[[int], float]):
+        self._clock, self._slowdown = clock, slowdown
         self._done_s = 0.0
         """Work that a step under way since the beginning would have done."""
         self._since_s = 0.0
-        self._steps: list[tuple[float, int, simpy.Event]] = []
+        self._steps: list[tuple[float, int, Callable[[], None]]] = []
         self._changes = 0
 
-    def work(self, seconds: float) -> simpy.Event:
-        """An event after a step that takes so long on a machine of its own."""
+    def work(self, seconds: float, do: Callable[[], None]) -> None:
+        """What happens after a step that takes so long on a machine of its own."""
         self._catch_up()
-        ended = self._env.event()
-        heapq.heappush(self._steps, (self._done_s + seconds, self._changes, ended))
+        heapq.heappush(self._steps, (self._done_s + seconds, self._changes, do))
         self._wait_for_next()
-        return ended
 
     def _catch_up(self) -> None:
         if self._steps:
-            self._done_s += (self._env.now - self._since_s) / self._slowdown(len(self._steps))
-        self._since_s = self._env.now
+            self._done_s += (self._clock.now_s - self._since_s) / self._slowdown(len(self._steps))
+        self._since_s = self._clock.now_s
 
     def _wait_for_next(self) -> None:
         self._changes += 1
         if self._steps:
             left_s = max(0.0, self._steps[0][0] - self._done_s) * self._slowdown(len(self._steps))
-            self._env.timeout(left_s, self._changes).callbacks.append(self._end_next)
+            self._clock.at(self._clock.now_s + left_s, self._end_next, self._changes)
 
-    def _end_next(self, timeout: simpy.Event) -> None:
-        if timeout.value == self._changes:  # otherwise a step has begun or ended since, and this is no longer the time
+    def _end_next(self, change: int) -> None:
+        if change == self._changes:  # otherwise a step has begun or ended since, and this is no longer the time
             self._catch_up()
-            heapq.heappop(self._steps)[2].succeed()
+            _, _, do = heapq.heappop(self._steps)
             self._wait_for_next()
+            do()
 
 
 @dataclass(frozen=True)
@@ -314,51 +363,38 @@ class _Point:
     def __init__(
         self, system: System, prompts_of: list[tuple[Prompt, ...]], around: Harness, latencies_s: Sequence[float]
     ):
-        self._system, self._prompts_of = system, prompts_of
-        self._latencies_s, self._per_request_s = latencies_s, around.per_request_s
-        self._env, self._client = simpy.Environment(), _Client(around)
-        self._servers = [self._client.server(Engine(system)) for _ in system.experts]
+        self._system, self._prompts_of, self._latencies_s = system, prompts_of, latencies_s
+        self._per_request_s, self._sender_free_s = around.per_request_s, 0.0
+        self._clock, steps = _Clock(), system.steps
+        apart = min(steps.at_full_speed, steps.limits.instances) >= len(system.experts)
+        machine = None if apart else _SharedMachine(self._clock, steps.slowdown)
+        slow_client = around.client_tokens_per_s is not None
+        self._servers = [Server(Engine(system), self._clock, machine, slow_client) for _ in system.experts]
+        for server in self._servers:
+            server.finish = self._finish
+        self._client = _Client(around, self._clock, self._servers)
         self._replicas = {
             expert: [i for i, its in enumerate(system.experts) if its == expert] for expert in system.experts
         }
-        self._sender = simpy.Resource(self._env) if around.per_request_s else None
-        self._gateway = None
-        if system.routing in HAVE_GATEWAYS:
-            self._gateway = simpy.Resource(self._env, capacity=around.gateway_streams or len(prompts_of))
+        limited = system.routing in HAVE_GATEWAYS and around.gateway_streams
+        self._free_streams = limited or len(prompts_of)
+        self._queue: deque[Request] = deque()
         self._requests: list[Request] = []
 
     def run(self) -> Trace:
         """Until every user has every answer."""
-        steps = self._system.steps
-        apart = min(steps.at_full_speed, steps.limits.instances) >= len(self._servers)
-        machine = None if apart else _SharedMachine(self._env, steps.slowdown)
-        for server in self._servers:
-            self._env.process(server.run(self._env, self._client, machine))
-        users = [self._env.process(self._user(number)) for number in range(len(self._prompts_of))]
-        self._env.run(self._env.all_of(users))
+        for user in range(len(self._prompts_of)):
+            self._send(user, "base")
+        self._clock.run()
+        self._client.take(math.inf)
         return Trace(self._requests, self._servers)
 
-    def _user(self, number: int) -> _Process:
-        env = self._env
-        for turn, prompt in zip(("base", "continuation"), self._prompts_of[number], strict=False):
-            request = Request(
-                number, turn, prompt, prompt.input_tokens, self._expert(number, prompt), env.now, env.event()
-            )
-            self._requests.append(request)
-            if self._sender is not None:
-                with self._sender.request() as my_turn:
-                    yield my_turn
-                    yield env.timeout(self._per_request_s)
-            if self._gateway is None:
-                taken_s = yield from self._answer(request)
-            else:
-                with self._gateway.request() as stream:
-                    yield stream
-                    request.queued_s = env.now - request.sent_s
-                    request.routed_s = self._latencies_s[2 * number + (turn == "continuation")]
-                    yield env.timeout(request.routed_s)
-                    taken_s = yield from self._answer(request)
-            yield env.timeout(max(0.0, taken_s - env.now))
+    def _send(self, user: int, turn: str) -> None:
+        prompt, now_s = self._prompts_of[user][turn == "continuation"], self._clock.now_s
+        request = Request(user, turn, prompt, prompt.input_tokens, self._expert(user, prompt), now_s)
+        self._requests.append(request)
+        self._sender_free_s = max(self._sender_free_s, now_s) + self._per_request_s
+        self._clock.at(self._sender_free_s, self._queue_up, request)
 
     def _expert(self, user: int, prompt: Prompt) -> int:
         if self._system.routing == "expert_router":
@@ -366,15 +402,32 @@ class _Point:
         turns_taken = len(self._requests) if self._system.routing == "replicas" else user
         return turns_taken % self._system.instances
 
-    def _answer(self, request: Request) -> Generator[simpy.Event, Any, float]:
-        """Let the least busy replica of the request's expert answer; when the client has the last token."""
+    def _queue_up(self, request: Request) -> None:
+        """Wait for one of the gateways' streams; where there are no gateways, there is one for everybody."""
+        self._queue.append(request)
+        self._relay()
+
+    def _relay(self) -> None:
+        if self._queue and self._free_streams:
+            self._free_streams -= 1
+            request, now_s = self._queue.popleft(), self._clock.now_s
+            request.queued_s = now_s - request.sent_s
+            request.routed_s = self._latencies_s[2 * request.user + (request.turn == "continuation")]
+            self._clock.at(now_s + request.routed_s, self._submit, request)
+
+    def _submit(self, request: Request) -> None:
+        """Let the least busy replica of the request's expert answer."""
         replicas = self._replicas[request.expert]
         request.server = min(replicas, key=lambda server: self._servers[server].engine.outstanding)
-        self._client.open(self._env.now, 1)
+        self._client.open(1)
         self._servers[request.server].submit(request)
-        taken_s: float = yield request.done
-        self._client.open(self._env.now, -1)
-        return taken_s
+
+    def _finish(self, request: Request) -> None:
+        self._client.open(-1)
+        self._free_streams += 1
+        self._relay()
+        if request.turn == "base" and len(self._prompts_of[request.user]) > 1:
+            self._client.after(request, self._send, request.user, "continuation")
 
 
 def _turns(drawn: Sequence[Prompt], continues: bool | Sequence[Prompt]) -> list[tuple[Prompt, ...]]:

@@ -165,7 +165,7 @@ def _row(request: Request, token_ns: npt.NDArray[np.int64], system: System) -> d
 
 @functools.cache
 def _provenance() -> dict[str, str]:
-    versions = {name: importlib.metadata.version(name) for name in ("simpy", "numpy")}
+    versions = {name: importlib.metadata.version(name) for name in ("numpy",)}
     versions["step_times"] = cache.digest(steptimes.TABLE)
     return {"git_commit": provenance.git_commit(), "versions": json.dumps(versions)}
 

@@ -76,9 +76,9 @@ class StepTimes(ABC):
         """Seconds of a step that decodes `batch` sequences of `context` tokens each."""
         return self.step_s(0, 0, batch, batch * context)
 
-    def decode_steps_s(self, steps: int, sequences: int, context_tokens: int) -> list[float]:
+    def decode_steps_s(self, steps: int, sequences: int, context_tokens: int) -> npt.NDArray[np.float64]:
         """Seconds of each of `steps` consecutive steps that only decode, the first of them as in :meth:`step_s`."""
-        return [self.step_s(0, 0, sequences, context_tokens + n * sequences) for n in range(steps)]
+        return np.array([self.step_s(0, 0, sequences, context_tokens + n * sequences) for n in range(steps)])
 
     def prefill_s(self, tokens: int, prompts: int = 1) -> float:
         """Seconds of a step that reads `prompts` prompts of `tokens` tokens each: up to their first tokens."""
@@ -217,18 +217,12 @@ class Table(StepTimes):
             seconds += self._prefill.at(prompts, prompt_tokens / prompts)
         return seconds
 
-    def decode_steps_s(self, steps: int, sequences: int, context_tokens: int) -> list[float]:
-        if steps < _FEW:
-            return super().decode_steps_s(steps, sequences, context_tokens)
+    def decode_steps_s(self, steps: int, sequences: int, context_tokens: int) -> npt.NDArray[np.float64]:
         last_tokens = context_tokens + (steps - 1) * sequences
         self._check(0, 0, sequences, last_tokens)
         contexts = np.arange(context_tokens, last_tokens + 1, sequences) / sequences
         matrices_s = self._dense[sequences] + self._output[sequences]
-        return (matrices_s + self._decode.along(sequences, contexts)).tolist()
-
-
-_FEW = 16
-"""Fewer steps than this are faster one by one."""
+        return matrices_s + self._decode.along(sequences, contexts)
 
 
 def for_configuration(configuration: Configuration, file: Path | None = None) -> Table:
@@ -261,33 +255,35 @@ def _line(x: npt.NDArray[Any], y: npt.NDArray[Any], seconds: npt.NDArray[Any]) -
 
 
 class _Grid:
-    """Bilinear interpolation of seconds; plain lists, since a simulation asks for one point at a time."""
+    """Bilinear interpolation of seconds; plain lists for who asks for one point at a time."""
 
     def __init__(self, x: npt.NDArray[Any], y: npt.NDArray[Any], seconds: npt.NDArray[Any]):
-        self._edges = np.unique(y)
+        ys, column = np.unique(y, return_inverse=True)
         xs, row = np.unique(x, return_inverse=True)
-        self._array = np.full((len(xs), len(self._edges)), np.nan)
-        self._array[row, np.searchsorted(self._edges, y)] = seconds
+        seconds_at = np.full((len(xs), len(ys)), np.nan)
+        seconds_at[row, column] = seconds
         # A GPU whose memory did not suffice for the longest contexts has measured fewer of the largest batches.
-        whole = ~np.isnan(self._array).any(axis=1)
-        xs, self._array = xs[whole], self._array[whole]
-        if min(self._array.shape) < 2:
+        whole = ~np.isnan(seconds_at).any(axis=1)
+        if min(whole.sum(), len(ys)) < 2:
             raise OutOfRange(
                 "attention was measured at too few points; at least two batches and two contexts are needed"
             )
+        xs, seconds_at = xs[whole], seconds_at[whole]
+        if ys[0] > 0:  # below the first point, the line between the first two goes on
+            slope = (seconds_at[:, 1] - seconds_at[:, 0]) / (ys[1] - ys[0])
+            ys, seconds_at = np.append(0, ys), np.column_stack([seconds_at[:, 0] - ys[0] * slope, seconds_at])
         self.x: list[int] = xs.tolist()
-        self.y: list[int] = self._edges.tolist()
-        self._seconds: list[list[float]] = self._array.tolist()
+        self.y: list[int] = ys.tolist()
+        self._seconds: list[list[float]] = seconds_at.tolist()
+        self._lines: dict[float, npt.NDArray[np.float64]] = {}
 
     def along(self, x: float, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """:meth:`at` for many `y`, digit by digit."""
-        i = bisect_right(self.x, x, 1, len(self.x) - 1) - 1
-        j = np.minimum(np.searchsorted(self._edges, y, "right"), len(self.y) - 1) - 1
-        u = (x - self.x[i]) / (self.x[i + 1] - self.x[i])
-        v = (y - self._edges[j]) / (self._edges[j + 1] - self._edges[j])
-        low, high = self._array[i], self._array[i + 1]
-        at_low, at_high = low[j] + v * (low[j + 1] - low[j]), high[j] + v * (high[j + 1] - high[j])
-        return at_low + u * (at_high - at_low)
+        """:meth:`at` for many `y`."""
+        if x not in self._lines:
+            i = bisect_right(self.x, x, 1, len(self.x) - 1) - 1
+            low, high = np.array(self._seconds[i : i + 2])
+            self._lines[x] = low + (x - self.x[i]) / (self.x[i + 1] - self.x[i]) * (high - low)
+        return np.interp(y, self.y, self._lines[x])
 
     def at(self, x: float, y: float) -> float:
         i = bisect_right(self.x, x, 1, len(self.x) - 1) - 1

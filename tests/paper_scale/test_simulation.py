@@ -120,7 +120,7 @@ def test_steps_that_are_one_event_are_those_that_were_one_each(name, preset, mon
 
     def one(engine):
         begun["steps"] += 1
-        return [engine.begin_step()]
+        return np.array([engine.begin_step()])
 
     monkeypatch.setattr(batching.Engine, "begin_steps", one)
     apart = run()
@@ -289,6 +289,24 @@ def test_a_slow_client_takes_tokens_at_its_own_speed_and_in_order():
     assert max(tokens[-1] for tokens in seen.token_ns()) * 1e-9 == pytest.approx(800 / 100, rel=0.05)
 
 
+def test_a_slow_client_takes_one_step_after_the_other():
+    around = Harness("slow", 6, 0.3, 0.2, client_tokens_per_s=300, client_knee=3, client_slope=4)
+    seen = clock.trace(
+        system(instances=4, routing="expert_router", batch_size=2), users(20, clusters=4), True, around, 1
+    )
+    opened = [r.sent_s + r.queued_s + r.routed_s for r in seen.requests]
+    closed = [seen.servers[r.server].ends_s[r.first_step + r.output_tokens - 1] for r in seen.requests]
+    steps = sorted(
+        step for server in seen.servers for step in zip(server.ends_s, server.sequences, server.taken_s, strict=True)
+    )
+    free_s = 0.0
+    for end_s, messages, taken_s in steps:
+        streams = sum(o < end_s <= c for o, c in zip(opened, closed, strict=True))
+        free_s = max(end_s, free_s) + messages * (1 + max(0, streams - 3) / 4) / 300
+        assert taken_s == pytest.approx(free_s, rel=1e-12)
+    assert max(taken_s - end_s for end_s, _, taken_s in steps) > 0.1  # it falls behind
+
+
 def test_presets():
     assert clock.harness("hardware", "p1") == clock.harness("hardware", "p2") == Harness("hardware")
     assert clock.harness("harness", "p2").gateway_streams == 48
@@ -410,7 +428,7 @@ def test_the_preliminary_experiment_is_paper_2s(tmp_path):
 @pytest.mark.parametrize("tensor_parallel", [4, 8])
 def test_preliminary_systems_have_room_for_the_largest_batch(dtype, tensor_parallel):
     engine = batching.Engine(batching.preliminary_system(dtype, tensor_parallel, 600))
-    longest = clock.Request(0, "base", Prompt(0, 0, "", 335 + 4 * 30, 200, FORCED), 335 + 4 * 30, 0, 0.0, None)
+    longest = clock.Request(0, "base", Prompt(0, 0, "", 335 + 4 * 30, 200, FORCED), 335 + 4 * 30, 0, 0.0)
     assert 600 * engine.blocks(longest) <= engine.kv_blocks_total
 
 
