@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import heapq
 import itertools
 import math
 from collections import deque
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from erlib.config import ConfigError, Paper
 from erlib.config.system import HAVE_GATEWAYS
 from erlib.paper_scale.batching import CannotServe, Engine, System
+from erlib.paper_scale.instances import Clock, Request, Server, SharedMachine
 from erlib.workload.prompts import Prompt
 
 Preset = Literal["hardware", "harness"]
@@ -63,132 +63,10 @@ def harness(preset: Preset, paper: Paper) -> Harness:
     return HARDWARE if preset == "hardware" else HARNESS[paper]
 
 
-@dataclass
-class Request:
-    """One request on its way; times in seconds of virtual time."""
-
-    user: int
-    turn: str
-    prompt: Prompt
-    input_tokens: int
-    expert: int
-    sent_s: float
-    server: int = -1
-    """Which instance: of the expert's replicas the one with the fewest requests outstanding when it is forwarded."""
-    queued_s: float = 0.0
-    routed_s: float = 0.0
-    first_step: int = -1
-
-    @property
-    def output_tokens(self) -> int:
-        return self.prompt.max_tokens
-
-    @property
-    def last_step(self) -> int:
-        """The step that gives the last token."""
-        return self.first_step + self.output_tokens - 1
-
-
-class _Clock:
-    """Virtual time, in which everything happens when it is planned for; at the same time, in the order of planning."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self._planned: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._plans = itertools.count()
-
-    def at(self, when_s: float, do: Callable[..., None], *arguments: Any) -> None:
-        heapq.heappush(self._planned, (when_s, next(self._plans), do, arguments))
-
-    def run(self) -> None:
-        """Until nothing is left to happen."""
-        while self._planned:
-            self.now_s, _, do, arguments = heapq.heappop(self._planned)
-            do(*arguments)
-
-
-class Server:
-    """One engine instance; what it did stays readable afterwards."""
-
-    def __init__(self, engine: Engine[Request], clock: _Clock, machine: _SharedMachine | None, slow_client: bool):
-        self.engine = engine
-        self._clock, self._machine = clock, machine
-        self.ends_s: list[float] = []
-        self.taken_s: list[float] = [] if slow_client else self.ends_s
-        """When the client had each step's tokens; one that keeps up with everything has them when steps end."""
-        self.sequences: list[int] = []
-        """Sequences that got a token in each step."""
-        self.kv_blocks: list[int] = []
-        """KV blocks reserved in each step."""
-        self.finish: Callable[[Request], None]
-        """What happens when a request has its last token."""
-        self._running_s = np.empty(0)
-        """When the steps end that are under way, which are one event."""
-        self._begun = 0
-        """The first of them."""
-        self._plans = 0
-
-    def submit(self, request: Request) -> None:
-        """Queue a request.
-
-        Raises
-        ------
-        CannotServe
-            If it would wait for ever.
-        """
-        idle, may_enter = self.engine.is_idle, not self.engine.waiting
-        self.engine.submit(request)
-        if idle:  # it may share the first step with others that come at the same time
-            self._clock.at(self._clock.now_s, self._begin)
-        elif may_enter and self._machine is None:  # after the step that runs, which ends as it would have
-            ended = int(self._running_s.searchsorted(self._clock.now_s))
-            if ended + 1 < len(self._running_s):
-                self._running_s = self._running_s[: ended + 1]
-                self._plan_end()
-
-    def _begin(self) -> None:
-        """All steps in which nobody joins or leaves; or one, whose end depends on what other instances do meanwhile."""
-        self._begun = len(self.ends_s)
-        if self._machine is None:
-            steps_s = self.engine.begin_steps()
-            steps_s[0] += self._clock.now_s
-            self._running_s = steps_s.cumsum()
-            self._plan_end()
-        else:
-            self._machine.work(self.engine.begin_step(), self._end_shared)
-
-    def _plan_end(self) -> None:
-        self._plans += 1
-        self._clock.at(float(self._running_s[-1]), self._end, self._plans)
-
-    def _end_shared(self) -> None:
-        self._running_s = np.array([self._clock.now_s])
-        self._end(self._plans)
-
-    def note(self, now_s: float) -> None:
-        """Note the steps that have ended."""
-        ended = int(self._running_s.searchsorted(now_s, "right"))
-        self.ends_s += self._running_s[:ended].tolist()
-        self.sequences += [self.engine.sequences] * ended
-        self._running_s = self._running_s[ended:]
-
-    def _end(self, plan: int) -> None:
-        if plan != self._plans:  # somebody has come since, and this is no longer the end
-            return
-        self.note(self._clock.now_s)
-        steps = len(self.ends_s) - self._begun
-        done = self.engine.end_steps(steps)
-        self.kv_blocks += [done.kv_blocks] * steps
-        if not self.engine.is_idle:
-            self._begin()
-        for request in done.finished:
-            self.finish(request)
-
-
 class _Client:
     """Takes the messages of all streams, in the order in which they come, as fast as it can."""
 
-    def __init__(self, settings: Harness, clock: _Clock, servers: Sequence[Server]):
+    def __init__(self, settings: Harness, clock: Clock, servers: Sequence[Server]):
         self._knee, self._slope = settings.client_knee, settings.client_slope
         self._tokens_per_s, self._clock, self._servers = settings.client_tokens_per_s, clock, servers
         self._free_s = 0.0
@@ -238,49 +116,6 @@ class _Client:
         rest = iter(taken_s.tolist())
         for server in self._servers:
             server.taken_s += itertools.islice(rest, len(server.ends_s) - len(server.taken_s))
-
-
-class _SharedMachine:
-    """Hardware that all instances share: each gets an equal part, so their steps go on at one pace, and end in turn.
-
-    Parameters
-    ----------
-    clock : _Clock
-    slowdown : callable
-        How many times as long a step takes while so many are under way.
-    """
-
-    def __init__(self, clock: _Clock, slowdown: Callable[[int], float]):
-        self._clock, self._slowdown = clock, slowdown
-        self._done_s = 0.0
-        """Work that a step under way since the beginning would have done."""
-        self._since_s = 0.0
-        self._steps: list[tuple[float, int, Callable[[], None]]] = []
-        self._changes = 0
-
-    def work(self, seconds: float, do: Callable[[], None]) -> None:
-        """What happens after a step that takes so long on a machine of its own."""
-        self._catch_up()
-        heapq.heappush(self._steps, (self._done_s + seconds, self._changes, do))
-        self._wait_for_next()
-
-    def _catch_up(self) -> None:
-        if self._steps:
-            self._done_s += (self._clock.now_s - self._since_s) / self._slowdown(len(self._steps))
-        self._since_s = self._clock.now_s
-
-    def _wait_for_next(self) -> None:
-        self._changes += 1
-        if self._steps:
-            left_s = max(0.0, self._steps[0][0] - self._done_s) * self._slowdown(len(self._steps))
-            self._clock.at(self._clock.now_s + left_s, self._end_next, self._changes)
-
-    def _end_next(self, change: int) -> None:
-        if change == self._changes:  # otherwise a step has begun or ended since, and this is no longer the time
-            self._catch_up()
-            _, _, do = heapq.heappop(self._steps)
-            self._wait_for_next()
-            do()
 
 
 @dataclass(frozen=True)
@@ -365,9 +200,9 @@ class _Point:
     ):
         self._system, self._prompts_of, self._latencies_s = system, prompts_of, latencies_s
         self._per_request_s, self._sender_free_s = around.per_request_s, 0.0
-        self._clock, steps = _Clock(), system.steps
+        self._clock, steps = Clock(), system.steps
         apart = min(steps.at_full_speed, steps.limits.instances) >= len(system.experts)
-        machine = None if apart else _SharedMachine(self._clock, steps.slowdown)
+        machine = None if apart else SharedMachine(self._clock, steps.slowdown)
         slow_client = around.client_tokens_per_s is not None
         self._servers = [Server(Engine(system), self._clock, machine, slow_client) for _ in system.experts]
         for server in self._servers:

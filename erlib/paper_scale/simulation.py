@@ -37,7 +37,8 @@ from erlib.machine import processes
 from erlib.machine.progress import Bar
 from erlib.paper_scale import batching, steptimes
 from erlib.paper_scale.batching import System
-from erlib.paper_scale.clock import HARDWARE, Harness, Preset, Request, harness, trace
+from erlib.paper_scale.clock import HARDWARE, Harness, Preset, harness, trace
+from erlib.paper_scale.instances import Request
 from erlib.routing import training
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import lengths, prompts
@@ -207,7 +208,7 @@ def points(
     ``p1`` and ``p2`` are the papers' load experiments, ``preliminary`` is paper 2's search for its baselines (section
     IV-C). Its users reach the one instance directly, so that what paper 2's harness limits, the gateways, is not there.
     """
-    files = ("simulation", "clock", "batching", "steptimes")
+    files = ("simulation", "clock", "instances", "batching", "steptimes")
     code = provenance.code_digest(
         *(f"paper_scale/{name}.py" for name in files), "engines/llama.py", "workload/prompts.py", "workload/lengths.py"
     )

@@ -23,7 +23,8 @@ from erlib.paper_scale.batching import CannotServe
 from erlib.report.own import hot_experts
 from erlib.serving import stack, wire
 from erlib.workload import prompts
-from erlib.workload.prompts import FORCED, Prompt
+from erlib.workload.lengths import FORCED
+from erlib.workload.prompts import Prompt
 
 
 @given(

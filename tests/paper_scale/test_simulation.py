@@ -14,8 +14,10 @@ from erlib.load import metrics, records
 from erlib.paper_scale import batching, clock, simulation
 from erlib.paper_scale.batching import CannotServe, System
 from erlib.paper_scale.clock import HARDWARE, HARNESS, Harness
+from erlib.paper_scale.instances import Request
 from erlib.workload import prompts
-from erlib.workload.prompts import FORCED, Prompt
+from erlib.workload.lengths import FORCED
+from erlib.workload.prompts import Prompt
 from tests.support.linear import Linear
 
 
@@ -428,7 +430,7 @@ def test_the_preliminary_experiment_is_paper_2s(tmp_path):
 @pytest.mark.parametrize("tensor_parallel", [4, 8])
 def test_preliminary_systems_have_room_for_the_largest_batch(dtype, tensor_parallel):
     engine = batching.Engine(batching.preliminary_system(dtype, tensor_parallel, 600))
-    longest = clock.Request(0, "base", Prompt(0, 0, "", 335 + 4 * 30, 200, FORCED), 335 + 4 * 30, 0, 0.0)
+    longest = Request(0, "base", Prompt(0, 0, "", 335 + 4 * 30, 200, FORCED), 335 + 4 * 30, 0, 0.0)
     assert 600 * engine.blocks(longest) <= engine.kv_blocks_total
 
 

@@ -18,7 +18,8 @@ from erlib.load import records
 from erlib.paper_scale import batching, simulation, steptimes
 from erlib.paper_scale.fitting import Fitted
 from erlib.paper_scale.steptimes import OutOfRange, Roofline, Table
-from erlib.workload.prompts import FORCED, Prompt
+from erlib.workload.lengths import FORCED
+from erlib.workload.prompts import Prompt
 from tests.support.linear import Linear
 
 PAPERS = [name for name in config.config_ids() if config.load_configuration(name).paper]

@@ -13,7 +13,8 @@ import pytest
 from erlib import config, paths
 from erlib.paper_scale import clock, fitting, simulation, steptimes, validation
 from erlib.paper_scale.clock import Harness
-from erlib.workload.prompts import FORCED, Prompt
+from erlib.workload.lengths import FORCED
+from erlib.workload.prompts import Prompt
 from tests.support import synthetic
 from tests.support.linear import Linear
 
