@@ -441,5 +441,5 @@ def test_columns_may_be_replaced():
 
 
 def test_only_full_scale_is_simulated(tmp_path):
-    with pytest.raises(config.ConfigError, match=r"divides users by 31\.25"):
+    with pytest.raises(config.ConfigError, match=r"divides users by 20"):
         simulation.simulate_papers(config.load_profile("laptop"), "hardware", tmp_path)
