@@ -70,21 +70,7 @@ class _Keeper(Generic[Kept]):
 
 
 class _Remote(Generic[Kept]):
-    """The driver's end of a :class:`_Keeper`.
-
-    Parameters
-    ----------
-    node : Node
-        Where it runs.
-    demand : mapping
-        What it holds there.
-    kept : object
-        Sent to the node; what happens to it there does not come back.
-    what : str
-        Of the stack, for messages.
-    cluster : str
-        Address.
-    """
+    """The driver's end of a :class:`_Keeper`: `kept` goes to the node, holds `demand` there, and does not come back."""
 
     def __init__(self, node: Node, demand: Demand, kept: Kept, what: str, cluster: str):
 
@@ -108,15 +94,7 @@ class _Remote(Generic[Kept]):
         return self._actor.let.remote(do)
 
     def result(self, reply: Any, timeout_s: float | None = None) -> Any:
-        """What came of it.
-
-        Raises
-        ------
-        NodeLost
-            If its node is gone.
-        StartError
-            As raised there, or if there is no answer within `timeout_s`, or if the actor has died alone.
-        """
+        """What came of it; NodeLost or StartError if nothing did."""
 
         try:
             return ray.get(reply, timeout=timeout_s)
@@ -140,13 +118,7 @@ class _Remote(Generic[Kept]):
         raise StartError(f"the actor with {self._what} died, but its node {self.node.name} did not: {reason}")
 
     def require_node(self) -> None:
-        """Check that the node lives.
-
-        Raises
-        ------
-        NodeLost
-            If not.
-        """
+        """NodeLost if the node does not live."""
         if self.node.id not in {node.id for node in living_nodes(self._cluster)}:
             raise NodeLost(f"node {self.node.name} is lost, and with it {self._what}")
 
@@ -157,15 +129,7 @@ class _Remote(Generic[Kept]):
 
 
 class ClusterStack(stack.Stack):
-    """A stack on the nodes of a Ray cluster; see :class:`erlib.serving.stack.Stack`, whose parameters it takes.
-
-    Raises
-    ------
-    StartError
-        Also if there is no cluster, or not enough of it.
-    NodeLost
-        On entering and whenever a host is asked for something.
-    """
+    """A stack on the nodes of a Ray cluster. NodeLost on entering, and whenever a host that is gone is asked."""
 
     def __init__(
         self,
@@ -219,13 +183,7 @@ class ClusterStack(stack.Stack):
         return "; ".join([*experts, f"users on {self.users_machine}"])
 
     def require_nodes(self) -> None:
-        """Check that all nodes live, without asking anybody there.
-
-        Raises
-        ------
-        NodeLost
-            If one does not.
-        """
+        """NodeLost if a node does not live; nobody there is asked."""
         for host in self._hosts:
             host.require_node()
 
@@ -284,15 +242,7 @@ class ClusterUsers:
         self._remote.end()
 
     def run(self, scripts: Sequence[Script], targets: Sequence[str], timeout_s: float) -> Observation:
-        """Let all users of one point do their scripts; see :meth:`erlib.load.users.UserSimulator.run`.
-
-        Raises
-        ------
-        NodeLost
-            As soon as Ray knows of it: requests to a host that is gone would wait for their time limit.
-        StartError
-            If a user process dies.
-        """
+        """See :meth:`erlib.load.users.UserSimulator.run`. NodeLost as soon as Ray knows: requests would wait on."""
 
         reply = self._remote.begin(lambda simulator: simulator.run(scripts, targets, timeout_s))
         while not ray.wait([reply], timeout=_WATCH_S)[0]:

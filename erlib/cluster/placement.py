@@ -41,18 +41,8 @@ class Seats:
 def place(nodes: Sequence[Node], demands: Sequence[Demand], users: Literal["apart", "anywhere"] = "apart") -> Seats:
     """Spread servers evenly over nodes, as far as resources allow, and find a node for the users.
 
-    Parameters
-    ----------
-    nodes : sequence of Node
-    demands : sequence of mapping
-        What each server asks for.
-    users : {"apart", "anywhere"}
-        Whether the users' node must be free of servers. ``anywhere``: it is, if that is possible.
-
-    Raises
-    ------
-    StartError
-        If the servers do not fit, or leave no node for the users; says what is lacking.
+    `demands`: what each server asks for. `users`: whether their node must be free of servers, or is only if that is
+    possible. StartError says what is lacking.
     """
     reserved = [node for node in nodes if node.resources.get(USERS)]
     for candidate in reserved or sorted(nodes, key=lambda node: _room([node], demands)):
@@ -121,13 +111,7 @@ def _list(resources: Demand) -> str:
 
 
 def living_nodes(address: str) -> list[Node]:
-    """Living nodes of the cluster at `address` (``auto``, or ``HOST:PORT`` of its head).
-
-    Raises
-    ------
-    StartError
-        If Ray is not installed or there is no cluster.
-    """
+    """Living nodes of the cluster at `address`: ``auto``, or ``HOST:PORT`` of its head."""
     try:
         import ray  # noqa: PLC0415  (optional)
     except ImportError:
@@ -143,13 +127,7 @@ def living_nodes(address: str) -> list[Node]:
 
 
 def gpus(address: str | None) -> list[Gpu]:
-    """GPUs of this machine or, in a cluster, of all nodes for experts, taken to be of the kind that this node has.
-
-    Raises
-    ------
-    StartError
-        If there is no cluster at `address`.
-    """
+    """GPUs of this machine or, in a cluster, of all nodes for experts, taken to be of the kind that this node has."""
     here = hardware.gpus()
     if not address or not here:
         return here

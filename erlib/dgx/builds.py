@@ -108,13 +108,7 @@ def missing(plans: Sequence[Plan]) -> list[tuple[Plan, Command]]:
 
 
 def build(plans: Sequence[Plan], kind: RunnerKind) -> None:
-    """Make what a server of each plan's system loads.
-
-    Raises
-    ------
-    StepFailed
-        Nothing that was made is lost; the next call goes on with the step that failed.
-    """
+    """Make what a server of each plan's system loads; after a StepFailed the next call goes on with that step."""
     todo = missing(plans)
     runners = {plan.version: Runner(kind, load_image(plan.version), plan.places) for plan, _ in todo}
     programs: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -201,15 +195,7 @@ def _run(command: Command, runner: Runner, program: tuple[str, ...]) -> None:
 
 
 def fetch_image(runner: Runner) -> None:
-    """Fetch an image that is not on this machine.
-
-    Several machines that share a directory for its file take turns: the first fetches it.
-
-    Raises
-    ------
-    StepFailed
-        If it cannot be fetched.
-    """
+    """Fetch an image that is not on this machine; machines that share a directory for its file take turns."""
     if runner.is_ready:
         return
     work = runner.places.work

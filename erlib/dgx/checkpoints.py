@@ -32,13 +32,7 @@ def source(model: str, places: Places) -> Path:
 
 
 def fetch_tokenizer(model: str, places: Places) -> Path:
-    """``tokenizer.json`` of a model, downloaded beside where its weights go if it is not there.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot be; says what gives access.
-    """
+    """``tokenizer.json`` of a model, downloaded beside where its weights go if it is not there."""
     file = source(model, places) / "tokenizer.json"
     for name in (file.name, "tokenizer_config.json"):
         try:

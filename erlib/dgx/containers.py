@@ -95,13 +95,7 @@ class Image(Strict):
 
 
 def load_image(version: str) -> Image:
-    """The image for a version of TensorRT-LLM.
-
-    Raises
-    ------
-    ConfigError
-        If ``data/tensorrt_llm_images.yaml`` names none.
-    """
+    """The image for a version of TensorRT-LLM, by ``data/tensorrt_llm_images.yaml``."""
     images = _read(IMAGES)
     if version not in images:
         raise ConfigError(f"no image for TensorRT-LLM {version} in {IMAGES}; it has {', '.join(images)}")
@@ -127,10 +121,7 @@ class Runner:
 
     @property
     def setup(self) -> list[tuple[str, ...]]:
-        """Commands that fetch the image: into a file that has its name only when it is whole, or where docker has it.
-
-        enroot then makes a container of the file on each machine.
-        """
+        """Commands that fetch the image, whose file has its name only when it is whole; enroot unpacks that."""
         partial = f"{self._file}.partial"
         complete = ("mv", partial, self._file)
         if self.kind == "docker":
@@ -159,13 +150,8 @@ class Runner:
     ) -> tuple[str, ...]:
         """How a program of the image is started in the working directory, without what a batch system says to ours.
 
-        Parameters
-        ----------
-        argv : sequence of str
-        environment : mapping, optional
-            Variables for it. Not with ``bare``, where they are for whoever starts it to set.
-        name : str
-            Of the container, for :meth:`removal`.
+        `environment`: not with ``bare``, where it is for whoever starts it to set. `name`: of the container, for
+        :meth:`removal`.
         """
         if self.kind == "bare":
             told = sorted(variable for variable in os.environ if variable.startswith(_OF_A_BATCH_SYSTEM))

@@ -172,19 +172,10 @@ def turns(profile: Profile, workload: str) -> tuple[Turn, ...]:
 def point_s(
     configuration: Configuration, steps: StepTimes, around: Sequence[Turn], users: int, share: float = 1.0
 ) -> float:
-    """Seconds of one point, by its busiest instance.
+    """Seconds of one point, by its busiest instance, which has `share` of the users.
 
     Its requests take turns in its batch slots (or in what its KV cache holds): each wave lasts as long as reading its
     prompts and writing a mean answer at the mean context. The last wave thins out, until its longest answer is written.
-
-    Parameters
-    ----------
-    configuration : Configuration
-    steps : StepTimes
-    around : sequence of Turn
-    users : int
-    share : float
-        Of the users, at the busiest instance.
     """
     system, seconds = configuration.system, 0.0
     mine = max(1, math.ceil(users * share))
@@ -229,15 +220,7 @@ class Sweep:
 def sweeps(
     profile: Profile, load: Sequence[Configuration], preliminary: Sequence[Configuration], gpu: Gpu
 ) -> list[Sweep]:
-    """What the experiments of a profile take on `gpu`, in the order of the notebooks.
-
-    Parameters
-    ----------
-    profile : Profile
-    load, preliminary : sequence of Configuration
-        Systems of the load (and overhead) experiments, and of the preliminary one.
-    gpu : Gpu
-    """
+    """What the experiments of a profile take on `gpu`, in the order of the notebooks."""
     found = [
         _sweep("preliminary", profile, one, "preliminary", profile.preliminary.users, profile.preliminary.repeats,
                ["uniform"], gpu)

@@ -22,32 +22,13 @@ from erlib.machine.hardware import Gpu
 def on_gpus(
     configuration: Configuration, n_gpus: int, gpu_bytes: float = H100_BYTES, has_fp8: bool = True
 ) -> tuple[Configuration, list[str]]:
-    """As much of a paper's system as a smaller machine carries, and what is lost.
+    """As much of a paper's system as a smaller machine carries, and what is lost; ConfigError if it carries none.
 
     Instances get GPUs of their own, experts one each, as in the papers. Where GPUs are too few, instances first become
     narrower (TP8, TP4, ...) as long as the weights fit, then fewer. The KV cache gets what is free beside weights and
     activations, but never more than the paper prints. The batch size shrinks with it, but not below the number of
-    longest sequences that it holds.
-
-    Parameters
-    ----------
-    configuration : Configuration
-    n_gpus : int
-    gpu_bytes : float
-        What an engine can have of one GPU.
-    has_fp8 : bool
-        Whether the GPUs multiply FP8.
-
-    Returns
-    -------
-    tuple of Configuration and list of str
-        The very same configuration and no loss where everything fits. One expert alone has nothing to be routed to:
-        its gateways do not classify.
-
-    Raises
-    ------
-    ConfigError
-        If the GPUs cannot carry it at all; says why.
+    longest sequences that it holds. One expert alone has nothing to be routed to: its gateways do not classify. Where
+    everything fits, it is the very same configuration.
     """
     name, printed = configuration.id, configuration.system
     if "fp8" in (printed.dtype, printed.kv_dtype) and not has_fp8:
@@ -155,13 +136,7 @@ class Fitted:
         return [*self.load, *self.preliminary]
 
     def named(self, names: Sequence[str]) -> list[Configuration]:
-        """Systems of the load and overhead experiments.
-
-        Raises
-        ------
-        ConfigError
-            If one of them cannot be carried; says why.
-        """
+        """Systems of the load and overhead experiments; ConfigError says why one of them cannot be carried."""
         known = {one.id: one for one in self.load}
         for name in names:
             if name not in known:

@@ -63,13 +63,7 @@ class Contract(Strict):
 
 
 def load_contract(version: str) -> Contract:
-    """Read the option tables of a version.
-
-    Raises
-    ------
-    ConfigError
-        If there are none.
-    """
+    """Read the option tables of a version."""
     file = TABLES / f"{version}.json"
     if not file.exists():
         known = ", ".join(sorted(path.stem for path in TABLES.glob("*.json")))
@@ -83,13 +77,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(tool: str, contract: Contract) -> argparse.ArgumentParser:
-    """A parser that accepts what the tool accepts (but no abbreviations), and raises :class:`OptionError` for the rest.
-
-    Raises
-    ------
-    OptionError
-        If the version has no such tool.
-    """
+    """A parser that accepts what the tool accepts, but no abbreviations; :class:`OptionError` for the rest."""
     if tool not in contract.tools:
         raise OptionError(f"TensorRT-LLM {contract.version} has no option table for {tool}")
     result = _Parser(f"{tool} ({contract.version})", add_help=False, allow_abbrev=False)
@@ -103,18 +91,7 @@ def parser(tool: str, contract: Contract) -> argparse.ArgumentParser:
 
 
 def parse(tool: str, words: Sequence[str], contract: Contract) -> dict[str, Any]:
-    """Parse the options of a command as the tool would.
-
-    Returns
-    -------
-    dict
-        Every option of the tool (without its dashes), with the value given or its default.
-
-    Raises
-    ------
-    OptionError
-        If the version has no such tool or option, or a value is not of the option's type or among its choices.
-    """
+    """Every option of a tool (without its dashes) with the value that a command gives it, or its default."""
     return vars(parser(tool, contract).parse_args(words))
 
 
@@ -151,26 +128,10 @@ def read_help(text: str) -> dict[str, Option]:
 
 
 def refreshed(contract: Contract, helps: Mapping[str, str], evidence: str) -> tuple[Contract, list[str]]:
-    """Bring option tables up to what the tools say of themselves.
+    """Bring option tables up to the ``--help`` texts of the tools; also one line per difference.
 
-    Parameters
-    ----------
-    contract : Contract
-    helps : mapping of str to str
-        ``--help`` text per tool.
-    evidence : str
-        Where the texts come from.
-
-    Returns
-    -------
-    tuple of Contract and list of str
-        The tables, and one line per difference: none where the old ones were right. Types, and defaults that a text
-        does not show, are kept. Options that a table left out because plans do not use them are no difference.
-
-    Raises
-    ------
-    OptionError
-        If a text lists no options.
+    Types, and defaults that a text does not show, are kept. Options that a table left out because plans do not use them
+    are no difference.
     """
     tools, differences = dict(contract.tools), []
     for name, text in helps.items():

@@ -56,25 +56,10 @@ _PUBLISHED_WITHIN_S = 5.0
 
 
 def render(plan: Plan, tokenizer: Path, target: Path, n_processes: int | None = None) -> Path:
-    """Write the model repository that all servers of a configuration load.
+    """Write the model repository that all servers of a configuration load to `target`, replacing what is there.
 
-    Parameters
-    ----------
-    plan : Plan
-        What is served (``plan.served``, as the server sees it), and how: its flow says which models there are, its row
-        of Table I gives batch size and KV cache (tokens per instance, GB read as 10^9 bytes).
-    tokenizer : Path
-        Directory with ``tokenizer.json`` and ``tokenizer_config.json``, as the server sees it.
-    target : Path
-        Directory to write; what is there is replaced.
-    n_processes : int, optional
-        Of preprocessing and of postprocessing per server; by default their share of :data:`PROCESSES`. The ``llmapi``
-        flow has neither.
-
-    Returns
-    -------
-    Path
-        `target`.
+    `tokenizer`: directory with ``tokenizer.json`` and ``tokenizer_config.json``, as the server sees it. `n_processes`:
+    of preprocessing and of postprocessing per server, by default their share of :data:`PROCESSES`.
     """
     models = {wire.MODEL_NAME: "llmapi"} if plan.flow == "llmapi" else {model: model for model in MODELS}
     values = {
@@ -283,15 +268,7 @@ class RepositoryServer(triton.TritonServer):
         ]  # fmt: skip
 
     def start(self) -> None:
-        """Start the process; see :meth:`~erlib.serving.triton.TritonServer.wait_ready`.
-
-        Its image is fetched first if it is not on this machine: only the machine that builds engines needed it so far.
-
-        Raises
-        ------
-        StartError
-            If that fails.
-        """
+        """Start the process, with its image fetched first: only the machine that builds engines needed it so far."""
         if self._runner:
             try:
                 builds.fetch_image(self._runner)
@@ -304,13 +281,7 @@ class RepositoryServer(triton.TritonServer):
         self.process = processes.spawn(launch.command, self.log, env=launch.environment)
 
     def verify(self) -> None:
-        """Compare the KV cache that TensorRT-LLM has allocated with the one that the repository asks for.
-
-        Raises
-        ------
-        StartError
-            If it is smaller: the papers' number of sequences would not fit. Or if it stays unsaid.
-        """
+        """StartError if TensorRT-LLM has a smaller KV cache than the repository asks for."""
         tokens, deadline = self._kv_tokens(), time.monotonic() + _PUBLISHED_WITHIN_S
         while tokens == 0 and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -361,14 +332,9 @@ class RepositoryServer(triton.TritonServer):
 
 
 def server_plans(plan: Plan, kind: RunnerKind, n_gpus: int) -> list[RepositoryPlan]:
-    """How the instances of a system are served, each on GPUs of its own, all on one repository.
+    """How the instances of a system are served, each on GPUs of its own, all on one repository, still to be rendered.
 
-    The repository, which is still to be rendered, lies below the plan's working directory, which a container sees.
-
-    Raises
-    ------
-    ConfigError
-        If `n_gpus` are too few.
+    It lies below the plan's working directory, which a container sees.
     """
     system, width = plan.system, plan.system.tensor_parallel
     if system.instances * width > n_gpus:

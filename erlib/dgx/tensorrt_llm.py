@@ -73,19 +73,7 @@ def plan(profile: Profile, configuration: Configuration) -> Plan:
 
 
 def needed(profile: Profile, configurations: Sequence[Configuration] | None = None) -> list[Plan]:
-    """Plans of all engines that a profile's experiments load, each once.
-
-    Parameters
-    ----------
-    profile : Profile
-    configurations : sequence of Configuration, optional
-        By default those that the experiments name, as the papers print them.
-
-    Raises
-    ------
-    ConfigError
-        If the profile's flow cannot express a system.
-    """
+    """Plans of the engines that `configurations` (by default, the profile's as printed) load, each once."""
     if configurations is None:
         names = [*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config]
         configurations = [*map(config.load_configuration, names), *laptop.preliminary_configurations(profile)]

@@ -54,21 +54,9 @@ def ask_tools(tools: Sequence[str], runner: Runner) -> Answers:
 
 
 def inspect(plans: Sequence[Plan], tools: Sequence[str], runner: Runner) -> tuple[Answers, list[str]]:
-    """Ask tools of an image what they take, and hold commands against it.
+    """Ask tools of an image, which is here, what they take; also all that plans (of one version) would fail on.
 
-    Parameters
-    ----------
-    plans : sequence of Plan
-        All of one version.
-    tools : sequence of str
-        Of those that the plans use, the ones to be asked. The table knows the others.
-    runner : Runner
-        Its image is here.
-
-    Returns
-    -------
-    tuple of Answers and list of str
-        The second says what a plan would fail on: tools that do not answer, options that they do not take.
+    Those of the plans' tools that are not asked, the table knows.
     """
     image, version = runner.image, plans[0].version
     answers = ask_tools(tools, runner)

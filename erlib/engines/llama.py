@@ -94,13 +94,7 @@ class LlamaShape:
 
 @functools.cache
 def shape(model: str) -> LlamaShape:
-    """Shape of a model of ``data/llama_shapes.yaml``.
-
-    Raises
-    ------
-    ConfigError
-        If the model is not listed there.
-    """
+    """Shape of a model of ``data/llama_shapes.yaml``."""
     shapes = read_yaml(paths.FACTS / "llama_shapes.yaml")
     if model not in shapes:
         raise ConfigError(f"no shape for {model!r} in data/llama_shapes.yaml; it lists {', '.join(shapes)}")
@@ -137,11 +131,6 @@ def most_kv_tokens(
     """Tokens that fit beside an instance's weights (by default parameters times bytes) on its GPUs, by default H100s.
 
     For systems whose KV cache is not stated. Those that paper 2 prints for its baselines are 8 to 28 % smaller.
-
-    Raises
-    ------
-    ConfigError
-        If the GPUs have no room for a single token.
     """
     weights = shape(model).parameters * BYTES_PER_VALUE[dtype] if weight_bytes is None else weight_bytes
     free = KV_SHARE * (tensor_parallel * (gpu_bytes - workspace_bytes) - weights)

@@ -27,26 +27,10 @@ EVALUATION_TOKENS = 256
 
 
 def quality(built: Sequence[BuiltEngine], token_ids: npt.ArrayLike) -> pd.DataFrame:
-    """Perplexity of each engine, and how often its most probable next token is the FP16 engine's.
+    """Perplexity of each engine, and how often its most probable next token is the FP16 engine's of the same depth.
 
-    Computed in float32 on consecutive windows of `EVALUATION_TOKENS` tokens, the first token of each unscored.
-
-    Parameters
-    ----------
-    built : sequence of BuiltEngine
-        Each depth must come with its FP16 engine.
-    token_ids : int array (n,)
-        Text that no engine was calibrated on.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per engine: ``name``, ``perplexity``, ``perplexity_ratio`` (to FP16), ``argmax_agreement`` (0 to 1).
-
-    Raises
-    ------
-    ConfigError
-        If there are fewer than two tokens, or an FP16 engine is missing.
+    Computed in float32 on consecutive windows of `EVALUATION_TOKENS` tokens, the first token of each unscored;
+    `token_ids` are of a text that no engine was calibrated on.
     """
     scores = {engine.name: _score(engine, token_ids) for engine in Bar(built, "perplexity")}
     rows = []
@@ -94,29 +78,11 @@ def _score(engine: BuiltEngine, token_ids: npt.ArrayLike) -> tuple[float, npt.ND
 def speed(
     systems: Sequence[tuple[BuiltEngine, KvCache]], batches: Sequence[int], tokens: int, prompt_tokens: int = 32
 ) -> pd.DataFrame:
-    """Tokens per second of the continuous-batching pipeline, called directly with all cores.
+    """Tokens per second of the continuous-batching pipeline, called directly with all cores, per system and batch.
 
-    Greedy, forced length, all prompts submitted at once, after a warm-up. Not the formats' own speed: a CPU
-    computes all of them in float32.
-
-    Parameters
-    ----------
-    systems : sequence of (BuiltEngine, {'f16', 'u8'})
-        Engines and the precision of their KV cache, one process each. ``u8`` stands for both of the papers' 8-bit
-        caches; a CPU has no FP8 one.
-    batches : sequence of int
-        Concurrent requests.
-    tokens : int
-        Tokens that each request generates.
-    prompt_tokens : int
-        Length of each (random) prompt.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per system and batch: ``name``, ``kv_cache``, ``batch``, ``tokens_per_s`` (prefill included),
-        ``kv_bytes_per_token`` (size of the cache that the pipeline
-        reports, scales included, over its tokens).
+    Greedy, forced length, all (random) prompts submitted at once, after a warm-up, prefill included. Not the formats'
+    own speed: a CPU computes all of them in float32. ``kv_bytes_per_token`` is the size of the cache that the pipeline
+    reports, scales included, over its tokens.
     """
     rows: list[dict[str, Any]] = []
     for engine, kv_cache in Bar(systems, "tokens/s"):

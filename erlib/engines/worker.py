@@ -15,13 +15,7 @@ _RESULT = b"@result "
 
 
 def in_own_process(module: str, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Let ``python -m module`` do `jobs`, yielding each result as it comes; the child dies with the generator, and us.
-
-    Raises
-    ------
-    RuntimeError
-        If it fails; quotes the end of its log.
-    """
+    """Let ``python -m module`` do `jobs`, yielding each result as it comes; the child dies with the generator."""
     paths.ENGINE_BUILDS.mkdir(parents=True, exist_ok=True)
     log = paths.ENGINE_BUILDS / f"{module}.log"
     log.unlink(missing_ok=True)

@@ -90,18 +90,7 @@ def _status(pid: int) -> _Status:
 
 
 def claim(path: Path, make: bool = False) -> int | None:
-    """Lock a folder or a file, which is made first if `make`; None if somebody who lives has locked it.
-
-    Returns
-    -------
-    int or None
-        A file descriptor: the lock ends when it is closed.
-
-    Raises
-    ------
-    OSError
-        If it is not there, or cannot be locked at all.
-    """
+    """Lock a file or folder (made first if `make`) until the descriptor is closed; None if somebody who lives has."""
     while True:
         lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if make else 0), 0o600)
         try:

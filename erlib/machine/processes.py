@@ -268,13 +268,7 @@ def _wait_for_the_end(sessions: Collection[int], timeout_s: float) -> None:
 
 
 def wait_until(ready: Callable[[], bool], process: Process, what: str, log: Path, timeout_s: float) -> None:
-    """Poll `ready` until it is true.
-
-    Raises
-    ------
-    StartError
-        If `process` exits or `timeout_s` passes first; quotes the end of `log`.
-    """
+    """Poll `ready` until it is true; StartError if `process` exits, or `timeout_s` passes, first."""
     deadline = time.monotonic() + timeout_s
     while not ready():
         if process.poll() is not None:
@@ -294,13 +288,7 @@ def tail(log: Path, lines: int = 8) -> str:
 
 
 def require_free_ports(ports: Iterable[int], host: str = "127.0.0.1") -> None:
-    """Check that all `ports` can be bound.
-
-    Raises
-    ------
-    StartError
-        Naming the ports in use, by whom where that can be seen, and what to set instead.
-    """
+    """StartError if some of `ports` cannot be bound: says who has them, where that can be seen, and what to set."""
     taken = []
     for port in ports:
         with socket.socket() as probe:

@@ -20,13 +20,7 @@ NOT_SAFE = re.compile(r"[^A-Za-z0-9_./+-]")
 
 
 class RunFolder:
-    """Made at once, readable by its user alone, locked as long as we live; see :func:`erlib.machine.leftovers.sweep`.
-
-    Raises
-    ------
-    StartError
-        If there is no place for it; says what is wrong with each.
-    """
+    """Made at once, its user's alone, locked as long as we live; see :func:`erlib.machine.leftovers.sweep`."""
 
     def __init__(self) -> None:
         reasons = []

@@ -76,13 +76,7 @@ def fingerprint(settings: config.CorpusSettings) -> list[Any]:
 
 
 def check(settings: config.CorpusSettings) -> None:
-    """Find what :func:`load_corpus` would stumble over, without loading anything.
-
-    Raises
-    ------
-    CorpusError
-        If there is no such file, or it may not be read.
-    """
+    """CorpusError if :func:`load_corpus` would stumble over the user's file; nothing is loaded."""
     if settings.path is not None:
         _own_file(settings)
 

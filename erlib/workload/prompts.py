@@ -92,23 +92,8 @@ def build(
 
     Each prompt is the beginning of a document (or, once all have been used, a passage that begins at a word), carried
     on with further documents of the same cluster where it is too short. It counts for a cluster only if the router
-    sends exactly this text there.
-
-    Parameters
-    ----------
-    profile : config.Profile
-    paper : {"p1", "p2", "preliminary"}
-    tokenizer : tokenizers.Tokenizer
-        Of the model under test.
-    clusterer : Classifies
-    n : int, optional
-        Prompts in the pool, rounded up to a multiple of the number of clusters. By default as many lengths as the
-        largest draw has users, at least 64.
-
-    Raises
-    ------
-    WorkloadError
-        If the held-out documents hold too little text of some cluster.
+    sends exactly this text there. There are `n` prompts, rounded up to a multiple of the number of clusters, or as many
+    lengths as the largest draw has users, at least 64.
     """
     if paper not in ("p1", "p2", "preliminary"):
         raise WorkloadError(f"paper must be 'p1', 'p2' or 'preliminary', not {paper!r}")
@@ -286,11 +271,6 @@ def draw(workload: Workload, users: int, mix: config.Mix, seed: int, repeat: int
     The same for all configurations, so that they answer the same prompts. Under both mixes a user's prompt and answer
     have the same lengths, and as many users as possible have the same prompt; the rest has one of another cluster. A
     prompt occurs twice only where there are more users than the pool has lengths.
-
-    Raises
-    ------
-    WorkloadError
-        If `users` is below 1, the mix is unknown, or the pool has no prompt of some cluster.
     """
     if users < 1:
         raise WorkloadError(f"users must be at least 1, not {users}")
