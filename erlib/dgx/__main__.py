@@ -12,7 +12,7 @@ from typing import get_args
 
 from erlib import config, paths
 from erlib.config import ConfigError, Flow, RunnerKind, Version, WorkloadSettings
-from erlib.dgx import option_tables
+from erlib.dgx import option_tables, outcome, recipes
 from erlib.dgx.containers import Places, Runner, load_image
 from erlib.dgx.tensorrt_llm import NEWEST, Plan, lengths
 from erlib.dgx.tools import ask_tools
@@ -61,14 +61,14 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _show(args: argparse.Namespace) -> int:
     plan = _plan(args)
     runner = Runner(args.runner, load_image(plan.version), plan.places)
-    for words in [*runner.setup, *map(runner.argv, plan.commands)]:
+    for words in [*runner.setup, *map(runner.argv, recipes.commands(plan))]:
         print(shlex.join(words))
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
     plan = _plan(args)
-    found = plan.checkpoint_problems() if args.checkpoint else plan.problems()
+    found = outcome.checkpoint_problems(plan) if args.checkpoint else outcome.problems(plan)
     made = plan.checkpoint if args.checkpoint else plan.served
     print("\n".join(found) or f"{made} is what {plan.configuration.id} asks for")
     return bool(found)
@@ -84,7 +84,7 @@ def _refresh(args: argparse.Namespace) -> int:
         return 1
     evidence = "--help of the installed tools" if args.runner == "bare" else f"--help in {image.reference}"
     contract, differences = option_tables.refreshed(contract, answers.helps, evidence)
-    refused = [line for plan in _plans(args.version, places) for line in plan.misfits(contract)]
+    refused = [line for plan in _plans(args.version, places) for line in recipes.misfits(plan, contract)]
     print("\n".join(differences) or f"no difference in {', '.join(answers.helps)}")
     print("\n".join(refused) or "every plan fits")
     if args.write:

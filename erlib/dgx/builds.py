@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 from erlib.config import Configuration, Profile, RunnerKind
-from erlib.dgx import tensorrt_llm, tools
+from erlib.dgx import outcome, recipes, tensorrt_llm, tools
 from erlib.dgx.containers import Command, Runner, load_image
 from erlib.dgx.tensorrt_llm import Plan
 from erlib.machine import processes
@@ -99,9 +99,9 @@ def missing(plans: Sequence[Plan]) -> list[tuple[Plan, Command]]:
     """Steps that are still to be run, in order, each once; checks are no steps of their own."""
     found: dict[Path, tuple[Plan, Command]] = {}
     for plan in plans:
-        if plan.served.exists() and not plan.problems():
+        if plan.served.exists() and not outcome.problems(plan):
             continue
-        for command in plan.commands:
+        for command in recipes.commands(plan):
             if command.purpose != "check" and not is_done(command):
                 found.setdefault(command.makes, (plan, command))
     return list(found.values())
@@ -122,7 +122,7 @@ def build(plans: Sequence[Plan], kind: RunnerKind) -> None:
                 programs |= _found([each for each, _ in todo if each.version == plan.version], runner)
             _run(command, runner, programs.get(tool, command.program))
     for plan in plans:
-        if problems := plan.problems():
+        if problems := outcome.problems(plan):
             wrong = "\n".join(problems)
             raise StepFailed(f"{plan.configuration.id}: not what the plan asks for; remove it and run again:\n{wrong}")
 
@@ -141,7 +141,7 @@ def build_report(profile: Profile, configurations: Sequence[Configuration]) -> p
         build(plans, profile.tensorrt_llm.runner)
     rows = []
     for plan in plans:
-        steps = [command for command in plan.commands if command.purpose != "check"]
+        steps = [command for command in recipes.commands(plan) if command.purpose != "check"]
         taken_s = [took_s for command in steps if (took_s := seconds(command)) is not None]
         rows.append(
             {
@@ -162,7 +162,7 @@ def _found(plans: Sequence[Plan], runner: Runner) -> dict[tuple[str, str], tuple
     Before hours of work, because what an image holds is known only when it is here.
     """
     work, version = runner.places.work, plans[0].version
-    used = dict.fromkeys(command.tool for plan in plans for command in plan.commands if command.tool)
+    used = dict.fromkeys(command.tool for plan in plans for command in recipes.commands(plan) if command.tool)
     answers, wrong = tools.inspect(plans, [tool for tool in used if runner.image.comes_with(tool, work)], runner)
     if wrong:
         raise StepFailed("\n".join(wrong))

@@ -19,7 +19,7 @@ from typing import get_args
 from erlib import paths
 from erlib.cluster import placement
 from erlib.config import ConfigError, Passable, Profile, RunnerKind
-from erlib.dgx import builds, checkpoints, estimates
+from erlib.dgx import builds, checkpoints, estimates, recipes
 from erlib.dgx.containers import Image, Runner, load_image
 from erlib.dgx.fit import Fitted, fitted
 from erlib.dgx.hub import ANSWER_S, last_line, problems_with_the_hub
@@ -276,7 +276,7 @@ def _options(fit: Fitted, plans: Sequence[Plan]) -> Iterable[str]:
     """
     for version, runner in runners(plans, fit.profile).items():
         mine = [plan for plan in plans if plan.version == version]
-        used = dict.fromkeys(command.tool for plan in mine for command in plan.commands if command.tool)
+        used = dict.fromkeys(command.tool for plan in mine for command in recipes.commands(plan) if command.tool)
         is_here = runner.is_ready and (runner.kind != "bare" or shutil.which("trtllm-build"))
         tools = [tool for tool in used if is_here and runner.image.comes_with(tool, runner.places.work)]
         yield from inspect(mine, tools, runner)[1]

@@ -35,7 +35,7 @@ from erlib import cache, paths
 from erlib.config import ConfigError, Flow, RunnerKind
 from erlib.dgx import builds
 from erlib.dgx.containers import Runner, load_image
-from erlib.dgx.tensorrt_llm import Plan
+from erlib.dgx.tensorrt_llm import MAX_NUM_TOKENS, Plan
 from erlib.engines import llama
 from erlib.machine import processes
 from erlib.machine.processes import StartError
@@ -69,7 +69,7 @@ def render(plan: Plan, tokenizer: Path, target: Path, n_processes: int | None = 
         wire.CONTEXT: plan.lengths[1],
         "processes": n_processes or max(1, PROCESSES // plan.system.instances),
         "parameters": _engine_parameters(plan),
-        "llm_args": plan.llm_args,
+        "llm_args": llm_args(plan),
     }
     shutil.rmtree(target, ignore_errors=True)
     with cache.building(target, kept=False) as partial:
@@ -103,6 +103,33 @@ def _engine_parameters(plan: Plan) -> dict[str, str]:
         "tokenizer_dir": "",
         "guided_decoding_backend": "",
         "xgrammar_tokenizer_info_path": "",
+    }
+
+
+def llm_args(plan: Plan) -> dict[str, Any]:
+    """Arguments of TensorRT-LLM's ``LLM`` class, for the ``llmapi`` flow.
+
+    The KV cache is pinned to the tokens that the printed one holds; the share of free memory is only a limit. The
+    PyTorch backend computes in what the checkpoint's ``config.json`` names, whatever `dtype` says; for Llama 3 that
+    is bfloat16, which has float16's size and is what ModelOpt leaves there too. The flow ``engine`` converts.
+    """
+    return {
+        "model": str(plan.served),
+        "backend": "pytorch",
+        "dtype": "float16",
+        "tensor_parallel_size": plan.system.tensor_parallel,
+        "max_batch_size": plan.system.batch_size,
+        "max_input_len": plan.lengths[0],
+        "max_seq_len": plan.lengths[1],
+        "max_num_tokens": MAX_NUM_TOKENS,
+        "enable_chunked_prefill": False,
+        "kv_cache_config": {
+            "enable_block_reuse": False,
+            "dtype": "fp8" if plan.system.kv_dtype == "fp8" else "auto",
+            "max_tokens": llama.kv_tokens(plan.system),
+            "free_gpu_memory_fraction": llama.KV_SHARE,
+        },
+        "scheduler_config": {"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"},
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from erlib import config
-from erlib.dgx import builds, checkpoints, estimates, preflight, tensorrt_llm
+from erlib.dgx import builds, checkpoints, estimates, preflight, recipes, tensorrt_llm
 from erlib.dgx.containers import Command, Places, Runner
 from erlib.dgx.fit import Fitted
 from erlib.dgx.layout import WIDTH
@@ -31,7 +31,7 @@ class Steps:
         for one in fitted.configurations:
             plan = tensorrt_llm.plan(fitted.profile, one)
             name = "preliminary" if one.id in preliminary else one.id
-            for command in plan.commands:
+            for command in recipes.commands(plan):
                 if command.purpose == "check":
                     continue
                 if name not in self.users[command.makes]:
@@ -96,7 +96,7 @@ def commands(report: Report, steps: Steps) -> str:
         in_image = command.tool and runners[plan.version].kind != "bare"
         lines.append(_loop(group, [_in_image(plan.version, runners)] if in_image else [], places))
         if command.purpose == "build":
-            lines += [_folded(each.commands[-1].argv, places) for each, _ in group if _is_printed(each)]
+            lines += [_folded(recipes.commands(each)[-1].argv, places) for each, _ in group if _is_printed(each)]
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from erlib.dgx import option_tables
+from erlib.dgx import option_tables, recipes
 from erlib.dgx.containers import Command, Runner
 from erlib.dgx.option_tables import OptionError
 from erlib.dgx.tensorrt_llm import Plan
@@ -70,6 +70,6 @@ def inspect(plans: Sequence[Plan], tools: Sequence[str], runner: Runner) -> tupl
         contract, _ = option_tables.refreshed(contract, answers.helps, f"--help in {image.reference}")
     except OptionError as error:
         return answers, [*found, f"{image.tag}: {error}"]
-    misfits = dict.fromkeys(misfit for plan in plans for misfit in plan.misfits(contract))
+    misfits = dict.fromkeys(misfit for plan in plans for misfit in recipes.misfits(plan, contract))
     remedy = f"this image is not as TensorRT-LLM {version} was; pin the digest of one that is"
     return answers, [*found, *(f"{misfit}: {remedy}" for misfit in misfits)]

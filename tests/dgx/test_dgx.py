@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from erlib import config, paths
-from erlib.dgx import builds, checkpoints, tensorrt_llm
+from erlib.dgx import builds, checkpoints, recipes, tensorrt_llm
 from erlib.load import experiments, records, sweep
 from erlib.machine import hardware, processes
 from tests.support.ports import BASE_PORT
@@ -83,7 +83,7 @@ def test_engines_are_built_once_and_an_interrupted_build_goes_on(dgx, monkeypatc
     before = len(calls())
     builds.build(plans, "docker")
     assert calls()[before:] == []
-    step = next(command for command in plans[0].commands if command.purpose == "build")
+    step = next(command for command in recipes.commands(plans[0]) if command.purpose == "build")
     assert builds.seconds(step) > 0
     (plans[0].served / "config.json").write_text("{}")
     builds.stamp(step).unlink()
@@ -136,7 +136,7 @@ def test_a_download_without_all_weights_is_none(dgx, tmp_path, monkeypatch):
     monkeypatch.setenv("STANDIN_LOSES", "model-2-of-2.safetensors")
     with pytest.raises(builds.StepFailed, match=r"without an error, but there is no \S*/model-2-of-2\.safetensors; "):
         builds.build([plan], "docker")
-    fetch = plan.commands[0]
+    fetch = recipes.commands(plan)[0]
     builds.stamp(fetch).write_text(json.dumps({"argv": list(fetch.argv), "seconds": 1}))  # whatever a stamp says
     assert not builds.is_done(fetch)
     monkeypatch.delenv("STANDIN_LOSES")
@@ -152,7 +152,7 @@ def test_a_download_without_all_weights_is_none(dgx, tmp_path, monkeypatch):
 
 def test_texts_that_are_still_being_fetched_are_not_taken_for_somebodys(dgx, monkeypatch):
     profile, _ = dgx
-    fetch = tensorrt_llm.plan(profile(), config.load_configuration("p2.D")).commands[1]
+    fetch = recipes.commands(tensorrt_llm.plan(profile(), config.load_configuration("p2.D")))[1]
     texts = fetch.makes / "3.0.0" / "train-00000-of-00003.parquet"
     texts.parent.mkdir(parents=True)
     texts.touch()
@@ -188,7 +188,7 @@ def test_a_clone_that_was_cut_off_is_made_anew(dgx, tmp_path):
     """git does not go on where it was; it refuses a directory that is there."""
     profile, _ = dgx
     plan = tensorrt_llm.plan(profile(**{"tensorrt_llm.flow": "llmapi"}), config.load_configuration("p1.D"))
-    clone = next(command for command in plan.commands if command.program[0] == "git")
+    clone = next(command for command in recipes.commands(plan) if command.program[0] == "git")
     git = tmp_path / "bin" / "git"
     git.write_text('#!/bin/sh\nfor last; do :; done\nmkdir "$last" && touch "$last/whole"\n')
     git.chmod(0o755)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from benchmarks.environments import environment
 from erlib import config, paths
 from erlib.config import WorkloadSettings
-from erlib.dgx import tensorrt_llm
+from erlib.dgx import outcome, recipes, tensorrt_llm
 from erlib.dgx.containers import Places
 from erlib.engines import llama
 from erlib.machine.processes import StartError
@@ -88,7 +88,7 @@ def quantised(modelopt, downloaded, tmp_path):
         configuration = config.load_configuration(name)
         longest = tensorrt_llm.lengths(configuration, WorkloadSettings())
         made = tensorrt_llm.Plan(configuration, longest, Places(downloaded, tmp_path), flow)
-        command = next(command for command in made.commands if command.purpose == "quantise")
+        command = next(command for command in recipes.commands(made) if command.purpose == "quantise")
         options = list(command.options)
         if without:
             at = options.index(without)
@@ -120,7 +120,7 @@ def assert_size_is_what_table_1_is_computed_from(made, tensors):
 @pytest.mark.parametrize("name", ["p1.D", "p2.B", "p2.C"])
 def test_fp8_for_an_engine(quantised, name):
     made = quantised(name, "engine")
-    assert made.checkpoint_problems() == []
+    assert outcome.checkpoint_problems(made) == []
     written = json.loads((made.checkpoint / "config.json").read_text())
     parallel, shape = made.system.tensor_parallel, tiny(made.system.model)
     assert written["use_parallel_embedding"] is True
@@ -144,7 +144,7 @@ def test_fp8_for_an_engine(quantised, name):
 
 def test_int4_awq_for_an_engine(quantised):
     made = quantised("p2.D", "engine")
-    assert made.checkpoint_problems() == []
+    assert outcome.checkpoint_problems(made) == []
     written = json.loads((made.checkpoint / "config.json").read_text())
     assert written["quantization"]["has_zero_point"] is False
     assert written["quantization"]["pre_quant_scale"] is True
@@ -164,7 +164,7 @@ def test_int4_awq_for_an_engine(quantised):
 @pytest.mark.parametrize("name", ["p1.D", "p2.B"])
 def test_fp8_for_the_llm_api(quantised, name):
     made = quantised(name, "llmapi")
-    assert made.problems() == []
+    assert outcome.problems(made) == []
     (weights,) = tensors = ranks(made)
     for matrix in HUB_MATRICES:
         assert weights[f"model.layers.0.{matrix}.weight"].dtype == torch.float8_e4m3fn
@@ -180,7 +180,7 @@ def test_fp8_for_the_llm_api(quantised, name):
 
 def test_int4_awq_for_the_llm_api(quantised):
     made = quantised("p2.D", "llmapi")
-    assert made.problems() == []
+    assert outcome.problems(made) == []
     (weights,) = tensors = ranks(made)
     for matrix in HUB_MATRICES:
         packed, scales = (weights[f"model.layers.0.{matrix}.{part}"] for part in ("weight", "weight_scale"))
@@ -192,5 +192,5 @@ def test_int4_awq_for_the_llm_api(quantised):
 
 def test_int4_awq_for_the_llm_api_would_get_an_fp8_kv_cache_if_the_plan_did_not_forbid_it(quantised):
     made = quantised("p2.D", "llmapi", without="--kv_cache_qformat")
-    (problem,) = made.problems()
+    (problem,) = outcome.problems(made)
     assert "kv_cache_quant_algo is 'FP8', not None" in problem

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from erlib import config, paths
 from erlib.config import ConfigError
-from erlib.dgx import builds, checkpoints, estimates, fit, hub, option_tables, preflight, runbook, tensorrt_llm
+from erlib.dgx import builds, checkpoints, estimates, fit, hub, option_tables, preflight, recipes, runbook, tensorrt_llm
 from erlib.engines import llama
 from erlib.machine import hardware
 from erlib.machine.hardware import Gpu
@@ -483,7 +483,7 @@ def test_other_gpus_are_estimated_from_their_data_sheet_or_not_at_all():
 
 def test_a_step_that_was_run_here_is_measured(profile):
     plan = tensorrt_llm.plan(profile(), config.load_configuration("p2.E"))
-    step = next(command for command in plan.commands if command.purpose == "build")
+    step = next(command for command in recipes.commands(plan) if command.purpose == "build")
     before = estimates.of_step(plan, step)
     assert not before.measured
     step.makes.mkdir(parents=True)

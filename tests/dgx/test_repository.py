@@ -151,7 +151,7 @@ def test_the_llm_api_is_one_model_in_place_of_an_engines_four(name, tmp_path):
     assert [*model.input, *model.output] == [*engine.input, *engine.output]
     assert model.parameters["tokenizer"].string_value == '/a "tokenizer"'
     arguments = json.loads(model.parameters["llm_args"].string_value)
-    assert arguments == plan_of(name, "llmapi").llm_args
+    assert arguments == repository.llm_args(plan_of(name, "llmapi"))
     assert arguments["kv_cache_config"]["max_tokens"] == pytest.approx(kv_tokens, rel=2e-3)
     assert not arguments["kv_cache_config"]["enable_block_reuse"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from erlib import config
 from erlib.config import ConfigError, WorkloadSettings
-from erlib.dgx import __main__, containers, option_tables, tensorrt_llm
+from erlib.dgx import __main__, containers, option_tables, outcome, recipes, repository, tensorrt_llm
 from erlib.dgx.containers import Places
 from erlib.dgx.option_tables import OptionError
 from erlib.engines import llama
@@ -28,7 +28,7 @@ def plan(name, flow="engine", places=PLACES, version="1.2.1"):
 
 
 def step(made, purpose):
-    return next(command for command in made.commands if command.purpose == purpose)
+    return next(command for command in recipes.commands(made) if command.purpose == purpose)
 
 
 def parsed(command, version):
@@ -38,10 +38,10 @@ def parsed(command, version):
 @pytest.mark.parametrize(("name", "flow", "version"), EVERY_PLAN)
 def test_every_command_fits_the_tools_of_its_version(name, flow, version):
     made = plan(name, flow, version=version)
-    for command in made.commands:
+    for command in recipes.commands(made):
         if command.tool:
             parsed(command, version)
-    assert made.commands[-1].purpose == "check"
+    assert recipes.commands(made)[-1].purpose == "check"
 
 
 def test_no_version_takes_another_ones_engines():
@@ -84,7 +84,7 @@ def test_builds_pin_what_versions_default_differently(name, version):
     assert build["max_batch_size"] == system.batch_size
     assert build["gpt_attention_plugin"] == "float16"
     assert (build["max_input_len"], build["max_seq_len"]) == ((1664, 2880) if name.startswith("p1") else (1024, 2048))
-    first = parsed(next(command for command in made.commands if command.tool), version)
+    first = parsed(next(command for command in recipes.commands(made) if command.tool), version)
     assert first["dtype"] == "float16"
     assert first["tp_size"] == system.tensor_parallel
     assert first["output_dir"] == build["checkpoint_dir"]
@@ -132,14 +132,14 @@ def test_what_the_llm_api_cannot_express_says_why():
 
 def test_the_llm_api_serves_fp16_checkpoints_as_downloaded_and_pins_its_defaults_off():
     made = plan("p1.A", "llmapi")
-    assert [command.purpose for command in made.commands] == ["fetch", "check"]
-    arguments = made.llm_args
+    assert [command.purpose for command in recipes.commands(made)] == ["fetch", "check"]
+    arguments = repository.llm_args(made)
     assert arguments["model"] == "/data/checkpoints/Llama-2-70b-hf"
     assert arguments["kv_cache_config"]["enable_block_reuse"] is False
     assert arguments["enable_chunked_prefill"] is False
     assert arguments["scheduler_config"]["capacity_scheduler_policy"] == "GUARANTEED_NO_EVICT"
     assert arguments["kv_cache_config"]["max_tokens"] == 1_116_943
-    quantised = plan("p2.B", "llmapi").commands
+    quantised = recipes.commands(plan("p2.B", "llmapi"))
     assert [command.purpose for command in quantised] == ["fetch", "fetch", "quantise", "check"]
     assert quantised[2].argv[:3] == ("env", "HF_HOME=/data/built/huggingface", "python3")  # it fetches texts itself
 
@@ -198,7 +198,7 @@ def places(tmp_path):
 
 def run_check(made, *more):
     """Run the plan's own last command, in this process."""
-    command = made.commands[-1]
+    command = recipes.commands(made)[-1]
     return __main__.main([*command.argv[command.argv.index("check") :], *more])
 
 
@@ -230,12 +230,12 @@ def test_the_check_finds_weights_of_another_format(places):
     written(made)
     with (made.served / "rank0.engine").open("wb") as file:
         file.truncate(13 * 10**9)
-    assert made.problems() == [f"{made.served}: 13.0 GB in rank*.engine, but 26.0 GB of weights"]
+    assert outcome.problems(made) == [f"{made.served}: 13.0 GB in rank*.engine, but 26.0 GB of weights"]
 
 
 def test_the_check_of_a_quantised_checkpoint_reads_what_modelopt_wrote(places):
     made = plan("p2.D", "llmapi", places)
-    model, formats, weights = made.problems()
+    model, formats, weights = outcome.problems(made)
     assert "config.json: not readable" in model
     assert "hf_quant_config.json: not readable" in formats
     assert "0.0 GB in *.safetensors" in weights
@@ -246,7 +246,7 @@ def test_the_check_of_a_quantised_checkpoint_reads_what_modelopt_wrote(places):
     (made.served / "hf_quant_config.json").write_text(json.dumps(formats))
     with (made.served / "model-00001-of-00002.safetensors").open("wb") as file:
         file.truncate(20 * 10**9)
-    kv, group, size = made.problems()
+    kv, group, size = outcome.problems(made)
     assert "kv_cache_quant_algo is 'FP8', not None" in kv
     assert "group_size is 64, not 128" in group
     assert "20.0 GB in *.safetensors, but 39.5 GB of weights" in size
@@ -303,7 +303,7 @@ def installed(tmp_path, monkeypatch):
     scripts = dict.fromkeys(contract.tools, ("absent.py", "neither.py"))
     image = containers.load_image("1.2.1").model_copy(update={"scripts": scripts})
     image.scripts.pop("trtllm-build")
-    for module in (tensorrt_llm, __main__):
+    for module in (recipes, __main__):
         monkeypatch.setattr(module, "load_image", lambda version: image)
     monkeypatch.setattr(option_tables, "TABLES", tmp_path / "tables")
     option_tables.TABLES.mkdir()
