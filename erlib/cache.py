@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +55,20 @@ def put(partial: Path, target: Path, *, kept: bool = True) -> None:
             raise
 
 
+@contextmanager
+def writing(file: Path) -> Iterator[Path]:
+    """A temporary file that becomes `file` if the block succeeds, once it is on disk: what exists is complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def found(target: Path, what: str) -> bool:
     """Whether `target` is there as :func:`put` left it; what has been damaged since is said and removed.
 
@@ -84,6 +101,33 @@ def recalled(file: Path, read: Callable[[Path], _Content], what: str) -> _Conten
         reason = (str(error).splitlines() or [""])[0]
         print(f"{what}: {file.name} is made again: it cannot be read ({type(error).__name__}: {reason:.100})")
         return None
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def wheel(requirement: str, expected: str, directory: Path) -> Path:
+    """The wheel of ``name==version``, fetched from PyPI into `directory` unless it is there; OSError if it is not it."""
+    name, _, version = requirement.partition("==")
+    file = next(directory.glob(f"{name.replace('-', '_')}-{version}-*.whl"), None)
+    if file is None:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".partial-") as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            command += ["--only-binary", ":all:", "--retries", "2", "--timeout", "20", "--dest", scratch, requirement]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise OSError(f"cannot download {requirement} from PyPI: {why}")
+            (fetched,) = Path(scratch).glob("*.whl")
+            file = fetched.rename(directory / fetched.name)
+    if (actual := sha256(file)) != expected:
+        file.unlink()
+        raise OSError(f"{file.name} has sha256 {actual}, expected {expected}; it is not used")
+    return file
 
 
 def _damage(directory: Path) -> str:

@@ -66,7 +66,7 @@ def llama2_like(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def server_plan(profile: config.Profile) -> triton.ServerPlan:
     """One real engine (a one-layer sibling): four slots, room for sequences of 512 tokens."""
-    engine = build.build(profile, "small", "fp16")
+    engine = build.build_all(profile, [("small", "fp16")])[0]
     return on_cores.server_plan(engine.path, batch_size=4, kv_blocks=16, kv_cache="f16", threads=1)
 
 

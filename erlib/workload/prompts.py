@@ -12,7 +12,6 @@ after encoding another length, in every system.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +114,8 @@ def build(
         f"workload {paper}: cutting {k * per_cluster} prompts from {len(documents.texts)} documents (none cached yet)"
     )
     frame = _prompts(profile, paper, tokenizer, clusterer, documents, per_cluster)
-    _write(frame, path)
+    with cache.writing(path) as partial:
+        frame.to_parquet(partial, compression="zstd")
     return Workload(frame, k, settings.sigma)
 
 
@@ -220,16 +220,6 @@ def _read(path: Path, n: int) -> pd.DataFrame:
     if list(frame) != ["prompt", *_COLUMNS] or len(frame) != n:
         raise ValueError(f"{len(frame)} rows, not {n}, or other columns")
     return frame
-
-
-def _write(frame: pd.DataFrame, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        frame.to_parquet(temporary, compression="zstd")
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- mixes and draws --------------------------------------------------------------------------------------------

