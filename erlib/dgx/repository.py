@@ -39,8 +39,7 @@ from erlib.dgx.tensorrt_llm import MAX_NUM_TOKENS, Plan
 from erlib.engines import llama
 from erlib.machine import processes
 from erlib.machine.processes import StartError
-from erlib.machine.runfolder import RunFolder
-from erlib.serving import triton, wheel, wire
+from erlib.serving import triton, wire
 
 TEMPLATES = paths.ENGINE_SPECS / "triton" / "tensorrt_llm"
 ENGINE_MODEL = "tensorrt_llm"
@@ -173,7 +172,7 @@ class RepositoryPlan(triton.ServerPlan):
 
     @property
     def demand(self) -> dict[str, float]:
-        return {"GPU": float(len(self.gpus))} if self.gpus else super().demand
+        return {"GPU": float(len(self.gpus))}
 
     @property
     def description(self) -> dict[str, Any]:
@@ -203,8 +202,7 @@ class RepositoryServer(triton.TritonServer):
     work_dir : Path
         Where the log goes.
     gpus : sequence of int
-        The engine's GPUs, one rank each. Empty: the CPU, with the server of the ``nvidia-pytriton`` wheel, which has no
-        TensorRT-LLM backend; the repository's tensorrt_llm must then be something else.
+        The engine's GPUs, one rank each.
     runner : Runner, optional
         Starts it inside an image; without one, ``tritonserver`` (and ``mpirun``) are installed here.
     flow : {"engine", "llmapi"}
@@ -228,11 +226,9 @@ class RepositoryServer(triton.TritonServer):
         With an engine on GPUs, TensorRT-LLM's leader mode: the first rank serves; the others load nothing but their
         part of the engine and open no port. The LLM API starts its ranks itself: there is one process to start.
         """
-        if not self.gpus:
-            return self._on_the_cpu()
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
         if self.flow == "llmapi":
-            command = ["tritonserver", *self._options(self.shm_prefix), _EXIT_TIMEOUT]
+            command = ["tritonserver", *self.options(self.shm_prefix), _EXIT_TIMEOUT]
             # What options say to mpirun: the LLM API's ranks are MPI processes, too.
             environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
             environment |= {"OMPI_MCA_hwloc_base_binding_policy": "none"}
@@ -251,7 +247,7 @@ class RepositoryServer(triton.TritonServer):
         command = ["mpirun", "--allow-run-as-root", "--bind-to", "none"]
         for rank in range(len(self.gpus)):
             follows = ["--model-control-mode=explicit", f"--load-model={ENGINE_MODEL}"] if rank else []
-            command += [":"] * (rank > 0) + ["-n", "1", "tritonserver", *self._options(f"{self.shm_prefix}r{rank}-")]
+            command += [":"] * (rank > 0) + ["-n", "1", "tritonserver", *self.options(f"{self.shm_prefix}r{rank}-")]
             command += [_EXIT_TIMEOUT, *self._off_other_gpus(), *follows]
         return command
 
@@ -269,20 +265,7 @@ class RepositoryServer(triton.TritonServer):
     def _container(self) -> str:
         return f"expert-router-{self.http_port}"
 
-    def _on_the_cpu(self) -> Launch:
-        root = wheel.installed()
-        self._run_folder = self._run_folder or RunFolder()
-        command = [
-            str(root / "bin" / "tritonserver"),
-            *self._options(self.shm_prefix),
-            f"--backend-directory={wheel.backend_directory(root, self._run_folder.path)}",
-            "--exit-timeout-secs=2",
-            "--allow-gpu-metrics=false",
-            "--pinned-memory-pool-byte-size=0",
-        ]
-        return Launch(command, wheel.environment())
-
-    def _options(self, shm_prefix: str) -> list[str]:
+    def options(self, shm_prefix: str) -> list[str]:
         return [
             f"--model-repository={self.repository}",
             f"--http-address={triton.LOOPBACK}", f"--http-port={self.http_port}",

@@ -1,24 +1,22 @@
-"""The whole plan of a TensorRT-LLM profile as text: what ``./run_all.sh --dry-run`` prints, before anything is done."""
+"""The whole plan of a TensorRT-LLM profile, which ``./run_all.sh --dry-run`` prints: what ``runbook.txt.j2`` shows."""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
-import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import jinja2
 import pandas as pd
-from tabulate import tabulate
 
 from erlib import paths
 from erlib.config import Configuration
 from erlib.config.system import HAVE_GATEWAYS
-from erlib.dgx import checkpoints, estimates, preflight, repository, tensorrt_llm
+from erlib.dgx import checkpoints, estimates, layout, preflight, repository, tensorrt_llm
 from erlib.dgx.fit import Fitted
-from erlib.dgx.layout import WIDTH, listed, table, wrapped
 from erlib.dgx.preflight import Report
 from erlib.dgx.steps import Steps, _folded, commands, table_of_steps
 from erlib.engines import llama, table1
@@ -42,27 +40,46 @@ def text(report: Report, notebooks: Sequence[tuple[str, str]]) -> str:
     fitted, profile = report.fitted, report.fitted.profile
     steps = Steps(fitted)
     sweeps = estimates.sweeps(profile, fitted.load, fitted.preliminary, fitted.gpu)
-    sections = {
-        "Machine": _machine(report),
-        "Systems": _systems(fitted),
-        "Memory of each GPU": _memory(fitted),
-        "Table I of the papers": _tables(),
-        "Steps": table_of_steps(steps),
-        "Commands": commands(report, steps),
-        "Servers": _servers(fitted),
-        "Load": _load(sweeps),
-        "Time and disk": _totals(report, steps, sweeps),
-        "Notebooks": table([list(row) for row in notebooks], ["notebook", "would"]),
-        "Problems": _closing(report),
-    }
-    title = f"Plan of profile {profile.name}: {profile.description}"
-    lines = [wrapped(title), "Printing it starts, downloads and writes nothing."]
-    for number, (heading, body) in enumerate(sections.items(), 1):
-        lines.append(f"{number}. {heading}\n{'=' * (len(heading) + len(str(number)) + 2)}\n\n{body}")
-    return "\n\n".join(lines)
+    memory = _memory(fitted)
+    return _template().render(
+        report=report,
+        fitted=fitted,
+        profile=profile,
+        preliminary=[one.system for one in fitted.preliminary],
+        machine=_machine(report),
+        systems=_systems(fitted),
+        memory=memory,
+        tight=[name for name, *_, left in memory if left.startswith("-")],
+        tables=_tables(),
+        steps=table_of_steps(steps),
+        commands=commands(report, steps),
+        servers=_servers(fitted),
+        launches=_launches(fitted),
+        load=_load(sweeps),
+        hours=_hours_to_do(report, steps, sweeps),
+        disk=[
+            [where, f"{size / 1e9:,.0f}"] for where, size in preflight.disk_needs(report.asked, fitted.plans).items()
+        ],
+        notebooks=notebooks,
+        assumptions=estimates.ASSUMPTIONS,
+        llama=llama,
+    )
 
 
-def _machine(report: Report) -> str:
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for function in (layout.columns, layout.indented, layout.listed, layout.table, layout.wrapped):
+        environment.filters[function.__name__] = function
+    return environment.get_template("runbook.txt.j2")
+
+
+def _machine(report: Report) -> list[list[Any]]:
     gpus, fitted = report.gpus, report.fitted
     if gpus:
         each = f"{len(gpus)} x {gpus[0].name}, {gpus[0].memory_bytes / 2**20:,.0f} MiB, driver {gpus[0].driver}"
@@ -89,61 +106,33 @@ def _machine(report: Report) -> str:
             "" if runner.kind == "bare" else ", here" if runner.is_ready else f", {runner.image.size_gb:g} GB to load"
         )
         rows.append([f"TensorRT-LLM {version}", f"{runner.kind}: {runner.image.reference}{state}"])
-    return tabulate(rows, tablefmt="plain")
+    return rows
 
 
-def _systems(fitted: Fitted) -> str:
-    rows = [
+def _systems(fitted: Fitted) -> list[list[Any]]:
+    return [
         [one.id, one.title, one.system.instances, f"TP{one.system.tensor_parallel}", one.system.batch_size,
          f"{llama.kv_tokens(one.system):,}", one.routing.replace("_", " ")]
         for one in fitted.load
     ]  # fmt: skip
-    headers = ["", "system", "servers", "GPUs each", "batch size", "KV tokens", "requests reach it by"]
-    parts = [table(rows, headers)]
-    if fitted.preliminary:
-        systems = [one.system for one in fitted.preliminary]
-        formats = ", ".join(dict.fromkeys(system.dtype.upper() for system in systems))
-        widths = " and ".join(f"TP{width}" for width in dict.fromkeys(system.tensor_parallel for system in systems))
-        sizes = ", ".join(map(str, sorted({system.batch_size for system in systems})))
-        parts.append(
-            wrapped(
-                f"Preliminary experiment of paper 2: {len(systems)} systems of Llama 3 70B, one server each: "
-                f"{formats}; {widths}; batch sizes {sizes}."
-            )
-        )
-    parts.append(listed("What is lost against the papers:", fitted.losses) or "As the papers print them.")
-    if fitted.refused:
-        parts.append(listed("Not run:", fitted.refused))
-    return "\n\n".join(parts)
 
 
-def _memory(fitted: Fitted) -> str:
-    rows, gateways = [], llama.GATEWAYS_GB_PER_GPU
-    room = fitted.gpu.usable_bytes / 1e9
+def _memory(fitted: Fitted) -> list[list[str]]:
+    """A row for each system, and for the largest of the preliminary ones."""
+    rows, room = [], fitted.gpu.usable_bytes / 1e9
     widest = max(fitted.preliminary, key=lambda one: llama.gpu_memory(one.system).total, default=None)
     for one in [*fitted.load, *([widest] if widest else [])]:
         memory = llama.gpu_memory(one.system)
-        total = memory.total / 1e9
-        hosts = one.routing in HAVE_GATEWAYS
-        rows.append(
-            [one.id, *(f"{part / 1e9:.1f}" for part in dataclasses.astuple(memory)),
-             f"{total:.1f}", f"{room - total:.1f}", f"{room - total - gateways:.1f}" if hosts else ""]
-        )  # fmt: skip
-    headers = ["GB (10^9 bytes)", "weights", "activations", "other ranks", "KV cache", "together", "left",
-               "left beside gateways"]  # fmt: skip
-    tight = [row[0] for row in rows if str(row[-1]).startswith("-")]
-    beside = f" By this arithmetic {', '.join(tight)} would have no room for those." if tight else ""
-    said = (
-        f"One {fitted.gpu.name} has {fitted.gpu.memory_bytes / 1e9:.1f} GB, {room:.1f} of them for an engine. The "
-        f"papers' gateways take {gateways:g} GB of each GPU, ours run on the CPU.{beside} Activations are an estimate, "
-        f"and so are {llama.FOREIGN_CONTEXT_BYTES / 1e9:g} GB for each other rank's CUDA context; a server whose KV "
-        "cache comes out smaller than this is not used. Of the preliminary systems, the largest."
-    )
-    return f"{table(rows, headers, numbers=True)}\n\n{wrapped(said)}"
+        left = room - memory.total / 1e9
+        beside = f"{left - llama.GATEWAYS_GB_PER_GPU:.1f}" if one.routing in HAVE_GATEWAYS else ""
+        parts = [*dataclasses.astuple(memory), memory.total]
+        rows.append([one.id, *(f"{part / 1e9:.1f}" for part in parts), f"{left:.1f}", beside])
+    return rows
 
 
-def _tables() -> str:
-    parts = []
+def _tables() -> list[tuple[str, str, list[list[Any]], list[str]]]:
+    """Of each paper: its number, its unit of weights, rows, and where print and arithmetic disagree."""
+    tables = []
     for paper in get_args(Paper):
         printed, (unit, _) = table1.recomputed_table1(paper), llama.TABLE1_WEIGHTS_UNIT[paper]
         rows = [
@@ -153,20 +142,13 @@ def _tables() -> str:
              "" if pd.isna(row.kv_tokens_printed) else f"{row.kv_tokens_printed:,}", row.batch_size, row.full_sequences]
             for row in printed.itertuples()
         ]  # fmt: skip
-        what = "GB of 10^9 bytes" if unit == 1e9 else "thousands of MiB"
-        headers = ["", "weights\nprinted", "as\nloaded", "differ\nby", "agree", "KV cache\nprinted", "holds\ntokens",
-                   "printed\ntokens", "batch\nsize", "longest\nsequences"]  # fmt: skip
-        parts.append(f"Paper {paper[1]}, weights in {what} (within 1.5 % or its rounding):")
-        parts.append(table(rows, headers, numbers=True))
         found = [f"{row.config}: {row.discrepancy}" for row in printed.itertuples() if row.discrepancy]
-        parts.append(listed("Where print and arithmetic disagree:", found))
-    return "\n\n".join(parts)
+        tables.append((paper[1], "GB of 10^9 bytes" if unit == 1e9 else "thousands of MiB", rows, found))
+    return tables
 
 
-def _servers(fitted: Fitted) -> str:
-    settings, rows = fitted.profile.serving, []
-    first = settings.base_port + 1 + settings.gateways * Gateway.PORTS
-    alike: defaultdict[tuple[int, int], list[Configuration]] = defaultdict(list)
+def _servers(fitted: Fitted) -> list[list[Any]]:
+    settings, rows, first = fitted.profile.serving, [], _first_port(fitted)
     for one in fitted.load:
         hosts = one.routing in HAVE_GATEWAYS
         count, width = one.system.instances, one.system.tensor_parallel
@@ -175,14 +157,21 @@ def _servers(fitted: Fitted) -> str:
             [one.id, count, _gpu_list(count, width), settings.base_port if hosts else "", gateways if hosts else "",
              *(_every(first + offset, count) for offset in range(TritonServer.PORTS))]
         )  # fmt: skip
-        alike[count, width].append(one)
-    headers = ["", "servers", "CUDA_VISIBLE_DEVICES", "NGINX", "gateways", "HTTP", "gRPC", "metrics"]
-    said = (
-        f"All on {settings.host}. Systems without NGINX are asked at their gRPC ports directly. Each system's "
-        "repository is rendered before it is started; those of the preliminary experiment are served as the first."
-    )
-    launches = [_launch(fitted, group, first) for group in alike.values()]
-    return "\n\n".join([table(rows, headers), wrapped(said), *launches])
+    return rows
+
+
+def _first_port(fitted: Fitted) -> int:
+    """Of the servers, above NGINX's and the gateways'."""
+    settings = fitted.profile.serving
+    return settings.base_port + 1 + settings.gateways * Gateway.PORTS
+
+
+def _launches(fitted: Fitted) -> list[str]:
+    """How servers are started, once for all systems that have as many, as large."""
+    alike: defaultdict[tuple[int, int], list[Configuration]] = defaultdict(list)
+    for one in fitted.load:
+        alike[one.system.instances, one.system.tensor_parallel].append(one)
+    return [_launch(fitted, group, _first_port(fitted)) for group in alike.values()]
 
 
 def _gpu_list(count: int, width: int) -> str:
@@ -224,7 +213,7 @@ def _ranks(command: Sequence[str]) -> list[list[str]]:
     return ranks
 
 
-def _load(sweeps: Sequence[estimates.Sweep]) -> str:
+def _load(sweeps: Sequence[estimates.Sweep]) -> list[list[str]]:
     rows = []
     together: defaultdict[str, list[estimates.Sweep]] = defaultdict(list)
     for each in sweeps:
@@ -236,8 +225,7 @@ def _load(sweeps: Sequence[estimates.Sweep]) -> str:
             [experiment, name or f"{len(group)} systems", f"{sum(each.points for each in group):,}",
              *_hours(group)]
         )  # fmt: skip
-    hours = table(rows, ["experiment", "system", "points", "longest point, min", "all points, h"], numbers=True)
-    return f"{hours}\n\n{wrapped('Estimates: ' + estimates.ASSUMPTIONS['load'] + '.')}"
+    return rows
 
 
 def _hours(group: Sequence[estimates.Sweep]) -> list[str]:
@@ -247,47 +235,23 @@ def _hours(group: Sequence[estimates.Sweep]) -> list[str]:
     return [f"{longest / 60:.1f}", f"{sum(each.seconds or 0 for each in group) / 3600:.1f}"]
 
 
-def _totals(report: Report, steps: Steps, sweeps: Sequence[estimates.Sweep]) -> str:
-    fitted = report.fitted
+def _hours_to_do(report: Report, steps: Steps, sweeps: Sequence[estimates.Sweep]) -> list[list[str]]:
     hours: defaultdict[str, float] = defaultdict(float)
     for plan, command in steps.missing:
         hours[command.purpose] += estimates.of_step(plan, command).seconds / 3600
-    for runner in preflight.runners(fitted.plans, report.asked).values():
+    for runner in preflight.runners(report.fitted.plans, report.asked).values():
         if not runner.is_ready:
             hours["fetch"] += runner.image.size_gb * 1e9 / estimates.DOWNLOAD_BYTES_PER_S / 3600
     if all(each.seconds is not None for each in sweeps):
         hours["load"] = sum(each.seconds or 0 for each in sweeps) / 3600
-    rows = [[what, f"{value:.1f}"] for what, value in hours.items()]
-    rows.append(["together", f"{sum(hours.values()):.1f}"])
-    disk = [
-        [str(where), f"{size / 1e9:,.0f}"] for where, size in preflight.disk_needs(report.asked, fitted.plans).items()
-    ]
-    assumed = "\n".join(
-        textwrap.fill(f"{what}: {how}", WIDTH, initial_indent="  ", subsequent_indent="    ")
-        for what, how in estimates.ASSUMPTIONS.items()
-    )
-    return "\n\n".join(
-        [
-            table(rows, ["still to do", "hours *"], numbers=True),
-            table(disk, ["still to be written to", "GB"], numbers=True),
-            f"* estimates that nobody has measured, assuming\n{assumed}",
-        ]
-    )
-
-
-def _closing(report: Report) -> str:
-    parts = [
-        listed("To be known:", report.warnings),
-        listed("A run would stop here because:", report.problems) or "Nothing stops it: without --dry-run it runs.",
-    ]
-    return "\n\n".join(filter(None, parts))
+    return [[what, f"{value:.1f}"] for what, value in [*hours.items(), ("together", sum(hours.values()))]]
 
 
 def opening(report: Report) -> str:
     """What a run says before it begins, or stops: what is lost, what is to be known, what is in the way."""
     parts = [
-        listed("What is lost against the papers:", report.fitted.losses),
-        listed("To be known:", report.warnings),
-        listed("Nothing was started, because:", report.problems),
+        layout.listed(report.fitted.losses, "What is lost against the papers:"),
+        layout.listed(report.warnings, "To be known:"),
+        layout.listed(report.problems, "Nothing was started, because:"),
     ]
     return "\n\n".join(filter(None, parts))

@@ -29,6 +29,7 @@ from erlib.load import users
 from erlib.machine import processes
 from erlib.machine.processes import StartError
 from erlib.serving import stack, wheel, wire
+from tests.support.on_cpu import ServerOnCpu
 from tests.support.ports import BASE_PORT
 from tests.support.served import (
     END_AT,
@@ -255,7 +256,7 @@ def metrics(blocks: float) -> list[str]:
 def published(tmp_path, monkeypatch):
     """A server of p1.B, whose engine publishes the size of its KV cache when one is told how often it was asked."""
     models = rendered("p1.B", tmp_path / "models")
-    server = repository.RepositoryServer("p1.B-0", models, BASE_PORT + 360, tmp_path, gpus=())
+    server = repository.RepositoryServer("p1.B-0", models, BASE_PORT + 360, tmp_path, gpus=(0,))
     asked = itertools.count()
     monkeypatch.setattr(repository.time, "sleep", lambda seconds: None)
 
@@ -561,7 +562,7 @@ class TestLlmApi(SpeaksTheContract):
 
     def test_what_the_llm_api_does_not_take_is_said_at_the_start(self, tokenizer, tmp_path):
         models = rendered_llmapi("p2.E", tmp_path / "models", tokenizer.parent, max_batch=8)
-        server = repository.RepositoryServer("p2.E-0", models, BASE_PORT + 350, tmp_path, gpus=(), flow="llmapi")
+        server = ServerOnCpu("p2.E-0", models, BASE_PORT + 350, tmp_path, "llmapi")
         try:
             server.start()
             with pytest.raises(StartError, match="failed to load all models"):

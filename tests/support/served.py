@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 from tritonclient.grpc import service_pb2 as pb
 
 from erlib import config
-from erlib.dgx import repository, tensorrt_llm
+from erlib.dgx import tensorrt_llm
 from erlib.dgx.containers import Places
 from erlib.machine import processes
 from erlib.serving import triton, wire
+from tests.support.on_cpu import ServerOnCpu
 
 END_AT = 5  # the stand-ins repeat the prompt, with the end of sequence as the sixth token
 PROMPT = "Is the word for a big cat still 猫, or rather Löwe 🦁? the end"
@@ -26,7 +27,7 @@ PROMPT = "Is the word for a big cat still 猫, or rather Löwe 🦁? the end"
 class Served:
     """Servers behind one gateway that takes them in turn, each with the tokenizer of its repository."""
 
-    def __init__(self, servers: list[repository.RepositoryServer], tokenizers: list[Path], url: str):
+    def __init__(self, servers: list[ServerOnCpu], tokenizers: list[Path], url: str):
         self.servers, self.url = servers, url
         self.tokenizers = [Tokenizer.from_file(str(directory / "tokenizer.json")) for directory in tokenizers]
         ends = [json.loads((directory / "tokenizer_config.json").read_text())["eos_token"] for directory in tokenizers]
@@ -88,7 +89,7 @@ def serving(
     """A server per repository and the gateway, on `port` and those above it."""
     ports = [port + 1 + i * triton.TritonServer.PORTS for i in range(len(repositories))]
     servers = [
-        repository.RepositoryServer(f"{models.name}-{at}", models, at, home, gpus=(), flow=flow)
+        ServerOnCpu(f"{models.name}-{at}", models, at, home, flow)
         for models, at in zip(repositories, ports, strict=True)
     ]
     processes.require_free_ports([port, *(at + i for at in ports for i in range(triton.TritonServer.PORTS))])

@@ -209,8 +209,8 @@ def serve_llm_api(argv):
 
 def triton_server(words, put_standin):
     """The real one, on a copy of the repository with a stand-in in it."""
-    from erlib.dgx import repository
     from erlib.serving import wheel
+    from tests.support.on_cpu import ServerOnCpu
 
     wheel.preflight()
     known = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)
@@ -218,7 +218,7 @@ def triton_server(words, put_standin):
     shutil.rmtree(models, ignore_errors=True)
     shutil.copytree(known["model-repository"], models)
     put_standin(models)
-    server = repository.RepositoryServer("standin", models, int(known["http-port"]), HOME, (), known["grpc-address"])
+    server = ServerOnCpu("standin", models, int(known["http-port"]), HOME, host=known["grpc-address"])
     launch = server.launch
     os.set_inheritable(server._run_folder._lock, True)  # it is the server's, which this process is about to become
     os.environ.update(launch.environment)
