@@ -221,42 +221,39 @@ def sweeps(
     profile: Profile, load: Sequence[Configuration], preliminary: Sequence[Configuration], gpu: Gpu
 ) -> list[Sweep]:
     """What the experiments of a profile take on `gpu`, in the order of the notebooks."""
+
+    def sweep(
+        experiment: str, one: Configuration, workload: str, users: Sequence[int], repeats: int,
+        mixes: Sequence[Mix] = ("uniform",),
+    ) -> Sweep:  # fmt: skip
+        points = len(users) * repeats * len(mixes)
+        steps, around = step_times(one, gpu), turns(profile, workload)
+        if steps is None:
+            return Sweep(experiment, one, points, None, None)
+        each = [
+            point_s(one, steps, around, level, busiest_share(one, profile, mix)) + POINT_S
+            for mix in mixes
+            for level in users
+        ]
+        return Sweep(experiment, one, points, repeats * sum(each) + start_s(one), max(each))
+
     found = [
-        _sweep("preliminary", profile, one, "preliminary", profile.preliminary.users, profile.preliminary.repeats,
-               ["uniform"], gpu)
+        sweep("preliminary", one, "preliminary", profile.preliminary.users, profile.preliminary.repeats)
         for one in preliminary
-    ]  # fmt: skip
+    ]
     for paper, settings in {"p1": profile.paper1, "p2": profile.paper2}.items():
         for one in load:
             if one.id in settings.configs:
                 # other mixes differ only where prompts are routed by cluster
                 mixes = settings.mixes if one.routing == "expert_router" else settings.mixes[:1]
-                found.append(
-                    _sweep(f"load, paper {paper[1]}", profile, one, paper, settings.users, settings.repeats, mixes, gpu)
-                )
+                found.append(sweep(f"load, paper {paper[1]}", one, paper, settings.users, settings.repeats, mixes))
     overhead, ways = profile.overhead, len(get_args(config.Relay))
     found += [
-        _sweep("overhead", profile, one, "overhead", overhead.users, overhead.repeats * ways, ["uniform"], gpu)
+        sweep("overhead", one, "overhead", overhead.users, overhead.repeats * ways)
         for one in load
         if one.id == overhead.config
     ]
     return found
-
-
-def _sweep(
-    experiment: str, profile: Profile, configuration: Configuration, workload: str, users: Sequence[int],
-    repeats: int, mixes: Sequence[Mix], gpu: Gpu,
-) -> Sweep:  # fmt: skip
-    points = len(users) * repeats * len(mixes)
-    steps, around = step_times(configuration, gpu), turns(profile, workload)
-    if steps is None:
-        return Sweep(experiment, configuration, points, None, None)
-    each = [
-        point_s(configuration, steps, around, level, busiest_share(configuration, profile, mix)) + POINT_S
-        for mix in mixes
-        for level in users
-    ]
-    return Sweep(experiment, configuration, points, repeats * sum(each) + start_s(configuration), max(each))
 
 
 def records_bytes(profile: Profile) -> float:

@@ -95,13 +95,11 @@ def _fitted(
         losses[-1] += f", batch size {batch_size} instead of {printed.batch_size}"
     if not losses:
         return configuration, []
-    model = shape(printed.model)
     system = narrow.model_copy(
         update={
             "batch_size": batch_size,
-            "weights_gb": model.loaded_bytes(printed.dtype, narrow.tensor_parallel) / 1e9,
-            # half a token more, lest rounding takes one away
-            "kv_cache_gb": (tokens + 0.5) * model.kv_bytes_per_token(printed.kv_dtype) / 1e9,
+            "weights_gb": shape(printed.model).loaded_bytes(printed.dtype, narrow.tensor_parallel) / 1e9,
+            "kv_cache_gb": laptop.cache_gb(printed.model, printed.kv_dtype, tokens),
             "kv_tokens": None,
         }
     )

@@ -189,24 +189,9 @@ class RepositoryPlan(triton.ServerPlan):
 
 
 class RepositoryServer(triton.TritonServer):
-    """A server on a rendered repository.
+    """A server on a rendered repository, which is only read; of its engine, each rank has one of the GPUs.
 
-    Parameters
-    ----------
-    label : str
-        Name in messages and logs, e.g. ``"p1.D-3"``.
-    repository : Path
-        What :func:`render` wrote. It is only read, and not removed.
-    port : int
-        HTTP port, of this machine alone; gRPC is the next, metrics the one after.
-    work_dir : Path
-        Where the log goes.
-    gpus : sequence of int
-        The engine's GPUs, one rank each.
-    runner : Runner, optional
-        Starts it inside an image; without one, ``tritonserver`` (and ``mpirun``) are installed here.
-    flow : {"engine", "llmapi"}
-        The repository's.
+    Its `runner` starts it inside an image; without one, ``tritonserver`` (and ``mpirun``) are installed here.
     """
 
     def __init__(

@@ -87,20 +87,15 @@ def _machine(report: Report) -> list[list[Any]]:
     else:
         used = f"none; everything below is laid out for {fitted.n_gpus} x {fitted.gpu.name}"
     places = checkpoints.places(report.asked)
-    rows = [
+    rows: list[list[Any]] = [
         ["host", platform.node()],
         ["GPUs", used],
         ["cores", hardware.cores()],
         ["host memory", f"{hardware.free_memory_bytes() / 1e9:,.0f} GB free"],
-        *(
-            [name, f"{directory}, {hardware.free_disk_bytes(directory) / 1e9:,.0f} GB free"]
-            for name, directory in {
-                "checkpoints": places.checkpoints,
-                "engines": places.work,
-                "records": paths.run_dir(report.asked.name),
-            }.items()
-        ),
     ]
+    home = {"checkpoints": places.checkpoints, "engines": places.work, "records": paths.run_dir(report.asked.name)}
+    for name, directory in home.items():
+        rows.append([name, f"{directory}, {hardware.free_disk_bytes(directory) / 1e9:,.0f} GB free"])
     for version, runner in preflight.runners(fitted.plans, report.asked).items():
         state = (
             "" if runner.kind == "bare" else ", here" if runner.is_ready else f", {runner.image.size_gb:g} GB to load"

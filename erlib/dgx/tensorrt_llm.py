@@ -77,28 +77,14 @@ def needed(profile: Profile, configurations: Sequence[Configuration] | None = No
 class Plan:
     """How one configuration comes from a downloaded checkpoint to something that a server loads.
 
+    A baseline of our own shares the engine of the system that it stands beside; instances of one configuration share
+    theirs. ConfigError if the flow cannot express the system.
+
     Pinned, whatever a version's defaults are: float16, formats of weights and KV cache, lengths, tokens per step, and
     what the papers' versions did: blocks of their size, an MLP whose two multiplications are not fused, and no
     paged-context attention, without which an engine has neither KV block reuse nor chunked context (and which
     ``trtllm-build`` does not build for an INT8 KV cache). The server pins the scheduler (guaranteed no evict) and how
     attention is split.
-
-    Parameters
-    ----------
-    configuration : Configuration
-        Its ``system`` says model, formats, tensor parallelism and batch size. A baseline of our own shares the engine
-        of the system that it stands beside; instances of one configuration share theirs.
-    lengths : tuple of int
-        Longest prompt and longest sequence, in tokens: :func:`lengths`.
-    places : Places
-    flow : {"engine", "llmapi"}
-    version : {"1.2.1", "0.21.0"}
-        Of TensorRT-LLM.
-
-    Raises
-    ------
-    ConfigError
-        If the flow cannot express the system; the message says why.
     """
 
     configuration: Configuration

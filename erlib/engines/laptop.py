@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -23,10 +22,10 @@ from erlib.engines.llama import (
     most_kv_tokens,
     shape,
 )
+from erlib.machine import hardware
 from erlib.workload import lengths
 
 KvCache = Literal["f16", "u8"]
-
 
 _SLACK_TOKENS = 8
 
@@ -117,7 +116,7 @@ def laptop_system(profile: Profile, configuration: Configuration, max_sequence_t
         batch_size=batch_size,
         kv_blocks=laptop.kv_blocks or scaled_blocks,
         max_sequence_tokens=max_sequence_tokens,
-        threads=max(1, len(os.sched_getaffinity(0)) * system.tensor_parallel // GPUS),
+        threads=max(1, hardware.cores() * system.tensor_parallel // GPUS),
     )
 
 
@@ -158,8 +157,7 @@ def preliminary_configurations(profile: Profile) -> list[Configuration]:
         system = PaperSystem(
             model=model, dtype=dtype, kv_dtype=kv_dtype, tensor_parallel=tensor_parallel, instances=1,
             batch_size=batch_size, weights_gb=weights / 1e9,
-            # half a token more, lest rounding takes one away
-            kv_cache_gb=(tokens + 0.5) * shape(model).kv_bytes_per_token(kv_dtype) / 1e9,
+            kv_cache_gb=cache_gb(model, kv_dtype, tokens),
         )  # fmt: skip
         slots = profile.scaled_users(batch_size)
         laptop = LaptopSystem(
@@ -170,6 +168,11 @@ def preliminary_configurations(profile: Profile) -> list[Configuration]:
         name = f"p2.{dtype}-tp{tensor_parallel}-bs{batch_size}"
         found.append(Configuration(id=name, title=title, routing="direct", paper=system, laptop=laptop))
     return found
+
+
+def cache_gb(model: str, kv_dtype: Dtype, tokens: int) -> float:
+    """A KV cache as the papers print it, for so many tokens: half a token more, lest rounding takes one away."""
+    return (tokens + 0.5) * shape(model).kv_bytes_per_token(kv_dtype) / 1e9
 
 
 def needed(profile: Profile) -> list[tuple[Size, Dtype]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pandas as pd
 
 from erlib import config
@@ -16,9 +14,6 @@ from erlib.engines.llama import (
     kv_tokens,
     shape,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def recomputed_table1(paper: Paper) -> pd.DataFrame:

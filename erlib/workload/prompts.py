@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from erlib.workload.lengths import Floats, Paper
 
 MIN_PER_CLUSTER = 64
 _MAX_PASSAGES = 2000  # tried for one prompt before giving up
-_MIXES: tuple[config.Mix, ...] = ("uniform", "normal")
+_MIXES: tuple[config.Mix, ...] = get_args(config.Mix)
 
 
 class WorkloadError(ValueError):
