@@ -15,6 +15,9 @@ ENGINE_SPECS = ROOT / "engines"
 
 FACTS = ROOT / "data"
 
+REFERENCE = ROOT / "figures"
+"""The figures that the repository holds, each profile's with the records that they were drawn from."""
+
 STYLE = Path(__file__).with_name("style.mplstyle")
 
 

@@ -48,8 +48,12 @@ def _main(args: argparse.Namespace) -> int:
     if args.profile.endswith((".yaml", ".yml")):
         args.profile = str(Path(args.profile).absolute())  # notebooks run in a directory of their own
     overrides = config.read_overrides(args.set)
+    if args.records:
+        overrides["records"] = args.records
     profile = config.load_profile(args.profile, overrides)
     chosen = _selection(args.only, args.start)
+    if profile.records == "published":
+        _only_draws(profile, chosen)
     report = preflight.check(profile) if profile.serving.backend == "tensorrt_llm" else None
     if report:  # on the GPUs that there are
         profile, overrides = report.fitted.profile, overrides | report.fitted.overrides
@@ -72,6 +76,21 @@ def _main(args: argparse.Namespace) -> int:
         raise config.ConfigError("; ".join(f"{step.name} is left out: {left_out[step.name]}" for step in steps))
     with _alone(profile):
         return _run(to_run, profile, force=bool(args.only))
+
+
+_DRAWING = ("08_figures_paper1", "09_figures_paper2", "10_scorecard")
+"""Notebooks that read records and make none."""
+
+
+def _only_draws(profile: config.Profile, chosen: list[Path]) -> None:
+    """Refuse published records where something would be measured, and such as cannot be read."""
+    from erlib.load import published
+
+    if measures := [notebook.stem for notebook in chosen if notebook.stem not in _DRAWING]:
+        raise config.ConfigError(
+            f"{measures[0]} makes records of its own: published ones are for --only {' '.join(_DRAWING)}"
+        )
+    published.check(profile)
 
 
 def _run(steps: list[Step], profile: config.Profile, force: bool) -> int:
@@ -371,6 +390,11 @@ def _arguments() -> argparse.Namespace:
         "--only", nargs="+", action="append", default=[], metavar="NOTEBOOK", help="run these, changed or not"
     )
     parser.add_argument("--from", dest="start", metavar="NOTEBOOK", help="leave out the notebooks before this one")
+    parser.add_argument(
+        "--records",
+        choices=["own", "published"],
+        help="published: draw and judge, with --only 08 09 10, the records beside the reference figures",
+    )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change a profile key"
     )

@@ -20,8 +20,9 @@ HANDED_OUT = {
     "claims": "counts evaluate inconsistencies read_sources write_scorecard",
     "dgx": "build_report",
     "engines": "laptop_system measure_engines recomputed_table1",
-    "load": "accounting aggregate all_configurations answers at_highest_load build_workload load_sweep overhead_sweep "
-    "overview preliminary_sweep read read_files routing_overhead run summarise",
+    "load": "accounting aggregate all_configurations answers at_highest_load build_workload input_lengths load_records "
+    "load_sweep overhead_sweep overview preliminary_records preliminary_sweep read read_files routing_overhead run "
+    "summarise",
     "paper_scale": "ablation_effects ablation_plan ablation_profile ablation_table aisimulate beside_simulation "
     "by_point calibrated emulated_load errors full_scale_workloads gpus_needed leave_one_out mape pace published "
     "replicas_agreement replicas_beside_simulation replicas_finding replicas_plan run_ablation run_replicas "

@@ -83,6 +83,20 @@ def test_an_empty_selection_is_no_success(run):
     assert "nothing selected" in err
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["--only", "08", "05"], "05_load_sweep makes records of its own"),
+        ([], "01_clusterer makes records of its own"),
+        (["--only", "08", "09", "10"], "profile 'smoke' has no published records"),
+    ],
+)
+def test_published_records_are_for_notebooks_that_draw(run, given, why):
+    status, out, err = run("--profile", "smoke", "--records", "published", *given)
+    assert (status, out) == (2, "")
+    assert why in err and len(err.splitlines()) == 1
+
+
 def test_interrupting_ends_as_shells_expect(run, home, monkeypatch):
     def interrupted(step):
         raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,18 +25,26 @@ class NotTestable(Exception):
 FULL_SCALE = config.Scale(users=1, tokens=1)
 
 
+class Summary(NamedTuple):
+    """What verdicts need of one source's records; at the papers' scale these hold gigabytes of timestamps."""
+
+    requests: pd.DataFrame
+    """The answered requests with their latencies, without the timestamps of their tokens."""
+    curves: pd.DataFrame
+    """Tokens over time of the load experiment, by turn: 60 s buckets in paper 1, 2 s in paper 2, scaled."""
+    points: pd.DataFrame
+    """One row per point, turn and metric: ``value``."""
+
+
 class Evidence:
     """One source's records, summarised so that predicates can ask by the papers' numbers of users.
-
-    At the papers' scale a source holds gigabytes of timestamps, so records may come in parts, each with whole points;
-    only summaries, and the requests without their timestamps, are kept.
 
     Parameters
     ----------
     source : str
         ``measured``, ``emulated``, ``simulated-...``. All but ``measured`` are on the papers' own scale.
-    records : DataFrame or iterable of DataFrame
-        As :func:`erlib.load.records.read` returns them.
+    records : DataFrame, iterable of DataFrame, or Summary
+        As :func:`erlib.load.records.read` returns them, whole or in parts with whole points; or :func:`summarise`.
     profile : Profile
         Its scale says what the measured users, tokens and seconds stand for.
 
@@ -45,21 +54,14 @@ class Evidence:
         If there are no records, or they are damaged.
     """
 
-    def __init__(self, source: str, records: pd.DataFrame | Iterable[pd.DataFrame], profile: Profile) -> None:
+    def __init__(self, source: str, records: pd.DataFrame | Iterable[pd.DataFrame] | Summary, profile: Profile) -> None:
         self.source = source
         self.profile = profile
-        self.scale = profile.scale if source == "measured" else FULL_SCALE
-        parts = [records] if isinstance(records, pd.DataFrame) else records
-        seen = [self._summary(part) for part in parts if not part.empty]
-        if not seen:
-            raise ValueError(f"no records for source {source!r}: leave it out, or run its notebooks first")
-        done, curves, tables = (pd.concat(kind, ignore_index=True) for kind in zip(*seen, strict=True))
-        self.done: pd.DataFrame = done
-        """The answered requests with their latencies, without timestamps."""
-        self.curves: pd.DataFrame = curves
-        """Tokens over time of the load experiment, by turn: 60 s buckets in paper 1, 2 s in paper 2, scaled."""
+        self.scale = scale_of(source, profile)
+        summary = records if isinstance(records, Summary) else summarise(source, records, profile)
+        self.done, self.curves, points = summary
         keys = ["experiment", "config", "mix", "users", "turn", "metric"]
-        over = tables.groupby(keys)["value"].agg(["mean", "std", "count"])
+        over = points.groupby(keys)["value"].agg(["mean", "std", "count"])
         self.values = {
             key: Value(mean, sd, int(n)) for key, (mean, sd, n) in zip(over.index, over.to_numpy(), strict=True)
         }
@@ -69,32 +71,6 @@ class Evidence:
     def has_gpus(self) -> bool:
         """Whether absolute seconds are an H100's."""
         return self.source != "measured" or self.profile.serving.backend == "tensorrt_llm"
-
-    def _summary(self, part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-        """Requests, curves, and one row per point, turn and metric."""
-        keys = [*metrics.POINT, "turn"]
-        general = metrics.summarise(part).melt(keys, metrics.METRICS, "metric")
-        done = metrics.answers(part)
-        # Slow motion divides the gateways' own time too, which is real: it says nothing of theirs or the papers'.
-        done["route_kmeans_ns"] = done["route_kmeans_ns"].where(done["slow_motion"].fillna(1) == 1)
-        own = [
-            dict(zip(keys, key, strict=True)) | {"metric": name, "value": value}
-            for key, group in done.groupby(keys)
-            for name, value in {**_of_answers(group), **_of_routing(group)}.items()
-        ]
-        load = part[part["experiment"] == "load"]
-        width_s = {"p1": 60 / self.scale.seconds, "p2": 2 / self.scale.seconds}
-        curves = pd.concat(
-            metrics.bucket_throughput(group, width_s[paper]).assign(turn=turn)
-            for (paper, turn), group in [*load.groupby(["paper", "turn"]), (("p1", ""), load[:0])]
-        )
-        over = [
-            dict(zip(keys, key, strict=True)) | {"metric": name, "value": value}
-            for key, group in curves.groupby(keys)
-            for name, value in _of_buckets(group["tokens_per_s"].to_numpy()).items()
-        ]
-        table = pd.concat([general, pd.DataFrame(own), pd.DataFrame(over)]).dropna(subset="value")
-        return done.drop(columns="token_ns"), curves, table
 
     def resolve(self, name: str) -> str:
         """``p2.fp8-tp4-best`` -> the batch size with the lowest response time at the most users."""
@@ -159,6 +135,46 @@ class Evidence:
         paper = self.scale.paper_users(level)
         where = f"{level} user{'s' * (level > 1)}" + ("" if paper == level else f" (papers: {paper:.0f})")
         return where + (", continuation" if turn == "continuation" else "")
+
+
+def scale_of(source: str, profile: Profile) -> config.Scale:
+    """What a source's users, tokens and seconds stand for."""
+    return profile.scale if source == "measured" else FULL_SCALE
+
+
+def summarise(source: str, records: pd.DataFrame | Iterable[pd.DataFrame], profile: Profile) -> Summary:
+    """What verdicts need of a source's records; see :class:`Evidence` for parameters and errors."""
+    parts = [records] if isinstance(records, pd.DataFrame) else records
+    seen = [_summary(part, scale_of(source, profile)) for part in parts if not part.empty]
+    if not seen:
+        raise ValueError(f"no records for source {source!r}: leave it out, or run its notebooks first")
+    return Summary(*(pd.concat(kind, ignore_index=True) for kind in zip(*seen, strict=True)))
+
+
+def _summary(part: pd.DataFrame, scale: config.Scale) -> Summary:
+    keys = [*metrics.POINT, "turn"]
+    general = metrics.summarise(part).melt(keys, metrics.METRICS, "metric")
+    done = metrics.answers(part)
+    # Slow motion divides the gateways' own time too, which is real: it says nothing of theirs or the papers'.
+    done["route_kmeans_ns"] = done["route_kmeans_ns"].where(done["slow_motion"].fillna(1) == 1)
+    own = [
+        dict(zip(keys, key, strict=True)) | {"metric": name, "value": value}
+        for key, group in done.groupby(keys)
+        for name, value in {**_of_answers(group), **_of_routing(group)}.items()
+    ]
+    load = part[part["experiment"] == "load"]
+    width_s = {"p1": 60 / scale.seconds, "p2": 2 / scale.seconds}
+    curves = pd.concat(
+        metrics.bucket_throughput(group, width_s[paper]).assign(turn=turn)
+        for (paper, turn), group in [*load.groupby(["paper", "turn"]), (("p1", ""), load[:0])]
+    )
+    over = [
+        dict(zip(keys, key, strict=True)) | {"metric": name, "value": value}
+        for key, group in curves.groupby(keys)
+        for name, value in _of_buckets(group["tokens_per_s"].to_numpy()).items()
+    ]
+    table = pd.concat([general, pd.DataFrame(own), pd.DataFrame(over)]).dropna(subset="value")
+    return Summary(done.drop(columns="token_ns"), curves, table)
 
 
 def _of_answers(done: pd.DataFrame) -> dict[str, float]:

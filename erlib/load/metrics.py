@@ -56,12 +56,23 @@ def answers(records: pd.DataFrame) -> pd.DataFrame:
             f"{broken.sum()} of {len(done)} ok requests do not have one ordered timestamp per token (damaged records), "
             f"the first of them {row['config']}, {row['users']} users, repeat {row['repeat']}, user {row['user']}"
         )
+    return latencies(done)
+
+
+def latencies(done: pd.DataFrame) -> pd.DataFrame:
+    """Answered requests, also such without ``token_ns``, with the columns that :func:`answers` adds."""
+    tokens = done["output_tokens"].to_numpy()
+    send, first, last = (done[f"t_{name}_ns"].to_numpy() for name in ("send", "first", "last"))
     return done.assign(
         ttft_s=(first - send) * _NS,
         tpot_s=(last - first) * _NS / np.where(tokens > 1, tokens - 1, np.nan),
         response_s=(last - send) * _NS,
         user_tokens_per_s=tokens / ((last - send) * _NS),
     )
+
+
+LATENCIES = ["ttft_s", "tpot_s", "response_s", "user_tokens_per_s"]
+"""The columns that :func:`latencies` adds."""
 
 
 def token_gaps(done: pd.DataFrame) -> npt.NDArray[np.float64]:

@@ -36,6 +36,8 @@ def basics(profile: Profile) -> list[str]:
         nginx.find,
         lambda: processes.require_free_ports(ports(profile), profile.serving.host),
     ]
+    if profile.records == "published":  # nothing will be started
+        checks = []
     for check in checks:
         try:
             check()

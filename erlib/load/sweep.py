@@ -7,6 +7,9 @@ one whose inputs have changed gets another name, and the old file is left alone.
 
 from __future__ import annotations
 
+import functools
+import json
+import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -25,7 +28,7 @@ from erlib.load.scripts import scripts_of
 from erlib.machine import hardware
 from erlib.machine.progress import Bar
 from erlib.provenance import MissingRecords
-from erlib.serving import stack
+from erlib.serving import nginx, stack
 
 
 def run(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
@@ -187,6 +190,14 @@ def _verify(point: Point, series: Series, answers: list[users.Answer], counted: 
         raise users.PointFailed(f"{what}: token timestamps are not strictly increasing")
 
 
+@functools.cache
+def _versions() -> str:
+    """What a record says of the software that made it: the packages' versions, NGINX', the operating system's."""
+    said = subprocess.run([nginx.find(), "-v"], capture_output=True, text=True, check=False).stderr
+    about = {"nginx": said.strip().rpartition("/")[2], "system": hardware.system()}
+    return json.dumps(json.loads(provenance.columns()["versions"]) | about)
+
+
 def _rows(
     profile: Profile,
     series: Series,
@@ -220,6 +231,7 @@ def _rows(
         "seed": profile.seed,
         "started": started,
         **provenance.columns(),
+        "versions": _versions(),
         **where,
     }
     if system.source == "emulated":

@@ -130,6 +130,15 @@ def existing(directory: Path) -> Path:
     return next(path for path in (directory, *directory.parents) if path.exists())
 
 
+def system() -> str:
+    """Operating system and kernel, e.g. ``Debian GNU/Linux 12 (bookworm), Linux 6.1.0``."""
+    try:
+        name = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        name = "unknown distribution"
+    return f"{name}, {platform.system()} {platform.release()}"
+
+
 def machine() -> str:
     """Cores, processor and memory, e.g. ``2 x AMD EPYC 7763, 24 GB``."""
     model = platform.processor() or platform.machine()

@@ -23,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from erlib import config, paths, provenance
 from erlib.engines import laptop
 from erlib.machine import hardware
+from erlib.report import origin
 
 # Okabe and Ito's, but for their yellow: too light for white paper, and lost where a page is dark and inverts pictures.
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#000000"]
@@ -69,7 +70,7 @@ def style() -> None:
 
 def save(
     fig: Figure,
-    profile: str,
+    profile: config.Profile,
     source: str,
     paper: str,
     slug: str,
@@ -90,7 +91,9 @@ def save(
     ----------
     fig : Figure
         A small footer with source, machine, profile and `note` is put below it.
-    profile, source, paper, slug : str
+    profile : Profile
+        Whose it is; what its systems are made of is written down.
+    source, paper, slug : str
         Where it goes. `source` is measured, emulated or simulated; `paper` is paper1, paper2 or workbench.
     data : DataFrame
         The plotted numbers, written as csv without the index.
@@ -114,10 +117,10 @@ def save(
     Path
         The png.
     """
-    directory = paths.FIGURES / profile / source / paper
+    directory = paths.FIGURES / profile.name / source / paper
     directory.mkdir(parents=True, exist_ok=True)
     host = host or hardware.machine()
-    footer = " · ".join(part for part in (evidence or f"{source} on {host}", f"profile {profile}", note) if part)
+    footer = " · ".join(part for part in (evidence or f"{source} on {host}", f"profile {profile.name}", note) if part)
     lines = textwrap.fill(footer, width=int(fig.get_figwidth() * 23))
     fig.text(0.005, -0.02, lines, va="top", ha="left", fontsize=6, color="#777777")
     hashes = sorted(set(records or []))
@@ -125,11 +128,13 @@ def save(
         "caption": caption,
         "reference": reference,
         "source": source,
-        "profile": profile,
+        "profile": profile.name,
         "host": host,
         "footer": footer,
         "command": command,
         "git_commit": provenance.git_commit(),
+        "drawn": origin.drawn(),
+        "made_of": origin.inputs(profile),
         "versions": {name: metadata.version(name) for name in ("matplotlib", "numpy", "pandas", "scipy", "seaborn")}
         | {"python": platform.python_version()},
         "records": {"points": len(hashes), "point_hashes": hashes},
@@ -148,14 +153,17 @@ def _write(fig: Figure, target: Path, data: pd.DataFrame, about: Mapping[str, An
 
 
 def command(profile: config.Profile, notebook: str) -> str:
-    """The command that regenerates a notebook's figures, with the overrides that were in force."""
+    """The command that makes a notebook's figures again on a fresh clone, with the overrides that were in force."""
+    if profile.records == "published":
+        return f"./run_all.sh --profile {profile.name} --records published --only {notebook}"
+    draws = f"  # draws it in {notebook}"
     try:
         plain = _flat(config.load_profile(profile.name).model_dump(mode="json"))
     except config.ConfigError:  # a profile from a file elsewhere: its values are the overrides' base
-        return f"./run_all.sh --profile {profile.name}.yaml --only {notebook}"
+        return f"./run_all.sh --profile {profile.name}.yaml{draws}"
     changed = {key: value for key, value in _flat(profile.model_dump(mode="json")).items() if plain[key] != value}
     overrides = "".join(f" --set '{key}={json.dumps(value)}'" for key, value in changed.items())
-    return f"./run_all.sh --profile {profile.name} --only {notebook}{overrides}"
+    return f"./run_all.sh --profile {profile.name}{overrides}{draws}"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,13 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from erlib import config, paths
+from erlib.load import published
 from erlib.provenance import MissingRecords
 from erlib.report import canvas
 from erlib.report.canvas import VERMILION, cluster_colours, command, save
 
 
 def read_cluster_map(profile: config.Profile) -> pd.DataFrame:
-    """The 2-D map of the profile's clusters that ``01_clusterer`` has written: ``x``, ``y``, ``cluster``."""
+    """The 2-D map of the profile's clusters: ``x``, ``y``, ``cluster``; ``01_clusterer`` has written it."""
+    if profile.records == "published":
+        return published.read(profile, published.CLUSTER_MAP).to_pandas()
     path = paths.run_dir(profile.name) / "clusterer_map.parquet"
     try:
         return pd.read_parquet(path)
@@ -74,7 +77,7 @@ def architecture(clusters: pd.DataFrame, profile: config.Profile, paper: Literal
     )
     save(
         fig,
-        profile.name,
+        profile,
         "measured",
         paper,
         "fig01_architecture",
@@ -186,7 +189,7 @@ def table1_models(table: pd.DataFrame, profile: config.Profile, paper: Literal["
         "paper prints weights, KV cache and batch size only."
     )
     save(
-        *(fig, profile.name, "measured", paper, "table1_models", table, caption, f"Paper {paper[-1]}, Table I"),
+        *(fig, profile, "measured", paper, "table1_models", table, caption, f"Paper {paper[-1]}, Table I"),
         command=command(profile, f"{'08' if paper == 'paper1' else '09'}_figures_{paper}"),
         evidence="arithmetic on the paper's numbers, nothing was timed",
     )

@@ -88,11 +88,12 @@ def finish(
     in_order = source == "measured" or used["experiment"].iloc[0] == "replicas"
     again = command(profile, notebook if in_order else "07_paper_scale")
     if source.startswith("simulated"):  # drawn at the papers' scale, whose settings are nobody's overrides
-        again = f"./run_all.sh --profile {profile.name} --only 07_paper_scale"
+        again = f"./run_all.sh --profile {profile.name}  # draws it in 07_paper_scale"
+    started = used["started"].dropna()
     saved = functools.partial(
         save,
         fig,
-        profile.name,
+        profile,
         used["source"].iloc[0],
         paper,
         slug,
@@ -109,6 +110,7 @@ def finish(
                 "git_commits": sorted(used["git_commit"].unique()),
                 "profile_hashes": sorted(used["profile_hash"].unique()),
                 "versions": [json.loads(versions) for versions in sorted(used["versions"].unique())],
+                "started": [started.min(), started.max()] if len(started) else [],
             },
         },
     )

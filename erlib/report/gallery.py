@@ -85,7 +85,10 @@ class Picture:
             "Records": f"{about['records']['points']} points" if self.timed else "",
             "Requests": f"{requests['answered']} answered, {requests['failed']} failed" if requests else "",
             "Records from commit": ", ".join(made.get("git_commits", [])),
+            "Measured": " to ".join(made.get("started", [])),
+            "Drawn": ", ".join(about.get("drawn", {}).values()),
             "Drawn at commit": about["git_commit"],
+            "Made of": "; ".join(f"{what} {which}" for what, which in about.get("made_of", {}).items()),
             "Versions": "; ".join(
                 ", ".join(f"{name} {number}" for name, number in versions.items())
                 for versions in [*made.get("versions", []), about["versions"]]

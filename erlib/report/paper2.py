@@ -56,7 +56,7 @@ def paper2_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figur
         f"the tokenizer of the model under test (right).{canvas.scale(profile)}"
     )
     save(
-        *(fig, profile.name, "measured", "paper2", "fig02_input_tokens", pd.concat(counts), caption, "Paper 2, Fig. 2"),
+        *(fig, profile, "measured", "paper2", "fig02_input_tokens", pd.concat(counts), caption, "Paper 2, Fig. 2"),
         command=command(profile, "09_figures_paper2"),
         evidence="token counts, nothing was timed",
     )

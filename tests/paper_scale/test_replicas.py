@@ -199,7 +199,7 @@ def test_the_figure_names_what_is_emulated_and_what_is_not(
     folder = tmp_path / "smoke/emulated/workbench"
     assert set(pd.read_csv(folder / "replicas.csv")["source"]) == {"emulated", *hot_experts.SIMULATED}
     about = json.loads((folder / "replicas.json").read_text())
-    assert about["source"] == "emulated" and about["records"]["points"] == 3 and "--only 06" in about["command"]
+    assert about["source"] == "emulated" and about["records"]["points"] == 3 and "draws it in 06" in about["command"]
     assert "in 0 of 9 values" in about["caption"] and "did not keep the engines' pace" in about["caption"]
 
 

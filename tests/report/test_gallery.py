@@ -59,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, profile: config.Profile) -> I
             fig, ax = plt.subplots(figsize=(7, 3 + 0.2 * i))
             ax.plot([0, 1], [0, i])
             canvas.save(
-                *(fig, profile.name, source, paper, slug),
+                *(fig, profile, source, paper, slug),
                 pd.DataFrame({"users": [1, 8], "value": [0.5, i]}),
                 f"Picture {i} <of> {source}: x & y.",
                 f"{paper}, {slug}",

@@ -62,7 +62,7 @@ def replicas_simulated(table: pd.DataFrame, profile: config.Profile) -> Figure:
         "answers decide p99, and replicas cannot shorten them."
     )
     canvas.save(
-        *(fig, profile.name, "simulated-hardware", "workbench", "replicas", table, caption, NO_COUNTERPART),
+        *(fig, profile, "simulated-hardware", "workbench", "replicas", table, caption, NO_COUNTERPART),
         command=canvas.command(profile, "06_routing_overhead"),
         host="8 x H100 and those added, in virtual time",
     )

@@ -89,7 +89,7 @@ def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
     fig.legend(*kept.get_legend_handles_labels(), title="Stability under", loc="outside upper center", ncols=3)
     caption = _caption(table, profile)
     canvas.save(
-        *(fig, profile.name, "measured", "workbench", "router_comparison", table, caption, NO_COUNTERPART),
+        *(fig, profile, "measured", "workbench", "router_comparison", table, caption, NO_COUNTERPART),
         command=canvas.command(profile, "06_routing_overhead"),
     )
     plt.close(fig)

@@ -78,7 +78,7 @@ def simulation_trust(
     panels = {"published": published, "aisimulate": aisimulate, "predicted": predictions}
     data = [frame.assign(panel=name) for name, frame in panels.items()]
     canvas.save(
-        *(fig, profile.name, "simulated-hardware", "workbench", "simulation_trust"),
+        *(fig, profile, "simulated-hardware", "workbench", "simulation_trust"),
         pd.concat(data, ignore_index=True),
         caption,
         NO_COUNTERPART,
