@@ -243,9 +243,21 @@ def level(users: int, profile: config.Profile, unit: str = "") -> str:
 def log_axis(ax: Axes) -> None:
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    subs = next((subs for reach, subs in _LOG_TICKS.items() if high / low < reach), (1,))
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
+
+
+_LOG_TICKS: dict[float, tuple[float, ...]] = {8: (1, 1.5, 2, 3, 4, 5, 6, 8), 300: (1, 2, 5)}
+"""Ticks of a decade on an axis that reaches over less than a factor."""
+
+
+def from_zero(*axes: Axes) -> None:
+    """Axes that begin at zero, with room above the highest mark for all of it."""
+    for ax in axes:
+        top = max(same.dataLim.y1 for same in ax.get_shared_y_axes().get_siblings(ax))
+        ax.set_ylim(0, 1.07 * top if 0 < top < math.inf else None)
 
 
 def legend(fig: Figure, ax: Axes, columns: int = 3) -> None:

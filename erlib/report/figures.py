@@ -30,6 +30,8 @@ def load_figures(records: pd.DataFrame, profile: config.Profile) -> list[Figure]
     turns: list[Turn] = ["base", "continuation"]
     drawn = [draw(mine["p1"], profile, turn) for draw in (paper1_ttft, paper1_tpot) for turn in turns]
     rest1 = (paper1_user_throughput, paper1_p99_response_time, paper1_session_throughput, paper1_bucket_throughput)
-    rest2 = (paper2_preliminary, paper2_ttft, paper2_tpot, paper2_user_throughput_p99, paper2_system_throughput)
+    rest2 = [paper2_ttft, paper2_tpot, paper2_user_throughput_p99, paper2_system_throughput]
+    if not records["source"].eq("simulated-harness").all():  # baselines alone, which no harness touches
+        rest2.insert(0, paper2_preliminary)
     drawn += [draw(mine["p1"], profile) for draw in rest1]
     return drawn + [draw(mine["p2"], profile) for draw in rest2]

@@ -67,7 +67,7 @@ def draw(figure: OverUsers, records: pd.DataFrame, profile: config.Profile) -> F
         ax.set(title=panel.title, ylabel="" if figure.sharey and ax is not axes[0, 0] else panel.ylabel)
         canvas.user_axis(ax, sorted(summary["users"].unique()), profile)
     for ax in axes[0]:  # only now, because a limit set on one shared axis would cut off what the next panel draws
-        canvas.log_axis(ax) if figure.log else ax.set_ylim(bottom=0)
+        canvas.log_axis(ax) if figure.log else canvas.from_zero(ax)
     canvas.legend(fig, axes[0, 0])
     configs = (profile.paper1 if figure.paper == "p1" else profile.paper2).configs
     caption = f"{figure.caption}{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
@@ -107,6 +107,10 @@ def systems(ax: Axes, summary: pd.DataFrame, metric: str, bars: str | None = Non
         line(ax, mine, metric, canvas.look(name), canvas.name_of(name), bars=bars, shift=shift)
 
 
+BENEATH: dict[str, Any] = {"linewidth": 4.5, "alpha": 0.4, "zorder": 1.5}
+"""Looks of our own baseline, which often coincides with the system it is made from: broad and pale, both are seen."""
+
+
 def line(
     ax: Axes,
     summary: pd.DataFrame,
@@ -137,8 +141,8 @@ def line(
         Of matplotlib's lines.
     """
     colour, marker = look
-    if colour == canvas.GREY:  # our own baseline often coincides with the system it is made from: let both be seen
-        looks = {"linestyle": "--", "zorder": 3, "linewidth": 1.0} | looks
+    if colour == canvas.GREY:
+        looks = BENEATH | looks
     moved = summary.assign(users=summary["users"] + shift)
     over_repeats = moved.groupby("users")[metric].mean()
     if over_repeats.isna().all():  # its name belongs into the legend all the same
@@ -165,5 +169,7 @@ def line(
     )  # seaborn would draw through a level at which nothing was answered
     if bars:
         over = moved.groupby("users")[[metric, bars]].mean()
-        ax.errorbar(over.index, over[metric], np.nan_to_num(over[bars]), color=colour, ls="", elinewidth=0.7)
+        above = np.nan_to_num(over[bars])
+        below = np.minimum(above, np.nan_to_num(over[metric]))  # nothing that is drawn here can be less than zero
+        ax.errorbar(over.index, over[metric], [below, above], color=colour, ls="", elinewidth=0.7)
     ax.set(xlabel="", ylabel="")

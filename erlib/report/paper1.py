@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from erlib import config
+from erlib.claims.evidence import LEAST_BUCKETS
 from erlib.load import metrics
 from erlib.report import canvas
 from erlib.report.canvas import GREY
@@ -22,8 +23,8 @@ def _ttft(turn: Turn, number: int) -> OverUsers:
         "p1",
         f"fig0{number}_ttft_{turn}",
         (
-            Panel("ttft_mean_s", "Mean", "time to first token [s]", turn),
-            Panel("ttft_sd_s", "Spread over users (sd)", "sd of time to first token [s]", turn),
+            Panel("ttft_mean_s", f"Mean TTFT, {turn} prompt", "time to first token [s]", turn),
+            Panel("ttft_sd_s", "TTFT: spread over users (sd)", "sd of time to first token [s]", turn),
         ),
         f"Time to first token of the {turn} prompt: mean over users (left) and standard deviation over users (right). "
         "The paper finds the tensor-parallel baseline A far below the routed systems B to D, for both prompts alike, "
@@ -37,8 +38,8 @@ def _tpot(turn: Turn, number: int) -> OverUsers:
         "p1",
         f"fig0{number}_tpot_{turn}",
         (
-            Panel("gap_median_s", "Median over all gaps", "time per output token [s]", turn),
-            Panel("tpot_mean_s", "Mean over users", turn=turn),
+            Panel("gap_median_s", f"Median TPOT (all gaps), {turn} prompt", "time per output token [s]", turn),
+            Panel("tpot_mean_s", "Mean TPOT over users", turn=turn),
         ),
         f"Time per output token of the {turn} prompt: median of all gaps between consecutive tokens (left) and mean "
         "over users of (t_last - t_first) / (n - 1) (right). The paper's caption says median and its text average, so "
@@ -48,9 +49,10 @@ def _tpot(turn: Turn, number: int) -> OverUsers:
     )
 
 
-def _both_turns(metric: str, ylabel: str, bars: str | None = None) -> tuple[Panel, ...]:
+def _both_turns(metric: str, title: str, unit: str, bars: str | None = None) -> tuple[Panel, ...]:
     turns: tuple[Turn, ...] = ("base", "continuation")
-    return tuple(Panel(metric, f"{turn.capitalize()} prompt", ylabel, turn, bars) for turn in turns)
+    ylabel = f"{title[0].lower()}{title[1:]} [{unit}]"
+    return tuple(Panel(metric, f"{title}, {turn} prompt", ylabel, turn, bars) for turn in turns)
 
 
 TTFT: dict[Turn, OverUsers] = {"base": _ttft("base", 2), "continuation": _ttft("continuation", 3)}
@@ -58,18 +60,17 @@ TPOT: dict[Turn, OverUsers] = {"base": _tpot("base", 4), "continuation": _tpot("
 USER_THROUGHPUT = OverUsers(
     "p1",
     "fig06_user_throughput",
-    _both_turns("user_tokens_per_s_mean", "user throughput [tokens/s]", "user_tokens_per_s_sd"),
+    _both_turns("user_tokens_per_s_mean", "User throughput", "tokens/s", "user_tokens_per_s_sd"),
     "User throughput, an answer's tokens over the time from request to last token: mean over users, bars one standard "
-    "deviation over users (as the paper defines it), averaged over repeats. The paper sees no clear difference between "
-    "A and B to D for more than one user.",
-    log=True,
+    "deviation over users (as the paper defines it), averaged over repeats and cut at zero. The paper sees no clear "
+    "difference between A and B to D for more than one user.",
     sharey=True,
     dodge=True,
 )
 P99_RESPONSE_TIME = OverUsers(
     "p1",
     "fig07_p99_response_time",
-    _both_turns("response_p99_s", "p99 response time [s]"),
+    _both_turns("response_p99_s", "p99 response time", "s"),
     "Response time that 99 % of the answers do not exceed (nearest rank: with fewer than 100 users the slowest "
     f"answer). The paper finds B to D below A between 200 and 900 users.{canvas.REPEATS}",
     sharey=True,
@@ -77,7 +78,7 @@ P99_RESPONSE_TIME = OverUsers(
 SESSION_THROUGHPUT = OverUsers(
     "p1",
     "fig08_session_throughput",
-    _both_turns("session_tokens_per_s", "session throughput [tokens/s]"),
+    _both_turns("session_tokens_per_s", "Session throughput", "tokens/s"),
     "Session throughput (Eq. 1-3): tokens of the users answered within the p99 response time, over the time from the "
     "first request to the last token among them. The paper finds B to D above A between 200 and 900 "
     f"users.{canvas.REPEATS}",
@@ -132,6 +133,11 @@ def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> 
         ax.set_title(canvas.name_of(name).replace(" (not in the paper)", ""), color=colour, fontsize=7.5)
         ax.tick_params(labelbottom=True)
     axes[0, 0].set(xlim=(0, None), ylim=(0, None))
+    buckets = table.groupby(["config", "users"])["bucket"].max() + 1
+    short = int((buckets < LEAST_BUCKETS).sum())
+    unresolved = (
+        f" {short} of {len(buckets)} runs last fewer than {LEAST_BUCKETS} buckets and show no course." if short else ""
+    )
     rest = axes.flat[len(configs) :]
     for ax in rest:
         ax.axis("off")
@@ -141,8 +147,8 @@ def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> 
     fig.supylabel(f"tokens/s in buckets of {width_s:g} s", fontsize=8)
     caption = (
         f"Tokens per second in time buckets of {width_s:g} s (the paper's 60 s divided by {profile.scale.seconds:g}), "
-        "base prompt, mean over repeats; the last bucket of a run is only partly filled. The paper's A has one peak "
-        "and then declines, its B to D fluctuate between 200 and 2,000 tokens/s for longer, and all ramp up "
-        f"first.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
+        f"base prompt, mean over repeats; the last bucket of a run is only partly filled.{unresolved} The paper's A "
+        "has one peak and then declines, its B to D fluctuate between 200 and 2,000 tokens/s for longer, and all ramp "
+        f"up first.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
     )
     return finish(fig, table, used, profile, "paper1", "fig09_bucket_throughput", caption=caption)

@@ -19,7 +19,7 @@ from erlib.load import metrics
 from erlib.report import canvas
 from erlib.report.canvas import BLUE, GREY, SKY, command, look, save
 from erlib.report.drawing import finish, is_routed, load_records, select
-from erlib.report.over_users import Panel, line, means, systems
+from erlib.report.over_users import BENEATH, Panel, line, means, systems
 
 
 def paper2_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -94,10 +94,10 @@ def paper2_preliminary(records: pd.DataFrame, profile: config.Profile) -> Figure
             label = f"{dtype.upper()}, batch {batch}" + f" (here {profile.scaled_users(batch)})" * scaled
             mine, colours = summary[summary["config"] == name], canvas.DTYPE_LOOKS[dtype]
             line(ax, mine, "response_mean_s", colours, label if best else "", **({} if best else canvas.FAINT))
-        ax.set_title(f"TP={parallel}" + (" (one instance)" if parallel == 4 else ""))
+        ax.set_title(f"Mean response time, TP={parallel}" + (" (one instance)" if parallel == 4 else ""))
         canvas.user_axis(ax, sorted(table["users"].unique()), profile)
         ax.legend(loc="upper left", title="best batch size", alignment="left")
-    axes[0].set_ylim(bottom=0)
+    canvas.from_zero(axes[0])
     axes[0].set_ylabel("mean response time [s]")
     instance = {
         "openvino": "TP=8 stands here for one engine on all cores, TP=4 for one engine on half of them.",
@@ -142,9 +142,9 @@ def _median_and_box(
     done = metrics.answers(used[used["users"] == most])
     boxes = {c: done.loc[done["config"] == c, f"{name}_s"].dropna().to_numpy() for c in profile.paper2.configs}
 
-    fig, (left, right) = plt.subplots(1, 2, width_ratios=[3, 2], figsize=(7.2, 3.5))
+    fig, (left, right) = plt.subplots(1, 2, width_ratios=[3, 2], figsize=(7.2, 3.5), sharey=True)
     systems(left, summary, f"{name}_median_s")
-    left.set(title="Median over users", ylabel=ylabel)
+    left.set(title=f"Median {name.upper()} over users", ylabel=ylabel)
     canvas.user_axis(left, sorted(profile.paper2.users), profile)
     colours = {c: look(c)[0] for c in boxes}
     with warnings.catch_warnings():  # seaborn 0.13.2 calls boxes by a name that matplotlib 3.11 asks to give up
@@ -168,7 +168,7 @@ def _median_and_box(
         drawn.set(facecolor=mpl.colors.to_rgba(colours[system], 0.45), edgecolor=colours[system])
     right.set_xticks(range(len(boxes)), [c[-1] for c in boxes])
     right.set(xlabel="", ylabel="")
-    right.set_title(f"{most} users, min to max")
+    right.set_title(f"{name.upper()}, {most} users, min to max")
     right.grid(axis="x", visible=False)
     for ax in (left, right):
         canvas.log_axis(ax)
@@ -182,8 +182,8 @@ def _median_and_box(
     ]
     data = pd.concat([table.assign(panel="median over users"), pd.DataFrame(spread).assign(panel="box")])
     caption = (
-        f"{text} Left: median over users, normal mix; right: all answers at {most} users, box from quartile to "
-        "quartile, whiskers from minimum to "
+        f"{text} Left: median over users, normal mix; right: all answers of all repeats at {most} users, box "
+        "from quartile to quartile, whiskers from minimum to "
         f"maximum.{canvas.REPEATS}{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper2.configs)}"
     )
     return finish(fig, data, used, profile, "paper2", slug, caption=caption)
@@ -200,26 +200,33 @@ def paper2_user_throughput_p99(records: pd.DataFrame, profile: config.Profile) -
     summary = metrics.summarise(used)
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.6))
     for ax, panel in zip(axes, panels, strict=True):
-        for name in configs:
-            for mix, rows in summary[summary["config"] == name].groupby("mix"):
-                uniform = is_routed(name) and mix == "uniform"
-                hollow: dict[str, Any] = dict(linestyle=":", markerfacecolor="white") if uniform else {}
-                label = canvas.name_of(name) + (f", {mix}" if is_routed(name) else "")
-                line(ax, rows, panel.metric, look(name), label, bars=panel.bars, **hollow)
+        lines = [
+            (name, mix) for name in configs for mix in sorted(summary.loc[summary["config"] == name, "mix"].unique())
+        ]
+        for i, (name, mix) in enumerate(lines):
+            rows = summary[(summary["config"] == name) & (summary["mix"] == mix)]
+            shift = 0.008 * (i - (len(lines) - 1) / 2) * max(profile.paper2.users) if panel.bars else 0
+            uniform = is_routed(name) and mix == "uniform"
+            hollow: dict[str, Any] = dict(linestyle=":", markerfacecolor="white") if uniform else {}
+            label = canvas.name_of(name) + (f", {mix}" if is_routed(name) else "")
+            line(ax, rows, panel.metric, look(name), label, bars=panel.bars, shift=shift, **hollow)
         ax.set(title=panel.title, ylabel=panel.ylabel)
         canvas.user_axis(ax, sorted(profile.paper2.users), profile)
-    canvas.log_axis(axes[0])
-    axes[1].set_ylim(bottom=0)
+    canvas.from_zero(*axes)
     canvas.legend(fig, axes[0])
     data = pd.concat([means(summary, [panel]) for panel in panels])
     caption = (
-        "I) user throughput, mean over users with bars of one standard deviation over users; II) response time that "
-        "99 % of the answers do not exceed (nearest rank), bars one standard deviation between repeats. The routed "
-        "systems D and E are shown under the normal and the uniform mix; to the others, which do not look at clusters, "
-        "the mix is the same. In the paper the mix hardly matters, E leads user throughput up to 800 users, and C has "
-        f"the lowest p99 at many users.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
+        "I) user throughput, mean over users with bars of one standard deviation over users, cut at zero; II) response "
+        "time that 99 % of the answers do not exceed (nearest rank), bars one standard deviation between repeats. The "
+        "routed systems D and E are shown under the normal and the uniform mix; to the others, which do not look at "
+        "clusters, the mix is the same. In the paper the mix hardly matters, E leads user throughput up to 800 users, "
+        f"and C has the lowest p99 at many users.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
     )
     return finish(fig, data, used, profile, "paper2", "fig06_user_throughput_p99", caption=caption)
+
+
+MEAN: dict[str, Any] = {"marker": "<", "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
+"""Looks of a mean over time, at the right edge."""
 
 
 def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -239,32 +246,25 @@ def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> 
         here = table[table["users"] == users]
         window = max(1, round(here["bucket"].max() / 30))
         for name, rows in here.groupby("config"):
-            colour, dashed = look(name)[0], "--" if look(name)[0] == GREY else "-"
-            t_s = rows["t_s"] + width_s / 2
+            colour = look(name)[0]
+            looks = BENEATH if colour == GREY else {"linewidth": 1.2}
+            t_s = np.append(rows["t_s"] + width_s / 2, rows["t_s"].max() + width_s)  # when it has ended
             smooth = rows["tokens_per_s"].rolling(window, center=True, min_periods=1).mean()
-            ax.plot(t_s, rows["tokens_per_s"], color=colour, linewidth=0.4, alpha=0.25)
-            ax.plot(t_s, smooth, color=colour, linestyle=dashed, label=canvas.name_of(name), linewidth=1.2)
-            ax.plot(
-                *(1.03, means[name, users]),
-                marker="<",
-                markersize=6.5,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-                color=colour,
-                clip_on=False,
-                transform=ax.get_yaxis_transform(),
-            )
+            ax.plot(t_s[:-1], rows["tokens_per_s"], color=colour, linewidth=0.4, alpha=0.25)
+            ax.plot(t_s, np.append(smooth, 0), color=colour, label=canvas.name_of(name), **looks)
+            ax.plot(*(0.97, means[name, users]), color=colour, transform=ax.get_yaxis_transform(), **MEAN)
+        ax.plot([], [], color=GREY, label="mean over the run's buckets", linestyle="", **MEAN)
         ax.set(xlabel="time since the first request [s]", xlim=(0, None), ylim=(0, None))
-        ax.set_title(canvas.level(users, profile, unit=" users"))
+        ax.set_title(f"Throughput,\n{canvas.level(users, profile, unit=' users')}")
     axes[0, 0].set_ylabel(f"tokens/s in buckets of {width_s:.2g} s")
     canvas.legend(fig, axes[0, 0])
     data = pd.concat([table.assign(what="bucket"), means.reset_index().assign(what="mean over buckets")])
     caption = (
         f"System throughput over time, normal mix: tokens in buckets of {width_s:.2g} s (the paper's 2 s divided by "
         f"{profile.scale.seconds:g}), mean over repeats (thin), their running mean over a thirtieth of the time shown "
-        "(bold) and the mean over all buckets of a run (triangles on the right). The levels are those here that are "
-        "nearest to the paper's 200, 600 and 1,000 users. In the paper E follows C at 200 and 600 users and falls "
-        "behind at 1,000, and D has the lowest peak and "
+        "(bold), down to zero where it ends, and the mean over all buckets of a run (triangles on the right). The "
+        "levels are those here that are nearest to the paper's 200, 600 and 1,000 users. In the paper E follows C at "
+        "200 and 600 users and falls behind at 1,000, and D has the lowest peak and "
         f"mean.{canvas.scale(profile)}{canvas.stand_ins(profile, profile.paper2.configs)}"
     )
     return finish(fig, data, used, profile, "paper2", "fig07_system_throughput", caption=caption)

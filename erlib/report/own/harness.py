@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
@@ -21,6 +23,12 @@ ARM_LOOKS = {
     ("asyncio", "ours"): (BLUE, "o", "--"),
 }
 """Colour: the client. Marker and line: the router."""
+
+PAPER_TPOT_MS = 100.0
+"""What paper 1's Fig. 4 has for B to D at any number of users."""
+
+PAPER_TOKENS_PER_S = (200.0, 2000.0)
+"""Between these paper 1's Fig. 9 has B to D."""
 
 CLIENTS = {"threads": "a thread per user", "asyncio": "asyncio"}
 
@@ -62,10 +70,17 @@ def harness_ablation(emulated: pd.DataFrame, engines_alone: pd.DataFrame, profil
     mean, sd = PAPER_ROUTING_MS
     axes[0].axhspan(mean - sd, mean + sd, color=ORANGE, alpha=0.18, linewidth=0, label="papers: 442 ± 302 ms")
     canvas.log_axis(axes[0])
-    for ax in axes[1:]:
-        ax.set_ylim(bottom=0)
-    handles = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
-    handles |= dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    axes[0].text(
+        0.02, 0.02, "(tritonclient shows no spans: no thread per user here)", transform=axes[0].transAxes, fontsize=6
+    )
+    axes[1].axhline(PAPER_TPOT_MS, color=ORANGE, linewidth=1.2, label="papers: about 100 ms (paper 1, B to D)")
+    axes[2].axhspan(
+        *PAPER_TOKENS_PER_S, color=ORANGE, alpha=0.18, linewidth=0, label="papers: 200 to 2,000 tokens/s (B to D)"
+    )
+    canvas.from_zero(*axes[1:])
+    handles: dict[str, Any] = {}
+    for ax in (axes[1], axes[0], axes[2]):
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     fig.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=3)
     settings = profile.ablation
     system = config.load_configuration(settings.config)

@@ -13,7 +13,7 @@ from erlib.report import canvas, drawing
 from erlib.report.canvas import BLUE, GREY, NO_COUNTERPART, ORANGE, SKY, VERMILION
 
 REPLICA_METRICS = {
-    "response_p99_s": ("P99 response time", "seconds"),
+    "response_p99_s": ("p99 response time", "seconds"),
     "session_tokens_per_s": ("Session throughput", "tokens/s"),
 }
 
@@ -44,7 +44,8 @@ def replicas_simulated(table: pd.DataFrame, profile: config.Profile) -> Figure:
                 if not pd.isna(enough):
                     ax.plot(enough, normal[enough], "o", ms=9, mfc="none", mec=colour, mew=1.2)
             system = canvas.name_of(name).partition(" (")[0]
-            ax.set(title=f"{system}: {title[0].lower()}{title[1:]}", ylabel=ylabel, ylim=(0, None))
+            ax.set(title=f"{system}: {title[0].lower()}{title[1:]}", ylabel=ylabel)
+            canvas.from_zero(ax)
             ax.set_xticks(normal.index)
     for ax in grid[-1]:
         ax.set_xlabel("GPUs added for replicas of the hottest experts")
@@ -104,8 +105,8 @@ def replicas_emulated(table: pd.DataFrame, emulated: pd.DataFrame, profile: conf
             if not pd.isna(first := enough.loc[users, metric]):
                 best = means.loc["emulated", users, "normal", first][metric]
                 ax.plot(first, best, "o", ms=9, mfc="none", mec=BLUE, mew=1.2, zorder=3)
-            ax.set(title=title, ylabel=ylabel, ylim=(0, None), xticks=settings.added)
-        axes[-1].set_title(f"{users:,} users", loc="right", fontweight="normal", color=GREY)
+            ax.set(title=f"{title}, {users:,} users", ylabel=ylabel, xticks=settings.added)
+            canvas.from_zero(ax)
     for ax in grid[-1]:
         ax.set_xlabel("GPUs added")
     handles, labels = grid[0, 0].get_legend_handles_labels()

@@ -31,6 +31,10 @@ ERROR_LOOKS = {
 }
 
 
+def _signed_percent(value: float, _: int) -> str:
+    return f"{100 * value:+.0f}".replace("+0", "0").replace("-", "−")
+
+
 def simulation_trust(
     published: pd.DataFrame,
     aisimulate: pd.DataFrame,
@@ -56,15 +60,15 @@ def simulation_trust(
         name: 0.02 if same else 0.25 for name, same in zip(aisimulate["config"], aisimulate["same_prices"], strict=True)
     }
     _errors(middle, differences.replace({"metric": validation.AISIMULATE_METRICS}), bars)
-    middle.set_xscale("symlog", linthresh=0.02, linscale=0.8)
-    middle.set_xticks([-0.25, -0.02, 0, 0.02, 0.25], ["−25", "−2", "0", "+2", "+25"])
-    middle.set(title="AISimulate, 200 users", xlabel="difference from AISimulate [%]", xlim=(-0.7, 0.7))
+    reach = 1.15 * max(0.3, differences["error"].abs().max())
+    middle.xaxis.set_major_formatter(_signed_percent)
+    middle.set(title="AISimulate, 200 users", xlabel="difference from AISimulate [%]", xlim=(-reach, reach))
 
     held_out = _listed(predictions["users"])
     bars = dict.fromkeys(measured["config"].unique(), validation.BAR)
     _errors(right, predictions.replace({"metric": validation.METRICS}), bars)
     reach = 1.15 * max(0.3, predictions["error"].abs().max()) if len(predictions) else 0.3
-    right.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}".replace("+0", "0").replace("-", "−"))
+    right.xaxis.set_major_formatter(_signed_percent)
     right.set(
         title=f"Measured engines, {held_out or 'no'} users", xlabel="error of the prediction [%]", xlim=(-reach, reach)
     )
