@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from erlib import cache, paths
 from erlib.config import ConfigError, Paper, Profile
 from erlib.load import experiments, records, sweep
+from erlib.serving import spans
 from erlib.workload import prompts
 
 MEASURED = "measured"
@@ -81,7 +82,10 @@ def write(profile: Profile, tables: Mapping[str, Published]) -> Path:
     return target
 
 
-_TIMES = {name: name for name in ("t_send_ns", "t_first_ns", "t_last_ns")} | {"token_ns": "token_ns.list.element"}
+_TIMES = {
+    **{name: name for name in ("t_send_ns", "t_first_ns", "t_last_ns", *map(spans.column, spans.SPANS))},
+    "token_ns": "token_ns.list.element",
+}
 """Columns in which hardly a number comes twice, and where parquet keeps them."""
 
 

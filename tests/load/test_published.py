@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -13,7 +16,7 @@ import pytest
 from erlib import config, paths
 from erlib.claims import evidence, publication, verdicts
 from erlib.load import published, records
-from erlib.report import paper1
+from erlib.report import paper1, paper2
 from tests.support import synthetic
 
 matplotlib.use("agg")
@@ -31,16 +34,27 @@ def runs(profile: config.Profile) -> pd.DataFrame:
     return synthetic.frame([*load, *synthetic.preliminary_rows(profile)])
 
 
-@pytest.fixture(autouse=True)
-def home(
-    profile: config.Profile, runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> config.Profile:
+@pytest.fixture(scope="module")
+def sources(runs: pd.DataFrame) -> dict[str, Any]:
+    return {"measured": runs, "simulated-hardware": runs.assign(source="simulated-hardware")}
+
+
+@pytest.fixture(scope="module")
+def reference(
+    profile: config.Profile, sources: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """The records as they are published, of one measured and one simulated source."""
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "REFERENCE", tmp_path_factory.mktemp("reference"))
+        published.write(profile, publication.tables(sources, profile))
+        yield paths.REFERENCE
+
+
+@pytest.fixture(autouse=True)
+def home(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of them, to be damaged."""
+    monkeypatch.setattr(paths, "REFERENCE", shutil.copytree(reference, tmp_path / "reference"))
     monkeypatch.setattr(paths, "FIGURES", tmp_path / "figures")
-    sources = {"measured": [runs], "simulated-hardware": [runs.assign(source="simulated-hardware")]}
-    published.write(profile, publication.tables(sources, profile))
-    return profile
 
 
 def reader(profile: config.Profile) -> config.Profile:
@@ -65,10 +79,27 @@ def test_a_figure_is_the_same_byte_for_byte(profile: config.Profile, runs: pd.Da
     assert about["command"] == "./run_all.sh --profile laptop --records published --only 08_figures_paper1"
 
 
-def test_verdicts_are_the_same(profile: config.Profile, runs: pd.DataFrame) -> None:
-    own = verdicts.evaluate({"measured": runs, "simulated-hardware": runs.assign(source="simulated-hardware")}, profile)
+def test_verdicts_are_the_same(profile: config.Profile, sources: dict[str, Any]) -> None:
+    own = verdicts.evaluate(sources, profile)
     again = verdicts.evaluate(verdicts.read_sources(reader(profile)), reader(profile))
     pd.testing.assert_frame_equal(again, own)
+
+
+def test_the_committed_records_give_the_committed_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "REFERENCE", paths.ROOT / "figures")
+    laptop = reader(config.load_profile("laptop"))
+    published.check(laptop)
+    mine = {paper: published.load_records(laptop, paper) for paper in ("p1", "p2")}
+    paper1.paper1_session_throughput(mine["p1"], laptop)
+    paper1.paper1_bucket_throughput(mine["p1"], laptop)
+    paper2.paper2_user_throughput_p99(mine["p2"], laptop)
+    paper2.paper2_preliminary(published.preliminary_records(laptop), laptop)
+    paper2.paper2_input_tokens(published.input_lengths(laptop), laptop)
+    drawn = sorted((tmp_path / "figures").rglob("*.csv"))
+    assert len(drawn) == 5
+    for file in drawn:
+        committed = paths.ROOT / "figures" / file.relative_to(tmp_path / "figures")
+        assert file.read_bytes() == committed.read_bytes(), f"{committed} is not what its records say"
 
 
 def test_a_changed_file_is_refused_in_one_line(profile: config.Profile) -> None:
