@@ -43,7 +43,7 @@ def main() -> int:
 
 def _main(args: argparse.Namespace) -> int:
     from erlib.dgx import preflight, runbook
-    from erlib.load import readiness  # and pandas and clients of the hub: not for --help, nor to refuse a key
+    from erlib.load import published, readiness  # and pandas, clients of the hub: not for --help, nor to refuse a key
 
     if args.profile.endswith((".yaml", ".yml")):
         args.profile = str(Path(args.profile).absolute())  # notebooks run in a directory of their own
@@ -53,7 +53,7 @@ def _main(args: argparse.Namespace) -> int:
     profile = config.load_profile(args.profile, overrides)
     chosen = _selection(args.only, args.start)
     if profile.records == "published":
-        _only_draws(profile, chosen)
+        published.check(profile, [notebook.stem for notebook in chosen])
     report = preflight.check(profile) if profile.serving.backend == "tensorrt_llm" else None
     if report:  # on the GPUs that there are
         profile, overrides = report.fitted.profile, overrides | report.fitted.overrides
@@ -76,21 +76,6 @@ def _main(args: argparse.Namespace) -> int:
         raise config.ConfigError("; ".join(f"{step.name} is left out: {left_out[step.name]}" for step in steps))
     with _alone(profile):
         return _run(to_run, profile, force=bool(args.only))
-
-
-_DRAWING = ("08_figures_paper1", "09_figures_paper2", "10_scorecard")
-"""Notebooks that read records and make none."""
-
-
-def _only_draws(profile: config.Profile, chosen: list[Path]) -> None:
-    """Refuse published records where something would be measured, and such as cannot be read."""
-    from erlib.load import published
-
-    if measures := [notebook.stem for notebook in chosen if notebook.stem not in _DRAWING]:
-        raise config.ConfigError(
-            f"{measures[0]} makes records of its own: published ones are for --only {' '.join(_DRAWING)}"
-        )
-    published.check(profile)
 
 
 def _run(steps: list[Step], profile: config.Profile, force: bool) -> int:

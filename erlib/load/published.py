@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,14 +93,21 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def check(profile: Profile) -> None:
-    """Refuse published records that are missing, changed, or of another schema.
+DRAWING = ("08_figures_paper1", "09_figures_paper2", "10_scorecard")
+"""Notebooks that read records and make none."""
+
+
+def check(profile: Profile, notebooks: Sequence[str] = DRAWING) -> None:
+    """Refuse published records that are missing, changed, or of another schema, or that a notebook does not read.
 
     Raises
     ------
     ConfigError
         In one line.
     """
+    for notebook in notebooks:
+        if notebook not in DRAWING:
+            raise ConfigError(f"{notebook} makes records of its own: published ones are for --only {' '.join(DRAWING)}")
     for name in names(profile):
         read(profile, name)
     measured(profile)
