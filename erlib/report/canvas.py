@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from erlib import config, paths, provenance
 from erlib.engines import laptop
+from erlib.load import metrics
 from erlib.machine import hardware
 from erlib.report import origin
 
@@ -200,7 +201,20 @@ def scale(profile: config.Profile) -> str:
     s = profile.scale
     if s.users == s.tokens == 1:
         return ""
-    return f" Users and batch sizes are the papers' divided by {s.users:g}, tokens by {s.tokens:g}, then rounded."
+    return (
+        f" Users and batch sizes are the papers' divided by {s.users:g}, answers by {s.tokens:g}, prompts by "
+        f"{s.inputs:g}, then rounded."
+    )
+
+
+def buckets(records: pd.DataFrame, paper_s: float, profile: config.Profile) -> tuple[float, str]:
+    """Width of time buckets in seconds, and what the caption says of it, where the paper has `paper_s`."""
+    scaled_s = paper_s / profile.scale.seconds
+    width_s = metrics.bucket_width_s(records, scaled_s)
+    divided = f"the paper's {paper_s:g} s" + (f" divided by {profile.scale.seconds:g}" if scaled_s != paper_s else "")
+    if width_s == scaled_s:
+        return width_s, f"{width_s:.2g} s ({divided})"
+    return width_s, f"{width_s:.2g} s ({divided} would not resolve the runs)"
 
 
 REPEATS = " Points are means over repeats, bars one standard deviation between repeats."

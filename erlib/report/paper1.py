@@ -115,7 +115,7 @@ def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> 
     """Paper 1, Fig. 9: tokens per second over time, one panel per system, one line per number of users."""
     used = load_records(records, profile, "p1", "uniform")
     used = used[used["turn"] == "base"]
-    width_s = 60 / profile.scale.seconds
+    width_s, widths = canvas.buckets(used, 60, profile)
     table = metrics.average_buckets(metrics.bucket_throughput(used, width_s))
     configs, levels = profile.paper1.configs, sorted(profile.paper1.users)
     colours = dict(zip(levels, plt.get_cmap("viridis_r")(np.linspace(0.12, 1, len(levels))), strict=True))
@@ -146,8 +146,7 @@ def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> 
     fig.supxlabel("time since the first request [s]", fontsize=8)
     fig.supylabel(f"tokens/s in buckets of {width_s:g} s", fontsize=8)
     caption = (
-        f"Tokens per second in time buckets of {width_s:g} s (the paper's 60 s divided by {profile.scale.seconds:g}), "
-        f"base prompt, mean over repeats; the last bucket of a run is only partly filled.{unresolved} The paper's A "
+        f"Tokens per second in time buckets of {widths}, base prompt, mean over repeats; the last bucket of a run is only partly filled.{unresolved} The paper's A "
         "has one peak and then declines, its B to D fluctuate between 200 and 2,000 tokens/s for longer, and all ramp "
         f"up first.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
     )

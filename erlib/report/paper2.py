@@ -236,7 +236,7 @@ def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> 
     )
     used = load_records(records, profile, "p2", "normal")
     used = used[used["users"].isin(levels)]
-    width_s = 2 / profile.scale.seconds
+    width_s, widths = canvas.buckets(used, 2, profile)
     buckets = metrics.bucket_throughput(used, width_s)
     table = metrics.average_buckets(buckets)
     means = buckets.groupby(["config", "users", "repeat"])["tokens_per_s"].mean().groupby(["config", "users"]).mean()
@@ -260,8 +260,8 @@ def paper2_system_throughput(records: pd.DataFrame, profile: config.Profile) -> 
     canvas.legend(fig, axes[0, 0])
     data = pd.concat([table.assign(what="bucket"), means.reset_index().assign(what="mean over buckets")])
     caption = (
-        f"System throughput over time, normal mix: tokens in buckets of {width_s:.2g} s (the paper's 2 s divided by "
-        f"{profile.scale.seconds:g}), mean over repeats (thin), their running mean over a thirtieth of the time shown "
+        f"System throughput over time, normal mix: tokens in buckets of {widths}, mean over repeats (thin), their "
+        "running mean over a thirtieth of the time shown "
         "(bold), down to zero where it ends, and the mean over all buckets of a run (triangles on the right). The "
         "levels are those here that are nearest to the paper's 200, 600 and 1,000 users. In the paper E follows C at "
         "200 and 600 users and falls behind at 1,000, and D has the lowest peak and "

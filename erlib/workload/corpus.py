@@ -83,7 +83,7 @@ def origin(settings: config.CorpusSettings) -> str:
     """What :func:`load_corpus` takes, by the hash or commit that it insists on; a file of the user's by its content."""
     if settings.path:
         file = paths.from_root(settings.path)
-        return f"{file.name}, sha256 {_sha256(file) if file.is_file() else 'unknown'}"
+        return f"{file.name}, sha256 {cache.sha256(file) if file.is_file() else 'unknown'}"
     if settings.name == "c4":
         return f"allenai/c4 at {C4_REVISION}"
     return f"{NEWSGROUPS_PACKAGE}, sha256 {NEWSGROUPS_SHA256}"
