@@ -146,8 +146,9 @@ def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> 
     fig.supxlabel("time since the first request [s]", fontsize=8)
     fig.supylabel(f"tokens/s in buckets of {width_s:g} s", fontsize=8)
     caption = (
-        f"Tokens per second in time buckets of {widths}, base prompt, mean over repeats; the last bucket of a run is only partly filled.{unresolved} The paper's A "
-        "has one peak and then declines, its B to D fluctuate between 200 and 2,000 tokens/s for longer, and all ramp "
-        f"up first.{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
+        f"Tokens per second in time buckets of {widths}, base prompt, mean over repeats; the last bucket of a run is "
+        f"only partly filled.{unresolved} The paper's A has one peak and then declines, its B to D fluctuate between "
+        "200 and 2,000 tokens/s for longer, and all ramp up first."
+        f"{canvas.scale(profile)}{canvas.stand_ins(profile, configs)}"
     )
     return finish(fig, table, used, profile, "paper1", "fig09_bucket_throughput", caption=caption)
