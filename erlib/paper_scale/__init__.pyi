@@ -6,6 +6,10 @@ from .ablation import ablation_profile as ablation_profile
 from .ablation import ablation_table as ablation_table
 from .ablation import by_point as by_point
 from .ablation import run_ablation as run_ablation
+from .cited import at_the_knee as at_the_knee
+from .cited import beside_published as beside_published
+from .cited import error_table as error_table
+from .cited import intervals as intervals
 from .emulation import beside_simulation as beside_simulation
 from .emulation import emulated_load as emulated_load
 from .emulation import pace as pace

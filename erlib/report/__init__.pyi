@@ -10,6 +10,7 @@ from .diagrams import table1_models as table1_models
 from .drawing import on_the_same_axes as on_the_same_axes
 from .figures import load_figures as load_figures
 from .gallery import write_gallery as write_gallery
+from .own.cited import published_points as published_points
 from .own.harness import harness_ablation as harness_ablation
 from .own.hot_experts import replicas_emulated as replicas_emulated
 from .own.hot_experts import replicas_simulated as replicas_simulated
