@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from scipy.optimize import brentq
 
 from erlib import config, paths
 from erlib.engines import llama
 from erlib.machine import processes
 from erlib.paper_scale import batching, steptimes, validation
 from erlib.paper_scale.steptimes import StepTimes
+from erlib.workload import lengths
 
 POINTS = paths.FACTS / "published_points.csv"
 METRICS = {
@@ -68,7 +67,7 @@ class _Request:
 
 def steady(
     system: batching.System,
-    lengths: Sequence[tuple[int, int]],
+    asked: Sequence[tuple[int, int]],
     *,
     in_flight: int = 0,
     sent_s: Sequence[float] = (),
@@ -80,7 +79,7 @@ def steady(
     ----------
     system : System
         One instance of it runs.
-    lengths : sequence of (int, int)
+    asked : sequence of (int, int)
         Prompt and answer tokens of each request.
     in_flight : int
         Closed loop: so many requests are there at any time.
@@ -95,8 +94,8 @@ def steady(
         :data:`METRICS`; times in milliseconds, tokens per second of this engine.
     """
     arrivals = list(sent_s) or [0.0] * in_flight
-    coming = deque(_Request(*mine, sent) for mine, sent in zip(lengths, arrivals, strict=False))
-    later = iter(lengths[len(arrivals) :])
+    coming = deque(_Request(*mine, sent) for mine, sent in zip(asked, arrivals, strict=False))
+    later = iter(asked[len(arrivals) :])
     engine: batching.Engine[_Request] = batching.Engine(system)
     now = 0.0
     answered: list[_Request] = []
@@ -104,7 +103,7 @@ def steady(
     while True:
         while coming and coming[0].sent_s <= now:
             engine.submit(coming.popleft())
-        if len(answered) + engine.outstanding == len(lengths):
+        if len(answered) + engine.outstanding == len(asked):
             break
         if engine.is_idle:
             now = coming[0].sent_s
@@ -149,22 +148,13 @@ def static_batch(steps: StepTimes, batch: int, input_tokens: int, output_tokens:
     return {"ttft_ms": 1e3 * first_s, "tokens_per_s": batch * output_tokens / (first_s + rest_s)}
 
 
-def mlperf_lengths(n: int, mean_output_tokens: float, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Prompt and answer lengths of `n` requests of MLPerf's Llama-2-70B, drawn without regard to each other.
-
-    Answers have the distribution of the data set's reference answers, stretched so that they have this mean and none
-    is longer than the rule's 1,024 tokens.
-    """
-    facts = config.read_yaml(paths.FACTS / "mlperf_lengths.yaml")
-    levels = (np.arange(n) + 0.5) / n
-    prompts, answers = (np.interp(levels, facts["levels"], facts[name]) for name in ("input_tokens", "output_tokens"))
-
-    def stretched(by: float) -> npt.NDArray[np.float64]:
-        return np.clip(by * answers, 2, _LONGEST_ANSWER)
-
-    by = brentq(lambda by: stretched(by).mean() - mean_output_tokens, 0.1, 10)
-    drawn = (rng.permutation(lengths).round().astype(int).tolist() for lengths in (prompts, stretched(by)))
-    return list(zip(*drawn, strict=True))
+def mlperf_lengths(n: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Prompt and answer lengths of `n` requests of MLPerf's Llama-2-70B, drawn without regard to each other."""
+    whole = {"workload.p2_answers": "mlperf", "workload.p2_max_output_tokens": _LONGEST_ANSWER}
+    profile = config.load_profile("dgx-h100", whole)
+    prompts = rng.permutation(lengths.input_tokens("p2", profile.workload, n))
+    answers, _ = lengths.answer_tokens("p2", profile, n, rng)
+    return list(zip(prompts.tolist(), answers.tolist(), strict=True))
 
 
 # --- the points ---------------------------------------------------------------------------------------------------
@@ -235,22 +225,24 @@ def _point(point: dict[str, Any]) -> dict[str, float]:
     """What the simulation says of one row of the file."""
     load, batch = point["load"], point["batch_size"]
     system, instances = _system(point), point["instances"]
-    asked = (point["input_tokens"], point["output_tokens"])
+    prompt, answer = point["input_tokens"], point["output_tokens"]
     if load == "static":
-        return static_batch(system.steps, batch, *map(int, asked))
+        return static_batch(system.steps, batch, int(prompt), int(answer))
     if load == "at once":
-        one = validation.all_at_once(system, int(point["level"]), *map(int, asked))
+        one = validation.all_at_once(system, int(point["level"]), int(prompt), int(answer))
         return {"tokens_per_s": one["output_tokens_per_s"]}
     in_flight = {"queue": 2 * batch, "open": 0, "host": 0}.get(load)
     if in_flight is None:
         in_flight = round(point["level"] / instances)
     rng = np.random.default_rng(0)
     n = _ROUNDS * in_flight or _REQUESTS
-    lengths = mlperf_lengths(n, asked[1], rng) if math.isnan(asked[0]) else [(int(asked[0]), int(asked[1]))] * n
-    # requests arrive at random, and instances take them in turn
-    sent_s = [] if in_flight else rng.exponential(1 / point["level"], n * instances).cumsum()[::instances].tolist()
+    asked = mlperf_lengths(n, rng) if math.isnan(prompt) else [(int(prompt), int(answer))] * n
+    sent_s: list[float] = []
+    if not in_flight:  # requests arrive at random, as many tokens a second as there, and instances take them in turn
+        gap_s = np.mean([tokens for _, tokens in asked]) / answer / point["level"]
+        sent_s = rng.exponential(gap_s, n * instances).cumsum()[::instances].tolist()
     host_s = 1e-6 * point["host_us_per_token"]
-    one = steady(system, lengths, in_flight=in_flight, sent_s=sent_s, host_s_per_token=host_s)
+    one = steady(system, asked, in_flight=in_flight, sent_s=sent_s, host_s_per_token=host_s)
     return one | {"tokens_per_s": instances * one["tokens_per_s"]}
 
 
