@@ -1,5 +1,8 @@
 """Distil H100 step times from NVIDIA's kernel measurements into ``data/h100_step_times.parquet``.
 
+Beside it ``data/h100_beside_step_times.parquet`` holds what the papers left out: 13B models on eight GPUs, and of every
+system on several GPUs the time that all-reduce takes of its dense part.
+
 Runs in an environment of its own (its numpy is newer than the workbench's), never during a reproduction::
 
     python -m venv /tmp/distil && /tmp/distil/bin/python scripts/install.py steptables
@@ -31,6 +34,7 @@ except ModuleNotFoundError as error:
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "data" / "h100_step_times.parquet"
+BESIDE = ROOT / "data" / "h100_beside_step_times.parquet"
 SYSTEM, BACKEND, VERSION = "h100_sxm", "trtllm", "1.3.0rc20"
 WEIGHT_ONLY = "aiconfigurator/systems/data/h100_sxm/trtllm/1.0.0rc3/gemm_perf.txt"
 GEMM = {"fp16": "bfloat16", "fp8": "fp8", "int8": "int8_wo", "int4": "int4_wo"}
@@ -45,6 +49,7 @@ BEYOND_THE_PAPERS = [
     ("llama-3-70b", "fp8", "fp8", 1),
     ("llama-3-70b", "fp8", "fp8", 2),
 ]
+LEFT_OUT = [("llama-2-13b", "fp16", "fp16", 8), ("llama-2-13b", "fp8", "fp8", 8)]
 # Where the kernels were measured, and points between where their times are not straight lines.
 TOKENS = [*range(1, 17), *range(17, 33, 3)]
 TOKENS += sorted({t + d for t in (*range(32, 257, 16), *range(256, 8193, 128)) for d in (0, 1)} | {8192})
@@ -127,25 +132,33 @@ def distil(handle: Any) -> Iterator[tuple[str, int, int, float]]:
             yield "prefill", prompts, length, _named("context_attention", ops)
 
 
+def allreduce(handle: Any) -> Iterator[tuple[str, int, int, float]]:
+    """How much of the dense part is all-reduce."""
+    for tokens in TOKENS:
+        shared, _, _ = handle.mixed_step_breakdown_per_op(0, tokens, 1, 2)
+        yield "allreduce", tokens, 0, sum(op[1] for op in shared if "_ar" in op[0])
+
+
 def _named(name: str, ops: Iterable[Any]) -> float:
     return sum(op[1] for op in ops if op[0] == name)
 
 
 def main() -> None:
-    """Write the table; takes about a minute."""
+    """Write both tables; takes about a minute."""
     from aiconfigurator_core.sdk import EngineHandle
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path, help="aiconfigurator-0.4.0-py3-none-any.whl")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--beside", type=Path, default=BESIDE)
     arguments = parser.parse_args()
     shapes = yaml.safe_load((ROOT / "data" / "llama_shapes.yaml").read_text(encoding="utf-8"))
-    frames = []
+    tables: dict[Path, list[pd.DataFrame]] = {arguments.output: [], arguments.beside: []}
     with tempfile.TemporaryDirectory() as scratch:
         database = Path(scratch) / "systems"
         database.mkdir()
         merged_database(database, arguments.wheel)
-        for model, dtype, kv_dtype, tensor_parallel in systems():
+        for model, dtype, kv_dtype, tensor_parallel in [*systems(), *LEFT_OUT]:
             handle = EngineHandle.compile(
                 checkpoint(Path(scratch) / model, shapes[model]),
                 SYSTEM,
@@ -156,17 +169,26 @@ def main() -> None:
                 fmha_quant_mode="bfloat16",
                 systems_path=str(database),
             )
-            frame = pd.DataFrame(distil(handle), columns=["part", "x", "y", "ms"])
             key = {"model": model, "dtype": dtype, "kv_dtype": kv_dtype, "tensor_parallel": np.int8(tensor_parallel)}
-            frames.append(frame.assign(**key))
-            print(model, dtype, kv_dtype, tensor_parallel, len(frame))
-    table = pd.concat(frames, ignore_index=True)
+            left_out = (model, dtype, kv_dtype, tensor_parallel) in LEFT_OUT
+            parts = [(arguments.beside if left_out else arguments.output, distil)]
+            parts += [(arguments.beside, allreduce)] * (tensor_parallel > 1)
+            for path, part in parts:
+                frame = pd.DataFrame(part(handle), columns=["part", "x", "y", "ms"])
+                tables[path].append(frame.assign(**key))
+                print(model, dtype, kv_dtype, tensor_parallel, len(frame))
+    for path, frames in tables.items():
+        write(pd.concat(frames, ignore_index=True), path)
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Small enough for a repository."""
     table = table.astype(
         {"x": "int16", "y": "int16", "ms": "float32"}
         | dict.fromkeys(["model", "dtype", "kv_dtype", "part"], "category")
     )
-    table.to_parquet(arguments.output, compression="zstd", index=False)
-    print(f"{arguments.output}: {len(table)} rows, {arguments.output.stat().st_size / 1e3:.0f} kB")
+    table.to_parquet(path, compression="zstd", index=False)
+    print(f"{path}: {len(table)} rows, {path.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What the papers claim, checked against records."""
 
+from .flips import robust as robust
+from .flips import sensitivity as sensitivity
 from .verdicts import counts as counts
 from .verdicts import evaluate as evaluate
 from .verdicts import inconsistencies as inconsistencies

@@ -18,6 +18,10 @@ Levels = int | Sequence[int]
 """Users on the papers' scale: from and to, or one level."""
 
 
+Key = tuple[str, str, str, int, str, str]
+"""Experiment, configuration, mix, users, turn, metric."""
+
+
 class NotTestable(Exception):
     """A source has no record of what a predicate asks for; the message says of what."""
 
@@ -62,10 +66,18 @@ class Evidence:
         self.done, self.curves, points = summary
         keys = ["experiment", "config", "mix", "users", "turn", "metric"]
         over = points.groupby(keys)["value"].agg(["mean", "std", "count"])
-        self.values = {
+        self.values: dict[Key, Value] = {
             key: Value(mean, sd, int(n)) for key, (mean, sd, n) in zip(over.index, over.to_numpy(), strict=True)
         }
         """(experiment, config, mix, users, turn, metric) -> mean and spread over repeats."""
+
+    @classmethod
+    def of_values(cls, source: str, values: dict[Key, Value], profile: Profile) -> Evidence:
+        """Evidence of which only the numbers are left; what looks at requests or curves finds none."""
+        evidence = cls.__new__(cls)
+        evidence.source, evidence.profile, evidence.scale, evidence.values = source, profile, FULL_SCALE, values
+        evidence.done = evidence.curves = pd.DataFrame(columns=[*metrics.POINT, "turn"])
+        return evidence
 
     @property
     def has_gpus(self) -> bool:

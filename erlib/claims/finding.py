@@ -76,6 +76,8 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "tolerance": lambda value: f"{value:.1%}".replace(".0%", "%"),
     "over": lambda name: f"relative to {name}" if name else "",
     "median": lambda value: f"and median {value}" if value else "",
+    "experiment": lambda name: "" if name in ("load", "preliminary") else f"({name.replace('-', ' ')})",
+    "than": lambda name: name.replace("-", " "),
     "systems": lambda value: f"of {value} systems" if value else "",
 }
 """How parameters are said; an empty one is not."""

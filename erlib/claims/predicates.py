@@ -23,7 +23,7 @@ def _turns(turn: str, *configs: str) -> list[str]:
     return [turn] if turn else ["base", "continuation"] if config.paper_of(configs[0]) == "p1" else ["base"]
 
 
-@predicate("{metric} of {left} {factor} ≤ that of {right} {users} {turn}")
+@predicate("{metric} of {left} {factor} ≤ that of {right} {users} {turn} {experiment}")
 def below(
     e: Evidence,
     *,
@@ -40,7 +40,7 @@ def below(
     return _finding(found, " comparisons; tightest: {text}")
 
 
-@predicate("{metric} of {left} and {right} within a factor of {within} {users} {turn}")
+@predicate("{metric} of {left} and {right} within a factor of {within} {users} {turn} {experiment}")
 def alike(
     e: Evidence,
     *,
@@ -78,6 +78,32 @@ def _ratios(
     if not pairs:
         raise NotTestable(f"no level at which both {', '.join(left)} and {', '.join(right)} were run")
     return pairs
+
+
+@predicate("{metric} of {right} over {left}, relative to that with {than}, {bounds} {users} {turn}")
+def gains(
+    e: Evidence,
+    *,
+    metric: str,
+    left: list[str],
+    right: list[str],
+    users: Levels,
+    than: str,
+    low: float,
+    turn: str = "",
+) -> Finding:
+    """What every `right` has over every `left` in the load experiment, relative to the same in another experiment."""
+    cells = []
+    for which, a, b in itertools.product(_turns(turn, *left), left, right):
+        ours, theirs, ours_then, theirs_then = (
+            e.series(metric, name, users, which, experiment=where) for where in ("load", than) for name in (b, a)
+        )
+        for level in sorted(ours.keys() & theirs.keys() & ours_then.keys() & theirs_then.keys()):
+            above, below = [ours[level], theirs_then[level]], [theirs[level], ours_then[level]]
+            cells.append(ratio(above, below, f"{b} over {a} at {e.at(level, which)}"))
+    if not cells:
+        raise NotTestable(f"no level at which both load and {than} were run")
+    return _finding(decide(cells, low), "; tightest: {text}")
 
 
 @predicate("{metric} of {of} {bounds} {users} {turn}")

@@ -300,13 +300,13 @@ def evaluate(records_by_source: Mapping[str, Records], profile: Profile) -> pd.D
                     "criterion": claim.criterion,
                     "figure": _figure(profile, source, claim.picture),
                     "conflict": claim.conflict,
-                    **_hangs_on(row.decision),
+                    **hangs_on(row.decision),
                 }
             )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _hangs_on(decision: Decision | None) -> dict[str, float]:
+def hangs_on(decision: Decision | None) -> dict[str, float]:
     if decision is None:
         return {}
     at = decision.closest

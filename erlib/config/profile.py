@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
@@ -38,6 +38,19 @@ from erlib.config.values import (
 )
 
 Mix = Literal["uniform", "normal"]
+LeftOpen = Literal[
+    "sigma",
+    "answers",
+    "weight_only",
+    "tensor_parallel",
+    "allreduce",
+    "slots",
+    "server_us",
+    "shared_us",
+    "arrivals_s",
+    "moved",
+]
+"""What both papers leave open: fields of :class:`erlib.paper_scale.setups.Setup`."""
 
 Relay = Literal["front", "gateway"]
 """Who relays a routed system's tokens. gateway: as in the papers. front: NGINX, which has asked a gateway whereto."""
@@ -212,6 +225,17 @@ class PaperScaleSettings(_Section):
     prompts: Count = Field(4096, description="prompts per paper, routed by the profile's own clusterer")
 
 
+class SensitivitySettings(_Section):
+    """The same simulation under other values of what the papers leave open, and for systems that they left out."""
+
+    unknowns: Several[LeftOpen] = Field(list(get_args(LeftOpen)), description="what is changed, one at a time")
+    users: Several[Users] = Field([200, 900], description=f"{_USERS}, not divided by scale.users")
+    repeats: Repeats = Field(2, description=_REPEATS)
+    window_s: float = Field(60, gt=0, le=3600, description="Poisson requests arrive for so long; half of it in paper 2")
+    precision: float = Field(1.05, gt=1, le=2, description="the most users and requests are found within this factor")
+    gpu_hour: float = Field(1.0, gt=0, le=1e6, description="price of an hour of one GPU, in any currency")
+
+
 class EmulationSettings(_Section):
     """Engines that only keep time, as long as those of eight H100s would, behind the real gateways and clients."""
 
@@ -341,6 +365,7 @@ class Profile(Settings):
     preliminary: PreliminarySettings
     overhead: OverheadSettings
     paper_scale: PaperScaleSettings = PaperScaleSettings()
+    sensitivity: SensitivitySettings = SensitivitySettings()
     emulation: EmulationSettings = EmulationSettings()
     ablation: AblationSettings = AblationSettings()
     replicas: ReplicaSettings = ReplicaSettings()

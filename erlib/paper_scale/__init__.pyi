@@ -14,12 +14,14 @@ from .emulation import beside_simulation as beside_simulation
 from .emulation import emulated_load as emulated_load
 from .emulation import pace as pace
 from .emulation import simulated_beside as simulated_beside
+from .left_out import simulate_left_out as simulate_left_out
 from .replicas import gpus_needed as gpus_needed
 from .replicas import replicas_agreement as replicas_agreement
 from .replicas import replicas_beside_simulation as replicas_beside_simulation
 from .replicas import replicas_finding as replicas_finding
 from .replicas import replicas_plan as replicas_plan
 from .replicas import run_replicas as run_replicas
+from .service_levels import goodput as goodput
 from .simulation import full_scale_workloads as full_scale_workloads
 from .simulation import simulate_papers as simulate_papers
 from .validation import aisimulate as aisimulate

@@ -7,7 +7,7 @@ import gc
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,8 +43,12 @@ class Harness:
     """None: the client keeps up with everything."""
     client_knee: int = 200
     client_slope: float = 800
+    client_per_server: bool = False
+    """Each server's messages have a client of this speed to themselves, as if it were the server's own host."""
     per_request_s: float = 0.0
     """Clients and gateways send one request after the other, each taking so long."""
+    arrivals_s: float = 0.0
+    """Users come at moments of a Poisson process, all of them within so long; 0: all at once."""
 
 
 HARDWARE = Harness("hardware")
@@ -66,7 +70,7 @@ def harness(preset: Preset, paper: Paper) -> Harness:
 class _Client:
     """Takes the messages of all streams, in the order in which they come, as fast as it can."""
 
-    def __init__(self, settings: Harness, clock: Clock, servers: Sequence[Server]):
+    def __init__(self, settings: Harness, clock: Clock, servers: Mapping[int, Server]):
         self._knee, self._slope = settings.client_knee, settings.client_slope
         self._tokens_per_s, self._clock, self._servers = settings.client_tokens_per_s, clock, servers
         self._free_s = 0.0
@@ -96,10 +100,11 @@ class _Client:
         """Take the messages of all steps that have ended; those of a step count as taken together."""
         if self._tokens_per_s is None:
             return
-        for server in self._servers:
+        servers = self._servers.values()
+        for server in servers:
             server.note(now_s)
-        ends_s = np.concatenate([server.ends_s[len(server.taken_s) :] for server in self._servers])
-        messages = np.concatenate([server.sequences[len(server.taken_s) :] for server in self._servers])
+        ends_s = np.concatenate([server.ends_s[len(server.taken_s) :] for server in servers])
+        messages = np.concatenate([server.sequences[len(server.taken_s) :] for server in servers])
         if not len(ends_s):
             return
         streams = np.array(self._open_streams)[np.searchsorted(self._changed_s, ends_s)]
@@ -114,7 +119,7 @@ class _Client:
         taken_s[order] = idle_s + busy_s
         self._free_s = float(taken_s[order[-1]])
         rest = iter(taken_s.tolist())
-        for server in self._servers:
+        for server in servers:
             server.taken_s += itertools.islice(rest, len(server.ends_s) - len(server.taken_s))
 
 
@@ -152,7 +157,7 @@ def trace(
     seed: int = 0,
     routing_s: Sequence[float] | None = None,
 ) -> Trace:
-    """Let all users of one point do their requests; they start together, each waits for an answer before the next.
+    """Let all users of one point do their requests; each waits for an answer before the next.
 
     Parameters
     ----------
@@ -165,7 +170,7 @@ def trace(
         cluster. Or these prompts themselves, one per user, where they are known.
     around : Harness
     seed : int
-        Of the routing latencies.
+        Of the routing latencies and the moments at which users come.
     routing_s : sequence of float, optional
         Routing latencies seen elsewhere, in seconds, in place of the harness' own: two per user, of the base and of
         the continuation prompt.
@@ -189,7 +194,8 @@ def trace(
             f"{system.config} has {system.instances} experts, but a prompt belongs to cluster {max(strays)}"
         )
     latencies_s = routing_s or _routing_latencies(around if classifies else HARDWARE, 2 * len(drawn), seed)
-    return _Point(system, prompts_of, around, latencies_s).run()
+    starts_s = np.random.default_rng([seed, len(drawn)]).uniform(0, around.arrivals_s, len(drawn))
+    return _Point(system, prompts_of, around, latencies_s).run(starts_s.tolist())
 
 
 class _Point:
@@ -207,7 +213,11 @@ class _Point:
         self._servers = [Server(Engine(system), self._clock, machine, slow_client) for _ in system.experts]
         for server in self._servers:
             server.finish = self._finish
-        self._client = _Client(around, self._clock, self._servers)
+        known = dict(enumerate(self._servers))
+        if around.client_per_server:
+            self._clients = [_Client(around, self._clock, {number: server}) for number, server in known.items()]
+        else:
+            self._clients = [_Client(around, self._clock, known)] * len(known)
         self._replicas = {
             expert: [i for i, its in enumerate(system.experts) if its == expert] for expert in system.experts
         }
@@ -216,12 +226,13 @@ class _Point:
         self._queue: deque[Request] = deque()
         self._requests: list[Request] = []
 
-    def run(self) -> Trace:
+    def run(self, starts_s: Sequence[float]) -> Trace:
         """Until every user has every answer."""
-        for user in range(len(self._prompts_of)):
-            self._send(user, "base")
+        for user, start_s in enumerate(starts_s):
+            self._clock.at(start_s, self._send, user, "base")
         self._clock.run()
-        self._client.take(math.inf)
+        for client in self._clients:
+            client.take(math.inf)
         return Trace(self._requests, self._servers)
 
     def _send(self, user: int, turn: str) -> None:
@@ -254,15 +265,15 @@ class _Point:
         """Let the least busy replica of the request's expert answer."""
         replicas = self._replicas[request.expert]
         request.server = min(replicas, key=lambda server: self._servers[server].engine.outstanding)
-        self._client.open(1)
+        self._clients[request.server].open(1)
         self._servers[request.server].submit(request)
 
     def _finish(self, request: Request) -> None:
-        self._client.open(-1)
+        self._clients[request.server].open(-1)
         self._free_streams += 1
         self._relay()
         if request.turn == "base" and len(self._prompts_of[request.user]) > 1:
-            self._client.after(request, self._send, request.user, "continuation")
+            self._clients[request.server].after(request, self._send, request.user, "continuation")
 
 
 def _turns(drawn: Sequence[Prompt], continues: bool | Sequence[Prompt]) -> list[tuple[Prompt, ...]]:

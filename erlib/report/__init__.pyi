@@ -16,6 +16,8 @@ from .own.hot_experts import replicas_emulated as replicas_emulated
 from .own.hot_experts import replicas_simulated as replicas_simulated
 from .own.overhead import routing_overhead as routing_overhead
 from .own.routers import router_comparison as router_comparison
+from .own.sensitivity import flipped_verdicts as flipped_verdicts
+from .own.sensitivity import service_levels as service_levels
 from .own.trust import simulation_trust as simulation_trust
 from .paper1 import paper1_bucket_throughput as paper1_bucket_throughput
 from .paper1 import paper1_p99_response_time as paper1_p99_response_time

@@ -1,0 +1,147 @@
+"""Which unknown flips which conclusion, and what each system serves within a service level."""
+
+from __future__ import annotations
+
+import textwrap
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from erlib import config
+from erlib.claims import flips
+from erlib.claims.verdicts import FAILS, HOLDS, UNTOLD
+from erlib.paper_scale.setups import UNKNOWNS
+from erlib.report import canvas
+from erlib.report.canvas import BLUE, GREEN, GREY, NO_COUNTERPART, SKY, VERMILION
+
+_COLOURS = {HOLDS: GREEN, FAILS: VERMILION, UNTOLD: GREY}
+
+
+def _pale(colour: str) -> tuple[float, float, float]:
+    red, green, blue = (0.75 + 0.25 * part for part in to_rgb(colour))
+    return red, green, blue
+
+
+def flipped_verdicts(table: pd.DataFrame, profile: config.Profile) -> Figure:
+    """A cell for each headline conclusion under each value of each unknown; what is flipped stands out.
+
+    Parameters
+    ----------
+    table : DataFrame
+        What :func:`erlib.claims.flips.sensitivity` returned.
+    profile : Profile
+    """
+    claims = list(dict.fromkeys(sorted(table["id"])))
+    tried = {name: unknown for name, unknown in UNKNOWNS.items() if name in set(table["unknown"])}
+    widths = [len(unknown.values) for unknown in tried.values()]
+    fig, axes = plt.subplots(1, len(tried), figsize=(10, 3.9), width_ratios=widths, sharey=True, squeeze=False)
+    colours = [_pale(colour) for colour in _COLOURS.values()] + [to_rgb(colour) for colour in _COLOURS.values()]
+    order = {verdict: place for place, verdict in enumerate(_COLOURS)}
+    code = table["verdict"].map(order) + len(order) * table["flips"]
+    for ax, (name, unknown) in zip(axes[0], tried.items(), strict=True):
+        mine = table.assign(code=code)[table["unknown"] == name]
+        cells = mine.pivot(index="id", columns="value", values="code").reindex(claims)
+        sns.heatmap(
+            cells,
+            ax=ax,
+            cmap=ListedColormap(colours),
+            vmin=-0.5,
+            vmax=len(colours) - 0.5,
+            cbar=False,
+            linewidths=1,
+            linecolor="white",
+            xticklabels=[f"{value:g}" for value in cells],
+        )
+        ax.set_title(textwrap.fill(unknown.title, 3 + 3 * len(unknown.values)), fontsize=6.5, fontweight="normal")
+        ax.tick_params(length=0, labelsize=6.5)
+        ax.tick_params(axis="x", rotation=90)
+        ax.grid(False)
+        ax.set(xlabel="", ylabel="")
+        usual = mine.groupby("value")["default"].any()
+        for label, default in zip(ax.get_xticklabels(), usual, strict=True):
+            label.set_fontweight("bold" if default else "normal")
+    said = [f"{flips.HEADLINES[claim]} ({claim})" for claim in claims]
+    axes[0, 0].set_yticklabels(said, rotation=0)
+    handles = [Patch(color=_pale(colour), label=f"{verdict}, as usual") for verdict, colour in _COLOURS.items()]
+    handles += [Patch(color=colour, label=f"flips to: {verdict}") for verdict, colour in _COLOURS.items()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=6.5)
+    settings = profile.sensitivity
+    stands = flips.robust(table).drop(columns=["headline", "verdict"]).isin(["all", ""]).all(axis=1)
+    caption = (
+        "Which unknown flips which conclusion. Each cell is a headline claim, judged as the scorecard judges it, on "
+        "eight simulated H100s with nothing around them, one number changed that both papers leave open; bold: its "
+        f"usual value. {settings.users} users, {settings.repeats} repeats. No value that was tried flips "
+        f"{', '.join(stands.index[stands]) or 'none'}. White: the unknown does not concern the paper, or the claim was "
+        "not run."
+    )
+    return _saved(fig, profile, "sensitivity", table, caption)
+
+
+def service_levels(table: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Users, and tokens per GPU and hour, that each system serves within a service level.
+
+    Parameters
+    ----------
+    table : DataFrame
+        What :func:`erlib.paper_scale.service_levels.goodput` returned.
+    profile : Profile
+    """
+    panels = {
+        "users_per_gpu": ("Users per GPU, all at once", "users"),
+        "tokens_per_gpu_hour": ("Goodput, Poisson arrivals", "million tokens per GPU-hour"),
+    }
+    papers = {"p1": "paper 1's prompts, 1,200 tokens each", "p2": "paper 2's prompts, MLPerf's lengths"}
+    drawn = table.assign(tokens_per_gpu_hour=table["tokens_per_gpu_hour"] / 1e6)
+    heights = [drawn.loc[drawn["paper"] == paper, "system"].nunique() for paper in papers]
+    fig, grid = plt.subplots(2, 2, figsize=(7.2, 4.6), height_ratios=heights, sharey="row")
+    for axes, (paper, said) in zip(grid, papers.items(), strict=True):
+        mine = drawn[drawn["paper"] == paper]
+        known = mine["system"].isin(config.config_ids())
+        mine = mine.assign(own=known, system=mine["system"].where(~known, mine["system"].map(_title)))
+        for ax, (metric, (title, xlabel)) in zip(axes, panels.items(), strict=True):
+            sns.barplot(
+                mine,
+                x=metric,
+                y="system",
+                hue="own",
+                palette={True: BLUE, False: SKY},
+                legend=False,
+                errorbar="sd",
+                err_kws={"linewidth": 1},
+                ax=ax,
+            )
+            ax.set(title=title, xlabel=xlabel, ylabel="")
+            ax.grid(axis="y", visible=False)
+        axes[0].text(0, 1.16, said, transform=axes[0].transAxes, color=GREY)
+    ttft_s, tpot_s = table[["ttft_s", "tpot_s"]].iloc[0]
+    window_s = profile.sensitivity.window_s
+    handles = [Patch(color=BLUE, label="the papers'"), Patch(color=SKY, label="left out")]
+    fig.legend(handles=handles, loc="outside upper right", ncols=2)
+    caption = (
+        "What eight simulated H100s serve within a service level: 99 % of the requests have their first token within "
+        f"{ttft_s:g} s, and 99 % a mean time of at most {tpot_s:g} s per token after that. Left: the most users that "
+        "may all ask in the same moment. Right: output tokens at the highest rate of Poisson arrivals, over "
+        f"{window_s:g} s in paper 1 and {window_s / 2:g} s in paper 2. In turn: without classification, a request goes "
+        f"to the next GPU. Means and sd over {table['repeat'].nunique()} repeats; searches end within a factor of "
+        f"{profile.sensitivity.precision:g}. Engines only: host, network and streaming are not in it, so that real "
+        "systems serve less."
+    )
+    return _saved(fig, profile, "service_levels", table, caption)
+
+
+def _title(name: str) -> str:
+    return canvas.name_of(name) if name in config.config_ids() else name
+
+
+def _saved(fig: Figure, profile: config.Profile, slug: str, table: pd.DataFrame, caption: str) -> Figure:
+    canvas.save(
+        *(fig, profile.name, "simulated-hardware", "workbench", slug, table, caption, NO_COUNTERPART),
+        command=canvas.command(profile, "07_paper_scale"),
+        host="8 x H100 in virtual time, preset hardware",
+    )
+    plt.close(fig)
+    return fig
