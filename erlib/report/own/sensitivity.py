@@ -56,7 +56,7 @@ def flipped_verdicts(table: pd.DataFrame, profile: config.Profile) -> Figure:
             linecolor="white",
             xticklabels=[f"{value:g}" for value in cells],
         )
-        ax.set_title(textwrap.fill(unknown.title, 3 + 3 * len(unknown.values)), fontsize=6.5, fontweight="normal")
+        ax.set_title(textwrap.fill(unknown.title, max(13, 4 * len(unknown.values))), fontsize=6.5, fontweight="normal")
         ax.tick_params(length=0, labelsize=6.5)
         ax.tick_params(axis="x", rotation=90)
         ax.grid(False)
@@ -68,13 +68,14 @@ def flipped_verdicts(table: pd.DataFrame, profile: config.Profile) -> Figure:
     axes[0, 0].set_yticklabels(said, rotation=0)
     handles = [Patch(color=_pale(colour), label=f"{verdict}, as usual") for verdict, colour in _COLOURS.items()]
     handles += [Patch(color=colour, label=f"flips to: {verdict}") for verdict, colour in _COLOURS.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=6.5)
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     settings = profile.sensitivity
+    levels = " and ".join(map(str, settings.users))
     stands = flips.robust(table).drop(columns=["headline", "verdict"]).isin(["all", ""]).all(axis=1)
     caption = (
         "Which unknown flips which conclusion. Each cell is a headline claim, judged as the scorecard judges it, on "
         "eight simulated H100s with nothing around them, one number changed that both papers leave open; bold: its "
-        f"usual value. {settings.users} users, {settings.repeats} repeats. No value that was tried flips "
+        f"usual value. {levels} users, means over {settings.repeats} repeats. No value that was tried flips "
         f"{', '.join(stands.index[stands]) or 'none'}. White: the unknown does not concern the paper, or the claim was "
         "not run."
     )
@@ -94,14 +95,13 @@ def service_levels(table: pd.DataFrame, profile: config.Profile) -> Figure:
         "users_per_gpu": ("Users per GPU, all at once", "users"),
         "tokens_per_gpu_hour": ("Goodput, Poisson arrivals", "million tokens per GPU-hour"),
     }
-    papers = {"p1": "paper 1's prompts, 1,200 tokens each", "p2": "paper 2's prompts, MLPerf's lengths"}
+    papers = {"p1": "paper 1's prompts,\n1,200 tokens each", "p2": "paper 2's prompts,\nMLPerf's lengths"}
     drawn = table.assign(tokens_per_gpu_hour=table["tokens_per_gpu_hour"] / 1e6)
     heights = [drawn.loc[drawn["paper"] == paper, "system"].nunique() for paper in papers]
     fig, grid = plt.subplots(2, 2, figsize=(7.2, 4.6), height_ratios=heights, sharey="row")
     for axes, (paper, said) in zip(grid, papers.items(), strict=True):
         mine = drawn[drawn["paper"] == paper]
-        known = mine["system"].isin(config.config_ids())
-        mine = mine.assign(own=known, system=mine["system"].where(~known, mine["system"].map(_title)))
+        mine = mine.assign(own=mine["system"].isin(config.config_ids()), system=mine["system"].map(_title))
         for ax, (metric, (title, xlabel)) in zip(axes, panels.items(), strict=True):
             sns.barplot(
                 mine,
@@ -116,7 +116,7 @@ def service_levels(table: pd.DataFrame, profile: config.Profile) -> Figure:
             )
             ax.set(title=title, xlabel=xlabel, ylabel="")
             ax.grid(axis="y", visible=False)
-        axes[0].text(0, 1.16, said, transform=axes[0].transAxes, color=GREY)
+        axes[0].set_ylabel(said)
     ttft_s, tpot_s = table[["ttft_s", "tpot_s"]].iloc[0]
     window_s = profile.sensitivity.window_s
     handles = [Patch(color=BLUE, label="the papers'"), Patch(color=SKY, label="left out")]
