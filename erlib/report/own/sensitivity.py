@@ -139,7 +139,7 @@ def _title(name: str) -> str:
 
 def _saved(fig: Figure, profile: config.Profile, slug: str, table: pd.DataFrame, caption: str) -> Figure:
     canvas.save(
-        *(fig, profile.name, "simulated-hardware", "workbench", slug, table, caption, NO_COUNTERPART),
+        *(fig, profile, "simulated-hardware", "workbench", slug, table, caption, NO_COUNTERPART),
         command=canvas.command(profile, "07_paper_scale"),
         host="8 x H100 in virtual time, preset hardware",
     )
