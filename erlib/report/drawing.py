@@ -103,7 +103,7 @@ def finish(
         records=used["point_hash"].unique().tolist(),
         command=again,
         host=" and ".join(sorted(used["host"].unique())),
-        note=canvas.precision_note(profile) if source == "measured" and paper != "workbench" else None,
+        note=canvas.precision_note(profile) if source == "measured" else None,
         extra={
             "requests": {"answered": len(used) - failed, "failed": failed},
             "measured_with": {
