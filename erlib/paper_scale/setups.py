@@ -85,14 +85,14 @@ CONFIGS = ("p1.A", *_ROUTED1, "p2.A", "p2.B", "p2.C", *_ROUTED2)
 
 UNKNOWNS = {
     "sigma": Unknown("width of the normal mix [clusters]", (0.5, 1, 2, 4), _ROUTED2),
-    "answers": Unknown("answer length [×]", (0.125, 0.25, 0.5, 1, 2), CONFIGS),
+    "answers": Unknown("answer length [×]", (0.125, 0.5, 1, 2), CONFIGS),
     "weight_only": Unknown("steps with INT8 or INT4 weights [×]", (0.75, 1, 1.25), ("p1.B", "p2.D")),
     "tensor_parallel": Unknown("steps on several GPUs [×]", (0.75, 1, 1.25), _BASELINES),
     "allreduce": Unknown("all-reduce [×]", (0, 1, 2, 7), _BASELINES),
     "slots": Unknown("slots [×]", (0.25, 0.5, 1, 2), CONFIGS),
-    "server_us": Unknown("host, a core per server [µs a token]", (0, 20, 100, 500), CONFIGS),
-    "shared_us": Unknown("host, one core for all [µs a token]", (0, 20, 100, 500), CONFIGS),
-    "arrivals_s": Unknown("all users arrive within [s]", (0, 10, 60, 300), CONFIGS),
+    "server_us": Unknown("host, a core per server [µs a token]", (0, 100, 500), CONFIGS),
+    "shared_us": Unknown("host, one core for all [µs a token]", (0, 100, 500), CONFIGS),
+    "arrivals_s": Unknown("all users arrive within [s]", (0, 60, 300), CONFIGS),
     "moved": Unknown("continuations that move [share]", (0, 0.16, 0.55), _ROUTED1),
 }
 """By field of :class:`Setup`. Kernel prices are good to some 25 %; PCIe is 7 times slower than NVLink; 16 % of
