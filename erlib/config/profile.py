@@ -232,7 +232,7 @@ class SensitivitySettings(_Section):
     users: Several[Users] = Field([200, 900], description=f"{_USERS}, not divided by scale.users")
     repeats: Repeats = Field(2, description=_REPEATS)
     window_s: float = Field(60, gt=0, le=3600, description="Poisson requests arrive for so long; half of it in paper 2")
-    precision: float = Field(1.05, gt=1, le=2, description="the most users and requests are found within this factor")
+    precision: float = Field(1.1, gt=1, le=2, description="the most users and requests are found within this factor")
     gpu_hour: float = Field(1.0, gt=0, le=1e6, description="price of an hour of one GPU, in any currency")
 
 

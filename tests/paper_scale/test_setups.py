@@ -17,7 +17,8 @@ from erlib.load import records
 from erlib.paper_scale import batching, clock, left_out, service_levels, setups
 from erlib.paper_scale.clock import HARDWARE
 from erlib.paper_scale.setups import UNKNOWNS, Setup
-from erlib.workload.prompts import FORCED, Prompt
+from erlib.workload.lengths import FORCED
+from erlib.workload.prompts import Prompt
 
 
 @pytest.fixture(scope="module")

@@ -127,8 +127,8 @@ def service_levels(table: pd.DataFrame, profile: config.Profile) -> Figure:
         "may all ask in the same moment. Right: output tokens at the highest rate of Poisson arrivals, over "
         f"{window_s:g} s in paper 1 and {window_s / 2:g} s in paper 2. In turn: without classification, a request goes "
         f"to the next GPU. Means and sd over {table['repeat'].nunique()} repeats; searches end within a factor of "
-        f"{profile.sensitivity.precision:g}. Engines only: host, network and streaming are not in it, so that real "
-        "systems serve less."
+        f"{profile.sensitivity.precision:g}. Engines only, and beside MLPerf's server scenario the simulated "
+        "TPOT near saturation is two to four times too short (docs/results.md): upper bounds, good for comparing."
     )
     return _saved(fig, profile, "service_levels", table, caption)
 
