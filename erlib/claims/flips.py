@@ -146,7 +146,8 @@ def _write(profile: Profile, unknown: str, setup: Setup, file: Path) -> None:
     ]
     values = Evidence("simulated-hardware", frames, profile).values
     rows = [("load", *key[1:], *value) for key, value in values.items()]
-    setups.keep(pd.DataFrame(rows, columns=_COLUMNS), file)
+    with cache.writing(file) as partial:
+        pd.DataFrame(rows, columns=_COLUMNS).to_parquet(partial)
 
 
 _QUIETLY = "sensitivity"

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -77,7 +76,7 @@ def write(profile: Profile, tables: Mapping[str, Published]) -> Path:
             use_dictionary=[field.name for field in table.schema if field.name not in _TIMES],
             column_encoding={path: "BYTE_STREAM_SPLIT" for column, path in _TIMES.items() if column in numbers},
         )  # fmt: skip
-        manifest[name] = {"schema": schema, "sha256": _sha256(target / f"{name}.parquet")}
+        manifest[name] = {"schema": schema, "sha256": cache.sha256(target / f"{name}.parquet")}
     (target / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return target
 
@@ -87,10 +86,6 @@ _TIMES = {
     "token_ns": "token_ns.list.element",
 }
 """Columns in which hardly a number comes twice, and where parquet keeps them."""
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 DRAWING = ("08_figures_paper1", "09_figures_paper2", "10_scorecard")
@@ -140,7 +135,7 @@ def read(profile: Profile, name: str, schema: str | None = None) -> pa.Table:
     file, about = folder(profile) / f"{name}.parquet", _manifest(profile).get(name)
     if about is None or not file.is_file():
         raise ConfigError(f"{_short(file)} is not published: git checkout {_short(file.parent)}, or measure anew")
-    if _sha256(file) != about["sha256"]:
+    if cache.sha256(file) != about["sha256"]:
         raise ConfigError(f"{_short(file)} is not what was published (wrong sha256): git checkout {_short(file)}")
     if schema not in (None, about["schema"]):
         raise ConfigError(f"{_short(file)} has another schema than this version of erlib reads: publish it anew")

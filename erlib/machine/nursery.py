@@ -113,17 +113,17 @@ _RUNNING = 1 << 16
 def forked() -> list[str]:
     """In a nursery: fork what is asked for, until nobody is left to ask. Returns in each child, with its arguments."""
     gc.freeze()  # a collection would write to what is shared
-    running: set[int] = set()
+    ended: dict[int, int] = {}
     for line in sys.stdin.buffer:
         asked = json.loads(line)
         if "ended" in asked:
-            answer = _how_ended(asked["ended"], running)
+            answer = _how_ended(asked["ended"], ended)
         else:
             parent, answer = os.getpid(), os.fork()
+            ended.pop(answer, None)  # a process id may come again
             if not answer:
                 _begin(parent, Path(asked["log"]), asked["niceness"])
                 return list(asked["arguments"])
-            running.add(answer)
         sys.stdout.buffer.write(b"%d\n" % answer)
         sys.stdout.buffer.flush()
     raise SystemExit
@@ -137,11 +137,11 @@ def _begin(parent: int, log: Path, niceness: int) -> None:
     processes.follow(parent, niceness)
 
 
-def _how_ended(pid: int, running: set[int]) -> int:
-    if pid in running:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if not ended:
+def _how_ended(pid: int, ended: dict[int, int]) -> int:
+    """Return code of a child, also if two threads of whoever asks want to know."""
+    if pid not in ended:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if not found:
             return _RUNNING
-        running.discard(pid)
-        return os.waitstatus_to_exitcode(status)
-    raise ValueError(f"{pid} is no child of this nursery, or its end has been told")
+        ended[pid] = os.waitstatus_to_exitcode(status)
+    return ended[pid]

@@ -96,7 +96,8 @@ def goodput(profile: Profile, ttft_s: float = TTFT_S, tpot_s: float = TPOT_S, wo
             for repeat in range(settings.repeats)
         ]
         table = pd.DataFrame([job.result() for job in Bar(jobs, desc="goodput", unit="system")])
-    setups.keep(table, file)
+    with cache.writing(file) as partial:
+        table.to_parquet(partial)
     return table
 
 

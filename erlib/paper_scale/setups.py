@@ -9,11 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -206,22 +204,8 @@ def mixes(name: str) -> list[Mix]:
 @functools.cache
 def code() -> str:
     """Hash of what simulated records are computed with: code, and step times."""
-    files = ("setups", "simulation", "clock", "instances", "batching", "steptimes")
-    places = [
-        *(f"paper_scale/{name}.py" for name in files),
-        "engines/llama.py",
-        "workload/prompts.py",
-        "workload/lengths.py",
-    ]
+    places = ("paper_scale/setups.py", *simulation.CODE)
     return cache.digest(provenance.code_digest(*places), steptimes.TABLE, BESIDE)
-
-
-def keep(table: pd.DataFrame, file: Path) -> None:
-    """Write what was computed under its hash; a file that exists is complete."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    table.to_parquet(temporary)
-    temporary.rename(file)
 
 
 def continuations(drawn: Sequence[Prompt], moved: float, clusters: int, seed: Sequence[int]) -> list[Prompt]:

@@ -197,6 +197,13 @@ def _paper(workload: lengths.Paper) -> Paper:
     return "p1" if workload == "p1" else "p2"
 
 
+CODE = (
+    *(f"paper_scale/{name}.py" for name in ("simulation", "clock", "instances", "batching", "steptimes")),
+    *("engines/llama.py", "workload/prompts.py", "workload/lengths.py"),
+)
+"""What simulated records are computed with."""
+
+
 def points(
     profile: Profile,
     around: Mapping[Paper, Harness],
@@ -208,10 +215,7 @@ def points(
     ``p1`` and ``p2`` are the papers' load experiments, ``preliminary`` is paper 2's search for its baselines (section
     IV-C). Its users reach the one instance directly, so that what paper 2's harness limits, the gateways, is not there.
     """
-    files = ("simulation", "clock", "instances", "batching", "steptimes")
-    code = provenance.code_digest(
-        *(f"paper_scale/{name}.py" for name in files), "engines/llama.py", "workload/prompts.py", "workload/lengths.py"
-    )
+    code = provenance.code_digest(*CODE)
     levels: dict[lengths.Paper, config.SweepSettings | config.PreliminarySettings] = {
         "p1": profile.paper1,
         "p2": profile.paper2,

@@ -218,9 +218,8 @@ class Table(StepTimes):
         return seconds
 
     def decode_steps_s(self, steps: int, sequences: int, context_tokens: int) -> npt.NDArray[np.float64]:
-        last_tokens = context_tokens + (steps - 1) * sequences
-        self._check(0, 0, sequences, last_tokens)
-        contexts = np.arange(context_tokens, last_tokens + 1, sequences) / sequences
+        self._check(0, 0, sequences, context_tokens + max(0, steps - 1) * sequences)
+        contexts = np.arange(context_tokens, context_tokens + steps * sequences, sequences) / sequences
         matrices_s = self._dense[sequences] + self._output[sequences]
         return matrices_s + self._decode.along(sequences, contexts)
 
@@ -275,24 +274,25 @@ class _Grid:
         self.x: list[int] = xs.tolist()
         self.y: list[int] = ys.tolist()
         self._seconds: list[list[float]] = seconds_at.tolist()
-        self._lines: dict[float, npt.NDArray[np.float64]] = {}
+        self._lines: dict[float, tuple[npt.NDArray[np.float64], list[float]]] = {}
 
-    def along(self, x: float, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """:meth:`at` for many `y`."""
+    def _line(self, x: float) -> tuple[npt.NDArray[np.float64], list[float]]:
+        """Seconds at all of :attr:`y`, twice: for who asks for many points of the line, and for one."""
         if x not in self._lines:
             i = bisect_right(self.x, x, 1, len(self.x) - 1) - 1
             low, high = np.array(self._seconds[i : i + 2])
-            self._lines[x] = low + (x - self.x[i]) / (self.x[i + 1] - self.x[i]) * (high - low)
-        return np.interp(y, self.y, self._lines[x])
+            line = low + (x - self.x[i]) / (self.x[i + 1] - self.x[i]) * (high - low)
+            self._lines[x] = line, line.tolist()
+        return self._lines[x]
+
+    def along(self, x: float, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """:meth:`at` for many `y`, digit by digit."""
+        return np.interp(y, self.y, self._line(x)[0])
 
     def at(self, x: float, y: float) -> float:
-        i = bisect_right(self.x, x, 1, len(self.x) - 1) - 1
+        line = self._line(x)[1]
         j = bisect_right(self.y, y, 1, len(self.y) - 1) - 1
-        u = (x - self.x[i]) / (self.x[i + 1] - self.x[i])
-        v = (y - self.y[j]) / (self.y[j + 1] - self.y[j])
-        low, high = self._seconds[i], self._seconds[i + 1]
-        at_low, at_high = low[j] + v * (low[j + 1] - low[j]), high[j] + v * (high[j + 1] - high[j])
-        return at_low + u * (at_high - at_low)
+        return (line[j + 1] - line[j]) / (self.y[j + 1] - self.y[j]) * (y - self.y[j]) + line[j]
 
 
 # --- from first principles ----------------------------------------------------------------------------------------

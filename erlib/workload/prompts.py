@@ -187,8 +187,8 @@ def _find(
 ) -> tuple[str, str | None]:
     """A text of so many tokens, and, if `more` are asked for, the text of which it is the beginning."""
     for _ in range(_MAX_PASSAGES):
-        passage = passages.next(64 + 16 * (tokens + more))
-        text = _cut(passage[: 64 + 16 * tokens], tokens, tokenizer)
+        passage = passages.next(_enough(tokens + more))
+        text = _cut(passage[: _enough(tokens)], tokens, tokenizer)
         if text is None or not text.strip() or clusterer.route(text)[0] != cluster:
             continue
         follow_up = _cut(passage, tokens + more, tokenizer) if more else None
@@ -198,6 +198,11 @@ def _find(
         f"found no held-out text of {tokens + more} tokens that the router sends to cluster {cluster}: "
         "raise corpus.documents or corpus.holdout, or lower clusterer.n_clusters"
     )
+
+
+def _enough(tokens: int) -> int:
+    """Characters that hold so many tokens."""
+    return 64 + 16 * tokens
 
 
 def _cut(passage: str, tokens: int, tokenizer: Tokenizer) -> str | None:

@@ -75,6 +75,8 @@ def test_a_child_is_polled_signalled_and_reaped_as_one_of_ours(tmp_path: Path) -
         killed.kill()
         assert killed.wait(5) == -signal.SIGKILL and killed.poll() == -signal.SIGKILL
         killed.kill()  # is no other process by now
+        assert made.how_ended(killed.pid) == -signal.SIGKILL  # another thread may have asked at the same time
+        assert stopped.poll() is None
         processes.stop([stopped], grace_s=5)
         assert stopped.returncode == -signal.SIGTERM
 
