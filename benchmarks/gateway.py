@@ -41,6 +41,7 @@ import pandas as pd
 import psutil
 from tqdm import tqdm
 
+from benchmarks.cpu import process_cpu_s
 from benchmarks.paced import ENDLESS, Stream, Users
 from benchmarks.ways import GATEWAYS, WAYS, Site, Way
 from erlib import config, paths, provenance
@@ -130,9 +131,14 @@ class Interval:
             self.others = max(0.0, 1 - self.idle - self.all_s / total)
 
     def _read(self) -> tuple[float, float, float, float]:
-        relays = sum(map(_cpu_s, self.relays))
+        relays = sum(map(process_cpu_s, self.relays))
         machine = psutil.cpu_times()
-        return relays, _cpu_s(self.engine) + time.process_time(), machine.idle + machine.iowait, _all_times(machine)
+        return (
+            relays,
+            process_cpu_s(self.engine) + time.process_time(),
+            machine.idle + machine.iowait,
+            _all_times(machine),
+        )
 
     async def _watch_lag(self) -> None:
         while True:
@@ -143,11 +149,6 @@ class Interval:
     @property
     def duration_s(self) -> float:
         return (self.end_ns - self.start_ns) / 1e9
-
-
-def _cpu_s(pid: int) -> float:
-    """CPU time of a process and its former threads, to the nanosecond: Linux' clock of that process."""
-    return time.clock_gettime(~pid << 3 | 2)  # what clock_getcpuclockid(3) returns
 
 
 def _all_times(times: Any) -> float:
@@ -375,7 +376,7 @@ def memory(site: Site) -> pd.DataFrame:
             family = [psutil.Process(gateway.pid) for gateway in gateways]
             family += {gateway.parent() for gateway in family}  # what has forked them
             used = [member.memory_full_info() for member in family]
-            cpu_s = sum(_cpu_s(member.pid) for member in family)
+            cpu_s = sum(process_cpu_s(member.pid) for member in family)
         rows.append(
             {
                 "gateways": n,

@@ -21,6 +21,7 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import InferenceServerClient, model_config_pb2
 from tritonclient.grpc import service_pb2 as pb
 
+from benchmarks.on_cpu import ServerOnCpu
 from erlib import config, paths
 from erlib.dgx import repository
 from erlib.dgx.containers import Places
@@ -29,7 +30,6 @@ from erlib.load import users
 from erlib.machine import processes
 from erlib.machine.processes import StartError
 from erlib.serving import stack, wheel, wire
-from tests.support.on_cpu import ServerOnCpu
 from tests.support.ports import BASE_PORT
 from tests.support.served import (
     END_AT,

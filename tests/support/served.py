@@ -13,12 +13,12 @@ import grpc.aio
 from tokenizers import Tokenizer
 from tritonclient.grpc import service_pb2 as pb
 
+from benchmarks.on_cpu import ServerOnCpu
 from erlib import config
 from erlib.dgx import tensorrt_llm
 from erlib.dgx.containers import Places
 from erlib.machine import processes
 from erlib.serving import triton, wire
-from tests.support.on_cpu import ServerOnCpu
 
 END_AT = 5  # the stand-ins repeat the prompt, with the end of sequence as the sixth token
 PROMPT = "Is the word for a big cat still 猫, or rather Löwe 🦁? the end"

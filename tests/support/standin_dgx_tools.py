@@ -209,8 +209,8 @@ def serve_llm_api(argv):
 
 def triton_server(words, put_standin):
     """The real one, on a copy of the repository with a stand-in in it."""
+    from benchmarks.on_cpu import ServerOnCpu
     from erlib.serving import wheel
-    from tests.support.on_cpu import ServerOnCpu
 
     wheel.preflight()
     known = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)

@@ -11,8 +11,10 @@ from erlib.serving import wheel
 class ServerOnCpu(RepositoryServer):
     """Started as the wheel ``nvidia-pytriton`` has it, which has no TensorRT-LLM backend."""
 
-    def __init__(self, label: str, repository: Path, port: int, work_dir: Path, flow: Flow = "engine", **more: str):
-        super().__init__(label, repository, port, work_dir, gpus=(), flow=flow, **more)
+    def __init__(
+        self, label: str, repository: Path, port: int, work_dir: Path, flow: Flow = "engine", host: str = "127.0.0.1"
+    ):
+        super().__init__(label, repository, port, work_dir, gpus=(), flow=flow, host=host)
 
     @property
     def launch(self) -> Launch:
