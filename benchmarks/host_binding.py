@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from benchmarks.cpu import process_cpu_s
 from benchmarks.on_cpu import ServerOnCpu
-from erlib import config, paths, provenance
+from erlib import cache, config, paths, provenance
 from erlib.dgx import repository, tensorrt_llm
 from erlib.engines import checkpoint
 from erlib.machine import processes
@@ -250,10 +250,11 @@ def main() -> None:
             ):
                 for users in todo:
                     seen = asyncio.run(point(servers, users, prompts))
-                    row = {**condition._asdict(), "users": users, "round": n, **seen, **about}
-                    tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in seen.items()))
-                    rows.append(row)
-                    pd.DataFrame(rows).to_csv(options.file, index=False)
+                    key = {**condition._asdict(), "users": users, "round": n, "answer_tokens": ANSWER_TOKENS}
+                    tqdm.write("  ".join(f"{what} {value:.4g}" for what, value in seen.items()))
+                    rows.append({**key, **seen, **about})
+                    with cache.writing(options.file) as partial:
+                        pd.DataFrame(rows).to_csv(partial, index=False)
                     progress.update()
 
 

@@ -17,7 +17,7 @@ from erlib import config, paths, provenance
 from erlib.load import points
 
 HANDED_OUT = {
-    "claims": "counts evaluate inconsistencies read_sources robust sensitivity write_scorecard",
+    "claims": "by_core_speed by_source counts evaluate inconsistencies read_sources robust sensitivity write_scorecard",
     "dgx": "build_report",
     "engines": "laptop_system measure_engines recomputed_table1",
     "load": "accounting aggregate all_configurations answers at_highest_load build_workload input_lengths "
@@ -25,7 +25,7 @@ HANDED_OUT = {
     "read_files routing_overhead run summarise",
     "paper_scale": "ablation_effects ablation_plan ablation_profile ablation_table aisimulate at_the_knee "
     "beside_published beside_simulation by_point calibrated emulated_load error_table errors "
-    "full_scale_workloads goodput gpus_needed intervals leave_one_out mape pace published "
+    "full_scale_workloads goodput gpus_needed host_binding intervals leave_one_out mape pace published "
     "replicas_agreement replicas_beside_simulation replicas_finding replicas_plan run_ablation "
     "run_replicas simulate_left_out simulate_papers simulated_beside",
     "report": "architecture cluster_colours command flipped_verdicts harness_ablation load_figures on_the_same_axes "

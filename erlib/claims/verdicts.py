@@ -9,7 +9,6 @@ no record of is not testable there, never guessed.
 from __future__ import annotations
 
 import functools
-import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -193,6 +192,7 @@ FULL_SCALE_SOURCES = {
     "emulated": "emulated/load",
     "simulated-hardware": "simulated/hardware",
     "simulated-harness": "simulated/harness",
+    "simulated-pinned-host": "simulated/pinned-host",
 }
 """Sources on the papers' own scale, and where their records lie in a run's directory."""
 
@@ -263,10 +263,9 @@ def evaluate(records_by_source: Mapping[str, Records], profile: Profile) -> pd.D
     Parameters
     ----------
     records_by_source : mapping
-        Source (``measured``, ``emulated``, ``simulated-hardware``, ``simulated-harness``; those that exist) to its
-        records, as :func:`erlib.load.records.read` returns them, whole or in parts (:func:`in_parts`), or
-        summarised (:func:`erlib.claims.evidence.summarise`). ``measured`` is
-        on the scale of `profile`, all others on the papers'.
+        Source (``measured`` and :data:`FULL_SCALE_SOURCES`; those that exist) to its records, as
+        :func:`erlib.load.records.read` returns them, whole or in parts (:func:`in_parts`), or summarised
+        (:func:`erlib.claims.evidence.summarise`). ``measured`` is on the scale of `profile`, all others on the papers'.
     profile : Profile
 
     Returns
@@ -332,57 +331,3 @@ def counts(scorecard: pd.DataFrame) -> pd.DataFrame:
 def inconsistencies(scorecard: pd.DataFrame) -> pd.DataFrame:
     """The claims that contradict other numbers or statements of the same papers, once each."""
     return scorecard[scorecard["conflict"] != ""].drop_duplicates("id")
-
-
-def write_scorecard(scorecard: pd.DataFrame, profile: Profile) -> None:
-    """Write ``figures/<profile>/scorecard.{csv,md}``; the page is :func:`erlib.report.gallery.write_gallery`'s."""
-    directory = paths.FIGURES / profile.name
-    directory.mkdir(parents=True, exist_ok=True)
-    scorecard.to_csv(directory / "scorecard.csv", index=False)
-    (directory / "scorecard.md").write_text(_markdown(scorecard, profile), encoding="utf-8")
-
-
-SIGNS: dict[str, str] = {
-    **{HOLDS: "✓", FAILS: "✗", UNTOLD: "≈", CONSTRUCTION: "=", FITTED: "~", NOT_RUN: "–", AMBIGUOUS: "?"},
-}
-TITLES = {"paper1": "Paper 1", "paper2": "Paper 2", "both": "Across the papers"}
-TYPES = {
-    "arith": "arithmetic",
-    "setup": "setup",
-    "num": "number",
-    "ord": "ordering",
-    "shape": "shape",
-    "concl": "conclusion",
-}
-"""What a claim's type is called."""
-
-
-def _markdown(scorecard: pd.DataFrame, profile: Profile) -> str:
-    parts = [
-        f"# Scorecard of both papers' claims, profile {profile.name}",
-        ", ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items()) + ". The thresholds are ours.",
-        counts(scorecard).to_markdown(),
-    ]
-    for paper, title in TITLES.items():
-        lines = [f"## {title}\n", "| claim | | source | verdict | numbers |", "|---|---|---|---|---|"]
-        for row in scorecard[scorecard["paper"] == paper].itertuples():
-            cells = [
-                row.id,
-                f"{row.claim} ({row.where})",
-                row.source,
-                f"{SIGNS[row.verdict]} {row.verdict}",
-                row.numbers,
-            ]
-            figure = f" ([figure]({row.figure}))" if row.figure else ""
-            lines.append(f"| {' | '.join(map(_plain, cells))}{figure} |")
-        parts.append("\n".join(lines))
-    contradictions = [
-        f"- **{row.id}** ({_plain(row.where)}): {_plain(row.conflict)}"
-        for row in inconsistencies(scorecard).itertuples()
-    ]
-    return "\n\n".join([*parts, "## Where the papers contradict themselves", "\n".join(contradictions)]) + "\n"
-
-
-def _plain(text: str) -> str:
-    """Text that stays text, and in its cell, wherever Markdown is shown."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "/")

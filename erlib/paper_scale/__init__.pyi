@@ -15,6 +15,7 @@ from .emulation import emulated_load as emulated_load
 from .emulation import pace as pace
 from .emulation import simulated_beside as simulated_beside
 from .left_out import simulate_left_out as simulate_left_out
+from .presets import host_binding as host_binding
 from .replicas import gpus_needed as gpus_needed
 from .replicas import replicas_agreement as replicas_agreement
 from .replicas import replicas_beside_simulation as replicas_beside_simulation

@@ -9,18 +9,15 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from erlib.config import ConfigError, Paper
 from erlib.config.system import HAVE_GATEWAYS
 from erlib.paper_scale.batching import CannotServe, Engine, System
 from erlib.paper_scale.instances import Clock, Request, Server, SharedMachine
 from erlib.workload.prompts import Prompt
-
-Preset = Literal["hardware", "harness"]
 
 
 @dataclass(frozen=True)
@@ -49,22 +46,15 @@ class Harness:
     """Clients and gateways send one request after the other, each taking so long."""
     arrivals_s: float = 0.0
     """Users come at moments of a Poisson process, all of them within so long; 0: all at once."""
+    alone: Harness | None = None
+    """What stands around a system of one server, where that is something else."""
+
+    def around(self, system: System) -> Harness:
+        """What stands around a system's engines."""
+        return self.alone if self.alone and len(system.experts) == 1 else self
 
 
 HARDWARE = Harness("hardware")
-
-HARNESS: dict[Paper, Harness] = {
-    "p1": Harness("harness", 160, routing_mean_s=0.442, routing_sd_s=0.302, client_tokens_per_s=2000),
-    "p2": Harness("harness", 48, routing_mean_s=0.442, routing_sd_s=0.302),
-}
-"""Routing latency as both papers state it (section VI); streams and client speed fitted to their claims."""
-
-
-def harness(preset: Preset, paper: Paper) -> Harness:
-    """The harness of a preset; change single numbers with :func:`dataclasses.replace`."""
-    if preset not in ("hardware", "harness"):
-        raise ConfigError(f"preset must be 'hardware' or 'harness', not {preset!r}")
-    return HARDWARE if preset == "hardware" else HARNESS[paper]
 
 
 class _Client:

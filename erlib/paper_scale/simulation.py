@@ -5,9 +5,7 @@ so an answer's timestamps are a slice of its server's steps. Which requests shar
 :mod:`erlib.paper_scale.batching` decides. Steps between which nobody joins or leaves are one event; a request that
 arrives meanwhile cuts them short after the step that runs, so that all is as it were with one event per step.
 
-Two presets: ``hardware`` is nothing but the GPUs; ``harness`` puts a gateway that relays few streams at a time and a
-client of limited speed around them. The harness' numbers are a hypothesis fitted to the papers' statements, never a
-measurement.
+What stands around the engines, :mod:`erlib.paper_scale.presets` has by name.
 """
 
 from __future__ import annotations
@@ -37,8 +35,9 @@ from erlib.machine import processes
 from erlib.machine.progress import Bar
 from erlib.paper_scale import batching, steptimes
 from erlib.paper_scale.batching import System
-from erlib.paper_scale.clock import HARDWARE, Harness, Preset, harness, trace
+from erlib.paper_scale.clock import HARDWARE, Harness, trace
 from erlib.paper_scale.instances import Request
+from erlib.paper_scale.presets import Preset, preset
 from erlib.routing import training
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import lengths, prompts
@@ -223,12 +222,12 @@ def points(
     }
     result = []
     for name, workload in workloads.items():
-        outside = around[_paper(name)]
         frame = workload.frame[["prompt", "cluster", "input_tokens", "max_tokens"]]
-        inputs = [frame.to_json(), workload.sigma, profile.seed, asdict(outside), code, steptimes.TABLE]
+        inputs = [frame.to_json(), workload.sigma, profile.seed, code, steptimes.TABLE]
         for system, mixes in _systems(profile, name):
+            outside = around[_paper(name)].around(system)
             described = {f.name: str(getattr(system, f.name)) for f in fields(system)}
-            base = cache.digest(*inputs, described)
+            base = cache.digest(*inputs, asdict(outside), described)
             folder = directory / outside.name / system.config
             for mix, users, repeat in itertools.product(mixes, levels[name].users, range(levels[name].repeats)):
                 path = folder / f"{mix}-u{users:04d}-r{repeat}-{cache.digest(base, mix, users, repeat)}.parquet"
@@ -252,7 +251,7 @@ def _systems(profile: Profile, workload: lengths.Paper) -> Iterator[tuple[System
 
 def simulate_papers(
     profile: Profile,
-    preset: Preset | Mapping[Paper, Harness],
+    around: Preset | Mapping[Paper, Harness],
     directory: Path,
     workloads: Mapping[lengths.Paper, Workload] | None = None,
     workers: int = 2,
@@ -264,8 +263,9 @@ def simulate_papers(
     ----------
     profile : Profile
         At full scale (e.g. ``dgx-h100``): configurations, user levels, repeats, mixes, seed.
-    preset : {"hardware", "harness"} or mapping
-        A preset's name, or what is around the engines in each paper, under a name of your own.
+    around : str or mapping
+        The name of one of :mod:`erlib.paper_scale.presets`, or what is around the engines in each paper, under a name
+        of your own.
     directory : Path
         Records go to ``<directory>/<name of the preset>/<config>/``.
     workloads : mapping, optional
@@ -289,9 +289,9 @@ def simulate_papers(
     everything: tuple[lengths.Paper, ...] = ("p1", "p2", "preliminary")
     workloads = workloads or {name: textless_workload(profile, name) for name in everything}
     papers = list(dict.fromkeys(map(_paper, workloads)))
-    around = {paper: harness(preset, paper) for paper in papers} if isinstance(preset, str) else preset
-    label = "simulation " + " and ".join(dict.fromkeys(around[paper].name for paper in papers))
-    wanted = points(profile, around, directory, workloads)
+    outside = {paper: preset(around, paper) for paper in papers} if isinstance(around, str) else around
+    label = "simulation " + " and ".join(dict.fromkeys(outside[paper].name for paper in papers))
+    wanted = points(profile, outside, directory, workloads)
     todo = [point for point in wanted if not records.found(point.path, "simulation")]
     print(f"{label}: {len(wanted) - len(todo)} of {len(wanted)} points found by content hash")
     _simulate_in_parallel(profile, todo, workloads, workers, columns, label)

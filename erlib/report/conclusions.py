@@ -163,6 +163,7 @@ _WORDS = {
     "emulated": "as emulated",
     "simulated-hardware": "on simulated H100s",
     "simulated-harness": "with the fitted harness",
+    "simulated-pinned-host": "with eight servers on one core",
     "arithmetic": "by arithmetic",
 }
 

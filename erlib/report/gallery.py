@@ -21,7 +21,7 @@ import pandas as pd
 from PIL import Image
 
 from erlib import config, paths, provenance
-from erlib.claims import verdicts
+from erlib.claims import scorecards, verdicts
 from erlib.machine import processes
 
 SOURCES = ("measured", "emulated", "simulated-hardware", "simulated-harness")
@@ -222,9 +222,9 @@ def _render(profile: config.Profile, scorecard: pd.DataFrame, shown: list[Pictur
         papers=PAPERS,
         figures={paper: by_anchor for paper, by_anchor in figures.items() if by_anchor},
         counts=verdicts.counts(scorecard).to_dict("index"),
-        verdicts=verdicts.SIGNS,
-        titles=verdicts.TITLES,
-        types=verdicts.TYPES,
+        verdicts=scorecards.SIGNS,
+        titles=scorecards.TITLES,
+        types=scorecards.TYPES,
         claims=_by_claim(scorecard),
         conflicts=verdicts.inconsistencies(scorecard).to_dict("records"),
         beside=_beside(scorecard),

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from erlib import config, paths
-from erlib.claims import evidence, verdicts
+from erlib.claims import evidence, explained, scorecards, verdicts
 from erlib.claims.verdicts import AMBIGUOUS, CONSTRUCTION, FAILS, FITTED, HOLDS, NOT_RUN, UNTOLD
 from erlib.load import experiments, records, sweep
 from tests.support import synthetic
@@ -314,6 +314,28 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
     }
 
 
+def test_hypotheses_are_compared_on_the_claims_that_all_of_them_decide():
+    said = {
+        "P1-R01": (HOLDS, FITTED, FAILS),
+        "P1-R02": (FAILS, FITTED, HOLDS),
+        "P1-R03": (FAILS, FAILS, UNTOLD),
+        "P1-R04": (HOLDS, NOT_RUN, HOLDS),  # which one of them does not decide
+    }
+    sources = ("simulated-hardware", "simulated-harness", explained.PINNED)
+    rows = [
+        {"id": claim, "source": source, "verdict": verdict}
+        for claim, words in said.items()
+        for source, verdict in zip(("measured", *sources), ("holds", *words), strict=True)
+    ]
+    table = explained.by_source(pd.DataFrame(rows))
+    assert list(table.index) == list(sources)
+    assert set(table["claims"]) == {3}
+    assert table[[HOLDS, FITTED, UNTOLD, FAILS]].to_numpy().tolist() == [[1, 0, 0, 2], [0, 2, 0, 1], [1, 0, 1, 1]]
+    assert table["only"].to_list() == ["", "P1-R02", "P1-R02"]
+    assert table["lost"].to_list() == ["", "", "P1-R01"]
+    assert explained.by_source(pd.DataFrame(rows[:1])).empty
+
+
 def test_records_in_parts_judge_as_whole_ones(runs, profile, scorecard):
     parts = (part for _, part in runs.groupby(["paper", "config", "users"]))
     whole = scorecard[scorecard["source"] != "emulated"].reset_index(drop=True)
@@ -348,7 +370,7 @@ def test_scorecard_files_hold_every_row(runs, profile, home):
     picture.parent.mkdir(parents=True)
     picture.touch()
     scorecard = verdicts.evaluate({"measured": runs}, profile)
-    verdicts.write_scorecard(scorecard, profile)
+    scorecards.write_scorecard(scorecard, profile)
     counted = scorecard.select_dtypes("number").columns
     again = pd.read_csv(home / "laptop/scorecard.csv", keep_default_na=False, na_values={key: "" for key in counted})
     pd.testing.assert_frame_equal(again, scorecard)
@@ -362,7 +384,7 @@ def test_what_looks_like_html_stays_text_in_markdown(runs, profile, home):
     scorecard = verdicts.evaluate({"measured": runs}, profile).head(2)
     evil = "<script>alert(1)</script> & <img src=x onerror=y> a | b\n# heading"
     scorecard = scorecard.assign(claim=evil, numbers=evil, where=evil, conflict=evil)
-    verdicts.write_scorecard(scorecard, profile)
+    scorecards.write_scorecard(scorecard, profile)
     text = (home / "laptop/scorecard.md").read_text()
     assert "<" not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;img") == 2 * 4 + 2

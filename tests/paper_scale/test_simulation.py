@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from erlib import config
 from erlib.load import metrics, records
-from erlib.paper_scale import batching, clock, simulation
+from erlib.paper_scale import batching, clock, presets, simulation
 from erlib.paper_scale.batching import CannotServe, System
-from erlib.paper_scale.clock import HARDWARE, HARNESS, Harness
+from erlib.paper_scale.clock import HARDWARE, Harness
 from erlib.paper_scale.instances import Request
+from erlib.paper_scale.presets import HARNESS
 from erlib.workload import prompts
 from erlib.workload.lengths import FORCED
 from erlib.workload.prompts import Prompt
@@ -114,7 +115,7 @@ def test_steps_that_are_one_event_are_those_that_were_one_each(name, preset, mon
     drawn = prompts.draw(workload, 120, "uniform", seed=3, repeat=0)
 
     def run():
-        around = clock.harness(preset, paper)
+        around = presets.preset(preset, paper)
         return clock.trace(batching.paper_system(name), drawn, paper == "p1", around, seed=1)
 
     together = run()
@@ -307,13 +308,6 @@ def test_a_slow_client_takes_one_step_after_the_other():
         free_s = max(end_s, free_s) + messages * (1 + max(0, streams - 3) / 4) / 300
         assert taken_s == pytest.approx(free_s, rel=1e-12)
     assert max(taken_s - end_s for end_s, _, taken_s in steps) > 0.1  # it falls behind
-
-
-def test_presets():
-    assert clock.harness("hardware", "p1") == clock.harness("hardware", "p2") == Harness("hardware")
-    assert clock.harness("harness", "p2").gateway_streams == 48
-    with pytest.raises(config.ConfigError, match="'hardware' or 'harness'"):
-        clock.harness("fast", "p1")
 
 
 # --- the papers' systems and workloads ----------------------------------------------------------------------------

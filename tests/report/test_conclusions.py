@@ -70,11 +70,12 @@ def test_another_number_in_a_csv_is_another_number_in_the_text(figures: Path) ->
         if file.name == "scorecard.csv":
             continue
         table = pd.read_csv(file)
-        for column in set(table.select_dtypes("float")) - {"added", "users"}:
+        counted = {"holds"} & set(table.columns)
+        for column in counted | set(table.select_dtypes("float")) - {"added", "users"}:
             table[column] *= 1.7
         table.to_csv(file, index=False)
     after = conclusions.what_came_out(figures, "x")
-    for old, new in zip(before.splitlines()[:12], after.splitlines()[:12], strict=True):
+    for old, new in zip(before.splitlines()[:13], after.splitlines()[:13], strict=True):
         assert old != new, "this sentence does not depend on its csv"
 
 

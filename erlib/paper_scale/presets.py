@@ -1,0 +1,133 @@
+"""What may stand between users and simulated engines, by name.
+
+``hardware``
+    Nothing.
+``harness``
+    Gateways that relay few streams at a time, a client of limited speed, and the papers' routing latency. A hypothesis
+    whose numbers were fitted to the papers' statements (:data:`HARNESS`), never a measurement.
+``pinned-host``
+    Eight servers whose processes share one core, because each was started with ``mpirun -n 1``; a hypothesis about how
+    the papers' servers were started, with what a core takes measured (``benchmarks.host_binding``), and nothing fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from erlib import paths
+from erlib.config import ConfigError, Paper
+from erlib.paper_scale.clock import HARDWARE, Harness
+
+Preset = Literal["hardware", "harness", "pinned-host"]
+
+HARNESS: dict[Paper, Harness] = {
+    "p1": Harness("harness", 160, routing_mean_s=0.442, routing_sd_s=0.302, client_tokens_per_s=2000),
+    "p2": Harness("harness", 48, routing_mean_s=0.442, routing_sd_s=0.302),
+}
+"""Routing latency as both papers state it (section VI); streams and client speed fitted to their claims."""
+
+HOST_BINDING = paths.FACTS / "host_binding.csv"
+"""What ``benchmarks.host_binding`` has measured: CPU time per streamed token by process, in microseconds."""
+HOST = ("tritonserver", "preprocessing", "postprocessing")
+"""The processes of a server but for its engine."""
+BUSY_FROM_USERS = 50
+"""Where the servers' core has no time left, so that a token costs what it costs under load."""
+
+
+class Cost(NamedTuple):
+    """CPU time in microseconds, with the 95 % interval of its mean over rounds and levels of users."""
+
+    us: float
+    low_us: float
+    high_us: float
+    n: int
+
+
+def preset(name: Preset, paper: Paper) -> Harness:
+    """What a preset puts around the engines of a paper; change single numbers with :func:`dataclasses.replace`.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such preset.
+    """
+    if name == "hardware":
+        return HARDWARE
+    if name == "harness":
+        return HARNESS[paper]
+    if name == "pinned-host":
+        return pinned_host()
+    raise ConfigError(f"preset must be one of {', '.join(get_args(Preset))}, not {name!r}")
+
+
+def host_cost(programs: Sequence[str], servers: int, cores: int) -> Cost:
+    """What a streamed token costs in some of a host's processes.
+
+    Parameters
+    ----------
+    programs : sequence of str
+        Of :data:`HOST`.
+    servers, cores : int
+        How many servers shared how many cores; each with one process per Python model, a response for each token.
+    """
+    rows = pd.read_csv(HOST_BINDING)
+    rows = rows[(rows["servers"] == servers) & (rows["cores"] == cores) & (rows["users"] >= BUSY_FROM_USERS)]
+    rows = rows[(rows["processes"] == 1) & (rows["tokens_per_response"] == 1)]
+    us = rows[[f"{program}_us_per_token" for program in programs]].sum(axis=1).to_numpy()
+    low, high = stats.t.interval(0.95, len(us) - 1, us.mean(), stats.sem(us)) if len(us) > 1 else (np.nan, np.nan)
+    return Cost(float(us.mean()), float(low), float(high), len(us))
+
+
+def host_binding() -> pd.DataFrame:
+    """What was measured, by condition and number of users: means over rounds.
+
+    Returns
+    -------
+    DataFrame
+        ``tokens_per_s`` with ``ci95`` (half of its 95 % interval; missing for one round), ``tpot_mean_s`` and
+        ``ttft_mean_s`` (all users at once), ``busy_cores``; CPU time per token in microseconds, ``host_us`` of Triton
+        and the Python processes around the engine, ``engine_us`` of what stood in its place, ``users_us`` of users.
+    """
+    rows = pd.read_csv(HOST_BINDING)
+    rows["host_us"] = rows[[f"{program}_us_per_token" for program in HOST]].sum(axis=1)
+    rows = rows.rename(columns={"tensorrt_llm_us_per_token": "engine_us", "users_us_per_token": "users_us"})
+    shown = ["tokens_per_s", "tpot_mean_s", "ttft_mean_s", "busy_cores", "host_us", "engine_us", "users_us"]
+    by = rows.groupby(["servers", "cores", "processes", "tokens_per_response", "users"])
+    table, n = by[shown].mean(), by.size()
+    ci95 = by["tokens_per_s"].sem() * stats.t.ppf(0.975, (n - 1).clip(lower=1))
+    table.insert(1, "ci95", ci95.where(n > 1))
+    return table
+
+
+def pinned_host(core_speed: float = 1.0) -> Harness:
+    """Servers of one GPU share one core; a server of more than two ranks has a socket, and one postprocessing process.
+
+    Every message waits for the core to have brought those before it; every prompt, for those before it to have been
+    preprocessed. What the engines themselves need of the core is not in it, nor is what a core loses by turns.
+
+    Parameters
+    ----------
+    core_speed : float
+        How many times as fast the core is as the one that was measured.
+    """
+    answer_tokens = float(pd.read_csv(HOST_BINDING, usecols=["answer_tokens"])["answer_tokens"].iloc[0])
+
+    def around(message: Sequence[str], servers: int, cores: int) -> Harness:
+        token_us = host_cost(message, servers, cores).us
+        request_us = host_cost(["preprocessing"], servers, cores).us * answer_tokens
+        return Harness(
+            "pinned-host" if core_speed == 1 else f"pinned-host-{core_speed:g}",
+            client_tokens_per_s=core_speed * 1e6 / token_us,
+            client_slope=math.inf,
+            per_request_s=request_us * 1e-6 / core_speed,
+        )
+
+    alone = around(["postprocessing"], 1, 2)
+    return replace(around(["tritonserver", "postprocessing"], 8, 1), alone=alone)

@@ -1,0 +1,36 @@
+"""Fit the harness of ``simulated-harness`` to the claims that it was fitted to; write every try to ``data``.
+
+.venv/bin/python scripts/fit_harness.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # a Python without erlib finds it there, and is told more
+
+from erlib import config, paths
+from erlib.claims import harness_fit
+from erlib.machine import processes
+
+
+def main() -> int:
+    argparse.ArgumentParser(prog="scripts/fit_harness.py", description=__doc__).parse_args()
+    processes.end_on_signals()
+    profile = config.load_profile("dgx-h100")
+    for paper in harness_fit.GRID:
+        table = harness_fit.fit(profile, paper)
+        file = paths.FACTS / f"harness_fit_{paper}.csv"
+        table.to_csv(file, index=False)
+        fits = table[table["all"]]
+        claims = len(harness_fit.fitted_claims(paper))
+        print(f"{file}: {len(fits)} of {len(table)} harnesses make all {claims} claims hold")
+        for field in harness_fit.GRID[paper]:
+            print(f"  {field}: {', '.join(f'{value:g}' for value in sorted(fits[field].unique())) or 'none'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,82 @@
+"""What stands around simulated engines: the fitted harness, and a host whose cost was measured."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from erlib import config
+from erlib.paper_scale import batching, clock, presets, simulation
+from erlib.paper_scale.clock import Harness
+from erlib.workload.lengths import FORCED
+from erlib.workload.prompts import Prompt
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Eight servers on a core: 1,000 us a token under load; one server on two: 100 us of postprocessing."""
+    rows = []
+    for servers, cores, tritonserver, postprocessing in ((8, 1, 600, 400), (1, 2, 50, 100)):
+        for users, factor in ((1, 3.0), (100, 0.9), (200, 1.1)):
+            rows.append(
+                {
+                    **{"servers": servers, "cores": cores, "processes": 1, "tokens_per_response": 1, "users": users},
+                    **{"round": 0, "answer_tokens": 60, "tritonserver_us_per_token": tritonserver * factor},
+                    "postprocessing_us_per_token": postprocessing * factor,
+                    "preprocessing_us_per_token": 50 * factor,
+                    "tensorrt_llm_us_per_token": 10_000,
+                }
+            )
+    rows.append({**rows[1], "processes": 8, "tritonserver_us_per_token": 9_000})
+    rows.append({**rows[1], "tokens_per_response": 8, "tritonserver_us_per_token": 9})
+    pd.DataFrame(rows).to_csv(tmp_path / "host.csv", index=False)
+    monkeypatch.setattr(presets, "HOST_BINDING", tmp_path / "host.csv")
+
+
+def test_presets_have_names():
+    assert presets.preset("hardware", "p1") == presets.preset("hardware", "p2") == Harness("hardware")
+    assert presets.preset("harness", "p2").gateway_streams == 48
+    with pytest.raises(config.ConfigError, match="hardware, harness, pinned-host"):
+        presets.preset("fast", "p1")
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_token_costs_what_it_costs_under_load_and_without_the_stand_in():
+    cost = presets.host_cost(["tritonserver", "postprocessing"], servers=8, cores=1)
+    assert (cost.us, cost.n) == (pytest.approx(1000), 2)
+    assert cost.low_us < 1000 < cost.high_us
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("core_speed", [0.5, 1.0, 2.0])
+def test_no_routed_system_streams_more_than_the_core_carries_whatever_its_engines(core_speed):
+    drawn = [Prompt(i, i % 8, "", 335, 200, FORCED) for i in range(400)]
+    for name in ("p1.B", "p1.D"):
+        system = batching.paper_system(name)
+        around = presets.pinned_host(core_speed).around(system)
+        stamps = clock.trace(system, drawn, False, around, seed=1).token_ns()
+        times_s = np.sort(np.concatenate(stamps)) / 1e9
+        assert len(times_s) / (times_s[-1] - times_s[0]) == pytest.approx(1000 * core_speed, rel=0.02)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_server_alone_has_a_socket_and_one_postprocessing_process():
+    pinned = presets.pinned_host()
+    assert pinned.around(batching.paper_system("p1.A")).client_tokens_per_s == pytest.approx(10_000)
+    assert pinned.around(batching.paper_system("p1.B")).client_tokens_per_s == pytest.approx(1_000)
+    assert pinned.around(batching.paper_system("p1.B")).per_request_s == pytest.approx(50e-6 * 60)
+
+
+@pytest.mark.usefixtures("measured")
+def test_points_say_which_host_they_had(tmp_path):
+    changes = {"paper2.configs": ["p2.C", "p2.E"], "paper2.users": [1, 9], "paper2.repeats": 1}
+    profile = config.load_profile("dgx-h100", changes)
+    workloads = {"p2": simulation.textless_workload(profile, "p2")}
+    around = {"p2": presets.pinned_host()}
+    points = simulation.points(profile, around, tmp_path, workloads)
+    assert {point.path.parent.parent.name for point in points} == {"pinned-host"}
+    faster = {"p2": dataclasses.replace(presets.pinned_host(), alone=None)}
+    moved = simulation.points(profile, faster, tmp_path, workloads)
+    changed = {a.system.config for a, b in zip(points, moved, strict=True) if a.path != b.path}
+    assert changed == {"p2.C"}  # only whoever has another host is simulated again
