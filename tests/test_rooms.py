@@ -28,12 +28,12 @@ HANDED_OUT = {
     "full_scale_workloads goodput gpus_needed host_binding intervals leave_one_out mape pace published "
     "replicas_agreement replicas_beside_simulation replicas_finding replicas_plan run_ablation "
     "run_replicas simulate_left_out simulate_papers simulated_beside",
-    "report": "architecture cluster_colours command flipped_verdicts harness_ablation load_figures on_the_same_axes "
-    "paper1_bucket_throughput paper1_p99_response_time paper1_session_throughput paper1_tpot paper1_ttft "
-    "paper1_user_throughput paper2_input_tokens paper2_preliminary paper2_system_throughput paper2_tpot "
-    "paper2_ttft paper2_user_throughput_p99 published_points read_cluster_map replicas_emulated "
-    "replicas_simulated router_comparison routing_overhead save service_levels simulation_trust style "
-    "table1_models write_gallery",
+    "report": "architecture cluster_colours command engine_formats flipped_verdicts harness_ablation load_figures "
+    "on_the_same_axes paper1_bucket_throughput paper1_input_tokens paper1_p99_response_time "
+    "paper1_session_throughput paper1_tpot paper1_ttft paper1_user_throughput paper2_input_tokens "
+    "paper2_preliminary paper2_system_throughput paper2_tpot paper2_ttft paper2_user_throughput_p99 "
+    "published_points read_cluster_map replicas_emulated replicas_simulated router_comparison "
+    "routing_overhead save service_levels simulation_trust style table1_models write_gallery",
     "routing": "Clusterer build_clusterer compare_normalizers compare_routers map_2d",
     "workload": "input_lengths load_corpus mix_table",
 }

@@ -74,7 +74,7 @@ def _discrepancies(paper: Paper, system: PaperSystem) -> list[str]:
     if abs(deviation) > 0.015:
         readings = {
             "GB as loaded, with FP16 embeddings, scales and a copy of the embedding per GPU": loaded / 1e9,
-            "thousands of MiB as loaded": loaded / 2**20 / 1000,
+            "× 1,000 MiB, as TensorRT-LLM logs what it loads": loaded / 2**20 / 1000,
         }
         reading, value = min(readings.items(), key=lambda item: abs(item[1] - system.weights_gb))
         near = abs(system.weights_gb / value - 1) <= 0.015

@@ -10,7 +10,10 @@ from .diagrams import table1_models as table1_models
 from .drawing import on_the_same_axes as on_the_same_axes
 from .figures import load_figures as load_figures
 from .gallery import write_gallery as write_gallery
+from .input_tokens import paper1_input_tokens as paper1_input_tokens
+from .input_tokens import paper2_input_tokens as paper2_input_tokens
 from .own.cited import published_points as published_points
+from .own.engines import engine_formats as engine_formats
 from .own.harness import harness_ablation as harness_ablation
 from .own.hot_experts import replicas_emulated as replicas_emulated
 from .own.hot_experts import replicas_simulated as replicas_simulated
@@ -25,7 +28,6 @@ from .paper1 import paper1_session_throughput as paper1_session_throughput
 from .paper1 import paper1_tpot as paper1_tpot
 from .paper1 import paper1_ttft as paper1_ttft
 from .paper1 import paper1_user_throughput as paper1_user_throughput
-from .paper2 import paper2_input_tokens as paper2_input_tokens
 from .paper2 import paper2_preliminary as paper2_preliminary
 from .paper2 import paper2_system_throughput as paper2_system_throughput
 from .paper2 import paper2_tpot as paper2_tpot

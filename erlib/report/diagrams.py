@@ -162,6 +162,8 @@ def table1_models(table: pd.DataFrame, profile: config.Profile, paper: Literal["
         ),
         (0.88, "\nrecomputed", lambda row: f"{row.kv_tokens:,}"),
     ]
+    if table["kv_tokens_printed"].isna().all():  # paper 2's text names none
+        columns[-2:] = [(0.88, "KV tokens\nrecomputed", columns[-1][2])]
     remarks = [textwrap.wrap(text, 122) for text in table["discrepancy"]]
     lines = 2.4 + sum(1.55 + 0.95 * len(remark) for remark in remarks)
     fig, ax = plt.subplots(figsize=(7.2, 0.155 * lines))

@@ -17,52 +17,9 @@ from matplotlib.figure import Figure
 from erlib import config
 from erlib.load import metrics
 from erlib.report import canvas
-from erlib.report.canvas import BLUE, GREY, SKY, command, look, save
+from erlib.report.canvas import GREY, look
 from erlib.report.drawing import finish, is_routed, load_records, select
 from erlib.report.over_users import BENEATH, Panel, line, means, systems
-
-
-def paper2_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figure:
-    """Paper 2, Fig. 2: distribution of the number of input tokens.
-
-    Parameters
-    ----------
-    lengths : DataFrame
-        One row per prompt: ``input_tokens`` as sent here, ``paper_input_tokens`` the full-scale length it stands for.
-    """
-    if lengths.empty or not {"input_tokens", "paper_input_tokens"} <= set(lengths.columns):
-        raise ValueError("input lengths need rows with input_tokens and paper_input_tokens: run 02_workload first")
-    panels = [
-        ("As in the paper (MLPerf Llama-2-70B)", "paper_input_tokens", 32, SKY),
-        (f"On this machine (divided by {profile.scale.inputs:g})", "input_tokens", None, BLUE),
-    ]
-    fig, axes = plt.subplots(1, 2)
-    counts = []
-    for ax, (title, column, width, colour) in zip(axes, panels, strict=True):
-        values = lengths[column].to_numpy()
-        step = width or max(1, round(32 / profile.scale.inputs))
-        count, edges = np.histogram(values, np.arange(values.min() - 0.5, values.max() + step + 0.5, step))
-        sns.histplot(x=values, bins=edges, color=colour, alpha=0.85, linewidth=0, ax=ax)
-        median = float(np.median(values))
-        ax.axvline(median, color="#222222", linewidth=0.9, linestyle="--")
-        ax.text(median, ax.get_ylim()[1], f" median {median:g}, mean {values.mean():.0f}", va="top", fontsize=7)
-        ax.set(title=title, xlabel="input tokens", ylabel="prompts", xlim=(0, None))
-        counts.append(
-            pd.DataFrame({"lengths": column, "from": edges[:-1] + 0.5, "to": edges[1:] + 0.5, "prompts": count})
-        )
-    caption = (
-        f"Input tokens of {len(lengths)} prompts: lengths drawn from the empirical quantiles of MLPerf's Llama-2-70B "
-        "data set, which is what the paper's test set mirrors (left), and what is sent on this machine, counted with "
-        f"the tokenizer of the model under test (right).{canvas.scale(profile)}"
-    )
-    save(
-        *(fig, profile, "measured", "paper2", "fig02_input_tokens", pd.concat(counts), caption, "Paper 2, Fig. 2"),
-        command=command(profile, "09_figures_paper2"),
-        evidence="token counts, nothing was timed",
-    )
-    plt.close(fig)
-    return fig
-
 
 _PRELIMINARY = re.compile(r"p2\.(fp16|fp8|int8|int4)-tp(\d+)-bs(\d+)")
 

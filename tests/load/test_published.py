@@ -16,7 +16,7 @@ import pytest
 from erlib import config, paths
 from erlib.claims import evidence, publication, verdicts
 from erlib.load import published, records
-from erlib.report import paper1, paper2
+from erlib.report import input_tokens, paper1, paper2
 from tests.support import synthetic
 
 matplotlib.use("agg")
@@ -97,7 +97,7 @@ def test_the_committed_records_give_the_committed_numbers(tmp_path: Path, monkey
     paper1.paper1_bucket_throughput(mine["p1"], laptop)
     paper2.paper2_user_throughput_p99(mine["p2"], laptop)
     paper2.paper2_preliminary(published.preliminary_records(laptop), laptop)
-    paper2.paper2_input_tokens(published.input_lengths(laptop), laptop)
+    input_tokens.paper2_input_tokens(published.input_lengths(laptop), laptop)
     drawn = sorted((tmp_path / "figures").rglob("*.csv"))
     assert len(drawn) == 5
     for file in drawn:

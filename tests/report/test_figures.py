@@ -20,7 +20,7 @@ from erlib.engines import table1
 from erlib.load import metrics
 from erlib.paper_scale import replicas
 from erlib.provenance import MissingRecords
-from erlib.report import canvas, diagrams, drawing, figures, over_users, paper1, paper2
+from erlib.report import canvas, diagrams, drawing, figures, input_tokens, over_users, paper1, paper2
 from erlib.report.over_users import Panel
 from erlib.report.own import hot_experts, overhead, routers
 from erlib.routing import comparison
@@ -44,7 +44,7 @@ ITEMS: dict[tuple[str, str], Callable[[pd.DataFrame, config.Profile], object]] =
     ("paper1", "fig09_bucket_throughput"): paper1.paper1_bucket_throughput,
     ("paper2", "fig01_architecture"): lambda _, cfg: diagrams.architecture(CLUSTERS, cfg, "paper2"),
     ("paper2", "table1_models"): lambda _, cfg: diagrams.table1_models(table1.recomputed_table1("p2"), cfg, "paper2"),
-    ("paper2", "fig02_input_tokens"): lambda _, cfg: paper2.paper2_input_tokens(LENGTHS, cfg),
+    ("paper2", "fig02_input_tokens"): lambda _, cfg: input_tokens.paper2_input_tokens(LENGTHS, cfg),
     ("paper2", "fig03_preliminary"): paper2.paper2_preliminary,
     ("paper2", "fig04_ttft"): paper2.paper2_ttft,
     ("paper2", "fig05_tpot"): paper2.paper2_tpot,

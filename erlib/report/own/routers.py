@@ -86,7 +86,7 @@ def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
         ax.grid(axis="y", visible=False)
     agreement.set_yticks(place, [comparison.NAMES[name].replace(", ", ",\n", 1) for name in table["router"]])
     agreement.set_ylim(len(table) - 0.5, -0.5)
-    fig.legend(*kept.get_legend_handles_labels(), title="Stability under", loc="outside upper center", ncols=3)
+    fig.legend(*kept.get_legend_handles_labels(), title="Stability under", loc="outside lower left", ncols=3)
     caption = _caption(table, profile)
     canvas.save(
         *(fig, profile, "measured", "workbench", "router_comparison", table, caption, NO_COUNTERPART),
