@@ -22,6 +22,7 @@ from erlib.paper_scale import replicas
 from erlib.provenance import MissingRecords
 from erlib.report import canvas, diagrams, drawing, figures, input_tokens, over_users, paper1, paper2
 from erlib.report.over_users import Panel
+from erlib.report.own import engines as engine_figures
 from erlib.report.own import hot_experts, overhead, routers
 from erlib.routing import comparison
 from tests.support import synthetic
@@ -29,6 +30,13 @@ from tests.support import synthetic
 matplotlib.use("agg")
 
 CLUSTERS = pd.DataFrame({"x": np.arange(40.0), "y": np.arange(40.0) % 7, "cluster": np.arange(40) % 8})
+ENGINES = pd.DataFrame(
+    {"dtype": dtype, "layers": layers, "kv_cache": kv, "bits_per_weight": bits, "perplexity_ratio": ratio}
+    | {"perplexity": None if layers == 2 else 20 * ratio, "tokens_per_s_at_1": 90.0, "tokens_per_s_at_8": 280.0}
+    for dtype, bits, ratio in (("fp16", 16.0, 1.0), ("int8", 8.0, 1.004), ("int4", 5.0, 1.14))
+    for layers in (30, 8, 2)
+    for kv in ("f16", "u8")
+)
 LENGTHS = pd.DataFrame({"input_tokens": [2, 6, 9, 40], "paper_input_tokens": [48, 152, 222, 1021]})
 
 ITEMS: dict[tuple[str, str], Callable[[pd.DataFrame, config.Profile], object]] = {
@@ -51,8 +59,11 @@ ITEMS: dict[tuple[str, str], Callable[[pd.DataFrame, config.Profile], object]] =
     ("paper2", "fig06_user_throughput_p99"): paper2.paper2_user_throughput_p99,
     ("paper2", "fig07_system_throughput"): paper2.paper2_system_throughput,
     ("workbench", "routing_overhead"): overhead.routing_overhead,
+    ("workbench", "paper1_input_tokens"): lambda _, cfg: input_tokens.paper1_input_tokens(LENGTHS, cfg),
+    ("workbench", "engines"): lambda _, cfg: engine_figures.engine_formats(ENGINES, cfg),
 }
-TIMED = [item for item in ITEMS if item[1].split("_")[0] not in ("fig01", "table1") and item[1] != "fig02_input_tokens"]
+NO_RECORDS = ("fig01_architecture", "table1_models", "fig02_input_tokens", "paper1_input_tokens", "engines")
+TIMED = [item for item in ITEMS if item[1] not in NO_RECORDS]
 
 
 @pytest.fixture(scope="module")
