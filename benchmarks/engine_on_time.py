@@ -16,8 +16,8 @@ import triton_python_backend_utils as pb_utils
 class Sequence:
     def __init__(self, request: Any):
         self.sender = request.get_response_sender()
-        self.left = int(pb_utils.get_input_tensor_by_name(request, "request_output_len").as_numpy()[0, 0])
-        self.token = int(pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy()[0, -1])
+        self.left = int(pb_utils.get_input_tensor_by_name(request, "request_output_len").as_numpy().ravel()[0])
+        self.token = int(pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy().ravel()[-1])
         self.unsent = 0
 
     def step(self, tokens_per_response: int) -> bool:

@@ -231,8 +231,8 @@ def main() -> None:
     tokenizer = checkpoint.checkpoint(profile.engines)
     texts = corpus.load_corpus(profile.corpus, profile.seed, "holdout").texts
     prompts = [" ".join(words[:PROMPT_WORDS]) for text in texts if len(words := text.split()) >= PROMPT_WORDS]
-    os.sched_setaffinity(0, {cores[-1]})
     about = provenance.columns()
+    os.sched_setaffinity(0, {cores[-1]})
     rows = pd.read_csv(options.file).to_dict("records") if options.file.exists() else []
     known = {(*(row[name] for name in Condition._fields), row["users"], row["round"]) for row in rows}
     wanted = [(name, n) for n in range(options.rounds) for name in options.conditions]
