@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from erlib.claims import verdicts
-from erlib.config import Profile
+from erlib.config import Paper, Profile
 from erlib.paper_scale import presets, simulation
+from erlib.paper_scale.clock import Harness
 from erlib.workload import lengths
 from erlib.workload.prompts import Workload
 
@@ -39,7 +40,7 @@ def by_source(scorecard: pd.DataFrame) -> pd.DataFrame:
     held = verdict_of.isin([verdicts.HOLDS, verdicts.FITTED])
     rows: dict[str, dict[str, int | str]] = {}
     for source in verdict_of if _ALONE in verdict_of else ():
-        counted = {word: int((verdict_of[source] == word).sum()) for word in _TESTED}
+        counted = {str(word): int((verdict_of[source] == word).sum()) for word in _TESTED}
         only, lost = held[source] & ~held[_ALONE], held[_ALONE] & ~held[source]
         about = {"only": " ".join(held.index[only]), "lost": " ".join(held.index[lost])}
         rows[source] = {"claims": len(verdict_of), **counted, **about}
@@ -72,7 +73,8 @@ def by_core_speed(
     """
     counted = {}
     for speed in speeds:
-        around = dict.fromkeys(("p1", "p2"), presets.pinned_host(speed))
+        pinned = presets.pinned_host(speed)
+        around: dict[Paper, Harness] = {"p1": pinned, "p2": pinned}
         files = simulation.simulate_papers(profile, around, directory, workloads, columns={"source": PINNED})
         scorecard = verdicts.evaluate({PINNED: verdicts.in_parts(files, PINNED)}, profile)
         counted[speed] = scorecard.loc[scorecard["source"] == PINNED, "verdict"].value_counts()

@@ -65,7 +65,7 @@ def fit(
         (whether all do), and ``chosen`` (whether these are :data:`erlib.paper_scale.presets.HARNESS`'s numbers).
     """
     axes = GRID[paper] if grid is None else grid
-    tried = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    tried: list[dict[str, Any]] = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     used = presets.HARNESS[paper]
     rows: list[dict[str, Any]] = []
     with processes.pool(workers) as pool, Bar(total=len(tried), unit="harness", desc=f"fit {paper}") as progress:

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from erlib.config.system import HAVE_GATEWAYS
 from erlib.paper_scale.batching import CannotServe, Engine, System
 from erlib.paper_scale.instances import Clock, Request, Server, SharedMachine
 from erlib.workload.prompts import Prompt
+
+_GPUS = 8
+"""On which either paper's systems run, whole."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,13 @@ class Harness:
     """Clients and gateways send one request after the other, each taking so long."""
     arrivals_s: float = 0.0
     """Users come at moments of a Poisson process, all of them within so long; 0: all at once."""
-    alone: Harness | None = None
-    """What stands around a system of one server, where that is something else."""
+    tensor_parallel: Harness | None = None
+    """What stands around servers of several GPUs, where that is something else."""
 
     def around(self, system: System) -> Harness:
         """What stands around a system's engines."""
-        return self.alone if self.alone and len(system.experts) == 1 else self
+        several_gpus = system.instances < _GPUS
+        return self.tensor_parallel if several_gpus and self.tensor_parallel else replace(self, tensor_parallel=None)
 
 
 HARDWARE = Harness("hardware")

@@ -107,7 +107,7 @@ def host_binding() -> pd.DataFrame:
 
 
 def pinned_host(core_speed: float = 1.0) -> Harness:
-    """Servers of one GPU share one core; a server of more than two ranks has a socket, and one postprocessing process.
+    """Servers of one GPU share one core; one of more than two ranks has a socket, and one postprocessing process.
 
     Every message waits for the core to have brought those before it; every prompt, for those before it to have been
     preprocessed. What the engines themselves need of the core is not in it, nor is what a core loses by turns.
@@ -119,7 +119,7 @@ def pinned_host(core_speed: float = 1.0) -> Harness:
     """
     answer_tokens = float(pd.read_csv(HOST_BINDING, usecols=["answer_tokens"])["answer_tokens"].iloc[0])
 
-    def around(message: Sequence[str], servers: int, cores: int) -> Harness:
+    def around(message: Sequence[str], servers: int, cores: int, per_server: bool = False) -> Harness:
         token_us = host_cost(message, servers, cores).us
         request_us = host_cost(["preprocessing"], servers, cores).us * answer_tokens
         return Harness(
@@ -127,7 +127,8 @@ def pinned_host(core_speed: float = 1.0) -> Harness:
             client_tokens_per_s=core_speed * 1e6 / token_us,
             client_slope=math.inf,
             per_request_s=request_us * 1e-6 / core_speed,
+            client_per_server=per_server,
         )
 
-    alone = around(["postprocessing"], 1, 2)
-    return replace(around(["tritonserver", "postprocessing"], 8, 1), alone=alone)
+    wide = around(["postprocessing"], 1, 2, per_server=True)
+    return replace(around(["tritonserver", "postprocessing"], 8, 1), tensor_parallel=wide)
