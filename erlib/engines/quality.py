@@ -144,7 +144,7 @@ def measure_engines(profile: Profile) -> pd.DataFrame:
 def _is_whole(table: pd.DataFrame, wanted: Sequence[tuple[str, str, str]]) -> bool:
     """Whether a kept table has the row of each (engine, KV cache, hash of what was measured), and no other."""
     identity = ["name", "kv_cache", "key"]
-    return set(identity) <= set(table) and [*table[identity].itertuples(index=False, name=None)] == [*wanted]
+    return set(identity) <= set(table) and sorted(table[identity].itertuples(index=False, name=None)) == sorted(wanted)
 
 
 def _held_out(profile: Profile) -> list[int]:

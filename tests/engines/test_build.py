@@ -184,8 +184,8 @@ def test_a_damaged_download_is_refused(monkeypatch, tmp_path):
 def test_a_table_of_measurements_without_all_rows_is_measured_again(tmp_path, monkeypatch, capsys):
     profile = config.load_profile("smoke")
     facts = {"layers": 2, "of_layers": 2, "parameters": 1, "weights_bytes": 1, "stored_as": {}, "build_s": 1}
-    built = [build.BuiltEngine(tmp_path / dtype, dtype, dtype, **facts) for dtype in ("fp16", "int8")]
-    systems = [("fp16", "f16"), ("int8", "f16"), ("int8", "u8")]
+    built = [build.BuiltEngine(tmp_path / dtype, dtype, dtype, **facts) for dtype in ("fp16", "int8", "int4")]
+    systems = [("fp16", "f16"), ("int8", "f16"), ("int8", "u8"), ("int4", "f16")]
     rows = [
         {"name": name, "kv_cache": kv, "batch": 1, "tokens_per_s": 5.0, "kv_bytes_per_token": 9} for name, kv in systems
     ]
@@ -193,7 +193,7 @@ def test_a_table_of_measurements_without_all_rows_is_measured_again(tmp_path, mo
     monkeypatch.setattr(quality, "build_all", lambda profile, wanted: built)
     monkeypatch.setattr(quality, "_held_out", lambda profile: [])
     monkeypatch.setattr(
-        quality, "quality", lambda engines, ids: pd.DataFrame({"name": ["fp16", "int8"], "perplexity": 2})
+        quality, "quality", lambda engines, ids: pd.DataFrame({"name": ["fp16", "int8", "int4"], "perplexity": 2})
     )
     monkeypatch.setattr(quality, "speed", lambda *_: pd.DataFrame(rows))
     measured = quality.measure_engines(profile)
