@@ -24,11 +24,13 @@ def main() -> int:
         table = harness_fit.fit(profile, paper)
         file = paths.FACTS / f"harness_fit_{paper}.csv"
         table.to_csv(file, index=False)
-        fits = table[table["all"]]
+        best = table[table["held"] == table["held"].max()]
+        (used,) = table.loc[table["chosen"], "held"]
         claims = len(harness_fit.fitted_claims(paper))
-        print(f"{file}: {len(fits)} of {len(table)} harnesses make all {claims} claims hold")
+        print(f"{file}: of {claims} claims at most {best['held'].iloc[0]} hold, {used} with the harness that is used")
+        print(f"  {len(best)} of {len(table)} harnesses make as many hold:")
         for field in harness_fit.GRID[paper]:
-            print(f"  {field}: {', '.join(f'{value:g}' for value in sorted(fits[field].unique())) or 'none'}")
+            print(f"  {field}: {', '.join(f'{value:g}' for value in sorted(best[field].unique()))}")
     return 0
 
 

@@ -26,9 +26,9 @@ from erlib.workload import prompts
 SOURCE = "simulated-harness"
 GRID: dict[Paper, dict[str, tuple[float, ...]]] = {
     "p1": {
-        "client_tokens_per_s": (1000, 1500, 2000, 3000, 4000),
-        "gateway_streams": (80, 160, 240),
-        "client_knee": (100, 200, 400),
+        "client_tokens_per_s": (1000, 2000, 3000, 4000),
+        "gateway_streams": (80, 160, 320),
+        "client_knee": (100, 200),
         "client_slope": (400, 800, 1600),
     },
     "p2": {"gateway_streams": (16, 32, 48, 64, 96, 128)},
@@ -61,8 +61,8 @@ def fit(
     Returns
     -------
     DataFrame
-        One row per point: the grid's fields, a column per claim with its verdict ("fitted" where it holds), ``all``
-        (whether all do), and ``chosen`` (whether these are :data:`erlib.paper_scale.presets.HARNESS`'s numbers).
+        One row per point: the grid's fields, a column per claim with its verdict ("fitted" where it holds), ``held``
+        (how many do), and ``chosen`` (whether these are :data:`erlib.paper_scale.presets.HARNESS`'s numbers).
     """
     axes = GRID[paper] if grid is None else grid
     tried: list[dict[str, Any]] = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -73,8 +73,8 @@ def fit(
         for job in as_completed(jobs):
             said = job.result()
             chosen = all(getattr(used, field) == value for field, value in jobs[job].items())
-            everything = all(verdict == verdicts.FITTED for verdict in said.values())
-            rows.append({**jobs[job], **said, "all": everything, "chosen": chosen})
+            held = sum(verdict == verdicts.FITTED for verdict in said.values())
+            rows.append({**jobs[job], **said, "held": held, "chosen": chosen})
             progress.update()
     return pd.DataFrame(rows).sort_values(list(axes), ignore_index=True)
 
