@@ -251,7 +251,7 @@ def _contrast(colour: Any) -> tuple[float, float]:
 def test_engines_are_drawn_with_their_values(profile: config.Profile, home: Path) -> None:
     fig = engine_figures.engine_formats(ENGINES, profile)
     said = [[text.get_text() for text in ax.texts] for ax in fig.axes]
-    assert said[:2] == [["16.0", "8.0", "5.0"], ["reference", "0.4", "14.0"]]
+    assert said[:2] == [["16.0", "8.0", "5.0"], ["0.0", "0.4", "14.0"]]
     assert [tick.get_text() for tick in fig.axes[2].get_xticklabels()] == [
         f"{dtype}, {layers}" for dtype in ("FP16", "INT8", "INT4") for layers in (8, 2)
     ]

@@ -33,7 +33,7 @@ def engine_formats(measured: pd.DataFrame, profile: config.Profile) -> Figure:
     bits.bar_label(bits.bar(formats, whole["bits_per_weight"], color=BLUE), fmt="%.1f")
     bits.set(title="Size on disk", ylabel="bits per weight, all included")
     above = 100 * (whole["perplexity_ratio"] - 1)
-    loss.bar_label(loss.bar(formats, above, color=BLUE), labels=["reference" if a == 0 else f"{a:.1f}" for a in above])
+    loss.bar_label(loss.bar(formats, above, color=BLUE), fmt="%.1f")
     loss.set(title=f"Held-out text, {sizes.quality_layers} layers", ylabel="perplexity above FP16's [%]")
     speeds.plot.bar(ax=speed, rot=30, width=0.8)
     speed.set(title="This CPU's speed, not the formats'", ylabel="tokens/s", xlabel="format, layers")

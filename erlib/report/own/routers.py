@@ -71,6 +71,7 @@ def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
     for change, (label, colour, marker) in CHANGE_LOOKS.items():
         kept.plot(100 * table[change], place, marker, color=colour, label=label, ls="", clip_on=False)
     kept.set(title="Stability: prompts that stay [%]", xlim=(0, 100))
+    kept.legend(loc="lower right", fontsize=6.5, title="under", title_fontsize=6.5)  # where chance leaves room
 
     dodge = dict(zip(comparison.LATENCY_WORDS, (-0.25, 0.0, 0.25), strict=True))
     for (words, shift), colour in zip(dodge.items(), (SKY, BLUE, PURPLE), strict=True):
@@ -86,7 +87,6 @@ def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
         ax.grid(axis="y", visible=False)
     agreement.set_yticks(place, [comparison.NAMES[name].replace(", ", ",\n", 1) for name in table["router"]])
     agreement.set_ylim(len(table) - 0.5, -0.5)
-    fig.legend(*kept.get_legend_handles_labels(), title="Stability under", loc="outside lower left", ncols=3)
     caption = _caption(table, profile)
     canvas.save(
         *(fig, profile, "measured", "workbench", "router_comparison", table, caption, NO_COUNTERPART),
