@@ -80,8 +80,10 @@ def _draw(lengths: pd.DataFrame, profile: config.Profile, title: str, width: int
         sns.histplot(x=values, bins=edges, color=colour, alpha=0.85, linewidth=0, ax=ax)
         median = float(np.median(values))
         ax.axvline(median, color="#222222", linewidth=0.9, linestyle="--")
-        ax.text(median, ax.get_ylim()[1], f" median {median:g}, mean {values.mean():.0f}", va="top", fontsize=7)
         ax.set(title=name, xlabel="input tokens", ylabel="prompts", xlim=(0, None))
+        side = "right" if median > ax.get_xlim()[1] / 2 else "left"
+        said = f" median {median:g}, mean {values.mean():.0f} "
+        ax.text(median, ax.get_ylim()[1], said, va="top", ha=side, fontsize=7)
         counts.append(
             pd.DataFrame({"lengths": column, "from": edges[:-1] + 0.5, "to": edges[1:] + 0.5, "prompts": count})
         )
