@@ -210,6 +210,15 @@ def test_inputs_of_a_simulation_do_not_confirm_it(runs, profile):
     assert row("P1-R01", at_full_scale(runs), profile, "emulated").verdict == FAILS
 
 
+def test_a_router_that_classifies_nothing_says_nothing_of_classification(runs, profile):
+    idle = runs[runs["route_kmeans_ns"] == 0]
+    assert not idle.empty
+    with_it, without = (row("P2-R03", frame, profile) for frame in (runs, runs.drop(idle.index)))
+    assert with_it == without and "nan" not in with_it.numbers
+    only = pd.concat([idle, runs[runs["route_kmeans_ns"].isna()]])
+    assert row("P2-R03", only, profile).verdict == NOT_RUN
+
+
 def test_slow_motion_makes_no_gateway_fast(runs, profile):
     for slow_motion, tested in ((1.0, True), (5.0, False)):
         emulated = at_full_scale(runs).assign(slow_motion=slow_motion)

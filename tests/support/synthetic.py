@@ -79,7 +79,9 @@ def point(
                     "token_ns": token_ns.tolist() if ok else [],
                     "status": "ok" if ok else "UNAVAILABLE",
                     **{
-                        f"route_{s}_ns": int(span[s][user] * 1e6) if gateway and (kmeans or s not in CLASSIFY) else None
+                        f"route_{s}_ns": (int(span[s][user] * 1e6) if kmeans or s not in CLASSIFY else 0)
+                        if gateway
+                        else None
                         for s in SPANS
                     },
                     **dict(client_lag_p99_ms=0.4, client_lag_max_ms=2.0, client_cpu_cores=0.1, server_tokens=0),
