@@ -25,7 +25,7 @@ def main() -> int:
         if not args.text:
             _publish_records(profile)
         _write_readme(profile)
-    except (config.ConfigError, MissingRecords, ValueError) as error:
+    except (config.ConfigError, MissingRecords, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

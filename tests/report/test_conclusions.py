@@ -54,7 +54,8 @@ def stands_in(number: str, file: Path) -> bool:
     table, value = pd.read_csv(file, keep_default_na=False, na_values=[""]), float(number.replace(",", ""))
     digits = len(number.partition(".")[2])
     cells = np.abs(table.select_dtypes("number").to_numpy(float)).ravel()
-    if any((np.round(cells * scale, digits) == value).any() for scale in SCALES):
+    half = 0.5000001 * 10.0**-digits  # of the last digit: a number half way may be said either way
+    if any((np.abs(cells * scale - value) <= half).any() for scale in SCALES):
         return True
     names = " ".join(map(str, table.columns))
     scorecard = pd.read_csv(FIGURES / "scorecard.csv")
