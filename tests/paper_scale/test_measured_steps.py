@@ -15,7 +15,7 @@ from erlib.paper_scale import measured_steps
 from erlib.paper_scale.steptimes import PARTS, OutOfRange, Table
 from scripts import measure_step_times as script
 
-H100 = paths.FACTS / "h100_pytorch_step_times.csv"
+H100, H200 = (paths.FACTS / f"{card}_pytorch_step_times.csv" for card in ("h100", "h200"))
 TINY = ["--device", "cpu", "--models", "tiny:fp16", "--few"]
 
 
@@ -187,3 +187,14 @@ def test_another_csv_is_refused(tmp_path):
     other.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="no column 'model'"):
         measured_steps.entry_by_entry(other)
+
+
+def test_an_h200_reads_memory_faster_than_an_h100_and_computes_alike():
+    one, other = (measured_steps.read(table) for table in (H100, H200))
+    both = other.merge(one, on=[*measured_steps.FORM, "part", "x", "y"], suffixes=("", "_h100"))
+    ratio = both["ms"] / both["ms_h100"]
+    reads = (both["part"] == "decode") & (both["x"] * both["y"] >= 32 * 512)
+    assert 0.65 < ratio[reads].median() < 0.75  # 3.35 over 4.8 TB/s
+    assert 0.95 < ratio[both["part"] == "prefill"].median() < 1.05
+    sums = measured_steps.sums_beside_whole_steps(H200)
+    assert len(sums) == 84 and sums["ratio"].between(0.88, 1.13).all()
