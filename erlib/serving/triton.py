@@ -216,23 +216,35 @@ class TritonServer:
         """Wait until the server says that it is ready (a canary inference, which :class:`~erlib.serving.stack.Stack`
         sends, is what shows that it works: Triton goes on saying "ready" when the backend process is dead).
 
-        One whose Python backend is lost while it loads, a known fault, is started a second time.
+        One whose Python backend is lost while it loads, a known fault, is started a second time. Of several that were
+        started together and hang, each has been given its time while those before it were waited for.
 
         Raises
         ------
         StartError
             If it exits or is not ready within `timeout_s`.
         """
+        deadline_s = time.monotonic() + timeout_s
         try:
-            self._wait_ready(timeout_s)
+            self._wait_ready(timeout_s - self._age_s())
         except StartError:
             said = self.log.read_text(encoding="utf-8", errors="replace")
             waits = set(_BEGUN.findall(said)) - set(_LOADED.findall(said))
             is_alive = self.process is not None and self.process.poll() is None
-            if _ENDED_BY_ITS_BACKEND not in processes.tail(self.log) and not (is_alive and waits):
+            if _ENDED_BY_ITS_BACKEND in processes.tail(self.log) or (is_alive and waits):
+                self._start_again()
+                self._wait_ready(timeout_s)
+            elif is_alive and (left_s := deadline_s - time.monotonic()) > 1:
+                self._wait_ready(left_s)
+            else:
                 raise
-            self._start_again()
-            self._wait_ready(timeout_s)
+
+    def _age_s(self) -> float:
+        """For how long the process has been there; 0 if it has ended."""
+        assert self.process is not None
+        if self.process.poll() is not None:
+            return 0.0
+        return time.time() - psutil.Process(self.process.pid).create_time()
 
     def _wait_ready(self, timeout_s: float) -> None:
         assert self.process is not None

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shlex
 import shutil
+import time
 
 import numpy as np
 import pandas as pd
@@ -133,6 +134,31 @@ def test_a_server_that_loses_its_python_backend_while_it_loads_is_started_once_m
         server.clean_up()
     assert "p2.A-0 has lost its Python backend while it loaded" in capsys.readouterr().out
     assert says in (tmp_path / "triton-p2.A-0.died.log").read_text()
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_server_that_hangs_beside_others_is_not_waited_for_as_long_again(hangs, tmp_path, monkeypatch):
+    server = triton.TritonServer("second", "emulated", {}, 1, 59_997, tmp_path)
+    server.log.write_text("TRITONBACKEND_ModelInstanceInitialize: ensemble_0_0" if hangs else "not begun")
+    server.process = processes.spawn(["sleep", "60"], tmp_path / "log")
+    waited_s: list[float] = []
+    started: list[bool] = []
+
+    def wait(*arguments):
+        waited_s.append(arguments[-1])
+        if len(waited_s) == 1:
+            raise processes.StartError("not ready")
+
+    monkeypatch.setattr(processes, "wait_until", wait)
+    monkeypatch.setattr(server, "_start_again", lambda: started.append(True))
+    try:
+        time.sleep(1.5)  # while others were waited for
+        server.wait_ready(20)
+    finally:
+        processes.stop([server.process], grace_s=0)
+    assert waited_s[0] <= 18.6
+    assert started == [True] * hangs
+    assert waited_s[1] == 20 if hangs else waited_s[1] > 19  # one that is only slow has all the time it had before
 
 
 def test_a_server_that_cannot_be_seen_is_bound_to_nobody_knows_what(tmp_path):
