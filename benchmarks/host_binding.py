@@ -11,8 +11,8 @@ If they did, then, whatever the engines:
 2. what they carry is of the size of paper 1's 200 to 2,000 tokens per second, and TPOT at 200 users of its 0.1 s;
 3. two cores carry more than one.
 
-It is refuted as an explanation if eight servers on one core carry more than twice 2,000 tokens per second (no core of
-the papers' machine is half as fast as this one), if they carry ever more with more users, or if two cores carry no
+It is refuted as an explanation if eight servers on one core carry more than twice 2,000 tokens per second (taking
+it that no core of the papers' machine is half as fast as this one), if they carry ever more with more users, or if two cores carry no
 more. It cannot explain a difference between routed systems that differ in nothing but the model.
 
 In an engine's place stands a model that only keeps time (a step of 20 ms): its CPU time, which is Python's and not
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--users", type=int, nargs="+", default=USERS)
     parser.add_argument("--conditions", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS))
-    parser.add_argument("--file", type=Path, default=paths.FACTS / "host_binding.csv")
+    parser.add_argument("--file", type=Path, default=paths.RUNS / "benchmarks" / "host_binding.csv")
     options = parser.parse_args()
     processes.end_on_signals()
 

@@ -1,5 +1,7 @@
 """Fit the harness of ``simulated-harness`` to the claims that it was fitted to; write every try to ``data``.
 
+Ten minutes on 2 cores.
+
 .venv/bin/python scripts/fit_harness.py
 """
 
@@ -11,7 +13,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a Python without erlib finds it there, and is told more
 
-from erlib import config, paths
+from erlib import cache, config, paths
 from erlib.claims import harness_fit
 from erlib.machine import processes
 
@@ -23,7 +25,8 @@ def main() -> int:
     for paper in harness_fit.GRID:
         table = harness_fit.fit(profile, paper)
         file = paths.FACTS / f"harness_fit_{paper}.csv"
-        table.to_csv(file, index=False)
+        with cache.writing(file) as partial:
+            table.to_csv(partial, index=False)
         best = table[table["held"] == table["held"].max()]
         (used,) = table.loc[table["chosen"], "held"]
         claims = len(harness_fit.fitted_claims(paper))
