@@ -12,8 +12,8 @@ If they did, then, whatever the engines:
 3. two cores carry more than one.
 
 It is refuted as an explanation if eight servers on one core carry more than twice 2,000 tokens per second (taking
-it that no core of the papers' machine is half as fast as this one), if they carry ever more with more users, or if two cores carry no
-more. It cannot explain a difference between routed systems that differ in nothing but the model.
+it that no core of the papers' machine is half as fast as this one), if they carry ever more with more users, or if
+two cores carry no more. It cannot explain a difference between routed systems that differ in nothing but the model.
 
 In an engine's place stands a model that only keeps time (a step of 20 ms): its CPU time, which is Python's and not
 TensorRT-LLM's, is written apart and counts for nothing. The users, one process, have the last core; where servers have
