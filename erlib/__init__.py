@@ -7,6 +7,7 @@ Rooms are listed in the order in which data flows through them; each imports onl
     workload                corpora, and the prompts cut from them
     routing                 c-BTM's clusterer, other routers, how they compare
     engines                 what stands for the papers' models on a laptop; Table I, recomputed
+    experts                 one expert trained per cluster, as c-BTM's are; what routing to them is worth
     serving                 messages, Triton, NGINX, the stack of them, an OpenAI front
     gateway                 the routing gateway, a process of its own
     load                    users, resumable sweeps, the record of each request, metrics (TTFT, TPOT, throughput)
@@ -14,8 +15,6 @@ Rooms are listed in the order in which data flows through them; each imports onl
     claims                  what the papers claim, checked
     report                  figures and tables of both papers, figures of our own, all of it on one page
     cluster, dgx            a Ray cluster's nodes; TensorRT-LLM on GPUs: nobody but scripts and one table imports them
-
-Experts trained on their clusters, as c-BTM's are, will stand between ``routing`` and ``engines``.
 """
 
 import os

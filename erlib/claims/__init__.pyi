@@ -5,6 +5,7 @@ from .explained import by_source as by_source
 from .flips import robust as robust
 from .flips import sensitivity as sensitivity
 from .scorecards import write_scorecard as write_scorecard
+from .trained import judge_experts as judge_experts
 from .verdicts import counts as counts
 from .verdicts import evaluate as evaluate
 from .verdicts import inconsistencies as inconsistencies

@@ -177,7 +177,7 @@ def _conjunction(claim: Claim, evidence: Evidence | None) -> Row:
         predicate = PREDICATES[name]
         try:
             finding = predicate.function(*(() if predicate.arithmetic else (evidence,)), **parameters)
-            parts.append(Row(_OF_FINDING[finding.holds], finding.numbers, finding.decision))
+            parts.append(Row(VERDICT_OF[finding.holds], finding.numbers, finding.decision))
         except NotTestable as reason:
             parts.append(Row(NOT_RUN, str(reason)))
     order = (FAILS, NOT_RUN, UNTOLD, AMBIGUOUS, FITTED, CONSTRUCTION, HOLDS)
@@ -185,7 +185,7 @@ def _conjunction(claim: Claim, evidence: Evidence | None) -> Row:
     return Row(decides.verdict, "; ".join(dict.fromkeys(part.numbers for part in parts)), decides.decision)
 
 
-_OF_FINDING: dict[bool | None, Verdict] = {True: HOLDS, False: FAILS, None: UNTOLD}
+VERDICT_OF: dict[bool | None, Verdict] = {True: HOLDS, False: FAILS, None: UNTOLD}
 
 
 FULL_SCALE_SOURCES = {

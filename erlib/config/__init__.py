@@ -4,6 +4,7 @@ from erlib.config.load import at_paper_scale, load_profile, read_overrides
 from erlib.config.profile import (
     CorpusSettings,
     EngineSettings,
+    ExpertSettings,
     Mix,
     Passable,
     PreliminarySettings,
@@ -38,6 +39,7 @@ __all__ = [
     "CorpusSettings",
     "Dtype",
     "EngineSettings",
+    "ExpertSettings",
     "Flow",
     "LaptopSystem",
     "Mix",

@@ -126,8 +126,9 @@ class Scale(_Section):
 
 
 class CorpusSettings(_Section):
-    name: Literal["newsgroups", "c4", "jsonl", "parquet"] = Field(
-        "newsgroups", description="20 Newsgroups, one shard of C4 from the hub, or a file of your own: corpus.path"
+    name: Literal["newsgroups", "brown", "c4", "jsonl", "parquet"] = Field(
+        "newsgroups",
+        description="20 Newsgroups, the Brown corpus, one shard of C4 from the hub, or a file of your own: corpus.path",
     )
     path: LocalPath | None = Field(
         None, description="file of a jsonl or parquet corpus; a relative path starts at the repository, ~ is your home"
@@ -344,6 +345,36 @@ class EngineSettings(_Section):
     speed_tokens: Count = Field(32, description="tokens that each of them generates")
 
 
+class ExpertSettings(_Section):
+    """One trained expert per cluster of a corpus of its own, and what routing to them is worth."""
+
+    corpus: CorpusSettings = CorpusSettings(name="brown")
+    checkpoint: LocalPath | None = Field(
+        None, description="a Llama checkpoint to start from, in Hugging Face's format (none: SmolLM2-135M)"
+    )
+    adapters: LocalPath | None = Field(
+        None, description="a folder of your own with expert-0 and so on, in PEFT's format, to be served (none: trained)"
+    )
+    tokens: Count = Field(4096, description="that each expert is trained on, all of its own cluster")
+    seed_tokens: int = Field(
+        8192, ge=0, le=1_000_000_000, description="of all clusters, that the common seed is trained on before"
+    )
+    random: int = Field(2, ge=2, le=100, description="experts of random clusters, trained on as many tokens")
+    sequence: int = Field(256, ge=16, le=8192, description="tokens of a block to train on, and most of a judged text")
+    batch: Count = Field(2, description="blocks per step")
+    rank: int = Field(8, ge=1, le=512, description="of the low-rank adapters (LoRA), at all layers")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="of AdamW, at its highest")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of weights and activations; auto: bfloat16 where the hardware multiplies it"
+    )
+    users: list[Users] = Field([8], description="concurrent users whom trained experts serve (none: not served)")
+    repeats: Repeats = Field(2, description=_REPEATS)
+    documents: Count = Field(8, description="held-out texts per cluster that the experts are judged by")
+    temperature: float = Field(
+        0.1, gt=0, le=1000, description="of an ensemble's weights, from squared distances to the clusters, as c-BTM's"
+    )
+
+
 class Profile(Settings):
     """Everything that a run can vary; see ``profiles/*.yaml``."""
 
@@ -370,6 +401,7 @@ class Profile(Settings):
     ablation: AblationSettings = AblationSettings()
     replicas: ReplicaSettings = ReplicaSettings()
     routers: RouterSettings = RouterSettings()
+    experts: ExpertSettings = ExpertSettings()
 
     @property
     def digest(self) -> str:

@@ -55,9 +55,9 @@ class PaperSystem(Settings):
 
 
 class LaptopSystem(Settings):
-    """What stands for it on a laptop: `size` names a depth-truncated SmolLM2-135M sibling."""
+    """What stands for it on a laptop: `size` names a depth-truncated SmolLM2-135M sibling, or the whole model."""
 
-    size: Literal["large", "small"]
+    size: Literal["large", "small", "whole"]
     dtype: Dtype
     kv_cache: Literal["f16", "u8"]
     instances: PositiveInt
@@ -65,6 +65,15 @@ class LaptopSystem(Settings):
     kv_blocks: PositiveInt | None = Field(
         None, description="KV blocks per instance; None: the paper's KV cache, scaled"
     )
+    weights: Literal["alike", "trained"] = Field(
+        "alike", description="trained: each instance has the adapter of its own cluster on top of the whole model"
+    )
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> LaptopSystem:
+        if self.weights == "trained" and self.size != "whole":
+            raise ValueError("weights: trained: adapters have all layers, so that size must be whole")
+        return self
 
 
 class Configuration(Settings):

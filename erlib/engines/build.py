@@ -55,16 +55,17 @@ class BuiltEngine:
         return f"SmolLM2-135M{depth}, {self.dtype.upper()}"
 
 
-def build_all(profile: Profile, wanted: Sequence[tuple[Size, Dtype]]) -> list[BuiltEngine]:
+def build_all(profile: Profile, wanted: Sequence[tuple[Size, Dtype]], source: Path | None = None) -> list[BuiltEngine]:
     """Build those of the wanted engines that are not in ``paths.ENGINE_BUILDS`` yet; all of them, in the order of
     `wanted`.
 
     FP16 is optimum-intel's stateful export; INT8 (symmetric) and FP8 (E4M3) are weight-only with one scale per output
     channel; INT4 is weight-only in groups of 64 with AWQ and scale estimation on ``engines.calibration_samples``
-    documents of the corpus's training split.
+    documents of the corpus's training split. `source` is another checkpoint of the same shape, in a directory that is
+    named by the hash of its content.
     """
-    source = checkpoint(profile.engines)
-    keys = [(_layers(profile, size), dtype) for size, dtype in wanted]
+    source = source or checkpoint(profile.engines)
+    keys = [(_layers(profile, size, source), dtype) for size, dtype in wanted]
     # Every other format is compressed from the FP16 export, so that comes first.
     exports: list[tuple[int, Dtype]] = [(layers, "fp16") for layers, _ in keys]
     targets = {key: _target(profile, *key, source) for key in [*exports, *keys]}
@@ -100,8 +101,9 @@ def _build(profile: Profile, targets: dict[tuple[int, Dtype], Path], source: Pat
             pass  # the child puts each engine in its place when it is complete
 
 
-def _layers(profile: Profile, size: Size) -> int:
+def _layers(profile: Profile, size: Size, source: Path) -> int:
     of_size = {
+        "whole": depth(source),
         "large": profile.engines.large_layers,
         "small": profile.engines.small_layers,
         "quality": profile.engines.quality_layers,

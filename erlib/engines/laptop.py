@@ -47,6 +47,8 @@ class LaptopPlan:
     kv_blocks: int
     max_sequence_tokens: int
     threads: int
+    trained: bool
+    """Whether each instance has the adapter of its own cluster."""
 
     @property
     def kv_tokens(self) -> int:
@@ -117,6 +119,7 @@ def laptop_system(profile: Profile, configuration: Configuration, max_sequence_t
         kv_blocks=laptop.kv_blocks or scaled_blocks,
         max_sequence_tokens=max_sequence_tokens,
         threads=max(1, hardware.cores() * system.tensor_parallel // GPUS),
+        trained=laptop.weights == "trained",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from erlib import paths
 from erlib.config import ConfigError, Dtype, Paper, PaperSystem, read_yaml
 
-Size = Literal["large", "small", "quality"]
+Size = Literal["large", "small", "quality", "whole"]
 
 BYTES_PER_VALUE: dict[Dtype, float] = {"fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5}
 

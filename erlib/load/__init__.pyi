@@ -2,6 +2,7 @@
 
 from .experiments import all_configurations as all_configurations
 from .experiments import build_workload as build_workload
+from .experiments import experts_sweep as experts_sweep
 from .experiments import load_sweep as load_sweep
 from .experiments import overhead_sweep as overhead_sweep
 from .experiments import overview as overview

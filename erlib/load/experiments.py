@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from erlib import config
 from erlib.config import Configuration, Mix, Paper, Profile, Relay, Routing
 from erlib.config.system import HAVE_GATEWAYS
+from erlib.experts import texts
 from erlib.load import backends
 from erlib.load.backends import Workloads
 from erlib.load.users import Client
@@ -23,7 +24,7 @@ from erlib.serving.triton import ServerPlan
 from erlib.workload import lengths, prompts
 from erlib.workload.prompts import Workload
 
-Experiment = Literal["load", "preliminary", "overhead", "ablation", "replicas"]
+Experiment = Literal["load", "preliminary", "overhead", "ablation", "replicas", "experts"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,16 @@ def overhead_sweep(profile: Profile) -> list[Series]:
     return [Series(paper, "overhead", each, pool, settings.users, settings.repeats, ["uniform"]) for each in both]
 
 
+def experts_sweep(profile: Profile) -> list[Series]:
+    """Trained experts beside the same engines without adapters, asked with texts of the corpus of their training."""
+    settings, at = profile.experts, texts.on_own_corpus(profile)
+    if not settings.users:
+        return []
+    pool = build_workload(at, "p2")
+    targets = systems(at, backends.of(at).configurations(at, ["x1.T", "x1.U"]))
+    return [Series("p2", "experts", target, pool, settings.users, settings.repeats, ["uniform"]) for target in targets]
+
+
 def systems(profile: Profile, configurations: Sequence[Configuration], sized_for: Workloads = "load") -> list[System]:
     """What stands for `configurations` on this machine, with their engines built if need be.
 
@@ -146,10 +157,10 @@ def systems(profile: Profile, configurations: Sequence[Configuration], sized_for
     """
     backend = backends.of(profile)
     served = backend.served(profile, configurations, sized_for)
-    router = training.build_clusterer(profile)
     return [
         System(
-            *(each.id, each.routing, plans, backend.tokenizer_file(profile, each.system.model), router),
+            *(each.id, each.routing, plans, backend.tokenizer_file(profile, each.system.model)),
+            training.build_clusterer(texts.on_own_corpus(profile) if each.laptop.weights == "trained" else profile),
             relay=profile.serving.relay,
         )
         for each, plans in zip(configurations, served, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from erlib import config
 from erlib.config import Configuration, Profile
 from erlib.engines import build, checkpoint, inference, laptop
+from erlib.experts import arms
 from erlib.load.backends import Workloads
 from erlib.serving import wire
 from erlib.serving.triton import ServerPlan
@@ -31,10 +33,19 @@ def served(profile: Profile, configurations: Sequence[Configuration], sized_for:
     longest = laptop.longest_sequence_tokens(profile, "preliminary") if sized_for == "preliminary" else None
     plans = [laptop.laptop_system(profile, configuration, longest) for configuration in configurations]
     built = build.build_all(profile, [(plan.size, plan.dtype) for plan in plans])
-    return [
-        [server_plan(engine.path, plan.batch_size, plan.kv_blocks, plan.kv_cache, plan.threads)] * plan.instances
-        for plan, engine in zip(plans, built, strict=True)
-    ]
+    served = []
+    for plan, engine in zip(plans, built, strict=True):
+        one = server_plan(engine.path, plan.batch_size, plan.kv_blocks, plan.kv_cache, plan.threads)
+        adapters = arms.adapters(profile, plan.instances) if plan.trained else [None] * plan.instances
+        served.append([one if adapter is None else with_adapter(one, adapter) for adapter in adapters])
+    return served
+
+
+def with_adapter(plan: ServerPlan, adapter: Path) -> ServerPlan:
+    """The same engine with an adapter of PEFT's on top; OpenVINO does not read by how much PEFT multiplies it."""
+    facts = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    more = {"adapter": str(adapter), "adapter_alpha": str(facts["lora_alpha"] / facts["r"])}
+    return dataclasses.replace(plan, parameters={**plan.parameters, **more})
 
 
 def context_tokens(profile: Profile, configuration: Configuration) -> int:

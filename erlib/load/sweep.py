@@ -68,6 +68,7 @@ def read(profile: Profile, sweep: list[Series]) -> pd.DataFrame:
             "preliminary": "04_preliminary_sweep",
             "overhead": "06_routing_overhead",
             "replicas": "06_routing_overhead",
+            "experts": "11_experts",
         }
         others = "05_load_sweep" if sweep[0].system.source == "measured" else "07_paper_scale"
         notebook = notebooks.get(sweep[0].experiment, others)

@@ -147,3 +147,9 @@ def machine() -> str:
             model = line.partition(":")[2].strip()
             break
     return f"{cores()} x {model}, {psutil.virtual_memory().total / 2**30:.0f} GB"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it (AVX-512 or AMX); any other is slower with it than with float32."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
+    return bool({"avx512_bf16", "amx_bf16"} & set(flags))

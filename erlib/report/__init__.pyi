@@ -14,6 +14,9 @@ from .input_tokens import paper1_input_tokens as paper1_input_tokens
 from .input_tokens import paper2_input_tokens as paper2_input_tokens
 from .own.cited import published_points as published_points
 from .own.engines import engine_formats as engine_formats
+from .own.experts import expert_matrix as expert_matrix
+from .own.experts import router_sees as router_sees
+from .own.experts import routing_worth as routing_worth
 from .own.harness import harness_ablation as harness_ablation
 from .own.hot_experts import replicas_emulated as replicas_emulated
 from .own.hot_experts import replicas_simulated as replicas_simulated

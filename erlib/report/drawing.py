@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from erlib import config
@@ -122,23 +123,58 @@ def finish(
     return fig
 
 
+_LEAST_FILLED = 1 / 3
+
+
+def _of_similar_range(figures: Iterable[Figure]) -> list[list[Figure]]:
+    """Figures that can share their y axes, the farthest-reaching first; on logarithmic axes all can."""
+    groups: list[list[Figure]] = []
+    for fig in sorted(figures, key=lambda fig: -max(ax.get_ylim()[1] for ax in fig.axes)):
+        group = next((group for group in groups if _fills(fig, group[0])), None)
+        if group is None:
+            groups.append([fig])
+        else:
+            group.append(fig)
+    return groups
+
+
+def _fills(fig: Figure, other: Figure) -> bool:
+    """Whether neither would leave much of the other's axes empty."""
+    tops = [sorted(ax.get_ylim()[1] for ax in pair) for pair in _linear(fig, other)]
+    return all(lower >= _LEAST_FILLED * higher for lower, higher in tops)
+
+
+def _linear(*figures: Figure) -> Iterator[tuple[Axes, ...]]:
+    """The panels of figures of one kind, but for those that are logarithmic or only hold a legend."""
+    panels = zip(*(fig.axes for fig in figures), strict=True)
+    return ((*same,) for same in panels if same[0].axison and same[0].get_yscale() != "log")
+
+
 _waiting: list[list[tuple[str, Figure, Callable[[], object]]]] = []
 """What has been drawn inside of :func:`on_the_same_axes` and is not saved yet."""
 
 
 @contextlib.contextmanager
 def on_the_same_axes() -> Iterator[None]:
-    """For two sources on one scale: what both draw inside gets the same y axes; all is saved at the end."""
+    """For sources on one scale: what they draw inside gets the same y axes; all is saved at the end.
+
+    One of whose panels less than a third would be filled keeps a scale of its own, with others like it, and says so.
+    """
     _waiting.append([])
     try:
         yield
     finally:
         drawn = _waiting.pop()
     for item in dict.fromkeys(name for name, *_ in drawn):
-        panels = zip(*(fig.axes for name, fig, _ in drawn if name == item), strict=True)
-        for same in panels:
-            lows, highs = zip(*(ax.get_ylim() for ax in same), strict=True)
-            for ax in same:
-                ax.set_ylim(min(lows), max(highs))
+        groups = _of_similar_range(fig for name, fig, _ in drawn if name == item)
+        for group in groups:
+            for same in zip(*(fig.axes for fig in group), strict=True):
+                lows, highs = zip(*(ax.get_ylim() for ax in same), strict=True)
+                for ax in same:
+                    ax.set_ylim(min(lows), max(highs))
+        if len(groups) > 1:
+            for (ax,) in (panel for group in groups for fig in group for panel in _linear(fig)):
+                at = ax.transAxes
+                ax.text(1, 1, "scale of its own", ha="right", va="top", transform=at, fontsize=6, color=canvas.GREY)
     for *_, saved in drawn:
         saved()

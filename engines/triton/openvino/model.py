@@ -33,6 +33,10 @@ class Engine:
             "INFERENCE_NUM_THREADS": int(parameters["threads"]),
             **json.loads(parameters["compute"]),
         }
+        if "adapter" in parameters:  # dynamic ones are ignored by add_request() and step(), without a word
+            adapter = genai.Adapter(f"{parameters['adapter']}/adapter_model.safetensors")
+            static = genai.AdapterConfig.Mode.MODE_STATIC
+            properties["adapters"] = genai.AdapterConfig(adapter, float(parameters["adapter_alpha"]), static)
         self.pipeline = genai.ContinuousBatchingPipeline(parameters["engine"], scheduler, "CPU", properties)
         self.numbers = itertools.count(1)
         self.waiting = collections.deque()

@@ -1,0 +1,85 @@
+"""What c-BTM and both papers expect of experts trained on clusters, judged by the table of log-probabilities."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pandas as pd
+
+from erlib.claims import verdicts
+from erlib.claims.uncertainty import Estimate, decide
+from erlib.experts import worth
+from erlib.experts.arms import DENSE, Judged
+from erlib.experts.worth import LABELS, RANDOM_CLUSTERS, RANDOM_ROUTING, ROUTED, WRONG
+
+_TWO, _ALL, _PROMPT = "ensemble of the two nearest experts", "ensemble of all experts", 32
+NEAR = 0.01
+"""Losses that differ by less are alike."""
+BEST = 7 / 8
+"""Of the clusters, how many have their own expert as the best, where experts are said to specialise."""
+
+
+class Expectation(NamedTuple):
+    """That the loss of `design`, over that of `reference`, less one, lies between two bounds."""
+
+    id: str
+    who: str
+    claim: str
+    design: str
+    reference: str
+    low: float = -math.inf
+    high: float = math.inf
+    after: int = 0
+    """Only tokens beyond so many count."""
+
+    @property
+    def criterion(self) -> str:
+        sides = [f"at least {self.low:+.0%}"] * math.isfinite(self.low)
+        sides += [f"at most {self.high:+.0%}"] * math.isfinite(self.high)
+        beyond = f", beyond the first {self.after} tokens" if self.after else ""
+        return f"loss of {self.design} against {self.reference}: {' and '.join(sides)}{beyond}"
+
+
+EXPECTED = [
+    Expectation("E2", "c-BTM", "Clusters make better experts than chance does.", RANDOM_CLUSTERS, ROUTED, 0),
+    Expectation("E3", "both papers", "A prompt's own expert answers it better than another.", WRONG, ROUTED, 0),
+    Expectation("E4", "both papers", "Routing is better than chance.", RANDOM_ROUTING, ROUTED, 0),
+    Expectation("E5", "c-BTM", "The two nearest experts do nearly as well as all.", _TWO, _ALL, high=NEAR),
+    Expectation("E6", "c-BTM", "Routed experts are no worse than one dense model of the same tokens.",
+                LABELS[DENSE], ROUTED, 0),
+    Expectation("E7", "both papers", "The beginning of a prompt is enough to route by.",
+                f"routed by the first {_PROMPT} tokens", ROUTED, high=NEAR, after=_PROMPT),
+]  # fmt: skip
+
+
+def judge_experts(judged: Judged, temperature: float, seed: int) -> pd.DataFrame:
+    """Verdict on each expectation, as those on the papers' claims are made.
+
+    Returns
+    -------
+    DataFrame
+        ``id``, ``who`` expects it, ``claim``, ``criterion``, ``verdict``, ``effect`` (relative difference of losses;
+        for E1 the share of the clusters), ``ci95_low``, ``ci95_high``, ``texts``.
+    """
+    table = worth.matrix(judged)
+    share = worth.best_on_own(table) / table.shape[1]
+    rows = [
+        {
+            "id": "E1",
+            "who": "c-BTM",
+            "claim": "Every expert is the best of all on its own cluster.",
+            "criterion": f"on at least {BEST:.0%} of the clusters",
+            "verdict": verdicts.HOLDS if share >= BEST else verdicts.FAILS,
+            "effect": share,
+            "texts": len(judged.documents),
+        }
+    ]
+    for expected in EXPECTED:
+        found = worth.against(judged, temperature, seed, expected.design, expected.reference, expected.after)
+        number = Estimate(found["worse_by"], found["ci95_low"], found["ci95_high"], found["texts"], expected.design)
+        decision = decide([number], expected.low, expected.high)
+        about = {name: getattr(expected, name) for name in ("id", "who", "claim", "criterion")}
+        numbers = {"effect": number.value, "ci95_low": number.low, "ci95_high": number.high, "texts": number.n}
+        rows.append({**about, "verdict": verdicts.VERDICT_OF[decision.holds], **numbers})
+    return pd.DataFrame(rows)

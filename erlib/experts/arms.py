@@ -1,0 +1,308 @@
+"""All arms of a profile, trained and judged: what is kept is found again, what was interrupted goes on.
+
+Each adapter, and each arm's log-probabilities of the held-out texts, is kept by what it depends on. A run that is
+killed loses the arms that were being trained, and no others.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+from erlib import cache, paths, provenance
+from erlib.config import ConfigError, ExpertSettings, Profile
+from erlib.engines import checkpoint, worker
+from erlib.experts import texts
+from erlib.experts.texts import Blocks, HeldOut
+from erlib.machine import hardware
+from erlib.machine.progress import Bar, say
+from erlib.routing import training
+from erlib.routing.clusterer import Clusterer
+from erlib.workload import corpus
+
+_KEPT = paths.CACHE / "experts"
+_TRAINING, _SCORING = "experts/training.py", "experts/scoring.py"
+_TRAIN, _SCORE = "erlib.experts.training", "erlib.experts.scoring"
+SEED, ADAPTED, DENSE, AVERAGE = "seed", "adapted", "dense", "average"
+
+
+class Base(NamedTuple):
+    """The model that all arms start from."""
+
+    directory: Path
+    tokenizer: Tokenizer
+    end: int
+    """Token that stands before every text."""
+    dtype: str
+    key: str
+
+
+class Judged(NamedTuple):
+    """Tables from which every figure of the experts follows, without running a model again."""
+
+    documents: pd.DataFrame
+    tokens: pd.DataFrame
+    """Both as in :class:`~erlib.experts.texts.HeldOut`."""
+    scores: pd.DataFrame
+    """One row per document, cluster, arm and position: ``log_probability`` (nats)."""
+    training: pd.DataFrame
+    """One row per trained arm: ``arm``, ``tokens``, ``train_s``, ``train_cpu_s``, ``first_loss``, ``last_loss``,
+    ``dtype``, ``machine``."""
+
+    def wide(self) -> pd.DataFrame:
+        """Log-probabilities with a column per arm, rows as those of ``tokens``."""
+        wide = self.scores.pivot(index=["document", "position"], columns="arm", values="log_probability")
+        return wide.set_axis(wide.columns.astype(str), axis=1)
+
+
+def read(directory: Path) -> Judged:
+    """What :func:`judged` has kept in `directory`."""
+    return Judged(*(pd.read_parquet(directory / f"{name}.parquet") for name in Judged._fields))
+
+
+def judged(profile: Profile) -> Judged:
+    """Train all arms of a profile and score the held-out texts with each, or find what an earlier run has kept.
+
+    Raises
+    ------
+    ConfigError
+        If a cluster has too few tokens or texts, the checkpoint is no Llama, or the hardware lacks what
+        ``experts.dtype`` asks for.
+    ClustererError, CorpusError, RuntimeError
+    """
+    base = base_of(profile)
+    at = texts.on_own_corpus(profile)
+    router = training.build_clusterer(at)
+    settings = profile.experts.model_dump(mode="json", exclude={"temperature", "checkpoint"})
+    code = [provenance.code_digest("experts/arms.py", "experts/texts.py", _TRAINING, _SCORING), *_versions()]
+    key = cache.digest(base.key, base.dtype, corpus.fingerprint(at.corpus), router.name, settings, profile.seed, code)
+    directory = paths.run_dir(profile.name) / "experts" / key
+    if cache.found(directory, "experts"):
+        print(f"experts: reused {key} (same texts, router, checkpoint, settings and code)")
+        return read(directory)
+    clusterer = Clusterer.load(router)
+    held_out = texts.held_out(profile, clusterer, base.tokenizer)
+    blocks = texts.training_blocks(profile, clusterer, base.tokenizer, base.end)
+    adapters = _trained(profile, base, blocks)
+    scores = _scored(base, adapters, held_out)
+    rows = held_out.tokens[["document", "position"]].merge(held_out.documents[["document", "cluster"]])
+    table = pd.concat([rows.assign(arm=arm, log_probability=values) for arm, values in scores.items()])
+    made = Judged(*held_out, table.astype({"arm": "category"}), _training(adapters))
+    with cache.building(directory) as partial:
+        for name, frame in made._asdict().items():
+            frame.to_parquet(partial / f"{name}.parquet", compression="zstd", index=False)
+    return made
+
+
+def adapters(profile: Profile, n: int) -> list[Path]:
+    """A PEFT adapter for each of the `n` clusters: the user's own (``experts.adapters``), or trained if need be.
+
+    Raises
+    ------
+    ConfigError
+        If one is missing or is of another base model, or there are more or fewer clusters.
+    ClustererError, CorpusError, RuntimeError
+    """
+    settings, base = profile.experts, base_of(profile)
+    if profile.clusterer.n_clusters != n:
+        raise ConfigError(
+            f"{n} servers need an expert each, but clusterer.n_clusters is {profile.clusterer.n_clusters}"
+        )
+    if settings.adapters is None:
+        clusterer = Clusterer.load(training.build_clusterer(texts.on_own_corpus(profile)))
+        trained = _trained(profile, base, texts.training_blocks(profile, clusterer, base.tokenizer, base.end))
+        return [trained[f"expert-{cluster}"] for cluster in range(n)]
+    own = [Path(settings.adapters) / f"expert-{cluster}" for cluster in range(n)]
+    for directory in own:
+        _check_adapter(directory, base)
+    return own
+
+
+def merged(profile: Profile, adapter: Path) -> Path:
+    """The checkpoint with an adapter's weights in its own: what can be exported as any checkpoint is."""
+    base = base_of(profile)
+    target = _KEPT / f"merged-{cache.digest(base.key, adapter.name, provenance.code_digest(_SCORING), *_versions())}"
+    if not cache.found(target, "experts"):
+        with tempfile.TemporaryDirectory(dir=_KEPT, prefix=".partial-") as scratch:
+            job = {"arm": "", "checkpoint": str(base.directory), "dtype": "float32", "adapters": [str(adapter)]}
+            _do(_SCORE, [{**job, "target": str(target), "scratch": scratch}], {"": 1}, "merging an expert")
+    return target
+
+
+def _check_adapter(directory: Path, base: Base) -> None:
+    """ConfigError unless every matrix of an adapter fits the base model's."""
+    described = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+    try:
+        rank = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        with safe_open(directory / "adapter_model.safetensors", "np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"experts.adapters: {directory} holds no adapter of PEFT's: {error}") from None
+    layers = {int(name.partition(".layers.")[2].partition(".")[0]) for name in shapes if ".layers." in name}
+    if not layers or max(layers) >= described["num_hidden_layers"]:
+        raise ConfigError(
+            f"experts.adapters: {directory} is of another base model: it changes layers up to "
+            f"{max(layers, default=0)}, but the checkpoint has {described['num_hidden_layers']}"
+        )
+    for name, shape in shapes.items():
+        if not name.endswith("lora_A.weight"):
+            continue
+        wide = "intermediate_size" if "down_proj" in name else "hidden_size"
+        if "o_proj" not in name and shape != (rank, described[wide]):
+            raise ConfigError(
+                f"experts.adapters: {directory} is of another base model or rank: {name} has shape {shape}, expected "
+                f"{(rank, described[wide])}"
+            )
+
+
+def _versions() -> list[str]:
+    return [version(name) for name in ("torch", "transformers", "peft")]
+
+
+def base_of(profile: Profile) -> Base:
+    """The checkpoint of ``experts.checkpoint``, checked.
+
+    Raises
+    ------
+    ConfigError
+    """
+    settings = profile.experts
+    directory = Path(settings.checkpoint) if settings.checkpoint else checkpoint.checkpoint(profile.engines)
+    file = directory / "config.json"
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"experts.checkpoint: {file} cannot be read: {error}") from None
+    if described.get("model_type") != "llama":
+        raise ConfigError(f"experts.checkpoint: {directory} holds a {described.get('model_type')!r}, no Llama")
+    if not (words := directory / "tokenizer.json").is_file():
+        raise ConfigError(f"experts.checkpoint: {directory} has no tokenizer.json")
+    weights = sorted((path.name, path.stat().st_size) for path in directory.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"experts.checkpoint: {directory} has no weights in safetensors")
+    end = described.get("bos_token_id")
+    end = end if isinstance(end, int) else described["eos_token_id"]
+    key = cache.digest(described, weights, words)
+    return Base(directory, Tokenizer.from_file(str(words)), end, dtype_of(settings), key)
+
+
+def dtype_of(settings: ExpertSettings) -> str:
+    """``bfloat16`` where the hardware multiplies it and nothing else is asked for.
+
+    Raises
+    ------
+    ConfigError
+    """
+    able = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else hardware.multiplies_bfloat16()
+    if settings.dtype == "bfloat16" and not able:
+        raise ConfigError("experts.dtype=bfloat16, but this machine does not multiply it: set float32 or auto")
+    return settings.dtype if settings.dtype != "auto" else "bfloat16" if able else "float32"
+
+
+def _trained(profile: Profile, base: Base, blocks: Mapping[str, Blocks]) -> dict[str, Path]:
+    """Adapter of every arm, trained where it has not been."""
+    targets: dict[str, Path] = {}
+    for arm, own in blocks.items():
+        start = targets.get(ADAPTED)
+        targets[arm] = _KEPT / f"{arm}-{_key(profile, base, own, start)}"
+    missing = [arm for arm in blocks if not cache.found(targets[arm], "experts")]
+    say(f"experts: {len(targets) - len(missing)} arms found by content hash, {len(missing)} to train in {base.dtype}")
+    _KEPT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_KEPT, prefix=".partial-") as scratch:
+        first = [arm for arm in missing if arm == ADAPTED]
+        for arms in (first, [arm for arm in missing if arm not in first]):
+            jobs = [_training_job(profile, base, arm, blocks[arm], targets, Path(scratch)) for arm in arms]
+            _do(_TRAIN, jobs, {job["arm"]: int(blocks[job["arm"]].size) for job in jobs}, "training experts")
+    return targets
+
+
+def _key(profile: Profile, base: Base, blocks: Blocks, start: Path | None) -> str:
+    settings = profile.experts
+    how = [settings.rank, settings.batch, settings.learning_rate, profile.seed, base.dtype]
+    code = [provenance.code_digest(_TRAINING), *_versions()]
+    return cache.digest(base.key, start.name if start else "", blocks.tolist(), how, code)
+
+
+def _training_job(
+    profile: Profile, base: Base, arm: str, blocks: Blocks, targets: Mapping[str, Path], scratch: Path
+) -> dict[str, Any]:
+    settings = profile.experts
+    file = scratch / f"{arm}.npy"
+    np.save(file, blocks)
+    start = targets.get(ADAPTED) if arm != ADAPTED else None
+    origin = settings.checkpoint or checkpoint.origin(profile.engines)
+    return {
+        "arm": arm,
+        "checkpoint": str(base.directory),
+        "base": Path(origin).name if settings.checkpoint else origin,
+        "dtype": base.dtype,
+        "blocks": str(file),
+        "start": str(start) if start else None,
+        "target": str(targets[arm]),
+        "scratch": str(scratch),
+        "rank": settings.rank,
+        "batch": settings.batch,
+        "learning_rate": settings.learning_rate,
+        "seed": profile.seed,
+        "facts": {"dtype": base.dtype, "machine": hardware.machine(), "python": platform.python_version()},
+    }
+
+
+def _scored(base: Base, adapters: Mapping[str, Path], held_out: HeldOut) -> dict[str, Any]:
+    """Log-probabilities of all held-out tokens, per arm."""
+    ids = [[base.end, *tokens] for _, tokens in held_out.tokens.groupby("document")["token"].agg(list).items()]
+    of_arm: dict[str, list[Path]] = {SEED: [], **{arm: [path] for arm, path in adapters.items()}}
+    of_arm[AVERAGE] = [path for arm, path in adapters.items() if arm.startswith("expert-")]
+    code = [provenance.code_digest(_SCORING), *_versions()]
+    names = {arm: [path.name for path in made_of] for arm, made_of in of_arm.items()}
+    targets = {arm: _KEPT / f"scores-{cache.digest(base.key, base.dtype, ids, names[arm], code)}.npy" for arm in of_arm}
+    kept = {arm: cache.recalled(file, np.load, "experts") for arm, file in targets.items()}
+    missing = [arm for arm, values in kept.items() if values is None]
+    say(f"experts: {len(of_arm) - len(missing)} arms' scores found by content hash, {len(missing)} to make")
+    _KEPT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_KEPT, prefix=".partial-") as scratch:
+        file = Path(scratch) / "texts.json"
+        file.write_text(json.dumps(ids), encoding="utf-8")
+        common = {"checkpoint": str(base.directory), "dtype": base.dtype, "texts": str(file)}
+        jobs = [
+            {**common, "arm": arm, "adapters": [str(path) for path in of_arm[arm]], "target": str(targets[arm])}
+            for arm in missing
+        ]
+        _do(_SCORE, jobs, dict.fromkeys(missing, sum(map(len, ids))), "judging experts")
+    return {arm: np.load(file) for arm, file in targets.items()}
+
+
+def _do(module: str, jobs: Sequence[dict[str, Any]], tokens: Mapping[str, int], what: str) -> None:
+    """Do jobs in as many processes as there are cores, but for GPUs, which one process has to itself.
+
+    The longest come first, each to the process that has least to do.
+    """
+    if not jobs:
+        return
+    n = 1 if torch.cuda.is_available() else min(len(jobs), hardware.cores())
+    shares: list[list[dict[str, Any]]] = [[] for _ in range(n)]
+    for job in sorted(jobs, key=lambda job: -tokens[job["arm"]]):
+        min(shares, key=lambda share: sum(tokens[other["arm"]] for other in share)).append(job)
+    with Bar(total=sum(tokens[job["arm"]] for job in jobs), desc=what, unit="token", unit_scale=True) as bar:
+        for result in worker.in_own_processes(module, shares, 1 if n > 1 else None):
+            bar.update(result["tokens"])
+
+
+def _training(adapters: Mapping[str, Path]) -> pd.DataFrame:
+    rows = []
+    for arm, directory in adapters.items():
+        facts = json.loads((directory / "training.json").read_text(encoding="utf-8"))
+        losses = facts.pop("losses")
+        rows.append({**facts, "arm": arm, "first_loss": losses[0], "last_loss": losses[-1]})
+    return pd.DataFrame(rows)
