@@ -361,9 +361,9 @@ class ExpertSettings(_Section):
     )
     random: int = Field(2, ge=2, le=100, description="experts of random clusters, trained on as many tokens")
     sequence: int = Field(256, ge=16, le=8192, description="tokens of a block to train on, and most of a judged text")
-    batch: Count = Field(2, description="blocks per step")
+    batch: Count = Field(1, description="blocks per step")
     rank: int = Field(8, ge=1, le=512, description="of the low-rank adapters (LoRA), at all layers")
-    learning_rate: float = Field(1e-3, gt=0, le=1, description="of AdamW, at its highest")
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="of AdamW, at its highest")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights and activations; auto: bfloat16 where the hardware multiplies it"
     )

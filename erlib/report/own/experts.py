@@ -123,7 +123,8 @@ def router_sees(table: pd.DataFrame, profile: config.Profile) -> Figure:
     tops = sorted(once["experts"].unique())
     for shift, top, colour in zip((0.96, 1.0, 1.04), tops, (BLUE, GREEN, VERMILION), strict=False):
         mine = once[once["experts"] == top].sort_values("seen")
-        spread = [100 * (mine["worse_by"] - mine["ci95_low"]), 100 * (mine["ci95_high"] - mine["worse_by"])]
+        ends = mine["worse_by"] - mine["ci95_low"], mine["ci95_high"] - mine["worse_by"]
+        spread = [100 * end.clip(lower=0) for end in ends]  # of one text per cluster, an interval is a point
         name = "one expert" if top == 1 else f"ensemble of {top}"
         ax.errorbar(mine["seen"] * shift, 100 * mine["worse_by"], spread, marker="o", color=colour, label=name)
         again = table[(table["design"] == "every token") & (table["experts"] == top)]
