@@ -86,6 +86,8 @@ def _is_of(paper: Paper) -> Callable[[str], str]:
     def check(value: str) -> str:
         if paper_of(value) != paper:
             raise ValueError(f"{value} is a configuration of the other paper")
+        if load_configuration(value).laptop.weights == "trained":
+            raise ValueError(f"{value} has experts of a corpus of their own: notebook 11 measures it")
         return value
 
     return check

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from erlib.cluster import placement
-from erlib.config import ConfigError, Configuration, Profile
+from erlib.config import ConfigError, Configuration, Profile, load_configuration
 from erlib.dgx import builds, checkpoints, fit, repository, tensorrt_llm
 from erlib.load.backends import Workloads
 from erlib.serving.triton import ServerPlan
@@ -14,6 +14,9 @@ from erlib.serving.triton import ServerPlan
 
 def configurations(profile: Profile, names: Sequence[str]) -> list[Configuration]:
     """As :func:`erlib.dgx.fit.fitted` gives them to those GPUs that there are."""
+    for name in names:
+        if load_configuration(name).laptop.weights == "trained":
+            raise ConfigError(f"{name} is served on CPUs only: no engine of TensorRT-LLM's gets its adapters here")
     return _fitted(profile).named(names)
 
 

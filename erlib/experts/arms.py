@@ -284,7 +284,7 @@ def _scored(base: Base, adapters: Mapping[str, Path], held_out: HeldOut) -> dict
 
 
 def _do(module: str, jobs: Sequence[dict[str, Any]], tokens: Mapping[str, int], what: str) -> None:
-    """Do jobs in as many processes as there are cores, but for GPUs, which one process has to itself.
+    """Do jobs in as many processes of one thread as there are cores, but for GPUs, which one process has to itself.
 
     The longest come first, each to the process that has least to do.
     """
@@ -295,7 +295,7 @@ def _do(module: str, jobs: Sequence[dict[str, Any]], tokens: Mapping[str, int], 
     for job in sorted(jobs, key=lambda job: -tokens[job["arm"]]):
         min(shares, key=lambda share: sum(tokens[other["arm"]] for other in share)).append(job)
     with Bar(total=sum(tokens[job["arm"]] for job in jobs), desc=what, unit="token", unit_scale=True) as bar:
-        for result in worker.in_own_processes(module, shares, 1 if n > 1 else None):
+        for result in worker.in_own_processes(module, shares, threads=1):
             bar.update(result["tokens"])
 
 

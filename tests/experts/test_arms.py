@@ -174,7 +174,7 @@ def test_adapters_of_the_users_own_are_looked_at(judged: Judged, profile: Profil
     last = tmp_path / "adapters" / "expert-3"
     described = json.loads((last / "adapter_config.json").read_text())
     (last / "adapter_config.json").write_text(json.dumps({**described, "r": 8}))
-    with pytest.raises(ConfigError, match=r"expert-3 is of another base model or rank: .* expected \(8, 128\)"):
+    with pytest.raises(ConfigError, match=r"expert-3 is of another base model or rank: .* expected \(8, 256\)"):
         arms.adapters(own(), TOPICS)
     (last / "adapter_config.json").write_text(json.dumps(described))
     deeper = tiny_llama.make(tmp_path / "one-layer", layers=1)
