@@ -187,7 +187,7 @@ def stand_ins(profile: config.Profile, configs: Iterable[str]) -> str:
     """What stands for the papers' models on this machine, as a sentence."""
     if profile.serving.backend != "openvino":
         return ""
-    layers = {"large": profile.engines.large_layers, "small": profile.engines.small_layers}
+    layers = {"large": profile.engines.large_layers, "small": profile.engines.small_layers, "whole": "all"}
     parts = []
     for name in configs:
         plan = laptop.laptop_system(profile, config.load_configuration(name))

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,26 +18,13 @@ from erlib import config, experts, paths
 from erlib.config import ConfigError, Profile
 from erlib.experts import arms
 from erlib.experts.arms import Judged
-from tests.support import tiny_llama
-
-TOPICS = 4
-SETTINGS = {
-    **{"clusterer.n_clusters": TOPICS, "clusterer.n_components": TOPICS},
-    **{"experts.tokens": 1024, "experts.seed_tokens": 256, "experts.sequence": 64, "experts.documents": 2},
-    **{"experts.rank": 4, "experts.learning_rate": 0.02, "experts.dtype": "float32", "experts.corpus.name": "jsonl"},
-}
+from tests.support import tiny_experts, tiny_llama
+from tests.support.tiny_experts import SETTINGS, TOPICS, load
 
 
 @pytest.fixture(scope="module")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = np.random.default_rng(0)
-    file = tmp_path_factory.mktemp("corpus") / "topics.jsonl"
-    lines = [
-        json.dumps({"text": " ".join(f"w{10 + 60 * topic + int(word)}" for word in rng.zipf(1.3, 90) % 60)})
-        for topic in np.tile(np.arange(TOPICS), 80)
-    ]
-    file.write_text("\n".join(lines))
-    return file
+    return tiny_experts.corpus(tmp_path_factory.mktemp("corpus") / "topics.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +35,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def profile(corpus_file: Path, llama: Path) -> Profile:
     return load(corpus_file, llama)
-
-
-def load(corpus_file: Path, llama: Path, **changed: Any) -> Profile:
-    given = {"experts.corpus.path": str(corpus_file), "experts.checkpoint": str(llama)}
-    return config.load_profile("smoke", {**SETTINGS, **given, **{f"experts.{k}": v for k, v in changed.items()}})
 
 
 @pytest.fixture(scope="module")
