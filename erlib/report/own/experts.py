@@ -95,7 +95,7 @@ def routing_worth(table: pd.DataFrame, profile: config.Profile) -> Figure:
     ax.scatter(effect, place, c=colours, s=22, zorder=3)
     ax.set_yticks(place, list(shown["design"]))
     ax.set(xlabel=f"loss against experts {ROUTED} [%], 95 % interval", ylim=(-0.6, len(shown) - 0.4))
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper right")
     caption = (
         "What it is worth to be routed: loss of language (bits per byte) of every way to answer, relative to that of "
         "the expert of a text's own cluster; green is better than that, red is worse, grey cannot be told. Paired "
@@ -134,7 +134,7 @@ def router_sees(table: pd.DataFrame, profile: config.Profile) -> Figure:
     ax.plot([], [], color=GREY, linestyle="--", linewidth=0.9, label="routed again at every token")
     ax.set(xscale="log", xlabel="tokens that the router has seen", title="Loss of what follows")
     ax.set_ylabel("against the whole text's expert [%]")
-    ax.legend(fontsize=6.5)
+    canvas.legend(fig, ax, columns=5)
     first = once[once["experts"] == 1].sort_values("seen")
     same.plot(first["seen"], 100 * first["agrees"], marker="o", color=BLUE)
     same.axhline(100 / profile.clusterer.n_clusters, color=GREY, linewidth=0.8, linestyle=":")
