@@ -223,7 +223,7 @@ def test_sources_on_one_scale_are_drawn_on_the_same_axes(
     ]
     alone = [paper1.paper1_p99_response_time(runs, profile) for runs in (records, slow)]
     tops = [fig.axes[0].get_ylim()[1] for fig in alone]
-    assert (tops[0] >= tops[1] / 3) is shared
+    assert bool(tops[0] >= tops[1] / 3) is shared
     with drawing.on_the_same_axes():
         together = [paper1.paper1_p99_response_time(runs, profile) for runs in (records, slow)]
         other = paper1.paper1_session_throughput(records, profile)

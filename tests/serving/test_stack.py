@@ -446,7 +446,7 @@ def test_a_balancer_that_dies_amid_a_point_is_named_at_once(own_ports, router, s
         nginx = psutil.Process(running._front.process.pid)
         watch = functools.partial(running.require_alive, engines=False)
         with users.UserSimulator(tokenizer, 1, tmp_path / "users.log", watch=watch) as simulator:
-            for process in (*nginx.children(), nginx):
+            for process in (nginx, *nginx.children()):  # the other way round it may start new ones in time
                 process.kill()
             with pytest.raises(processes.StartError, match="NGINX died with code -9"):
                 simulator.run(_scripts(4, 5), running.targets, 60)

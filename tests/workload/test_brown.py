@@ -31,7 +31,7 @@ def test_it_is_a_million_words_of_fifteen_genres_as_one_reads_them(parts: tuple[
     assert min(words) > 60
     assert max(words) < 350
     assert len(set(parts[0].label_names) | set(parts[1].label_names)) == 15
-    assert not [text for text in texts if re.search(r"/[a-z]{2}\b.*/[a-z]{2}\b.*/[a-z]{2}\b", text)]  # no tags are left
+    assert not [text for text in texts if re.search(r"\w/(nn|vbd|at|in|np)\b", text)]  # no tags are left
     apart = [text for text in texts if re.search(r"[a-z] [,;]", text)]  # as the tagged samples have them
     assert len(apart) < 0.01 * len(texts)
     assert texts[0][0].isupper()
