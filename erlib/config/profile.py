@@ -376,6 +376,14 @@ class ExpertSettings(_Section):
         0.1, gt=0, le=1000, description="of an ensemble's weights, from squared distances to the clusters, as c-BTM's"
     )
 
+    @model_validator(mode="after")
+    def _serves_what_it_can(self) -> ExpertSettings:
+        if self.checkpoint and self.users:
+            raise ValueError(
+                "experts of a checkpoint of your own can be trained and judged, not served: set experts.users=[]"
+            )
+        return self
+
 
 class Profile(Settings):
     """Everything that a run can vary; see ``profiles/*.yaml``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -34,6 +35,8 @@ from erlib.workload import corpus
 _KEPT = paths.CACHE / "experts"
 _TRAINING, _SCORING = "experts/training.py", "experts/scoring.py"
 _TRAIN, _SCORE = "erlib.experts.training", "erlib.experts.scoring"
+_NOT_OF_THE_TABLE = {"temperature", "checkpoint", "adapters", "users", "repeats"}
+"""Settings on which scores do not depend, or that are known by content."""
 SEED, ADAPTED, DENSE, AVERAGE = "seed", "adapted", "dense", "average"
 
 
@@ -84,7 +87,7 @@ def judged(profile: Profile) -> Judged:
     base = base_of(profile)
     at = texts.on_own_corpus(profile)
     router = training.build_clusterer(at)
-    settings = profile.experts.model_dump(mode="json", exclude={"temperature", "checkpoint"})
+    settings = profile.experts.model_dump(mode="json", exclude=_NOT_OF_THE_TABLE)
     code = [provenance.code_digest("experts/arms.py", "experts/texts.py", _TRAINING, _SCORING), *_versions()]
     key = cache.digest(base.key, base.dtype, corpus.fingerprint(at.corpus), router.name, settings, profile.seed, code)
     directory = paths.run_dir(profile.name) / "experts" / key
@@ -126,7 +129,7 @@ def adapters(profile: Profile, n: int) -> list[Path]:
     own = [Path(settings.adapters) / f"expert-{cluster}" for cluster in range(n)]
     for directory in own:
         _check_adapter(directory, base)
-    return own
+    return [_by_content(directory) for directory in own]
 
 
 def merged(profile: Profile, adapter: Path) -> Path:
@@ -134,9 +137,21 @@ def merged(profile: Profile, adapter: Path) -> Path:
     base = base_of(profile)
     target = _KEPT / f"merged-{cache.digest(base.key, adapter.name, provenance.code_digest(_SCORING), *_versions())}"
     if not cache.found(target, "experts"):
+        _KEPT.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=_KEPT, prefix=".partial-") as scratch:
             job = {"arm": "", "checkpoint": str(base.directory), "dtype": "float32", "adapters": [str(adapter)]}
             _do(_SCORE, [{**job, "target": str(target), "scratch": scratch}], {"": 1}, "merging an expert")
+    return target
+
+
+def _by_content(adapter: Path) -> Path:
+    """A copy in the cache that is named by its content, as what is trained here is: points are known by that name."""
+    files = [adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    target = _KEPT / f"own-{cache.digest(*files)}"
+    if not cache.found(target, "experts"):
+        with cache.building(target) as partial:
+            for file in files:
+                shutil.copy(file, partial)
     return target
 
 

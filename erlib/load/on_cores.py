@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from erlib import config
-from erlib.config import Configuration, Profile
+from erlib.config import ConfigError, Configuration, Profile
 from erlib.engines import build, checkpoint, inference, laptop
 from erlib.experts import arms
 from erlib.load.backends import Workloads
@@ -32,6 +32,11 @@ def served(profile: Profile, configurations: Sequence[Configuration], sized_for:
     """Servers of engines whose batch size and KV cache are the papers', scaled."""
     longest = laptop.longest_sequence_tokens(profile, "preliminary") if sized_for == "preliminary" else None
     plans = [laptop.laptop_system(profile, configuration, longest) for configuration in configurations]
+    if profile.experts.checkpoint and any(plan.trained for plan in plans):
+        raise ConfigError(
+            "experts.checkpoint names a checkpoint of your own, but engines here are SmolLM2-135M's: its experts can "
+            "be trained and judged, not served"
+        )
     built = build.build_all(profile, [(plan.size, plan.dtype) for plan in plans])
     served = []
     for plan, engine in zip(plans, built, strict=True):

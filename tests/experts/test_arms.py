@@ -151,7 +151,11 @@ def test_adapters_of_the_users_own_are_looked_at(judged: Judged, profile: Profil
     for i in range(TOPICS):
         (directory,) = (home / "experts").glob(f"expert-{i}-*")
         shutil.copytree(directory, tmp_path / "adapters" / f"expert-{i}")
-    assert [path.name for path in arms.adapters(own(), TOPICS)] == [f"expert-{i}" for i in range(TOPICS)]
+    adopted = arms.adapters(own(), TOPICS)
+    assert len({path.name for path in adopted}) == TOPICS  # known by content, not by the name of their folder
+    for i, path in enumerate(adopted):
+        mine = tmp_path / "adapters" / f"expert-{i}" / "adapter_model.safetensors"
+        assert (path / "adapter_model.safetensors").read_bytes() == mine.read_bytes()
     last = tmp_path / "adapters" / "expert-3"
     described = json.loads((last / "adapter_config.json").read_text())
     (last / "adapter_config.json").write_text(json.dumps({**described, "r": 8}))
@@ -172,7 +176,12 @@ def test_adapters_of_the_users_own_are_looked_at(judged: Judged, profile: Profil
 @pytest.mark.slow
 def test_what_is_killed_loses_no_arm_that_was_complete(corpus_file: Path, llama: Path, tmp_path: Path) -> None:
     program = tmp_path / "run.py"
-    overrides = {**SETTINGS, "experts.corpus.path": str(corpus_file), "experts.checkpoint": str(llama)}
+    overrides = {
+        **SETTINGS,
+        "experts.users": [],
+        "experts.corpus.path": str(corpus_file),
+        "experts.checkpoint": str(llama),
+    }
     overrides["experts.tokens"] = 4096  # long enough to be met in the middle
     program.write_text(
         f"from erlib import config, experts\nexperts.judged(config.load_profile('smoke', {overrides!r}))\n"
@@ -205,3 +214,8 @@ def test_the_same_settings_are_the_same_adapters(judged: Judged, profile: Profil
     assert key != arms._key(profile, base._replace(dtype="bfloat16"), blocks, None)
     warmer = profile.experts.model_copy(update={"temperature": 1.0})
     assert key == arms._key(profile.model_copy(update={"experts": warmer}), base, blocks, None)
+
+
+def test_experts_of_ones_own_checkpoint_are_not_promised_to_be_served(llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not served: set experts.users=\[\]"):
+        config.load_profile("laptop", {"experts.checkpoint": str(llama), "experts.users": [8]})

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import served_experts
-from erlib import paths
+from erlib import config, paths
+from erlib.config import ConfigError
 from erlib.engines import build
 from erlib.experts import arms
 from erlib.load import on_cores
@@ -30,6 +31,14 @@ def test_an_adapter_is_known_by_its_content_and_its_factor_is_said(tmp_path: Pat
         "expert-0-abc",
         "2.0",
     )
+
+
+def test_experts_of_another_checkpoint_are_not_put_on_these_engines(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    profile = config.load_profile("smoke", {"experts.checkpoint": str(other)})
+    with pytest.raises(ConfigError, match="experts can be trained and judged, not served"):
+        on_cores.served(profile, [config.load_configuration("x1.T")], "load")
 
 
 @pytest.mark.slow
