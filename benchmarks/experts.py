@@ -75,7 +75,7 @@ def main() -> None:
         return blocks.numel()
 
     def as_is() -> int:
-        lora = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=training.MATRICES)
+        lora = LoraConfig(r=settings.rank, lora_alpha=training.ALPHA * settings.rank, target_modules=training.MATRICES)
         model = get_peft_model(base, lora)
         model.train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], settings.learning_rate)

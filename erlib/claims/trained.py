@@ -11,9 +11,18 @@ from erlib.claims import verdicts
 from erlib.claims.uncertainty import Estimate, decide
 from erlib.experts import worth
 from erlib.experts.arms import DENSE, Judged
-from erlib.experts.worth import LABELS, RANDOM_CLUSTERS, RANDOM_ROUTING, ROUTED, WRONG
+from erlib.experts.worth import (
+    ALL_EXPERTS,
+    LABELS,
+    RANDOM_CLUSTERS,
+    RANDOM_ROUTING,
+    ROUTED,
+    TWO_NEAREST,
+    WRONG,
+    routed_by_first,
+)
 
-_TWO, _ALL, _PROMPT = "ensemble of the two nearest experts", "ensemble of all experts", 32
+_PROMPT = 32
 NEAR = 0.01
 """Losses that differ by less are alike."""
 BEST = 7 / 8
@@ -45,11 +54,12 @@ EXPECTED = [
     Expectation("E2", "c-BTM", "Clusters make better experts than chance does.", RANDOM_CLUSTERS, ROUTED, 0),
     Expectation("E3", "both papers", "A prompt's own expert answers it better than another.", WRONG, ROUTED, 0),
     Expectation("E4", "both papers", "Routing is better than chance.", RANDOM_ROUTING, ROUTED, 0),
-    Expectation("E5", "c-BTM", "The two nearest experts do nearly as well as all.", _TWO, _ALL, high=NEAR),
+    Expectation("E5", "c-BTM", "The two nearest experts do nearly as well as all.",
+                TWO_NEAREST, ALL_EXPERTS, high=NEAR),
     Expectation("E6", "c-BTM", "Routed experts are no worse than one dense model of the same tokens.",
                 LABELS[DENSE], ROUTED, 0),
     Expectation("E7", "both papers", "The beginning of a prompt is enough to route by.",
-                f"routed by the first {_PROMPT} tokens", ROUTED, high=NEAR, after=_PROMPT),
+                routed_by_first(_PROMPT), ROUTED, high=NEAR, after=_PROMPT),
 ]  # fmt: skip
 
 
@@ -75,8 +85,9 @@ def judge_experts(judged: Judged, temperature: float, seed: int) -> pd.DataFrame
             "texts": len(judged.documents),
         }
     ]
+    designs = worth.Designs(judged, temperature)
     for expected in EXPECTED:
-        found = worth.against(judged, temperature, seed, expected.design, expected.reference, expected.after)
+        found = worth.against(designs, seed, expected.design, expected.reference, expected.after)
         number = Estimate(found["worse_by"], found["ci95_low"], found["ci95_high"], found["texts"], expected.design)
         decision = decide([number], expected.low, expected.high)
         about = {name: getattr(expected, name) for name in ("id", "who", "claim", "criterion")}

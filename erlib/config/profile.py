@@ -369,7 +369,7 @@ class ExpertSettings(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights and activations; auto: bfloat16 where the hardware multiplies it"
     )
-    users: list[Users] = Field([8], description="concurrent users whom trained experts serve (none: not served)")
+    users: list[Users] = Field([], description="concurrent users whom trained experts serve (none: not served)")
     repeats: Repeats = Field(2, description=_REPEATS)
     documents: Count = Field(8, description="held-out texts per cluster that the experts are judged by")
     temperature: float = Field(
@@ -412,6 +412,12 @@ class Profile(Settings):
     replicas: ReplicaSettings = ReplicaSettings()
     routers: RouterSettings = RouterSettings()
     experts: ExpertSettings = ExpertSettings()
+
+    @model_validator(mode="after")
+    def _serves_experts_where_it_can(self) -> Profile:
+        if self.experts.users and self.serving.backend != "openvino":
+            raise ValueError("trained experts are served on CPUs only: set experts.users=[]")
+        return self
 
     @property
     def digest(self) -> str:

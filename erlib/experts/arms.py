@@ -155,15 +155,22 @@ def _by_content(adapter: Path) -> Path:
     return target
 
 
+_UNUSUAL = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""What makes PEFT add an adapter by another rule than A and B, times alpha over rank."""
+
+
 def _check_adapter(directory: Path, base: Base) -> None:
     """ConfigError unless every matrix of an adapter fits the base model's."""
     described = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
     try:
-        rank = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        settings = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, _ = settings["r"], settings["lora_alpha"]
         with safe_open(directory / "adapter_model.safetensors", "np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"experts.adapters: {directory} holds no adapter of PEFT's: {error}") from None
+    if unusual := [name for name in _UNUSUAL if settings.get(name)]:
+        raise ConfigError(f"experts.adapters: {directory} is no plain LoRA adapter: it sets {', '.join(unusual)}")
     layers = {int(name.partition(".layers.")[2].partition(".")[0]) for name in shapes if ".layers." in name}
     if not layers or max(layers) >= described["num_hidden_layers"]:
         raise ConfigError(

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers import logging as transformers_logging
 
 from erlib import cache
 from erlib.engines.worker import do_jobs
-from erlib.experts.training import base_model
+from erlib.experts.training import each_with_base
 
 
 @torch.inference_mode()
@@ -42,11 +41,7 @@ def merged(base: PreTrainedModel, adapters: list[Path]) -> PreTrainedModel:
 
 
 def _work(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    transformers_logging.set_verbosity_error()
-    base = None
-    for job in jobs:
-        if base is None:
-            base = base_model(Path(job["checkpoint"]), job["dtype"])
+    for base, job in each_with_base(jobs):
         model = merged(base, [Path(path) for path in job["adapters"]]).eval()
         yield from (_score(model, job) if "texts" in job else _write(model, job))
 

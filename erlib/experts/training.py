@@ -1,8 +1,8 @@
 """Trains adapters, in a process of its own: ``python -m erlib.experts.training``.
 
 Low-rank adapters (LoRA) at all layers, by PEFT on transformers; the weights below them stay as they are. Only the loop
-is ours: PEFT alone keeps bfloat16 models' adapters in float32 and converts at every layer, which takes half of the time
-on a CPU (``benchmarks/experts.py``); here the adapters have the model's type, and the optimiser float32 copies.
+is ours: PEFT alone keeps bfloat16 models' adapters in float32 and converts at every layer (``benchmarks/experts.py``
+says what that costs); here the adapters have the model's type, and the optimiser float32 copies.
 """
 
 from __future__ import annotations
@@ -79,12 +79,18 @@ def _share_of_rate(step: int, steps: int) -> float:
     return min(rising, 1.0) * (1 - step / steps) ** 0.5
 
 
-def _work(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def each_with_base(jobs: Iterable[dict[str, Any]]) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+    """Jobs with the checkpoint that all of them name, loaded once."""
     transformers_logging.set_verbosity_error()
     base = None
     for job in jobs:
         if base is None:
             base = base_model(Path(job["checkpoint"]), job["dtype"])
+        yield base, job
+
+
+def _work(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for base, job in each_with_base(jobs):
         yield from _train(base, job)
 
 

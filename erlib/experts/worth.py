@@ -7,6 +7,7 @@ since all designs are judged by the same texts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,7 +24,7 @@ SEEN = (8, 16, 32, 64, 128)
 ROUTED, RANDOM_ROUTING, WRONG, RANDOM_CLUSTERS, ORACLE = (
     "routed by the whole text", "random routing", "wrong expert", "experts of random clusters", "best expert per text",
 )  # fmt: skip
-EVERY_TOKEN = "routed again at every token"
+TWO_NEAREST, ALL_EXPERTS = "ensemble of the two nearest experts", "ensemble of all experts"
 LABELS = {
     SEED: "seed, as it is",
     ADAPTED: "adapted seed (where all branch off)",
@@ -31,6 +32,11 @@ LABELS = {
     AVERAGE: "mean of the experts' weights",
 }
 _RESAMPLES = 4000
+
+
+def routed_by_first(n: int) -> str:
+    """Name of the design that routes once, by so many tokens."""
+    return f"routed by the first {n} tokens"
 
 
 class Designs:
@@ -78,16 +84,17 @@ class Designs:
         best = per_text.argmax(axis=1)[self.of_document]
         return np.take_along_axis(self.experts, best[:, None], axis=1)[:, 0]
 
+    @functools.cached_property
     def all(self) -> dict[str, Floats]:
         """Log-probabilities of all tokens under every design."""
         own = self.whole.argmin(axis=1)
         right = np.take_along_axis(self.experts, own[:, None], axis=1)[:, 0]
         found = {LABELS[arm]: self.wide[arm].to_numpy(np.float64) for arm in LABELS if arm in self.wide}
         found[ROUTED] = right
-        found |= {f"routed by the first {n} tokens": self.routed(self.seen(n)) for n in (32, 64, 128)}
+        found |= {routed_by_first(n): self.routed(self.seen(n)) for n in (32, 64, 128)}
         found |= {
-            "ensemble of the two nearest experts": self.routed(self.whole, 2),
-            "ensemble of all experts": self.routed(self.whole, self.k),
+            TWO_NEAREST: self.routed(self.whole, 2),
+            ALL_EXPERTS: self.routed(self.whole, self.k),
             RANDOM_CLUSTERS: self.of_arms("random-"),
             RANDOM_ROUTING: self.experts.mean(axis=1),
             WRONG: (self.experts.sum(axis=1) - right) / (self.k - 1),
@@ -137,7 +144,7 @@ def compare(judged: Judged, temperature: float, seed: int, after: int = 0) -> pd
         that of experts routed by the whole text (0.01: one per cent), with ``ci95_low`` and ``ci95_high``; ``texts``.
     """
     designs = Designs(judged, temperature)
-    rows = _beside(designs, designs.all(), ROUTED, seed, after)
+    rows = _beside(designs, designs.all, ROUTED, seed, after)
     return pd.DataFrame(rows).sort_values("bits_per_byte", ignore_index=True)
 
 
@@ -161,10 +168,9 @@ def _beside(
         }
 
 
-def against(judged: Judged, temperature: float, seed: int, design: str, reference: str, after: int = 0) -> pd.Series:
+def against(designs: Designs, seed: int, design: str, reference: str, after: int = 0) -> pd.Series:
     """How one design's loss compares with another's: the row of :func:`compare` with another reference."""
-    designs = Designs(judged, temperature)
-    every = designs.all()
+    every = designs.all
     for name in (design, reference):
         if name not in every:
             raise KeyError(f"no design {name!r}; there are {', '.join(every)}")

@@ -176,12 +176,7 @@ def test_adapters_of_the_users_own_are_looked_at(judged: Judged, profile: Profil
 @pytest.mark.slow
 def test_what_is_killed_loses_no_arm_that_was_complete(corpus_file: Path, llama: Path, tmp_path: Path) -> None:
     program = tmp_path / "run.py"
-    overrides = {
-        **SETTINGS,
-        "experts.users": [],
-        "experts.corpus.path": str(corpus_file),
-        "experts.checkpoint": str(llama),
-    }
+    overrides = {**SETTINGS, "experts.corpus.path": str(corpus_file), "experts.checkpoint": str(llama)}
     overrides["experts.tokens"] = 4096  # long enough to be met in the middle
     program.write_text(
         f"from erlib import config, experts\nexperts.judged(config.load_profile('smoke', {overrides!r}))\n"
@@ -219,3 +214,19 @@ def test_the_same_settings_are_the_same_adapters(judged: Judged, profile: Profil
 def test_experts_of_ones_own_checkpoint_are_not_promised_to_be_served(llama: Path) -> None:
     with pytest.raises(ConfigError, match=r"not served: set experts.users=\[\]"):
         config.load_profile("laptop", {"experts.checkpoint": str(llama), "experts.users": [8]})
+    with pytest.raises(ConfigError, match=r"served on CPUs only: set experts.users=\[\]"):
+        config.load_profile("dgx-h100", {"experts.users": [8]})
+
+
+@pytest.mark.parametrize("unusual", [{"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"q_proj": 8}}])
+def test_adapters_whose_arithmetic_is_another_are_refused(
+    judged: Judged, profile: Profile, home: Path, tmp_path: Path, unusual: dict[str, object]
+) -> None:
+    """OpenVINO would add them to the weights by another factor, without a word."""
+    (directory,) = (home / "experts").glob("expert-0-*")
+    mine = shutil.copytree(directory, tmp_path / "expert-0")
+    described = json.loads((mine / "adapter_config.json").read_text())
+    (mine / "adapter_config.json").write_text(json.dumps({**described, **unusual}))
+    settings = profile.experts.model_copy(update={"adapters": str(tmp_path)})
+    with pytest.raises(ConfigError, match=f"is no plain LoRA adapter: it sets {next(iter(unusual))}"):
+        arms.adapters(profile.model_copy(update={"experts": settings}), TOPICS)

@@ -95,7 +95,7 @@ def test_no_one_beats_the_best_expert_and_ensembles_are_mixtures(
 ) -> None:
     judged = table(seed, per_cluster=2, length=40, gain=gain, noise=noise)
     designs = worth.Designs(judged, 0.1)
-    losses = {name: designs.losses(values, after) for name, values in designs.all().items()}
+    losses = {name: designs.losses(values, after) for name, values in designs.all.items()}
     best = designs.losses(designs.oracle())
     for expert in range(K):
         assert (best <= designs.losses(designs.experts[:, expert]) + 1e-9).all()
@@ -154,4 +154,4 @@ def test_figures_follow_from_the_tables_and_run_no_model(tmp_path: Path, monkeyp
 
 def test_a_design_that_is_not_there_is_named() -> None:
     with pytest.raises(KeyError, match="no design 'sparse'; there are seed"):
-        worth.against(table(per_cluster=1), 0.1, 0, "sparse", "wrong expert")
+        worth.against(worth.Designs(table(per_cluster=1), 0.1), 0, "sparse", "wrong expert")
