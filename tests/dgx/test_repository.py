@@ -39,6 +39,7 @@ from tests.support.served import (
     difference,
     drop,
     drop_all,
+    once_more_if_triton_crashes,
     plan_of,
     refusal,
     serving,
@@ -482,6 +483,7 @@ class TestEngines(SpeaksTheContract):
             assert len(answered(messages)) == END_AT + 1
             assert wire.decode_response(messages[-1]) == wire.Response("", b"", ())
 
+    @once_more_if_triton_crashes
     def test_cancelling_ends_the_stream_but_not_the_engines_work(self, served):
         """An ensemble does not tell a step that runs; should a later Triton do, what is said about it must change."""
         served.ask_each(wire.encode_request(PROMPT, 1, wire.NEVER_STOP))  # all counters are there
@@ -542,6 +544,7 @@ class TestLlmApi(SpeaksTheContract):
         assert "RequestError: the prompt does not fit into the KV cache" in response.error
 
     @pytest.mark.parametrize("after", [0, 3])
+    @once_more_if_triton_crashes
     def test_cancelling_frees_the_slot(self, served, after):
         """Also of those that wait for one: the last server has two."""
         served.ask_each(wire.encode_request(PROMPT, 1, wire.NEVER_STOP))  # all counters are there
