@@ -43,7 +43,7 @@ def _serve(profile: config.Profile, system: experiments.System, context: int, ar
         processes.require_free_ports([args.openai], settings.host)
     with stack.Stack(
         system.config, system.servers, system.routing, settings, system.router, logs, system.classifier,
-        metrics_port=args.metrics,
+        metrics_port=args.metrics, adapters=system.adapters,
     ) as running:  # fmt: skip
         front = None
         try:

@@ -141,6 +141,7 @@ class ClusterStack(stack.Stack):
         log_dir: Path,
         classifier: Classifier = "ours",
         replicas: Sequence[int] | None = None,
+        adapters: int = 0,
     ):
         assert settings.cluster is not None
         self.address = settings.cluster
@@ -162,7 +163,9 @@ class ClusterStack(stack.Stack):
             nginx=0,
             log_dirs=tuple(_directory(node) for node in self._nodes),
         )
-        super().__init__(label, servers, routing, settings, clusterer, log_dir, classifier, placement, replicas)
+        super().__init__(
+            label, servers, routing, settings, clusterer, log_dir, classifier, placement, replicas, adapters=adapters
+        )
         self._inputs = [Path(plan.parameters["engine"]) for plan in servers] + ([clusterer] if clusterer else [])
         fronts = {self._nodes[host].address for host in placement.gateways}
         self.users_share_clock = fronts <= {self.users_node.address}

@@ -415,8 +415,10 @@ class Profile(Settings):
 
     @model_validator(mode="after")
     def _serves_experts_where_it_can(self) -> Profile:
-        if self.experts.users and self.serving.backend != "openvino":
-            raise ValueError("trained experts are served on CPUs only: set experts.users=[]")
+        if self.experts.users and self.serving.backend != "openvino" and not self.experts.adapters:
+            raise ValueError(
+                "on GPUs, experts are served as adapters (x1.L): set experts.adapters, or experts.users=[]"
+            )
         return self
 
     @property

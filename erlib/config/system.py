@@ -85,13 +85,23 @@ class Configuration(Settings):
     routing: Routing
     paper: PaperSystem | None = Field(None, description="absent for baselines that the papers lack")
     stands_beside: str | None = Field(None, description="configuration whose batch size and KV cache it shares")
+    experts: Literal["servers", "adapters"] = Field(
+        "servers", description="adapters: every server has all experts, on top of one model, and the gateway names one"
+    )
     laptop: LaptopSystem
 
     @model_validator(mode="after")
     def _has_size(self) -> Configuration:
         if (self.paper is None) == (self.stands_beside is None):
             raise ValueError("give either `paper` (a row of Table I) or `stands_beside` (a baseline of our own)")
+        if self.experts == "adapters" and self.routing != "expert_router":
+            raise ValueError("adapters are named by a gateway that classifies: routing must be expert_router")
         return self
+
+    @property
+    def adapters(self) -> bool:
+        """Whether every server has all experts."""
+        return self.experts == "adapters"
 
     @property
     def system(self) -> PaperSystem:

@@ -12,7 +12,7 @@ from typing import get_args
 
 from erlib import config, paths
 from erlib.config import ConfigError, Flow, RunnerKind, Version, WorkloadSettings
-from erlib.dgx import option_tables, outcome, recipes
+from erlib.dgx import adapters, option_tables, outcome, recipes
 from erlib.dgx.containers import Places, Runner, load_image
 from erlib.dgx.tensorrt_llm import NEWEST, Plan, lengths
 from erlib.dgx.tools import ask_tools
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action.add_argument(
             "--lengths", nargs=2, type=int, metavar="TOKENS", help="longest prompt and sequence (default: the papers')"
         )
+        action.add_argument("--adapters", type=Path, help="with expert-0, expert-1, ..., if experts are adapters")
+        action.add_argument("--experts", type=int, default=8, help="how many of them (default: 8)")
     check.add_argument("--checkpoint", action="store_true", help="look at the checkpoint, before an engine is built")
     refresh.add_argument("version", choices=get_args(Version), metavar="VERSION", help="of TensorRT-LLM, e.g. 1.2.1")
     refresh.add_argument("--write", action="store_true", help="correct the table in data/trtllm_options")
@@ -54,8 +56,11 @@ def _places(args: argparse.Namespace) -> Places:
 
 def _plan(args: argparse.Namespace) -> Plan:
     configuration = config.load_configuration(args.configuration)
-    longest = args.lengths or lengths(configuration, WorkloadSettings())
-    return Plan(configuration, tuple(longest), _places(args), args.flow, args.version)
+    longest, places = args.lengths or lengths(configuration, WorkloadSettings()), _places(args)
+    its = None
+    if configuration.adapters and args.adapters:
+        its = adapters.read(configuration.id, args.adapters.resolve(), args.experts, configuration.system.model, places)
+    return Plan(configuration, tuple(longest), places, args.flow, args.version, its)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -96,8 +101,9 @@ def _plans(version: Version, places: Places) -> Iterator[Plan]:
     """All plans that use a version."""
     for configuration in map(config.load_configuration, config.config_ids()):
         for flow in get_args(Flow):
+            its = adapters.OF_ALL_MATRICES if configuration.adapters else None
             with contextlib.suppress(ConfigError):  # a flow that cannot express it
-                yield Plan(configuration, lengths(configuration, WorkloadSettings()), places, flow, version)
+                yield Plan(configuration, lengths(configuration, WorkloadSettings()), places, flow, version, its)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from erlib.serving.triton import ServerPlan
 def configurations(profile: Profile, names: Sequence[str]) -> list[Configuration]:
     """As :func:`erlib.dgx.fit.fitted` gives them to those GPUs that there are."""
     for name in names:
-        if load_configuration(name).laptop.weights == "trained":
-            raise ConfigError(f"{name} is served on CPUs only: no engine of TensorRT-LLM's gets its adapters here")
+        named = load_configuration(name)
+        if named.laptop.weights == "trained" and not named.adapters:
+            raise ConfigError(f"{name} is served on CPUs only; x1.L has its experts as adapters of one engine")
     return _fitted(profile).named(names)
 
 

@@ -77,7 +77,7 @@ def _fitted(
     configuration: Configuration, narrow: PaperSystem, tokens: int, longest: int
 ) -> tuple[Configuration, list[str]]:
     name, printed, before = configuration.id, configuration.system, kv_tokens(configuration.system)
-    routed = configuration.routing == "expert_router"
+    routed = configuration.routing == "expert_router" and not configuration.adapters
     losses: list[str] = []
     changed: dict[str, Any] = {}
     if narrow.instances < printed.instances:
@@ -178,11 +178,13 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
         losses.extend(lost)
         return result
 
-    names = dict.fromkeys([*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config])
+    own = ["x1.L", "p2.E"] if profile.experts.adapters else []
+    names = dict.fromkeys([*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config, *own])
     load = [one for name in names if (one := fit(config.load_configuration(name), n_gpus))]
     if n_gpus == 1:  # then a baseline in turn is the very system that it stands beside
         beside = {name: config.load_configuration(name).stands_beside for name in names}
-        same = {one.id for one in load if beside[one.id] in {other.id for other in load}}
+        served = {other.id for other in load}
+        same = {one.id for one in load if beside[one.id] in served and not one.adapters}
         losses += [f"{name}: on one GPU the same as {beside[name]}, left out" for name in sorted(same)]
         load = [one for one in load if one.id not in same]
     said = len(losses)
@@ -229,7 +231,8 @@ def _consequences(
         if kept != sweep.configs:
             overrides[key] = kept
     left_out = {}
-    experts = max((one.system.instances for one in load if one.routing == "expert_router"), default=None)
+    routed = [one for one in load if one.routing == "expert_router" and not one.adapters]
+    experts = max((one.system.instances for one in routed), default=None)
     if experts and experts != profile.clusterer.n_clusters:
         overrides["clusterer.n_clusters"] = experts
     if experts and experts < llama.GPUS:

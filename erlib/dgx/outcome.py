@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from erlib.dgx.tensorrt_llm import ALGORITHMS, MAX_NUM_TOKENS, QFORMAT, Plan
 from erlib.engines import llama
 
@@ -22,7 +24,7 @@ def problems(plan: Plan) -> list[str]:
     if plan.flow == "llmapi":
         return checkpoint_problems(plan)
     prompt, sequence = plan.lengths
-    build = {
+    build: dict[str, Any] = {
         "max_input_len": prompt,
         "max_seq_len": sequence,
         "max_batch_size": plan.system.batch_size,
@@ -32,8 +34,11 @@ def problems(plan: Plan) -> list[str]:
         "plugin_config.tokens_per_block": llama.block_tokens(plan.system.model),
     }
     expected = {f"pretrained_config.{key}": value for key, value in _converted(plan).items()}
+    if plan.adapters:
+        build |= {"plugin_config.lora_plugin": "float16", "lora_config.max_lora_rank": plan.adapters.rank}
     expected |= {f"build_config.{key}": value for key, value in build.items()}
-    return _differences(plan.served / "config.json", expected) + _wrong_files(plan, plan.served, "rank*.engine")
+    found = _differences(plan.served / "config.json", expected) + _wrong_files(plan, plan.served, "rank*.engine")
+    return found + _wrong_adapters(plan)
 
 
 def checkpoint_problems(plan: Plan) -> list[str]:
@@ -74,6 +79,25 @@ def _wrong_files(plan: Plan, directory: Path, pattern: str) -> list[str]:
     if abs(size / due - 1) <= 0.1:
         return []
     return [f"{directory}: {size / 1e9:.1f} GB in {pattern}, but {due / 1e9:.1f} GB of weights"]
+
+
+def _wrong_adapters(plan: Plan) -> list[str]:
+    """Of those that the engine reads when it starts: a row (matrix, layer, rank) for each matrix of an adapter."""
+    found: list[str] = []
+    if plan.adapters is None:
+        return found
+    for number, _ in plan.adapters.numbered():
+        file = plan.prefetched / str(number) / "model.lora_config.npy"
+        try:
+            rows = np.load(file).reshape(-1, 3)
+            weights = np.load(file.with_name("model.lora_weights.npy"), mmap_mode="r")
+        except (OSError, ValueError) as error:
+            found.append(f"{file}: not readable ({error})")
+            continue
+        rank = rows[:, 2].max(initial=0)
+        if len(rows) != weights.shape[-2] or rank > plan.adapters.rank:
+            found.append(f"{file.parent}: {len(rows)} matrices up to rank {rank}, of another adapter")
+    return found
 
 
 def _differences(file: Path, expected: Mapping[str, Any]) -> list[str]:

@@ -26,8 +26,10 @@ def commands(plan: Plan) -> list[Command]:
     if plan.flow == "llmapi":
         steps = _for_llm_api(plan) if plan.system.dtype in QFORMAT else []
     else:
-        steps = [_quantise(plan) if plan.system.dtype in QFORMAT else _convert(plan), _build(plan)]
-    options = {"--flow": plan.flow, "--version": plan.version, **plan.places.options}
+        steps = [_quantise(plan) if plan.system.dtype in QFORMAT else _convert(plan), _build(plan), *_adapters(plan)]
+    options: dict[str, Any] = {"--flow": plan.flow, "--version": plan.version, **plan.places.options}
+    if plan.adapters:
+        options |= {"--adapters": plan.adapters.folders[0].parent, "--experts": len(plan.adapters.folders)}
     check = ("python", "-m", "erlib.dgx", "check", plan.configuration.id, "--lengths")
     steps = [*_fetch(plan), *steps]
     return [*steps, Command("check", check, (*map(str, plan.lengths), *_words(options)), plan.served)]
@@ -112,7 +114,22 @@ def _build(plan: Plan) -> Command:
         "--max_num_tokens": MAX_NUM_TOKENS,
         "--workers": system.tensor_parallel,
     }
+    if plan.adapters:
+        options |= {"--lora_plugin": "float16", "--lora_target_modules": plan.adapters.modules}
+        options |= {"--max_lora_rank": plan.adapters.rank}
     return _run(plan, "build", "trtllm-build", options, plan.served)
+
+
+def _adapters(plan: Plan) -> list[Command]:
+    """Adapters, each as the engine reads it when it starts."""
+    return [
+        _run(
+            *(plan, "convert", "hf_lora_convert.py"),
+            {"--in-file": folder, "--out-dir": plan.prefetched / str(number), "--storage-type": "float16"},
+            plan.prefetched / str(number),
+        )
+        for number, folder in (plan.adapters.numbered() if plan.adapters else [])
+    ]
 
 
 def _for_llm_api(plan: Plan) -> list[Command]:
@@ -139,5 +156,9 @@ def _run(plan: Plan, purpose: Purpose, tool: str, options: Mapping[str, Any], ma
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:
-    """Command-line words; True is an option without a value."""
-    return [word for name, value in options.items() for word in ((name,) if value is True else (name, str(value)))]
+    """Command-line words; True is an option without a value, a tuple one with several."""
+    words: list[str] = []
+    for name, value in options.items():
+        values = () if value is True else value if isinstance(value, tuple) else (value,)
+        words += [name, *map(str, values)]
+    return words

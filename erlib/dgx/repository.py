@@ -34,6 +34,7 @@ import jinja2
 from erlib import cache, paths
 from erlib.config import ConfigError, Flow, RunnerKind
 from erlib.dgx import builds
+from erlib.dgx.adapters import Adapters
 from erlib.dgx.containers import Runner, load_image
 from erlib.dgx.tensorrt_llm import MAX_NUM_TOKENS, Plan
 from erlib.engines import llama
@@ -69,6 +70,7 @@ def render(plan: Plan, tokenizer: Path, target: Path, n_processes: int | None = 
         "processes": n_processes or max(1, PROCESSES // plan.system.instances),
         "parameters": _engine_parameters(plan),
         "llm_args": llm_args(plan),
+        "adapters": [str(folder) for folder in plan.adapters.folders] if plan.adapters else [],
     }
     shutil.rmtree(target, ignore_errors=True)
     with cache.building(target, kept=False) as partial:
@@ -85,6 +87,15 @@ def render(plan: Plan, tokenizer: Path, target: Path, n_processes: int | None = 
 
 def _engine_parameters(plan: Plan) -> dict[str, str]:
     """What TensorRT-LLM's backend is told; everything is a string."""
+    adapters = {} if plan.adapters is None else {
+        # All are read when the engine starts, into memory of the host that has room for all; a request then names one.
+        "lora_prefetch_dir": str(plan.prefetched),
+        "lora_cache_optimal_adapter_size": str(plan.adapters.rank),
+        "lora_cache_max_adapter_size": str(plan.adapters.rank),
+        "lora_cache_host_memory_bytes": str(max(1 << 30, 2 * plan.adapters.bytes)),
+        # Of what weights and KV cache leave: the default, 0.05, would not hold eight adapters of rank 8 at a time.
+        "lora_cache_gpu_memory_fraction": "0.5",
+    }  # fmt: skip
     return {
         "gpt_model_type": "inflight_fused_batching",
         "gpt_model_path": str(plan.served),
@@ -102,6 +113,7 @@ def _engine_parameters(plan: Plan) -> dict[str, str]:
         "tokenizer_dir": "",
         "guided_decoding_backend": "",
         "xgrammar_tokenizer_info_path": "",
+        **adapters,
     }
 
 
@@ -129,6 +141,18 @@ def llm_args(plan: Plan) -> dict[str, Any]:
             "free_gpu_memory_fraction": llama.KV_SHARE,
         },
         "scheduler_config": {"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"},
+        **({"lora_config": _lora_config(plan.adapters)} if plan.adapters else {}),
+    }
+
+
+def _lora_config(adapters: Adapters) -> dict[str, Any]:
+    """Arguments of TensorRT-LLM's ``LoraConfig``: it reads from the first adapter which matrices are changed."""
+    n = len(adapters.folders)
+    return {
+        "lora_dir": [str(adapters.folders[0])],
+        "max_lora_rank": adapters.rank,
+        "max_loras": n,
+        "max_cpu_loras": n,
     }
 
 
@@ -258,6 +282,7 @@ class RepositoryServer(triton.TritonServer):
             f"--metrics-address={self.host}", f"--metrics-port={self.metrics_port}",
             "--grpc-http2-max-ping-strikes=0",  # as triton.TritonServer has it
             "--disable-auto-complete-config",
+            f"--grpc-header-forward-pattern={wire.EXPERT}",  # for servers that have several experts' adapters
             *triton.restrictions(),
             *triton.python_backend_options(shm_prefix),
         ]  # fmt: skip

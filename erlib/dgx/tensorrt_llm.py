@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from erlib import config
+from erlib import cache, config
 from erlib.config import ConfigError, Configuration, Flow, PaperSystem, Profile, Version, WorkloadSettings
+from erlib.dgx import adapters
+from erlib.dgx.adapters import Adapters
 from erlib.dgx.checkpoints import places, source
 from erlib.dgx.containers import Places
 from erlib.engines import laptop, llama
@@ -57,8 +59,9 @@ def lengths(configuration: Configuration, workload: WorkloadSettings) -> tuple[i
 
 def plan(profile: Profile, configuration: Configuration) -> Plan:
     """How a configuration's engine comes about with the profile's settings; see :class:`Plan`."""
-    settings, longest = profile.tensorrt_llm, lengths(configuration, profile.workload)
-    return Plan(configuration, longest, places(profile), settings.flow, settings.version or NEWEST)
+    settings, longest, where = profile.tensorrt_llm, lengths(configuration, profile.workload), places(profile)
+    its = adapters.of(profile, configuration, where)
+    return Plan(configuration, longest, where, settings.flow, settings.version or NEWEST, its)
 
 
 def needed(profile: Profile, configurations: Sequence[Configuration] | None = None) -> list[Plan]:
@@ -92,9 +95,13 @@ class Plan:
     places: Places
     flow: Flow = "engine"
     version: Version = NEWEST
+    adapters: Adapters | None = None
+    """Experts on top of the one model, if that is what the configuration is."""
 
     def __post_init__(self) -> None:
         name, system = self.configuration.id, self.system
+        if self.configuration.adapters and self.adapters is None:
+            raise ConfigError(f"{name}: its experts are adapters: name their folder (experts.adapters, or --adapters)")
         if (system.dtype, system.kv_dtype) not in ALGORITHMS:
             known = ", ".join("/".join(pair) for pair in ALGORITHMS)
             raise ConfigError(
@@ -132,7 +139,16 @@ class Plan:
         if self.flow == "llmapi":
             return self.checkpoint
         prompt, sequence = self.lengths
-        return self._home / "engines" / f"{self._weights}-bs{self.system.batch_size}-in{prompt}-seq{sequence}"
+        name = f"{self._weights}-bs{self.system.batch_size}-in{prompt}-seq{sequence}"
+        if self.adapters:  # for any of that rank, that change these matrices
+            name += f"-lora{self.adapters.rank}-{cache.digest(self.adapters.modules)[:6]}"
+        return self._home / "engines" / name
+
+    @property
+    def prefetched(self) -> Path:
+        """Directory of the adapters as an engine takes them, below it one for each, named by its number."""
+        assert self.adapters is not None
+        return self._home / "adapters" / self.adapters.key
 
     @property
     def _home(self) -> Path:

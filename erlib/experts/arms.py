@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from erlib import cache, paths, provenance
 from erlib.config import ConfigError, ExpertSettings, Profile
-from erlib.engines import checkpoint, worker
+from erlib.engines import checkpoint, lora, worker
 from erlib.experts import texts
 from erlib.experts.texts import Blocks, HeldOut
 from erlib.machine import hardware
@@ -126,9 +125,10 @@ def adapters(profile: Profile, n: int) -> list[Path]:
         clusterer = Clusterer.load(training.build_clusterer(texts.on_own_corpus(profile)))
         trained = _trained(profile, base, texts.training_blocks(profile, clusterer, base.tokenizer, base.end))
         return [trained[f"expert-{cluster}"] for cluster in range(n)]
-    own = [Path(settings.adapters) / f"expert-{cluster}" for cluster in range(n)]
+    described = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+    own = lora.own(Path(settings.adapters), n)
     for directory in own:
-        _check_adapter(directory, base)
+        lora.read(directory, *(described[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size")))
     return [_by_content(directory) for directory in own]
 
 
@@ -146,46 +146,13 @@ def merged(profile: Profile, adapter: Path) -> Path:
 
 def _by_content(adapter: Path) -> Path:
     """A copy in the cache that is named by its content, as what is trained here is: points are known by that name."""
-    files = [adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    files = [adapter / name for name in (lora.CONFIG, lora.WEIGHTS)]
     target = _KEPT / f"own-{cache.digest(*files)}"
     if not cache.found(target, "experts"):
         with cache.building(target) as partial:
             for file in files:
                 shutil.copy(file, partial)
     return target
-
-
-_UNUSUAL = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
-"""What makes PEFT add an adapter by another rule than A and B, times alpha over rank."""
-
-
-def _check_adapter(directory: Path, base: Base) -> None:
-    """ConfigError unless every matrix of an adapter fits the base model's."""
-    described = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
-    try:
-        settings = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-        rank, _ = settings["r"], settings["lora_alpha"]
-        with safe_open(directory / "adapter_model.safetensors", "np") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ConfigError(f"experts.adapters: {directory} holds no adapter of PEFT's: {error}") from None
-    if unusual := [name for name in _UNUSUAL if settings.get(name)]:
-        raise ConfigError(f"experts.adapters: {directory} is no plain LoRA adapter: it sets {', '.join(unusual)}")
-    layers = {int(name.partition(".layers.")[2].partition(".")[0]) for name in shapes if ".layers." in name}
-    if not layers or max(layers) >= described["num_hidden_layers"]:
-        raise ConfigError(
-            f"experts.adapters: {directory} is of another base model: it changes layers up to "
-            f"{max(layers, default=0)}, but the checkpoint has {described['num_hidden_layers']}"
-        )
-    for name, shape in shapes.items():
-        if not name.endswith("lora_A.weight"):
-            continue
-        wide = "intermediate_size" if "down_proj" in name else "hidden_size"
-        if "o_proj" not in name and shape != (rank, described[wide]):
-            raise ConfigError(
-                f"experts.adapters: {directory} is of another base model or rank: {name} has shape {shape}, expected "
-                f"{(rank, described[wide])}"
-            )
 
 
 def _versions() -> list[str]:

@@ -231,7 +231,7 @@ class Replica:
             is_ready = error.code() is grpc.StatusCode.UNIMPLEMENTED  # an answer, too
         if not (is_ready and infer):
             return is_ready
-        canary = self.stream_infer(CANARY, timeout=CANARY_TIMEOUT_S)
+        canary = self.stream_infer(CANARY, timeout=CANARY_TIMEOUT_S, metadata=((wire.EXPERT, "0"),))
         try:
             return not any([wire.is_error(response) async for response in canary])
         except grpc.aio.AioRpcError as error:
@@ -273,20 +273,29 @@ class Expert:
 def connect(addresses: str, first: int = 0, credentials: grpc.ChannelCredentials | None = None) -> list[Expert]:
     """The experts at `addresses`: separated by commas, replicas of one by ``|``, e.g. ``"a:1|b:1,c:1"``.
 
+    An address that stands there several times is one server, with several experts' adapters.
+
     Raises
     ------
     StartError
         If one of them is no address.
     """
-    for url in re.split(r"[,|]", addresses):
+    urls = dict.fromkeys(re.split(r"[,|]", addresses))
+    for url in urls:
         if not re.fullmatch(r"\S+:\d+", url):
             raise StartError(f"an expert's address is HOST:PORT, not {url!r}")
-    return [Expert([Replica(url, credentials) for url in one.split("|")], first) for one in addresses.split(",")]
+    servers = {url: Replica(url, credentials) for url in urls}
+    return [Expert([servers[url] for url in one.split("|")], first) for one in addresses.split(",")]
+
+
+def servers_of(experts: Sequence[Expert]) -> list[Replica]:
+    """All replicas, each once: where a server has adapters of several experts, it is a replica of each."""
+    return list(dict.fromkeys(replica for expert in experts for replica in expert.replicas))
 
 
 async def unconnected(experts: Sequence[Expert], insist_s: float = 0.0) -> list[str]:
     """Wait for connections to all replicas, see :meth:`Replica.connected`; the addresses of those that have none."""
-    replicas = [replica for expert in experts for replica in expert.replicas]
+    replicas = servers_of(experts)
     connected = await asyncio.gather(*(replica.connected(insist_s) for replica in replicas))
     return [replica.url for replica, is_connected in zip(replicas, connected, strict=True) if not is_connected]
 
@@ -295,6 +304,5 @@ async def watch(experts: Sequence[Expert], silence_s: float) -> None:
     """Suspect every replica that owes somebody an answer and has said nothing for one to two times `silence_s`."""
     while True:
         await asyncio.sleep(silence_s)
-        for expert in experts:
-            for replica in expert.replicas:
-                replica.suspect_if_silent()
+        for replica in servers_of(experts):
+            replica.suspect_if_silent()

@@ -102,7 +102,7 @@ async def serving(
         )
         raise StartError(f"cannot listen at {address}: {reasons}") from None
     await server.start()
-    replicas = [replica for expert in gateway.experts for replica in expert.replicas]
+    replicas = experts.servers_of(gateway.experts)
     background = [
         asyncio.create_task(experts.watch(gateway.experts, silence_s)),
         *(asyncio.create_task(replica.keep_connected()) for replica in replicas),

@@ -11,7 +11,7 @@ from grpc import StatusCode
 from tritonclient.grpc import service_pb2 as pb
 
 from erlib.gateway.callers import Failure, forwarded
-from erlib.gateway.experts import Expert, Replica
+from erlib.gateway.experts import Expert, Replica, servers_of
 
 _QUESTIONS = ["ServerReady", "ModelReady", "ModelMetadata", "ModelConfig", "RepositoryIndex"]
 """Methods that any live server is asked to answer. Those that would change a server are not offered."""
@@ -75,7 +75,7 @@ class Questions:
 
     async def _statistics(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Statistics of all live servers, one entry each."""
-        servers = [replica for expert in self._experts for replica in expert.replicas if replica.is_up]
+        servers = [replica for replica in servers_of(self._experts) if replica.is_up]
         questions = [self._ask_one(replica, "ModelStatistics", message, context) for replica in servers]
         replies = await asyncio.gather(*questions, return_exceptions=True)
         good = [reply for reply in replies if isinstance(reply, bytes)]

@@ -44,7 +44,8 @@ async def relay(
     """Hand a replica's answer on, as it comes."""
     replica = this.replica
     request.replica = replica.url
-    call = replica.stream_infer(prompt, timeout=caller.context.time_remaining(), metadata=caller.forwarded)
+    metadata = (*caller.forwarded, (wire.EXPERT, str(request.expert)))
+    call = replica.stream_infer(prompt, timeout=caller.context.time_remaining(), metadata=metadata)
     with replica.busy_with(call), _blaming(replica, request):
         await asyncio.sleep(0)  # in which the call is handed to gRPC
         t_forwarded_ns = time.monotonic_ns()

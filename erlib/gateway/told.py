@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from erlib.gateway.callers import Caller, pairs
 from erlib.gateway.telemetry import Request
+from erlib.serving import wire
 
 Distances = Callable[[str], Sequence[float]]
 """Prompt -> its distance to each cluster's centre."""
@@ -28,7 +29,7 @@ class Told:
 
     def who(self, request: Request) -> dict[str, int | str]:
         """What is told when a request has been forwarded."""
-        return {"er-gateway": self._index, "er-expert": request.expert, **request.span_metadata}
+        return {"er-gateway": self._index, wire.EXPERT: request.expert, **request.span_metadata}
 
     def explanation(self, request: Request) -> dict[str, int | str]:
         """What is told besides to a client that wants to know all of it."""

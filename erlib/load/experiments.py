@@ -42,6 +42,8 @@ class System:
     """Who relays the tokens, where there are gateways."""
     added: tuple[int, ...] = ()
     """Experts that have one more server, each as often as it has one more; `servers` are in the experts' order."""
+    adapters: int = 0
+    """How many experts each server has, if it has all of them as adapters."""
 
     @property
     def has_gateways(self) -> bool:
@@ -77,6 +79,7 @@ class System:
             "classifier": self.classifier,
             "added": self.added,
             "relay": self.relay if self.has_gateways else None,
+            **({"adapters": self.adapters} if self.adapters else {}),
         }
 
 
@@ -143,7 +146,8 @@ def experts_sweep(profile: Profile) -> list[Series]:
     if not settings.users:
         return []
     pool = build_workload(at, "p2")
-    targets = systems(at, backends.of(at).configurations(at, ["x1.T", "x1.U"]))
+    names = ["x1.T", "x1.U"] if at.serving.backend == "openvino" else ["x1.L", "p2.E"]
+    targets = systems(at, backends.of(at).configurations(at, names))
     return [Series("p2", "experts", target, pool, settings.users, settings.repeats, ["uniform"]) for target in targets]
 
 
@@ -162,6 +166,7 @@ def systems(profile: Profile, configurations: Sequence[Configuration], sized_for
             *(each.id, each.routing, plans, backend.tokenizer_file(profile, each.system.model)),
             training.build_clusterer(texts.on_own_corpus(profile) if each.laptop.weights == "trained" else profile),
             relay=profile.serving.relay,
+            adapters=profile.clusterer.n_clusters if each.adapters else 0,
         )
         for each, plans in zip(configurations, served, strict=True)
     ]

@@ -20,7 +20,14 @@ MAX_BATCHED_TOKENS = 1024
 
 def configurations(profile: Profile, names: Sequence[str]) -> list[Configuration]:
     """See :class:`erlib.load.backends.Backend`, as for all that follows."""
-    return [config.load_configuration(name) for name in names]
+    found = [config.load_configuration(name) for name in names]
+    for one in found:
+        if one.adapters:
+            raise ConfigError(
+                f"{one.id} needs an engine that batches requests of different adapters, which OpenVINO's does not: "
+                "x1.T has the same experts, each in an engine of its own"
+            )
+    return found
 
 
 def preliminary_configurations(profile: Profile) -> list[Configuration]:

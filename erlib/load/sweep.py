@@ -109,9 +109,9 @@ def _served(profile: Profile, system: System) -> stack.Stack:
     log_dir = _log_dir(profile, system)
     what = (system.config, system.servers, system.routing, serving, system.router, log_dir, system.classifier)
     if serving.cluster:
-        clustered: stack.Stack = backends.on_ray().ClusterStack(*what, system.replicas)
+        clustered: stack.Stack = backends.on_ray().ClusterStack(*what, system.replicas, system.adapters)
         return clustered
-    return stack.Stack(*what, replicas=system.replicas)
+    return stack.Stack(*what, replicas=system.replicas, adapters=system.adapters)
 
 
 def _users(profile: Profile, series: Series, serving_stack: stack.Stack) -> users.UserSimulator:

@@ -277,7 +277,7 @@ async def _request(
     finally:
         call.cancel()
     note(answer, script, times, [wire.decode_response(message) for message in messages])
-    answer.expert = int(metadata.get("er-expert", script.target))
+    answer.expert = int(metadata.get(wire.EXPERT, script.target))
     answer.routing = {span: int(metadata[spans.header(span)]) for span in spans.SPANS if spans.header(span) in metadata}
     return answer
 

@@ -64,7 +64,8 @@ class Nginx:
         Where it listens.
     experts : sequence of str
         As the gateways know them: one per cluster, in order, replicas joined by ``|``. Complete requests are relayed to
-        them without a gateway between; empty: all go through the gateways.
+        them without a gateway between, and their servers told which expert each is for; empty: all go through the
+        gateways.
     questions : sequence of str
         Where the gateways are asked about those; as many, in the same order.
     """
@@ -95,6 +96,7 @@ class Nginx:
                 *("content-length", "er-sent-ns"),
                 *(wire.COMPLETE[0], wire.FAILED, wire.STATUS_ON_ERROR),
             ],
+            "named": wire.EXPERT,
             "told": wire.TOLD,
             "body_bytes": wire.BODY_BYTES,
         }

@@ -54,6 +54,9 @@ class Stack:
         Of as many servers and gateways; by default everything is on this host, at ``settings.host``.
     replicas : sequence of int, optional
         How many of `servers`, in their order, each expert has; by default one.
+    adapters : int
+        How many experts each server has, all of them, as adapters of one model: then every server is a replica of every
+        expert, and is told which one a request is for. 0: one expert each.
     metrics_port : int, optional
         Gateway i serves Prometheus metrics at this port + i.
 
@@ -79,6 +82,7 @@ class Stack:
         placement: Placement | None = None,
         replicas: Sequence[int] | None = None,
         metrics_port: int | None = None,
+        adapters: int = 0,
     ):
         has_gateways = routing in HAVE_GATEWAYS
         hands_over = settings.relay == "front"
@@ -97,8 +101,7 @@ class Stack:
         self._start_timeout_s = settings.start_timeout_s
         classify = {"ours": "classify", "stock": "stock"}[classifier]
         policy = classify if routing == "expert_router" else "replicas"
-        urls = iter(server.url for server in self.servers)
-        experts = ["|".join(itertools.islice(urls, n)) for n in replicas or [1] * len(servers)]
+        experts = _experts([server.url for server in self.servers], replicas, adapters)
         self._gateways = [
             Gateway(
                 i, addresses[host], settings.base_port + 1 + i * Gateway.PORTS, experts, clusterer, policy,
@@ -203,7 +206,7 @@ class Stack:
         """Let every server fill its batch once (which also compiles its kernels), then ask through the front door."""
         await asyncio.gather(
             *(
-                _ask(server.url, f"server {server.label}", streams, self._start_timeout_s)
+                _ask(server.url, f"server {server.label}", streams, self._start_timeout_s, ((wire.EXPERT, "0"),))
                 for server, streams in zip(self.servers, self._warm_up_streams, strict=True)
             )
         )
@@ -230,6 +233,14 @@ class Stack:
 
     def _stop(self) -> None:
         self.each(Share.stop)
+
+
+def _experts(urls: Sequence[str], replicas: Sequence[int] | None, adapters: int) -> list[str]:
+    """Addresses of each expert, replicas joined by ``|``."""
+    if adapters:
+        return ["|".join(urls)] * adapters
+    left = iter(urls)
+    return ["|".join(itertools.islice(left, n)) for n in replicas or [1] * len(urls)]
 
 
 def _on(host: int, parts: Sequence[Result], hosts: Sequence[int]) -> list[Result]:

@@ -246,7 +246,10 @@ def _bytes_elements(raw: bytes) -> list[bytes]:
 
 FAILED = "er-failed"
 
-TOLD = ["er-gateway", "er-expert", *map(header, GATEWAY_SPANS)]
+EXPERT = "er-expert"
+"""Which expert a request is for: said to its client, and to the server, which may have several experts' adapters."""
+
+TOLD = ["er-gateway", EXPERT, *map(header, GATEWAY_SPANS)]
 """What NGINX tells a client about a request that it was handed."""
 
 BODY_BYTES = 1 << 20

@@ -8,7 +8,7 @@ import pytest
 
 from erlib import config
 from erlib.config import ConfigError, WorkloadSettings
-from erlib.dgx import __main__, containers, option_tables, outcome, recipes, repository, tensorrt_llm
+from erlib.dgx import __main__, adapters, containers, option_tables, outcome, recipes, repository, tensorrt_llm
 from erlib.dgx.containers import Places
 from erlib.dgx.option_tables import OptionError
 from erlib.engines import llama
@@ -24,7 +24,8 @@ EVERY_PLAN += [(name, "llmapi", "1.2.1") for name in config.config_ids() if name
 def plan(name, flow="engine", places=PLACES, version="1.2.1"):
     configuration = config.load_configuration(name)
     longest = tensorrt_llm.lengths(configuration, WorkloadSettings())
-    return tensorrt_llm.Plan(configuration, longest, places, flow, version)
+    its = adapters.OF_ALL_MATRICES if configuration.adapters else None
+    return tensorrt_llm.Plan(configuration, longest, places, flow, version, its)
 
 
 def step(made, purpose):

@@ -214,7 +214,7 @@ def test_the_same_settings_are_the_same_adapters(judged: Judged, profile: Profil
 def test_experts_of_ones_own_checkpoint_are_not_promised_to_be_served(llama: Path) -> None:
     with pytest.raises(ConfigError, match=r"not served: set experts.users=\[\]"):
         config.load_profile("laptop", {"experts.checkpoint": str(llama), "experts.users": [8]})
-    with pytest.raises(ConfigError, match=r"served on CPUs only: set experts.users=\[\]"):
+    with pytest.raises(ConfigError, match=r"served as adapters \(x1.L\): set experts.adapters, or experts.users=\[\]"):
         config.load_profile("dgx-h100", {"experts.users": [8]})
 
 

@@ -146,13 +146,35 @@ def test_metadata_pass_both_ways_with_what_the_gateway_tells(tmp_path):
 
     (first, last), (expert,) = through(tmp_path, visit)
     seen = [pair for pair in expert.requests[0].metadata if pair[0] != "user-agent"]
-    assert sorted(map(str, map(tuple, seen))) == sorted(map(str, kept))
+    assert sorted(map(str, map(tuple, seen))) == sorted(map(str, [*kept, ("er-expert", "0")]))
     assert (last["from-expert"], last["binary-bin"]) == ("yes", b"\x00\xff")
     assert first["er-expert"] == "0"
     assert not {"er-ticket", "x-accel-redirect"} & set(first)
     spans = {name: int(first[f"er-{name}-ns"]) for name in ("queue", "svd", "kmeans", "forward", "first-byte")}
     assert spans["svd"] == 2 and spans["kmeans"] == 3  # as the router says
     assert 0 < spans["queue"] < 5e9 and 0 <= spans["first-byte"] < 5e9
+
+
+def test_a_server_of_several_experts_is_told_which_one_either_way(tmp_path):
+    """As adapters of one model; what a client says of it counts for nothing."""
+
+    async def run():
+        async with standin() as one, standin() as other:
+            both = f"{one.url}|{other.url}"
+            async with site(tmp_path, both, both, both) as built:
+                assert all(len(front.gateway.experts) == 3 for front in built.gateways)
+                for i in range(12):
+                    message = wire.encode_request(f"{i % 3} n=1", 1)
+                    assert len(await complete(built, message, (("er-expert", "7"),))) == 1
+                    assert len([each async for each in built.stream(message)]) == 1
+                await eventually(lambda: built.counted("er_requests_total") == 24)
+                assert built.owed == 0
+            return [one, other]
+
+    servers = asyncio.run(run())
+    assert min(len(server.requests) for server in servers) >= 8  # any server will do
+    told = [dict(seen.metadata).get("er-expert") for server in servers for seen in server.requests]
+    assert sorted(told) == sorted(["0", "1", "2"] * 8)
 
 
 def test_the_first_byte_is_in_the_experts_own_time(tmp_path):

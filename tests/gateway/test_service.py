@@ -107,7 +107,7 @@ def test_metadata_pass_both_ways():
 
     there, back = asyncio.run(run())
     for metadata in there:
-        assert [pair for pair in metadata if pair[0] != "user-agent"] == kept
+        assert [pair for pair in metadata if pair[0] != "user-agent"] == [*kept, ("er-expert", "0")]
     for metadata in back:
         assert metadata["from-expert"] == "yes"
         assert metadata["binary-bin"] == b"\x00\xff"

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -121,9 +121,9 @@ def once_more_if_triton_crashes(test: Callable[..., None]) -> Callable[..., None
 
 @contextlib.contextmanager
 def serving(
-    repositories: list[Path], tokenizers: list[Path], port: int, home: Path, flow: config.Flow
+    repositories: list[Path], tokenizers: list[Path], port: int, home: Path, flow: config.Flow, adapters: int = 0
 ) -> Iterator[Served]:
-    """A server per repository and the gateway, on `port` and those above it."""
+    """A server per repository and the gateway, on `port` and those above it; `adapters`: experts that each has."""
     ports = [port + 1 + i * triton.TritonServer.PORTS for i in range(len(repositories))]
     servers = [
         ServerOnCpu(f"{models.name}-{at}", models, at, home, flow)
@@ -139,7 +139,9 @@ def serving(
         command = processes.python(
             "-m", "erlib.gateway", "--port", str(port), "--clusterer", "", "--policy", "replicas"
         )
-        gateway = processes.spawn([*command, "--experts", ",".join(server.url for server in servers)], home / "gateway")
+        urls = [server.url for server in servers]
+        experts = ",".join(["|".join(urls)] * adapters or urls)
+        gateway = processes.spawn([*command, "--experts", experts], home / "gateway")
         processes.wait_until(lambda: processes.listening(port), gateway, "gateway", home / "gateway", 60)
         yield Served(servers, tokenizers, f"127.0.0.1:{port}")
     finally:
@@ -156,10 +158,10 @@ def plan_of(name: str, flow: config.Flow = "engine") -> tensorrt_llm.Plan:
     return tensorrt_llm.Plan(configuration, longest, Places(Path("/checkpoints"), Path("/work")), flow)
 
 
-def refusal(url: str, request: bytes) -> str:
+def refusal(url: str, request: bytes, metadata: Sequence[tuple[str, str]] = ()) -> str:
     """What a server says instead of an answer."""
     with grpc.insecure_channel(url, options=wire.CHANNEL_OPTIONS) as channel:
-        (reply,) = channel.stream_stream(wire.STREAM_INFER)(iter([request]), timeout=60)
+        (reply,) = channel.stream_stream(wire.STREAM_INFER)(iter([request]), timeout=60, metadata=metadata)
         return wire.decode_response(reply).error
 
 

@@ -8,15 +8,17 @@ fit there is an error. What is generated is counted as ``expert_engine_tokens``.
 
 import asyncio
 import queue
+import sys
 import threading
 import time
+import types
 from dataclasses import dataclass, field
 
 import triton_python_backend_utils as pb_utils
 
 ARGUMENTS = {
     "model", "backend", "dtype", "tensor_parallel_size", "max_batch_size", "max_input_len", "max_seq_len",
-    "max_num_tokens", "enable_chunked_prefill", "kv_cache_config", "scheduler_config", "stream_interval",
+    "max_num_tokens", "enable_chunked_prefill", "kv_cache_config", "scheduler_config", "stream_interval", "lora_config",
 }  # fmt: skip
 """Of those that the real one takes."""
 STEP_S = 0.002
@@ -46,8 +48,9 @@ class CompletionOutput:
 class RequestOutput:
     """The answer so far; iterating waits for the next message and yields itself."""
 
-    def __init__(self, prompt, sampling, streaming, kv_tokens):
+    def __init__(self, prompt, sampling, streaming, kv_tokens, adapter):
         self.prompt_token_ids, self.sampling, self.streaming = prompt, sampling, streaming
+        self.adapter = adapter
         self.outputs = [CompletionOutput(0)]
         self.finished = False
         self.limit = min(sampling.max_tokens, kv_tokens - len(prompt))
@@ -77,7 +80,8 @@ class RequestOutput:
     def step(self, interval):
         """Generate a token; returns whether it was the last."""
         at = len(self.generated)
-        token = self.sampling.end_id if at == END_AT else self.prompt_token_ids[at % len(self.prompt_token_ids)]
+        token = self.prompt_token_ids[at % len(self.prompt_token_ids)] + self.adapter
+        token = self.sampling.end_id if at == END_AT else token
         self.generated.append(token)
         reason = None
         if token == self.sampling.end_id and not self.sampling.ignore_eos:
@@ -93,6 +97,26 @@ class RequestOutput:
         self.loop.call_soon_threadsafe(self.messages.put_nowait, (list(new), reason))
 
 
+@dataclass(slots=True)
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+
+
+@dataclass
+class LoraConfig:
+    lora_dir: list[str]
+    max_lora_rank: int
+    max_loras: int
+    max_cpu_loras: int
+
+
+# Where 1.2 has them.
+for module, its in (("executor", LoRARequest), ("lora_helper", LoraConfig)):
+    sys.modules[f"{__name__}.{module}"] = types.SimpleNamespace(**{its.__name__: its})
+
+
 class LLM:
     def __init__(self, **kwargs):
         for name in kwargs:
@@ -103,15 +127,21 @@ class LLM:
             name="expert_engine_tokens", description="tokens generated", kind=pb_utils.MetricFamily.COUNTER
         )
         self.generated = self.family.Metric(labels={"model": "llm"})
+        self.mixed = pb_utils.MetricFamily(
+            name="expert_mixed_steps", description="steps of several adapters", kind=pb_utils.MetricFamily.COUNTER
+        )
+        self.mixed_steps = self.mixed.Metric(labels={"model": "llm"})
         self.waiting, self.running, self.stopping = queue.SimpleQueue(), [], False
         self.thread = threading.Thread(target=self._steps, daemon=True)
         self.thread.start()
 
-    def generate_async(self, inputs, sampling_params=None, *, streaming=False):
+    def generate_async(self, inputs, sampling_params=None, *, lora_request=None, streaming=False):
         assert not sampling_params.detokenize, "this one has no text"
         if len(inputs) > self.kwargs["max_num_tokens"]:
             raise ValueError(f"prompt length ({len(inputs)}) should not exceed max_num_tokens")
-        request = RequestOutput(inputs, sampling_params, streaming, self.kwargs["kv_cache_config"]["max_tokens"])
+        adapter = lora_request.lora_int_id if lora_request else 0
+        kv_tokens = self.kwargs["kv_cache_config"]["max_tokens"]
+        request = RequestOutput(inputs, sampling_params, streaming, kv_tokens, adapter)
         if request.limit < 1:
             request.tell([], RequestError("the prompt does not fit into the KV cache"))
         else:
@@ -131,5 +161,6 @@ class LLM:
             time.sleep(STEP_S)
             if self.running:
                 self.generated.increment(len(self.running))
+                self.mixed_steps.increment(len({request.adapter for request in self.running}) > 1)
                 interval = self.kwargs.get("stream_interval", 1)
                 self.running = [request for request in self.running if not request.step(interval)]

@@ -1,14 +1,17 @@
 """Stand-in for TensorRT-LLM's Triton backend: its inputs and outputs, and tokens that follow from the prompt.
 
-Tests put it into a rendered repository. All sequences get a token per step, as with in-flight batching; a step lasts as
-long as the parameter ``step_s`` says. A sequence of which Triton says that it is cancelled leaves. After an end of
-sequence comes a last response without a token. What is generated is counted as ``expert_engine_tokens``. How large the
-KV cache is becomes known a while after the first step, as from the real backend, which looks ten times a second.
+Tests put it into a rendered repository. All sequences get a token per step, as with in-flight batching; a step lasts
+as long as the parameter ``step_s`` says. Where a request names an adapter, each token is moved by its number; one that
+is not in the folder that is read at the start is refused, as by the real backend, and steps of several adapters count
+as ``expert_mixed_steps``. A sequence of which Triton says that it is cancelled leaves. After an end of sequence comes
+a last response without a token. What is generated is counted as ``expert_engine_tokens``. How large the KV cache is
+becomes known a while after the first step, as from the real backend, which looks ten times a second.
 """
 
 import json
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -33,6 +36,8 @@ class Sequence:
         self.streaming = pb_utils.get_input_tensor_by_name(request, "streaming") is not None and bool(
             self._read(request, "streaming", (1,))[0]
         )
+        tensor = pb_utils.get_input_tensor_by_name(request, "lora_task_id")
+        self.adapter = 0 if tensor is None else int(self._read(request, "lora_task_id", (1,))[0])
         self.answer = []
 
     @staticmethod
@@ -48,6 +53,7 @@ class Sequence:
             self.sender.send(flags=FINAL)
             return True
         token = self.pad_id if len(self.answer) == END_AT else self.prompt[len(self.answer) % len(self.prompt)]
+        token += self.adapter if len(self.answer) != END_AT else 0
         self.answer.append(token)
         done = len(self.answer) == self.max_tokens
         if not self.streaming:
@@ -83,6 +89,12 @@ class TritonPythonModel:
         for kind, size in (("max", -(-asked // BLOCK_TOKENS)), ("tokens_per", BLOCK_TOKENS)):
             labels = {"model": "tensorrt_llm", "version": "1", "kv_cache_block_type": kind}
             self.kv_sizes.append((self.kv_cache.Metric(labels=labels), size))
+        prefetched = json.loads(args["model_config"])["parameters"].get("lora_prefetch_dir")
+        self.adapters = [int(path.name) for path in Path(prefetched["string_value"]).iterdir()] if prefetched else []
+        self.mixed = pb_utils.MetricFamily(
+            name="expert_mixed_steps", description="steps of several adapters", kind=pb_utils.MetricFamily.COUNTER
+        )
+        self.mixed_steps = self.mixed.Metric(labels={"model": "tensorrt_llm"})
         self.publish_at = None
         self.active, self.lock, self.stopping = [], threading.Lock(), False
         self.loop = threading.Thread(target=self._loop, daemon=True)
@@ -93,6 +105,10 @@ class TritonPythonModel:
             sequence = Sequence(request)
             if len(sequence.prompt) + sequence.max_tokens > MAX_SEQ_LEN:
                 error = pb_utils.TritonError(f"the engine holds sequences of up to {MAX_SEQ_LEN} tokens")
+                sequence.sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+                continue
+            if sequence.adapter and sequence.adapter not in self.adapters:
+                error = pb_utils.TritonError(f"LoRA task {sequence.adapter} not found in cache")
                 sequence.sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
                 continue
             with self.lock:
@@ -109,6 +125,7 @@ class TritonPythonModel:
             time.sleep(self.step_s if running else 0.001)
             if running:
                 self.generated.increment(len(running))
+                self.mixed_steps.increment(len({sequence.adapter for sequence in running}) > 1)
                 self.publish_at = self.publish_at or time.monotonic() + PUBLISHED_AFTER_S
             if self.publish_at and time.monotonic() > self.publish_at:
                 for metric, size in self.kv_sizes:

@@ -8,6 +8,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer, decoders
 
+EXPERT = "er-expert"
+
 
 class BadRequest(ValueError):
     """The request cannot be served; the message goes to the client."""
@@ -100,6 +102,17 @@ def value(request, name, default=None):
     if len(values) != 1:
         raise BadRequest(f"{name} must hold exactly one value, not {len(values)}")
     return values[0]
+
+
+def expert(request, experts):
+    """Which of so many experts a request is for, as the gateway has said.
+
+    Triton makes a parameter of the metadata, and an ensemble hands it on to its steps.
+    """
+    said = json.loads(request.parameters() or "{}").get(EXPERT)
+    if said is None or not said.isdecimal() or int(said) >= experts:
+        raise BadRequest(f"this server has {experts} experts, and metadata {EXPERT} must name one, not {said!r}")
+    return int(said)
 
 
 def error(reason):

@@ -27,6 +27,13 @@ class TritonPythonModel:
         self.texts = texts.Texts(parameters["tokenizer"])
         self.generated = texts.TokenCounter()
         llm_args = json.loads(parameters["llm_args"])
+        self.adapters = []
+        if adapters := json.loads(parameters["adapters"]):
+            from tensorrt_llm.executor import LoRARequest
+            from tensorrt_llm.lora_helper import LoraConfig
+
+            llm_args["lora_config"] = LoraConfig(**llm_args["lora_config"])
+            self.adapters = [LoRARequest(f"expert-{i}", i + 1, folder) for i, folder in enumerate(adapters)]
         self.context_tokens = int(parameters["context_tokens"])
         self.llm = LLM(**llm_args)  # starts a process per GPU
         self.loop = asyncio.new_event_loop()
@@ -57,12 +64,13 @@ class TritonPythonModel:
             ignore_eos=end_id < 0,
             detokenize=False,
         )
-        return prompt, sampling, bool(texts.value(request, "stream", False))
+        adapter = self.adapters[texts.expert(request, len(self.adapters))] if self.adapters else None
+        return prompt, sampling, bool(texts.value(request, "stream", False)), adapter
 
-    async def _serve(self, sender, prompt, sampling, streaming):
+    async def _serve(self, sender, prompt, sampling, streaming, adapter):
         generation = None
         try:
-            generation = self.llm.generate_async(prompt, sampling, streaming=streaming)
+            generation = self.llm.generate_async(prompt, sampling, lora_request=adapter, streaming=streaming)
             answer = asyncio.ensure_future(self._answer(sender, generation, sampling, streaming))
             while not (await asyncio.wait([answer], timeout=CANCEL_CHECK_S))[0]:
                 if sender.is_cancelled():

@@ -10,6 +10,7 @@ class TritonPythonModel:
         said = texts.parameters(args)
         self.texts = texts.Texts(said["tokenizer"])
         self.limits = int(said["max_input_tokens"]), int(said["context_tokens"])
+        self.experts = int(said["experts"])
 
     def execute(self, requests):
         return [self._respond(request) for request in requests]
@@ -17,6 +18,7 @@ class TritonPythonModel:
     def _respond(self, request):
         try:
             prompt, max_tokens, end_id = self.texts.read(request, *self.limits)
+            adapter = texts.expert(request, self.experts) + 1 if self.experts else None
         except texts.BadRequest as error:
             return texts.error(error)
         outputs = {
@@ -28,4 +30,6 @@ class TritonPythonModel:
             "pad_id": [self.texts.end_id],
         }
         tensors = [pb_utils.Tensor(name, np.array([values], dtype=np.int32)) for name, values in outputs.items()]
+        if adapter:
+            tensors.append(pb_utils.Tensor("lora_task_id", np.array([[adapter]], dtype=np.uint64)))
         return pb_utils.InferenceResponse(tensors)
