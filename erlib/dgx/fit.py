@@ -208,6 +208,12 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
         )
     if experts := overrides.get("clusterer.n_clusters"):
         losses.append(f"clusterer: {experts} clusters instead of {profile.clusterer.n_clusters}, one for each expert")
+        refused += [
+            f"{one.id}: its adapters are of {profile.clusterer.n_clusters} clusters, of which this run makes {experts}"
+            for one in load
+            if one.adapters
+        ]
+        load = [one for one in load if not one.adapters]
     return Fitted(_with(profile, overrides), gpu, n_gpus, load, preliminary, losses, refused, overrides, left_out)
 
 

@@ -27,7 +27,18 @@ class Lora(NamedTuple):
 
 
 def own(folder: Path, n: int) -> list[Path]:
-    """The folders of `n` experts' adapters below one of the user's own."""
+    """The folders of `n` experts' adapters below one of the user's own.
+
+    Raises
+    ------
+    ConfigError
+        If there are more: they were trained on other clusters.
+    """
+    if (folder / f"expert-{n}").exists():
+        raise ConfigError(
+            f"experts.adapters: {folder} has expert-{n}, too, but there are {n} clusters (clusterer.n_clusters): "
+            "adapters belong to the clusters that they were trained on"
+        )
     return [folder / f"expert-{cluster}" for cluster in range(n)]
 
 

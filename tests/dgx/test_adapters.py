@@ -11,9 +11,10 @@ from safetensors.numpy import save_file
 
 from erlib import config, paths
 from erlib.config import ConfigError
-from erlib.dgx import adapters, option_tables, outcome, recipes, repository, tensorrt_llm
+from erlib.dgx import adapters, fit, option_tables, outcome, recipes, repository, tensorrt_llm
 from erlib.dgx.__main__ import main
 from erlib.dgx.containers import Places
+from erlib.machine import hardware
 from erlib.serving import wheel, wire
 from tests.support.ports import BASE_PORT
 from tests.support.served import PROMPT, Served, answered, difference, refusal, serving
@@ -132,6 +133,28 @@ def test_adapters_are_asked_for_and_looked_for_where_a_container_sees_them(place
         adapters.read("x1.L", tmp_path, N, "llama-3-8b", places)
     with pytest.raises(ConfigError, match="expert-3 holds no adapter"):
         adapters.read("x1.L", places.checkpoints / "experts", N + 1, "llama-3-8b", places)
+
+
+def fitted(places: Places, n_gpus: int, clusters: int) -> fit.Fitted:
+    given = {"experts.adapters": str(places.checkpoints / "experts"), "clusterer.n_clusters": clusters}
+    where = {f"tensorrt_llm.{name}": str(getattr(places, name)) for name in ("checkpoints", "work")}
+    return fit.fitted(config.load_profile("dgx-h100", {**given, **where}), [hardware.H100] * n_gpus)
+
+
+@pytest.mark.parametrize("n_gpus", [1, N])
+def test_all_experts_are_there_on_one_gpu_and_on_several(places, n_gpus):
+    found = fitted(places, n_gpus, N)
+    (one,) = found.named(["x1.L"])
+    assert (one.system.instances, one.routing, one.adapters) == (n_gpus, "expert_router", True)
+    assert len(tensorrt_llm.plan(found.profile, one).adapters.folders) == N
+    assert found.named(["p2.E"])
+
+
+def test_adapters_of_other_clusters_are_not_served(places):
+    with pytest.raises(ConfigError, match=r"x1\.L: its adapters are of 3 clusters, of which this run makes 2"):
+        fitted(places, 2, N).named(["x1.L"])
+    with pytest.raises(ConfigError, match=r"has expert-2, too, but there are 2 clusters"):
+        adapters.read("x1.L", places.checkpoints / "experts", 2, "llama-3-8b", places)
 
 
 # --- served -----------------------------------------------------------------------------------------------------
