@@ -16,6 +16,7 @@ import pandas as pd
 from tokenizers import Tokenizer
 
 from erlib.config import ConfigError, Profile
+from erlib.routing import training
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import corpus
 
@@ -131,6 +132,18 @@ def held_out(profile: Profile, clusterer: Clusterer, tokenizer: Tokenizer) -> He
             f"more tokens, but experts.documents asks for {settings.documents}: lower it or take more documents"
         )
     return HeldOut(pd.DataFrame(documents), pd.concat(tokens, ignore_index=True))
+
+
+def cluster_shares(profile: Profile) -> list[float]:
+    """How the held-out texts spread over the clusters: what a router would send to each expert.
+
+    Those that the clusters were made of are spread evenly, by construction.
+    """
+    clusterer = Clusterer.load(training.build_clusterer(on_own_corpus(profile)))
+    part = corpus.load_corpus(profile.experts.corpus, profile.seed, split="holdout")
+    counts = np.bincount(clusterer.predict(part.texts), minlength=clusterer.n_clusters)
+    shares: list[float] = (counts / counts.sum()).tolist()
+    return shares
 
 
 def _routed_tokens(document: int, ids: list[int], clusterer: Clusterer, tokenizer: Tokenizer) -> pd.DataFrame:

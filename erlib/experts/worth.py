@@ -178,6 +178,28 @@ def against(designs: Designs, seed: int, design: str, reference: str, after: int
     return pd.DataFrame(_beside(designs, of, reference, seed, after)).iloc[0]
 
 
+def served(judged: Judged, temperature: float, seed: int, prompt: int = 32) -> pd.DataFrame:
+    """What each way to serve costs in language: experts are chosen by a prompt of so many tokens, what follows counts.
+
+    Returns
+    -------
+    DataFrame
+        One row per ``design`` (``routed``, ``other expert``: the mean over all but the routed one, ``two experts``: the
+        mixture of the two nearest, ``dense``), with the columns of :func:`compare`, relative to ``routed``.
+    """
+    designs = Designs(judged, temperature)
+    prompt = min(prompt, int(designs.tokens.groupby("document")["position"].max().min()) - 1)
+    distances = designs.seen(prompt)
+    routed = designs.routed(distances)
+    of = {
+        "routed": routed,
+        "other expert": (designs.experts.sum(axis=1) - routed) / (designs.k - 1),
+        "two experts": designs.routed(distances, 2),
+        "dense": designs.wide[DENSE].to_numpy(np.float64),
+    }
+    return pd.DataFrame(_beside(designs, of, "routed", seed, prompt)).set_index("design")
+
+
 def matrix(judged: Judged) -> pd.DataFrame:
     """Bits per byte of every arm (rows) on the texts of every cluster (columns)."""
     wide = judged.wide()

@@ -10,6 +10,9 @@ from .cited import at_the_knee as at_the_knee
 from .cited import beside_published as beside_published
 from .cited import error_table as error_table
 from .cited import intervals as intervals
+from .designs import break_even as break_even
+from .designs import design_load as design_load
+from .designs import quality_and_load as quality_and_load
 from .emulation import beside_simulation as beside_simulation
 from .emulation import emulated_load as emulated_load
 from .emulation import pace as pace

@@ -45,6 +45,10 @@ class System:
     """Prompt and decoded tokens of one step; a prompt is never cut in two (chunked context off)."""
     added: tuple[int, ...] = ()
     """Experts that have one more replica, each as often as it has one more."""
+    adapters: bool = False
+    """Whether every instance has all experts, on top of one model, so that any of them will do."""
+    spill_over: int | None = None
+    """A request goes to the least busy instance, whatever its expert, if its own owes so many requests more."""
 
     def __post_init__(self) -> None:
         sizes = (self.instances, self.batch_size, self.kv_tokens, self.kv_block_tokens, self.max_step_tokens)

@@ -150,6 +150,7 @@ def trace(
     around: Harness = HARDWARE,
     seed: int = 0,
     routing_s: Sequence[float] | None = None,
+    starts_s: Sequence[float] | None = None,
 ) -> Trace:
     """Let all users of one point do their requests; each waits for an answer before the next.
 
@@ -168,6 +169,8 @@ def trace(
     routing_s : sequence of float, optional
         Routing latencies seen elsewhere, in seconds, in place of the harness' own: two per user, of the base and of
         the continuation prompt.
+    starts_s : sequence of float, optional
+        When each user comes, in seconds; by default as the harness says.
 
     Raises
     ------
@@ -188,8 +191,9 @@ def trace(
             f"{system.config} has {system.instances} experts, but a prompt belongs to cluster {max(strays)}"
         )
     latencies_s = routing_s or _routing_latencies(around if classifies else HARDWARE, 2 * len(drawn), seed)
-    starts_s = np.random.default_rng([seed, len(drawn)]).uniform(0, around.arrivals_s, len(drawn))
-    return _Point(system, prompts_of, around, latencies_s).run(starts_s.tolist())
+    if starts_s is None:
+        starts_s = np.random.default_rng([seed, len(drawn)]).uniform(0, around.arrivals_s, len(drawn)).tolist()
+    return _Point(system, prompts_of, around, latencies_s).run(starts_s)
 
 
 class _Point:
@@ -213,7 +217,8 @@ class _Point:
         else:
             self._clients = [_Client(around, self._clock, known)] * len(known)
         self._replicas = {
-            expert: [i for i, its in enumerate(system.experts) if its == expert] for expert in system.experts
+            expert: [i for i, its in enumerate(system.experts) if its == expert or system.adapters]
+            for expert in system.experts
         }
         limited = system.routing in HAVE_GATEWAYS and around.gateway_streams
         self._free_streams = limited or len(prompts_of)
@@ -256,9 +261,12 @@ class _Point:
             self._clock.at(now_s + request.routed_s, self._submit, request)
 
     def _submit(self, request: Request) -> None:
-        """Let the least busy replica of the request's expert answer."""
-        replicas = self._replicas[request.expert]
-        request.server = min(replicas, key=lambda server: self._servers[server].engine.outstanding)
+        """Let the least busy replica of the request's expert answer, or another expert, if that is what is done."""
+        owed = [server.engine.outstanding for server in self._servers]
+        request.server = min(self._replicas[request.expert], key=owed.__getitem__)
+        spill_over = self._system.spill_over
+        if spill_over is not None and owed[request.server] - min(owed) >= spill_over:
+            request.server = owed.index(min(owed))
         self._clients[request.server].open(1)
         self._servers[request.server].submit(request)
 

@@ -135,9 +135,16 @@ def system(name: str, setup: Setup = Setup(), answer_limit: int | None = None) -
     if several and setup.allreduce != 1:
         of_step = allreduce_s(printed.model, printed.dtype, printed.tensor_parallel)
         steps = Repriced(steps, factor, of_step, setup.allreduce)
+        known = replace(known, steps=steps)
     elif factor != 1:
-        steps = Repriced(steps, factor, np.zeros(int(steps.limits.tokens) + 1).tolist(), 1.0)
-    return replace(known, steps=steps, batch_size=max(1, round(known.batch_size * setup.slots)))
+        known = slower(known, factor)
+    return replace(known, batch_size=max(1, round(known.batch_size * setup.slots)))
+
+
+def slower(system: System, factor: float) -> System:
+    """The system with steps that take so many times as long."""
+    nothing = np.zeros(int(system.steps.limits.tokens) + 1).tolist()
+    return replace(system, steps=Repriced(system.steps, factor, nothing, 1.0)) if factor != 1 else system
 
 
 def workload(profile: Profile, paper: Paper, setup: Setup = Setup()) -> Workload:
