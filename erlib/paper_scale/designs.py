@@ -24,7 +24,7 @@ from erlib.paper_scale.batching import System
 from erlib.workload import prompts
 from erlib.workload.prompts import Floats, Prompt
 
-STRICT, IN_TURN = "an expert per GPU", "one dense model, in turn"
+STRICT, IN_TURN = "expert per GPU", "one dense model, in turn"
 ADAPTERS = "all experts as adapters"
 SLOWER = (1.0, 1.25, 1.5, 2.0)
 """Steps with adapters of several experts, times those without: what it really is, nobody has measured here."""
@@ -32,6 +32,7 @@ SPREADS = ("uniform", "normal", "measured")
 PRECISION = 1.05
 """Within which factor the most requests are found."""
 _SPILL_OVER = 8
+"""From how many more requests than the least busy expert has, the own one is too busy."""
 _HOT = 2
 
 
@@ -73,8 +74,8 @@ def designs(profile: Profile, shares: Sequence[float]) -> dict[str, Design]:
     hot = tuple(sorted(int(expert) for expert in np.argsort(shares)[-_HOT:]))
     found = {
         STRICT: Design(strict),
-        f"and {_HOT} more GPUs for the {_HOT} busiest": Design(replace(strict, added=hot)),
-        f"or the least busy, if {_SPILL_OVER} fewer wait there": Design(replace(strict, spill_over=_SPILL_OVER)),
+        f"{STRICT}, {_HOT} more for the busiest": Design(replace(strict, added=hot)),
+        f"{STRICT}, or the least busy one": Design(replace(strict, spill_over=_SPILL_OVER)),
         "two experts for every token": Design(strict, "two experts"),
         IN_TURN: Design(replace(strict, routing="replicas"), "dense"),
     }

@@ -152,6 +152,19 @@ def test_figures_follow_from_the_tables_and_run_no_model(tmp_path: Path, monkeyp
     assert "erlib.experts.scoring" not in sys.modules  # which alone loads transformers and PEFT
 
 
+def test_what_is_served_is_judged_by_what_follows_the_prompt() -> None:
+    judged = table()
+    found = experts.served(judged, 0.1, 0)
+    same = by_design(judged, after=32)
+    assert found["bits_per_byte"]["routed"] == pytest.approx(same["bits_per_byte"][worth.routed_by_first(32)])
+    assert found["bits_per_byte"]["other expert"] == pytest.approx(same["bits_per_byte"][worth.WRONG])
+    assert found["worse_by"]["routed"] == 0
+    assert found["worse_by"]["other expert"] > 0.1
+    early = experts.served(judged, 0.1, 0, prompt=10)  # where the router is wrong
+    assert early["worse_by"]["dense"] == pytest.approx(0, abs=1e-9)
+    assert early["worse_by"]["other expert"] < 0
+
+
 def test_a_design_that_is_not_there_is_named() -> None:
     with pytest.raises(KeyError, match="no design 'sparse'; there are seed"):
         worth.against(worth.Designs(table(per_cluster=1), 0.1), 0, "sparse", "wrong expert")

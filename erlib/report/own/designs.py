@@ -58,8 +58,8 @@ def quality_and_load(table: pd.DataFrame, profile: config.Profile) -> Figure:
         "eight H100s (paper 2's E), its prompts and answers, requests spread over the experts evenly, as in paper 2's "
         f"normal mix, or as the router spreads the held-out texts; p99 within MLPerf's {service_levels.TTFT_S:g} s "
         f"(TTFT) and {service_levels.TPOT_S:g} s (TPOT). Both sides are of different models: read orders, not "
-        "products. How much adapters slow an engine's steps is assumed, not measured. One draw of prompts, one training "
-        "seed."
+        "products. How much adapters slow an engine's steps is assumed, not measured. One draw of prompts, one "
+        "training seed."
     )
     canvas.save(
         *(fig, profile, "simulated-hardware", "workbench", "quality_and_load", table, caption, NO_COUNTERPART),
