@@ -2,7 +2,8 @@
 
 Both answer the same prompts with the real Triton, and should say the same; the engine without adapter, and the adapter
 with the factor that OpenVINO takes where nobody tells it PEFT's, are there to show that the comparison can fail. Memory
-is what a server and its processes have to themselves, after the prompts.
+is what a server and its processes have to themselves, after the prompts; alone, that includes the engine's file and the
+libraries, of which servers that run together have one copy. So all experts are started together, too.
 
     python -m benchmarks.served_experts [--profile laptop] [--set KEY=VALUE] [--prompts 10] [--tokens 32] [--json FILE]
 """
@@ -10,6 +11,7 @@ is what a server and its processes have to themselves, after the prompts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -65,6 +67,28 @@ def measured(name: str, plan: ServerPlan, prompts: list[str], tokens: int, port:
     }
 
 
+def together(plans: list[ServerPlan], prompt: str, tokens: int, port: int) -> dict[str, float]:
+    """Start all servers, ask each one prompt, and add up their memory: what several share counts once (Linux' PSS)."""
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as started:
+        servers = [plan.server(f"all-{i}", port + 10 * i, Path(scratch), "127.0.0.1") for i, plan in enumerate(plans)]
+        for server in servers:
+            started.callback(server.clean_up)
+            server.start()
+            assert server.process is not None
+            started.callback(processes.stop, [server.process])
+        for server in servers:
+            server.wait_ready(600)
+        for server in servers:
+            answer(server.url, prompt, tokens)
+        roots = [psutil.Process(server.process.pid) for server in servers if server.process]
+        family = [process for root in roots for process in (root, *root.children(recursive=True))]
+        return {
+            "servers": len(servers),
+            "memory_mb": sum(process.memory_full_info().pss for process in family) / 1e6,
+            "own_memory_mb": sum(process.memory_full_info().uss for process in family) / 1e6,
+        }
+
+
 def answer(url: str, prompt: str, tokens: int) -> list[int]:
     """Token ids of one answer."""
     request = wire.encode_request(prompt, tokens, wire.NEVER_STOP)
@@ -89,7 +113,8 @@ def main() -> None:
     at = texts.on_own_corpus(profile)
     pool = experiments.build_workload(at, "p2").frame
     prompts = list(pool[pool["cluster"] == CLUSTER]["text"][: options.prompts])
-    adapter = arms.adapters(profile, profile.clusterer.n_clusters)[CLUSTER]
+    adapters = arms.adapters(profile, profile.clusterer.n_clusters)
+    adapter = adapters[CLUSTER]
     (shared,) = build.build_all(profile, [("whole", "fp16")])
     (own,) = build.build_all(profile, [("whole", "fp16")], arms.merged(profile, adapter))
     base = on_cores.server_plan(shared.path, BATCH, KV_BLOCKS, "f16", hardware.cores())
@@ -113,8 +138,14 @@ def main() -> None:
             f"{row['tokens_per_cpu_s']:6.1f} tokens per CPU second, {row['own_memory_mb']:6.0f} MB of its own, "
             f"{row['engine_mb']:4.0f} MB engine, {row['adapter_mb']:4.1f} MB adapter"
         )
+    plans = [on_cores.with_adapter(base, each) for each in adapters]
+    all_of_them = together(plans, prompts[0], options.tokens, PORT + 100)
+    print(
+        f"  {all_of_them['servers']} servers together, static: {all_of_them['memory_mb'] / 1e3:.2f} GB, of which "
+        f"{all_of_them['own_memory_mb'] / 1e3:.2f} GB are shared with nobody"
+    )
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        options.json.write_text(json.dumps({**found, "together": all_of_them}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ the cluster's expert. replicas: NGINX, gateway, the next server in turn (no clas
 HAVE_GATEWAYS: tuple[Routing, ...] = ("expert_router", "replicas")
 """Routings whose requests pass NGINX and gateways."""
 
+EXPERTS_ON_GPUS = ("x1.L", "p2.E")
+"""What notebook 11 serves on GPUs: all experts as adapters on every one, beside the same engines without."""
+
 Flow = Literal["engine", "llmapi"]
 """How a TensorRT-LLM model comes about; see :mod:`erlib.dgx.tensorrt_llm`."""
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from erlib import config
 from erlib.config import Configuration, Mix, Profile
+from erlib.config.system import EXPERTS_ON_GPUS
 from erlib.dgx import builds
 from erlib.dgx.checkpoints import CALIBRATION
 from erlib.dgx.containers import Command
@@ -32,6 +33,7 @@ AWQ_S_PER_PARAMETER = 60e-9
 BUILD_S, BUILD_BYTES_PER_S = 180.0, 0.1e9
 START_S, LOAD_BYTES_PER_S = 60.0, 4e9
 POINT_S = 3.0
+ADAPTER_S = 30.0
 CALIBRATION_BYTES, TOOLKIT_BYTES = 2.5e9, 0.1e9
 IMAGE_ON_DISK = 3.0
 RECORD_BYTES_PER_TOKEN = 4.0
@@ -77,6 +79,9 @@ def _step(plan: Plan, command: Command) -> tuple[float, float]:
     system, parameters = plan.system, llama.shape(plan.system.model).parameters
     loaded = llama.shape(system.model).loaded_bytes(system.dtype, system.tensor_parallel)
     downloaded = 2.0 * parameters
+    if plan.adapters and command.makes.parent == plan.prefetched:
+        size = plan.adapters.bytes / len(plan.adapters.folders)
+        return ADAPTER_S, size
     match command.purpose:
         case "fetch":
             sizes = {plan.source: downloaded, plan.places.checkpoints / CALIBRATION: CALIBRATION_BYTES}
@@ -197,7 +202,7 @@ def _decode_s(steps: StepTimes, batch: int, context: float) -> float:
 
 def busiest_share(configuration: Configuration, profile: Profile, mix: Mix) -> float:
     """Share of the requests that reach the busiest instance."""
-    if configuration.routing != "expert_router":
+    if configuration.routing != "expert_router" or configuration.adapters:
         return 1 / configuration.system.instances
     return float(prompts.mix_shares(mix, configuration.system.instances, profile.workload.sigma).max())
 
@@ -252,6 +257,12 @@ def sweeps(
         sweep("overhead", one, "overhead", overhead.users, overhead.repeats * ways)
         for one in load
         if one.id == overhead.config
+    ]
+    served = profile.experts
+    found += [
+        sweep("experts", one, "p2", served.users, served.repeats)
+        for one in load
+        if served.users and one.id in EXPERTS_ON_GPUS
     ]
     return found
 

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from erlib import config
 from erlib.config import ConfigError, Configuration, PaperSystem, Profile, Version
+from erlib.config.system import EXPERTS_ON_GPUS
 from erlib.dgx import tensorrt_llm
 from erlib.dgx.containers import load_image
 from erlib.dgx.tensorrt_llm import NEWEST, Plan
@@ -178,7 +179,7 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
         losses.extend(lost)
         return result
 
-    own = ["x1.L", "p2.E"] if profile.experts.adapters else []
+    own = EXPERTS_ON_GPUS if profile.experts.adapters else ()
     names = dict.fromkeys([*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config, *own])
     load = [one for name in names if (one := fit(config.load_configuration(name), n_gpus))]
     if n_gpus == 1:  # then a baseline in turn is the very system that it stands beside

@@ -189,6 +189,8 @@ class RepositoryPlan(triton.ServerPlan):
     gpus: tuple[int, ...] = ()
     runner: Runner | None = None
     flow: Flow = "engine"
+    adapters: str = ""
+    """Hash of the experts' adapters, if the engine has them on top."""
 
     def server(self, label: str, port: int, work_dir: Path, host: str) -> RepositoryServer:
         """The server itself, not yet started; see :class:`RepositoryServer`."""
@@ -207,6 +209,7 @@ class RepositoryPlan(triton.ServerPlan):
         return {
             "repository": cache.digest(texts),
             "engine": cache.digest(Path(self.parameters["engine"]) / "config.json"),
+            **({"adapters": self.adapters} if self.adapters else {}),
             "gpus": len(self.gpus),
             "image": self.runner.image.reference if self.runner else None,
         }
@@ -362,8 +365,12 @@ def server_plans(plan: Plan, kind: RunnerKind, n_gpus: int) -> list[RepositoryPl
     repository = plan.places.work / "repositories" / plan.configuration.id
     runner = Runner(kind, load_image(plan.version), plan.places)
     directories = {"engine": str(plan.served), "tokenizer": str(plan.source)}
+    key = ""
+    if plan.adapters:
+        key = plan.adapters.key
+        directories |= {"converted": str(plan.prefetched), "adapters": str(plan.adapters.folders[0].parent)}
     shared = (ENGINE_MODEL, directories, system.batch_size, 0, repository)
     return [
-        RepositoryPlan(*shared, tuple(range(i * width, (i + 1) * width)), runner, plan.flow)
+        RepositoryPlan(*shared, tuple(range(i * width, (i + 1) * width)), runner, plan.flow, key)
         for i in range(system.instances)
     ]

@@ -13,7 +13,7 @@ from functools import partial
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from erlib.gateway.experts import Expert
+from erlib.gateway.experts import Expert, servers_of
 from erlib.serving import spans
 
 logger = logging.getLogger("erlib.gateway")
@@ -21,6 +21,8 @@ logger = logging.getLogger("erlib.gateway")
 _LOGGED = ["id", "kind", "peer", "expert", "replica", "retries", "responses", "expert_error", "code", "spans_ns"]
 NO_EXPERT = "none"
 """The label of requests that were refused before an expert was chosen."""
+SEVERAL = "several"
+"""The label of a server that has several experts' adapters."""
 _KINDS = ("stream", "unary")
 _BUCKETS_S = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10, 30, 100]
 
@@ -86,10 +88,11 @@ class Telemetry:
             "er_outstanding", "requests a replica owes us", ["expert", "replica"], registry=self.registry
         )
         up = Gauge("er_replica_up", "0: its circuit breaker is open", ["expert", "replica"], registry=self.registry)
-        for number, expert in enumerate(experts):
-            for replica in expert.replicas:
-                outstanding.labels(number, replica.url).set_function(partial(len, replica.calls))
-                up.labels(number, replica.url).set_function(partial(getattr, replica, "is_up"))
+        for replica in servers_of(experts):
+            its = [number for number, expert in enumerate(experts) if replica in expert.replicas]
+            number = str(its[0]) if len(its) == 1 else SEVERAL
+            outstanding.labels(number, replica.url).set_function(partial(len, replica.calls))
+            up.labels(number, replica.url).set_function(partial(getattr, replica, "is_up"))
         self._begin_at_zero(len(experts))
 
     def _begin_at_zero(self, n_experts: int) -> None:

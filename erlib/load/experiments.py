@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from erlib import config
 from erlib.config import Configuration, Mix, Paper, Profile, Relay, Routing
-from erlib.config.system import HAVE_GATEWAYS
+from erlib.config.system import EXPERTS_ON_GPUS, HAVE_GATEWAYS
 from erlib.experts import texts
 from erlib.load import backends
 from erlib.load.backends import Workloads
@@ -146,7 +146,7 @@ def experts_sweep(profile: Profile) -> list[Series]:
     if not settings.users:
         return []
     pool = build_workload(at, "p2")
-    names = ["x1.T", "x1.U"] if at.serving.backend == "openvino" else ["x1.L", "p2.E"]
+    names = ["x1.T", "x1.U"] if at.serving.backend == "openvino" else EXPERTS_ON_GPUS
     targets = systems(at, backends.of(at).configurations(at, names))
     return [Series("p2", "experts", target, pool, settings.users, settings.repeats, ["uniform"]) for target in targets]
 

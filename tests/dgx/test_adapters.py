@@ -111,6 +111,30 @@ def test_adapters_that_were_converted_from_others_are_found_out(places, tmp_path
     assert "rank 64, of another adapter" in line
 
 
+def test_a_point_knows_the_adapters_by_content_and_not_by_place(places, tmp_path):
+    """Or records of other experts would be found again."""
+
+    def described(home: Path, ranks: list[int], flow: config.Flow) -> dict:
+        here = Places(home / "checkpoints", home / "work")
+        (home / "work").mkdir(parents=True)
+        for i, rank in enumerate(ranks):
+            adapter(here.checkpoints / "experts" / f"expert-{i}", rank)
+        plan = planned(here, flow)
+        plan.served.mkdir(parents=True)
+        (plan.served / "config.json").write_text("{}")
+        (server, *_) = repository.server_plans(plan, "bare", 8)
+        repository.render(plan, plan.source, server.repository)
+        return server.description
+
+    for flow in ("engine", "llmapi"):
+        mine, same, other = (
+            described(tmp_path / flow / name, ranks, flow)
+            for name, ranks in (("mine", [2, 2, 2]), ("same", [2, 2, 2]), ("other", [2, 2, 1]))
+        )
+        assert mine == same
+        assert mine != other
+
+
 @pytest.mark.parametrize(
     ("made", "said"),
     [

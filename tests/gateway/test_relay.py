@@ -169,6 +169,8 @@ def test_a_server_of_several_experts_is_told_which_one_either_way(tmp_path):
                     assert len([each async for each in built.stream(message)]) == 1
                 await eventually(lambda: built.counted("er_requests_total") == 24)
                 assert built.owed == 0
+                shown = prometheus_client.generate_latest(built.gateway.telemetry.registry).decode().splitlines()
+                assert len([line for line in shown if line.startswith("er_outstanding{")]) == 2
             return [one, other]
 
     servers = asyncio.run(run())
