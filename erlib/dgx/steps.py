@@ -60,6 +60,8 @@ def table_of_steps(steps: Steps) -> str:
         sizes = sorted(each.system.batch_size for each, _ in group)
         name = re.sub(r"-bs\d+-.*", "", command.makes.name)
         what = f"{name}, batch size {', '.join(map(str, sizes))}" if command.purpose == "build" else name
+        if command.tool == "hf_lora_convert.py":
+            what = f"adapter {name}"
         rows.append(
             [command.purpose, what, steps.used_by(group), f"{sum(cost.disk_bytes for cost in costs) / 1e9:,.0f}",
              _minutes(costs), steps.state(group)]

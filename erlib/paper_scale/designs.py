@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from erlib import cache, paths, provenance
-from erlib.config import Profile
+from erlib.config import ConfigError, Profile
 from erlib.load import metrics
 from erlib.machine import processes
 from erlib.machine.progress import Bar
@@ -27,7 +27,7 @@ from erlib.workload.prompts import Floats, Prompt
 STRICT, IN_TURN = "expert per GPU", "one dense model, in turn"
 ADAPTERS = "all experts as adapters"
 SLOWER = (1.0, 1.25, 1.5, 2.0)
-"""Steps with adapters of several experts, times those without: what it really is, nobody has measured here."""
+"""Steps with adapters of several experts, times those without: assumed, because no GPU at hand has measured it."""
 SPREADS = ("uniform", "normal", "measured")
 PRECISION = 1.05
 """Within which factor the most requests are found."""
@@ -134,7 +134,14 @@ def design_load(profile: Profile, shares: Sequence[float], workers: int = 2) -> 
         ``tokens_per_s``, ``elsewhere`` (share of the requests that another expert answered); and, the same for all user
         levels, ``requests_per_s`` (the most of a Poisson process whose p99 keeps to MLPerf's latencies, found within
         :data:`PRECISION`), with ``elsewhere_then`` and ``price_per_million_tokens`` (of ``sensitivity.gpu_hour``).
+
+    Raises
+    ------
+    ConfigError
+        If there are other than eight experts.
     """
+    if len(shares) != service_levels.GPUS:
+        raise ConfigError(f"{service_levels.GPUS} GPUs have an expert each, but there are {len(shares)} clusters")
     settings = profile.sensitivity
     used = settings.model_dump(include={"users", "window_s", "gpu_hour"})
     own = provenance.code_digest("paper_scale/designs.py", "paper_scale/service_levels.py", "load/metrics.py")

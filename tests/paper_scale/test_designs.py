@@ -106,6 +106,11 @@ def test_every_design_is_seen_under_every_spread(load: pd.DataFrame) -> None:
     assert gain["measured"] > gain["normal"] > gain["uniform"] >= -0.1
 
 
+def test_as_many_experts_as_gpus() -> None:
+    with pytest.raises(config.ConfigError, match="8 GPUs have an expert each, but there are 4 clusters"):
+        designs.design_load(config.load_profile("smoke"), [0.25] * 4)
+
+
 def test_language_that_is_lost_is_that_of_who_answers(load: pd.DataFrame) -> None:
     both = designs.quality_and_load(load, LANGUAGE).set_index(["spread", "design"])
     of = both.loc["measured"]
