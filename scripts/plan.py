@@ -33,6 +33,10 @@ Near saturation the simulation's latencies are too good (docs/results.md); a mar
 Prices are in what --gpu-hour is in, of all {gpus} GPUs."""
 
 
+FORMATS = ("", "", ".3g", ".2f", "", ".3f", ".4f", ",.0f", ".3f")
+"""Of the table's columns."""
+
+
 def main() -> int:
     """Answer one question."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,6 +52,8 @@ def main() -> int:
     parser.add_argument("--gpu-hour", type=float, default=1.0, help="price of an hour of one GPU")
     parser.add_argument("--csv", type=Path, help="write the table there, too")
     options = parser.parse_args()
+    if options.csv and not options.csv.absolute().parent.is_dir():
+        parser.error(f"--csv: there is no folder {options.csv.absolute().parent}")
     try:
         question = what_if.Question(
             options.model, options.gpus, options.requests_per_s, options.ttft, options.tpot, options.lengths,
@@ -58,13 +64,13 @@ def main() -> int:
     except config.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(tabulate(table.round(3), headers="keys", tablefmt="simple", showindex=False, maxcolwidths=40))
+    if options.csv:
+        table.to_csv(options.csv, index=False)
+    print(tabulate(table, headers="keys", tablefmt="simple", showindex=False, floatfmt=FORMATS, maxcolwidths=40))
     print(f"\n{what_if.verdict(question, table)}\n")
     told = {"paper": question.lengths[1], "window": question.window_s, "slots": question.slots}
     told |= {"spread": question.spread, "slower": question.adapters_slower, "gpus": question.gpus}
     print(ASSUMPTIONS.format(**told))
-    if options.csv:
-        table.to_csv(options.csv, index=False)
     return 0
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -64,7 +65,15 @@ class Question:
             raise ConfigError("rates, latencies, slots, factors and windows must be more than 0")
 
 
-def ways(question: Question, profile: Profile) -> dict[str, Design]:
+class Way(NamedTuple):
+    """One way to serve."""
+
+    design: Design
+    width: int
+    """GPUs of an engine."""
+
+
+def ways(question: Question, profile: Profile) -> dict[str, Way]:
     """Every way for which there are step times, by name; those whose weights leave no room are left out.
 
     Raises
@@ -72,7 +81,7 @@ def ways(question: Question, profile: Profile) -> dict[str, Design]:
     ConfigError
         If there is none.
     """
-    found: dict[str, Design] = {}
+    found: dict[str, Way] = {}
     limit = profile.workload.p2_max_output_tokens if question.lengths == "p2" else None
     for dtype, kv_dtype, width in _forms(question):
         n = question.gpus // width
@@ -83,15 +92,15 @@ def ways(question: Question, profile: Profile) -> dict[str, Design]:
             continue
         name = f"{n} × {dtype.upper()} TP{width}" + (f", KV {kv_dtype.upper()}" if kv_dtype != dtype != "int4" else "")
         slots = min(question.slots, int(steps.limits.batch))
-        one = System(name, "replicas" if n > 1 else "direct", steps, n, slots, kv_tokens, limit)
-        found[f"{name}, one model"] = Design(one)
+        routed = System(name, "expert_router", steps, n, slots, kv_tokens, limit)
+        one = replace(routed, routing="replicas" if n > 1 else "direct")
+        found[f"{name}, one model"] = Way(Design(one), width)
         if n > 1:
-            routed = System(name, "expert_router", steps, n, slots, kv_tokens, limit)
-            found[f"{name}, an expert each"] = Design(routed)
+            found[f"{name}, an expert each"] = Way(Design(routed), width)
         if dtype == "fp16":
-            every = System(name, "expert_router", steps, n, slots, kv_tokens, limit, adapters=True)
             slower = question.adapters_slower
-            found[f"{name}, {_CLUSTERS} adapters each"] = Design(setups.slower(every, slower), slower=slower)
+            every = setups.slower(replace(routed, adapters=True), slower)
+            found[f"{name}, {_CLUSTERS} adapters each"] = Way(Design(every, slower=slower), width)
     if not found:
         raise ConfigError(
             f"no step times for {question.model} on {question.gpus} GPUs; data/h100_step_times.parquet has "
@@ -119,8 +128,7 @@ def answered(question: Question, profile: Profile, workers: int = 2) -> pd.DataF
     with processes.pool(workers) as pool:
         jobs = {pool.submit(_answer, question, profile, name): name for name in ways(question, profile)}
         rows = [job.result() for job in Bar(jobs, desc="designs", unit="design")]
-    table = pd.DataFrame(rows).sort_values("most_requests_per_s", ascending=False, kind="stable", ignore_index=True)
-    return table
+    return pd.DataFrame(rows).sort_values("most_requests_per_s", ascending=False, kind="stable", ignore_index=True)
 
 
 def verdict(question: Question, table: pd.DataFrame) -> str:
@@ -165,7 +173,7 @@ def _steps(model: str, dtype: Dtype, kv_dtype: Dtype, width: int) -> Table:
 
 
 def _answer(question: Question, profile: Profile, name: str) -> dict[str, object]:
-    design = ways(question, profile)[name]
+    design, width = ways(question, profile)[name]
     pool = setups.workload(profile, question.lengths)
     bounds = {"TTFT": question.ttft_s, "TPOT": question.tpot_s}
 
@@ -182,7 +190,7 @@ def _answer(question: Question, profile: Profile, name: str) -> dict[str, object
         latencies = {"TTFT": found.ttft_s, "TPOT": found.tpot_s}
         return {what: metrics.p99(its) / bounds[what] for what, its in latencies.items() if len(its)}
 
-    about: dict[str, object] = {"design": name, "gpus": design.gpus * _width(design)}
+    about: dict[str, object] = {"design": name, "gpus": design.gpus * width}
     try:
         most = service_levels.most(lambda n: max(excess(seen(n)).values()) <= 1, PRECISION)
         broken = excess(seen(max(1, round(most * PRECISION) + 1)))
@@ -199,8 +207,3 @@ def _answer(question: Question, profile: Profile, name: str) -> dict[str, object
         **{"ttft_p99_s": metrics.p99(asked.ttft_s), "tpot_p99_s": metrics.p99(asked.tpot_s)},
         **{"tokens_per_gpu_hour": tokens_per_gpu_hour, "price_per_million_tokens": price},
     }
-
-
-def _width(design: Design) -> int:
-    """GPUs of an instance."""
-    return int(design.system.config.partition(" TP")[2].partition(",")[0])
