@@ -20,6 +20,8 @@ MODULES = {
     "gate_proj": "mlp_h_to_4h", "down_proj": "mlp_4h_to_h", "up_proj": "mlp_gate",
 }  # fmt: skip
 """TensorRT-LLM's names of the matrices that an adapter may change."""
+ADAPTERS_SHARE = 0.5
+"""Of the GPU memory that weights and KV cache leave, what adapters may take; by default it would be 0.05."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from erlib import paths
 from erlib.cluster import placement
 from erlib.config import ConfigError, Passable, Profile, RunnerKind
 from erlib.dgx import builds, checkpoints, estimates, recipes
+from erlib.dgx.adapters import ADAPTERS_SHARE
 from erlib.dgx.containers import Image, Runner, load_image
 from erlib.dgx.fit import Fitted, fitted
 from erlib.dgx.hub import ANSWER_S, last_line, problems_with_the_hub
@@ -90,6 +91,7 @@ def check(profile: Profile) -> Report:
         "gpus_in_use": lambda: _gpus_in_use(fit, here),
         "calibration": lambda: _calibration(plans, here),
         "fit": lambda: _fit(fit),
+        "adapters": lambda: _adapters(fit, plans),
         "runner": lambda: _runner(profile, plans),
         "checkpoints": lambda: _checkpoints(profile, plans),
         "host_memory": lambda: _host_memory(plans),
@@ -111,6 +113,20 @@ def check(profile: Profile) -> Report:
                 report.problems.extend(found)
     report.warnings.extend(_warnings(report))
     return report
+
+
+def _adapters(fit: Fitted, plans: Sequence[Plan]) -> Iterable[str]:
+    """An engine that cannot hold all adapters at a time would let requests wait for one another's."""
+    for plan in plans:
+        if plan.adapters is None:
+            continue
+        left = fit.gpu.usable_bytes - llama.gpu_memory(plan.system).total
+        needed = plan.adapters.bytes / plan.system.tensor_parallel
+        if needed > ADAPTERS_SHARE * left:
+            yield (
+                f"{plan.configuration.id}: its adapters take {needed / 1e9:.2f} GB of a GPU, of which weights and KV "
+                f"cache leave {left / 1e9:.2f} GB, {ADAPTERS_SHARE:.0%} of that for adapters: take some of a lower rank"
+            )
 
 
 def _gpus(profile: Profile, gpus: Sequence[Gpu]) -> Iterable[str]:

@@ -34,7 +34,7 @@ import jinja2
 from erlib import cache, paths
 from erlib.config import ConfigError, Flow, RunnerKind
 from erlib.dgx import builds
-from erlib.dgx.adapters import Adapters
+from erlib.dgx.adapters import ADAPTERS_SHARE, Adapters
 from erlib.dgx.containers import Runner, load_image
 from erlib.dgx.tensorrt_llm import MAX_NUM_TOKENS, Plan
 from erlib.engines import llama
@@ -93,8 +93,7 @@ def _engine_parameters(plan: Plan) -> dict[str, str]:
         "lora_cache_optimal_adapter_size": str(plan.adapters.rank),
         "lora_cache_max_adapter_size": str(plan.adapters.rank),
         "lora_cache_host_memory_bytes": str(max(1 << 30, 2 * plan.adapters.bytes)),
-        # Of what weights and KV cache leave: the default, 0.05, would not hold eight adapters of rank 8 at a time.
-        "lora_cache_gpu_memory_fraction": "0.5",
+        "lora_cache_gpu_memory_fraction": str(ADAPTERS_SHARE),
     }  # fmt: skip
     return {
         "gpt_model_type": "inflight_fused_batching",

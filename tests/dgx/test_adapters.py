@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from erlib import config, paths
 from erlib.config import ConfigError
-from erlib.dgx import adapters, fit, option_tables, outcome, recipes, repository, tensorrt_llm
+from erlib.dgx import adapters, fit, option_tables, outcome, preflight, recipes, repository, tensorrt_llm
 from erlib.dgx.__main__ import main
 from erlib.dgx.containers import Places
 from erlib.machine import hardware
@@ -172,6 +172,20 @@ def test_all_experts_are_there_on_one_gpu_and_on_several(places, n_gpus):
     assert (one.system.instances, one.routing, one.adapters) == (n_gpus, "expert_router", True)
     assert len(tensorrt_llm.plan(found.profile, one).adapters.folders) == N
     assert found.named(["p2.E"])
+
+
+def test_a_gpu_has_to_hold_all_adapters_at_a_time(places, monkeypatch):
+    given = {"experts.adapters": str(places.checkpoints / "experts"), "clusterer.n_clusters": N}
+    where = {f"tensorrt_llm.{name}": str(getattr(places, name)) for name in ("checkpoints", "work")}
+    asked = config.load_profile("dgx-h100", {**given, **where, "tensorrt_llm.gpus": N})
+
+    def said() -> list[str]:
+        return [problem for problem in preflight.check(asked).problems if problem.startswith("x1.L: its adapters")]
+
+    assert said() == []
+    monkeypatch.setattr(preflight, "ADAPTERS_SHARE", 1e-6)
+    (problem,) = said()
+    assert "take some of a lower rank" in problem
 
 
 def test_adapters_of_other_clusters_are_not_served(places):
