@@ -23,7 +23,7 @@ from erlib.machine import processes
 from erlib.machine.progress import Bar
 from erlib.paper_scale import designs, service_levels, setups, steptimes
 from erlib.paper_scale.batching import CannotServe, System
-from erlib.paper_scale.designs import Design, Seen
+from erlib.paper_scale.designs import PRECISION, Design, Seen
 from erlib.paper_scale.steptimes import OutOfRange, Table
 from erlib.workload import prompts
 
@@ -31,7 +31,6 @@ FORMATS: dict[Dtype, tuple[Dtype, ...]] = {
     "fp16": ("fp16",), "fp8": ("fp8",), "int8": ("int8", "fp16"), "int4": ("fp16",),
 }  # fmt: skip
 """Weights, and the KV caches that there are step times for."""
-PRECISION = 1.05
 _CLUSTERS = 8
 
 
@@ -116,9 +115,9 @@ def answered(question: Question, profile: Profile, workers: int = 2) -> pd.DataF
     -------
     DataFrame
         ``design``; ``gpus`` that it uses; ``most_requests_per_s`` within the service level (found within
-        :data:`PRECISION`); ``headroom``, that over what is asked; ``bottleneck``, the latency that breaks first;
-        ``ttft_p99_s``, ``tpot_p99_s`` at the rate that is asked; ``tokens_per_gpu_hour`` and
-        ``price_per_million_tokens`` at the most.
+        :data:`~erlib.paper_scale.designs.PRECISION`); ``headroom``, that over what is asked; ``bottleneck``, the
+        latency that breaks first; ``ttft_p99_s``, ``tpot_p99_s`` at the rate that is asked; ``tokens_per_gpu_hour``
+        and ``price_per_million_tokens`` at the most.
 
     Raises
     ------

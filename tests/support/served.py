@@ -83,7 +83,7 @@ class Served:
         """Start each server again that a fault in native code has ended, by its own words; returns those words."""
         crashed = [server for server in self.servers if server.process and server.process.poll() is not None]
         said = [server.log.read_text(encoding="utf-8", errors="replace") for server in crashed]
-        if not all("Signal (11) received" in words or "Signal (6) received" in words for words in said):
+        if not said or not all("Signal (11) received" in words or "Signal (6) received" in words for words in said):
             return []
         for server in crashed:
             server.clean_up()

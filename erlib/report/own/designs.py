@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from erlib import config
+from erlib.machine import hardware
 from erlib.paper_scale import service_levels
 from erlib.report import canvas
 from erlib.report.canvas import BLUE, GREEN, GREY, NO_COUNTERPART, VERMILION
@@ -64,7 +65,7 @@ def quality_and_load(table: pd.DataFrame, profile: config.Profile) -> Figure:
     canvas.save(
         *(fig, profile, "simulated-hardware", "workbench", "quality_and_load", table, caption, NO_COUNTERPART),
         command=canvas.command(profile, "11_experts"),
-        host="8 x H100 in virtual time, preset hardware; language: this machine",
+        host=f"8 x H100 in virtual time, preset hardware; language: {hardware.machine()}",
     )
     plt.close(fig)
     return fig
