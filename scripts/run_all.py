@@ -42,9 +42,6 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    from erlib.dgx import preflight, runbook
-    from erlib.load import published, readiness  # and pandas, clients of the hub: not for --help, nor to refuse a key
-
     if args.profile.endswith((".yaml", ".yml")):
         args.profile = str(Path(args.profile).absolute())  # notebooks run in a directory of their own
     overrides = config.read_overrides(args.set)
@@ -53,15 +50,22 @@ def _main(args: argparse.Namespace) -> int:
     profile = config.load_profile(args.profile, overrides)
     chosen = _selection(args.only, args.start)
     if profile.records == "published":
+        from erlib.load import published  # and all that it takes to make records: who has them waits for none of it
+
         published.check(profile, [notebook.stem for notebook in chosen])
-    report = preflight.check(profile) if profile.serving.backend == "tensorrt_llm" else None
-    if report:  # on the GPUs that there are
+    report = None
+    if profile.serving.backend == "tensorrt_llm":
+        from erlib.dgx import preflight, runbook
+
+        report = preflight.check(profile)  # on the GPUs that there are
         profile, overrides = report.fitted.profile, overrides | report.fitted.overrides
     steps = _steps(profile, {"profile": args.profile, "overrides": overrides})
     steps = [step for step in steps if step.notebook in chosen]
     left_out = report.fitted.left_out if report else {}
     if args.dry_run:
-        plan = [(step.name, step.what_would_be(bool(args.only), left_out)) for step in steps]
+        from erlib.load import readiness
+
+        plan = [(step.name, step.what_would_be(args.again, left_out)) for step in steps]
         print(runbook.text(report, plan) if report else "\n".join(f"{name}: {what}" for name, what in plan))
         for problem in [] if report else readiness.basics(profile):
             print(f"a run would stop here because: {problem}", file=sys.stderr)
@@ -75,10 +79,20 @@ def _main(args: argparse.Namespace) -> int:
     if not to_run:
         raise config.ConfigError("; ".join(f"{step.name} is left out: {left_out[step.name]}" for step in steps))
     with _alone(profile):
-        return _run(to_run, profile, force=bool(args.only))
+        if any(step.reason_to_run(args.again) for step in to_run):
+            _check_basics(profile)
+        return _run(to_run, profile, args.again)
 
 
-def _run(steps: list[Step], profile: config.Profile, force: bool) -> int:
+def _check_basics(profile: config.Profile) -> None:
+    """ConfigError where a run lacks what any run needs."""
+    from erlib.load import readiness
+
+    if problems := readiness.basics(profile):
+        raise config.ConfigError("\n".join(problems))
+
+
+def _run(steps: list[Step], profile: config.Profile, again: bool) -> int:
     """Run what has to run, stop at the first failure, say what happened."""
     rows: list[tuple[Step, str, float]] = []
     status = 0
@@ -86,7 +100,7 @@ def _run(steps: list[Step], profile: config.Profile, force: bool) -> int:
         if status:
             rows.append((step, "not run", 0.0))
             continue
-        reason = step.reason_to_run(force)
+        reason = step.reason_to_run(again)
         print(f"{step.name}: {'running: ' + reason if reason else 'cached: nothing it reads has changed'}", flush=True)
         started = time.monotonic()
         result = "ran" if reason else "cached"
@@ -116,9 +130,7 @@ def _status(end: BaseException) -> int:
 
 @contextlib.contextmanager
 def _alone(profile: config.Profile) -> Iterator[None]:
-    """Refuse to start beside another run of the same profile, or without what any run needs."""
-    from erlib.load import readiness
-
+    """Refuse to start beside another run of the same profile."""
     run_dir = paths.run_dir(profile.name)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -132,8 +144,6 @@ def _alone(profile: config.Profile) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise config.ConfigError(f"another run of profile {profile.name!r} is going on; wait for it") from None
-        if problems := readiness.basics(profile):
-            raise config.ConfigError("\n".join(problems))
         yield
 
 
@@ -199,10 +209,10 @@ class Step:
             "the corpus": _corpus(profile),
         }
 
-    def reason_to_run(self, force: bool) -> str:
+    def reason_to_run(self, again: bool) -> str:
         """Why the notebook has to run; empty if it has not."""
-        if force:
-            return "asked for with --only"
+        if again:
+            return "asked for with --again"
         before = self._last_run()
         if before is None:
             return "not run before with this profile"
@@ -213,11 +223,11 @@ class Step:
             return f"changed: {', '.join(changed)}"
         return next(_damage(before.wrote), "")
 
-    def what_would_be(self, force: bool, left_out: dict[str, str]) -> str:
+    def what_would_be(self, again: bool, left_out: dict[str, str]) -> str:
         """Whether it would run, and why."""
         if self.name in left_out:
             return f"leave out: {left_out[self.name]}"
-        reason = self.reason_to_run(force)
+        reason = self.reason_to_run(again)
         return f"run: {reason}" if reason else "skip: nothing it reads has changed"
 
     def _reads(self) -> dict[str, str]:
@@ -373,8 +383,9 @@ def _arguments() -> argparse.Namespace:
         help="laptop (default), smoke, dgx-h100, or a YAML file",
     )
     parser.add_argument(
-        "--only", nargs="+", action="append", default=[], metavar="NOTEBOOK", help="run these, changed or not"
+        "--only", nargs="+", action="append", default=[], metavar="NOTEBOOK", help="leave out all others"
     )
+    parser.add_argument("--again", action="store_true", help="run notebooks whose inputs have not changed, too")
     parser.add_argument("--from", dest="start", metavar="NOTEBOOK", help="leave out the notebooks before this one")
     parser.add_argument(
         "--records",

@@ -191,7 +191,7 @@ def test_a_damaged_stamp_means_never_run(step, home, stamp):
     path = home / "runs/smoke/notebooks/00_tiny.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(stamp if isinstance(stamp, bytes) else stamp.encode())
-    assert step.reason_to_run(force=False) == "not run before with this profile"
+    assert step.reason_to_run(again=False) == "not run before with this profile"
 
 
 BARS = """
@@ -234,7 +234,7 @@ def test_names_of_files_that_no_file_can_have_are_gone(step, home):
     path = home / "runs/smoke/notebooks/00_tiny.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(STAMP | {"reads": step._reads(), "wrote": {"x" * 5000: 1, "a\0b": 1}}))
-    assert "is gone" in step.reason_to_run(force=False)
+    assert "is gone" in step.reason_to_run(again=False)
 
 
 @pytest.fixture
@@ -256,19 +256,20 @@ def test_records_that_are_not_as_they_were_written_make_a_notebook_run_again(ste
     papermill += [interrupted, lambda: second.write_text("whole"), lambda: table.write_text("whole")]
     with pytest.raises(KeyboardInterrupt):
         step.run()
-    assert step.reason_to_run(force=False) == "not run to its end"
+    assert step.reason_to_run(again=False) == "not run to its end"
     for _ in range(2):
         step.run()
-        assert step.reason_to_run(force=False) == ""
+        assert step.reason_to_run(again=False) == ""
     table.write_text("edited by a reader")
-    assert step.reason_to_run(force=False) == ""
+    assert step.reason_to_run(again=False) == ""
     for file in (first, second):
         file.write_text("cut")
-        assert step.reason_to_run(force=False) == f"{file} is not as it was written"
+        assert step.reason_to_run(again=False) == f"{file} is not as it was written"
         file.write_text("whole")
-        assert step.reason_to_run(force=False) == ""
+        assert step.reason_to_run(again=False) == ""
+    assert step.reason_to_run(again=True) == "asked for with --again"
     second.unlink()
-    assert step.what_would_be(force=False, left_out={}) == f"run: {second} is gone"
+    assert step.what_would_be(again=False, left_out={}) == f"run: {second} is gone"
 
 
 # --- the kernel ---------------------------------------------------------------------------------------------------
@@ -301,7 +302,7 @@ def test_the_kernel_is_this_interpreter_and_takes_nothing_of_the_users(step, tmp
     assert path[0] == str(paths.ROOT)
     assert not [name for name, value in seen.items() if str(users) in value]
     assert seen["MPLBACKEND"] != "TkAgg"
-    assert step.reason_to_run(force=False) == ""
+    assert step.reason_to_run(again=False) == ""
 
 
 def test_braces_in_the_name_of_a_folder_are_part_of_it(step, tmp_path, monkeypatch):
@@ -334,7 +335,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 processes.end_on_signals()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may have told them not to hear
 profile = config.load_profile("smoke")
-sys.exit(run_all._run([run_all.Step(Path(sys.argv[1]), profile, {}, earlier=[])], profile, force=True))
+sys.exit(run_all._run([run_all.Step(Path(sys.argv[1]), profile, {}, earlier=[])], profile, again=True))
 """
 
 

@@ -365,6 +365,7 @@ class ExpertSettings(_Section):
     sequence: int = Field(256, ge=16, le=8192, description="tokens of a block to train on, and most of a judged text")
     batch: Count = Field(1, description="blocks per step")
     rank: int = Field(8, ge=1, le=512, description="of the low-rank adapters (LoRA), at all layers")
+    layers: Count | None = Field(None, description="the checkpoint's first so many layers alone, to try (none: all)")
     learning_rate: float = Field(2e-3, gt=0, le=1, description="of AdamW, at its highest")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights and activations; auto: bfloat16 where the hardware multiplies it"
@@ -378,10 +379,9 @@ class ExpertSettings(_Section):
 
     @model_validator(mode="after")
     def _serves_what_it_can(self) -> ExpertSettings:
-        if self.checkpoint and self.users:
-            raise ValueError(
-                "experts of a checkpoint of your own can be trained and judged, not served: set experts.users=[]"
-            )
+        if self.users and (self.checkpoint or self.layers):
+            what = "a checkpoint of your own" if self.checkpoint else "some layers alone"
+            raise ValueError(f"experts of {what} can be trained and judged, not served: set experts.users=[]")
         return self
 
 

@@ -2,84 +2,145 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from erlib import paths
 from erlib.machine import processes
 
-_RESULT = b"@result "
+Job = dict[str, Any]
+
+_RESULT, _DONE = b"@result ", b"@done"
 
 
-def in_own_process(module: str, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def in_own_process(module: str, jobs: Sequence[Job]) -> Iterator[Job]:
     """Let ``python -m module`` do `jobs`, yielding each result as it comes; the child dies with the generator."""
-    return in_own_processes(module, [jobs])
+    with Workers(module) as worker:
+        yield from worker.do(jobs)
 
 
-def in_own_processes(
-    module: str, shares: Sequence[list[dict[str, Any]]], threads: int | None = None
-) -> Iterator[dict[str, Any]]:
-    """As :func:`in_own_process`, with a child for each share of the jobs, and so many threads in each (None: as it is).
+class Workers:
+    """Up to `n` children that run ``python -m module``; each is given its next job when it has done one.
 
-    Raises
-    ------
-    RuntimeError
-        As soon as one of them has failed; the message has the end of its log.
+    They are started when there is work for them, keep between jobs what they have loaded, and die with the block.
+
+    Parameters
+    ----------
+    module : str
+        What it does, it tells :func:`do_jobs`.
+    n : int
+    threads : int, optional
+        Of each child's libraries (none: as they are).
     """
-    paths.ENGINE_BUILDS.mkdir(parents=True, exist_ok=True)
-    children: list[subprocess.Popen[bytes]] = []
-    logs = [paths.ENGINE_BUILDS / f"{module}{f'-{i}' if i else ''}.log" for i in range(len(shares))]
-    environment = {
-        "NNCF_CI": "1",  # no telemetry
-        "CI": "true",
-        "HF_HUB_OFFLINE": "1",  # the child reads local files only
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if threads:  # which do not wait actively: threads of two processes would keep each other waiting
-        environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = processes.python("-m", module)
-    try:
-        for jobs, log in zip(shares, logs, strict=True):
-            log.unlink(missing_ok=True)
-            child = processes.spawn(command, log, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            children.append(child)
-            assert child.stdin is not None
-            with child.stdin as pipe:
-                pipe.write(json.dumps(jobs).encode())
-        with selectors.DefaultSelector() as ready:
-            for child, log in zip(children, logs, strict=True):
-                assert child.stdout is not None
-                ready.register(child.stdout, selectors.EVENT_READ, (child, log, bytearray()))
-            yield from _results(ready, module)
-    finally:
-        processes.stop(children, grace_s=0)
-        for child in children:
-            if child.stdout is not None:
-                child.stdout.close()
+
+    def __init__(self, module: str, n: int = 1, threads: int | None = None) -> None:
+        self._module, self._n = module, n
+        self._children: list[_Child] = []
+        self._ready = selectors.DefaultSelector()
+        self._environment = {
+            "NNCF_CI": "1",  # no telemetry
+            "CI": "true",
+            "HF_HUB_OFFLINE": "1",  # the child reads local files only
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if threads:  # which do not wait actively: threads of two processes would keep each other waiting
+            self._environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        processes.stop([child.process for child in self._children], grace_s=0)
+        self._ready.close()
+        for child in self._children:
+            child.close()
+
+    def do(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        """Yield the results of all jobs as they come; jobs are begun in their order.
+
+        Raises
+        ------
+        RuntimeError
+            As soon as a child has failed; the message has the end of its log.
+        """
+        waiting = deque(jobs)
+        while len(self._children) < min(self._n, len(waiting)):
+            self._start()
+        busy = self._children[: len(waiting)]
+        for child in busy:
+            child.give(waiting.popleft())
+        while busy:
+            for key, _ in self._ready.select():
+                for line in key.data.said():
+                    if line.startswith(_RESULT):
+                        yield json.loads(line.removeprefix(_RESULT))
+                    elif line == _DONE and waiting:
+                        key.data.give(waiting.popleft())
+                    elif line == _DONE:
+                        busy.remove(key.data)
+
+    def _start(self) -> None:
+        paths.ENGINE_BUILDS.mkdir(parents=True, exist_ok=True)
+        number = len(self._children)
+        log = paths.ENGINE_BUILDS / f"{self._module}{f'-{number}' if number else ''}.log"
+        log.unlink(missing_ok=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started = processes.spawn(processes.python("-m", self._module), log, env=self._environment, **pipes)
+        self._children.append(_Child(self._module, started, log))
+        self._ready.register(self._children[-1].out, selectors.EVENT_READ, self._children[-1])
 
 
-def _results(ready: selectors.BaseSelector, module: str) -> Iterator[dict[str, Any]]:
-    """What the children print as results, until the last has ended."""
-    while ready.get_map():
-        for key, _ in ready.select():
-            child, log, unfinished = key.data
-            chunk = os.read(key.fd, 65536)
-            if not chunk:
-                ready.unregister(key.fileobj)
-                if child.wait():
-                    end = f"{log} ends:\n{processes.tail(log, 20)}"
-                    raise RuntimeError(f"{module} failed with exit code {child.returncode}; {end}")
-            *lines, unfinished[:] = (bytes(unfinished) + chunk).split(b"\n")
-            yield from (json.loads(line.removeprefix(_RESULT)) for line in lines if line.startswith(_RESULT))
+class _Child:
+    """One of them, from its parent's side."""
+
+    def __init__(self, module: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.process, self._in, self.out = process, process.stdin, process.stdout
+        self._module, self._log = module, log
+        self._unfinished = b""
+
+    def give(self, job: Job) -> None:
+        with contextlib.suppress(BrokenPipeError):  # its output has ended, too, which says more
+            self._in.write(json.dumps(job).encode() + b"\n")
+            self._in.flush()
+
+    def said(self) -> list[bytes]:
+        """Whole lines that have come; RuntimeError if it has ended, since it had more to do."""
+        chunk = os.read(self.out.fileno(), 65536)
+        if not chunk:
+            code = self.process.wait()
+            end = f"{self._log} ends:\n{processes.tail(self._log, 20)}"
+            raise RuntimeError(f"{self._module} failed with exit code {code}; {end}")
+        *lines, self._unfinished = (self._unfinished + chunk).split(b"\n")
+        return lines
+
+    def close(self) -> None:
+        self.out.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._in.close()
 
 
-def do_jobs(worker: Callable[[Iterable[dict[str, Any]]], Iterator[dict[str, Any]]]) -> None:
-    """The child's side of :func:`in_own_process`."""
-    for result in worker(json.load(sys.stdin)):
-        sys.stdout.buffer.write(_RESULT + json.dumps(result).encode() + b"\n")
-        sys.stdout.buffer.flush()
+def do_jobs(worker: Callable[[Iterable[Job]], Iterator[Job]]) -> None:
+    """The child's side of :class:`Workers`: `worker` yields the results of the jobs that it is given."""
+    for result in worker(_given()):
+        _say(_RESULT + json.dumps(result).encode())
+
+
+def _given() -> Iterator[Job]:
+    for line in sys.stdin:
+        yield json.loads(line)
+        _say(_DONE)
+
+
+def _say(line: bytes) -> None:
+    sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.flush()

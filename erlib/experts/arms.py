@@ -33,7 +33,6 @@ from erlib.workload import corpus
 
 _KEPT = paths.CACHE / "experts"
 _TRAINING, _SCORING = "experts/training.py", "experts/scoring.py"
-_TRAIN, _SCORE = "erlib.experts.training", "erlib.experts.scoring"
 _NOT_OF_THE_TABLE = {"temperature", "checkpoint", "adapters", "users", "repeats"}
 """Settings on which scores do not depend, or that are known by content."""
 SEED, ADAPTED, DENSE, AVERAGE = "seed", "adapted", "dense", "average"
@@ -47,6 +46,8 @@ class Base(NamedTuple):
     end: int
     """Token that stands before every text."""
     dtype: str
+    layers: int | None
+    """How many of its layers are taken (none: all)."""
     key: str
 
 
@@ -96,8 +97,9 @@ def judged(profile: Profile) -> Judged:
     clusterer = Clusterer.load(router)
     held_out = texts.held_out(profile, clusterer, base.tokenizer)
     blocks = texts.training_blocks(profile, clusterer, base.tokenizer, base.end)
-    adapters = _trained(profile, base, blocks)
-    scores = _scored(base, adapters, held_out)
+    with _workers() as workers:
+        adapters = _trained(profile, base, blocks, workers)
+        scores = _scored(base, adapters, held_out, workers)
     rows = held_out.tokens[["document", "position"]].merge(held_out.documents[["document", "cluster"]])
     table = pd.concat([rows.assign(arm=arm, log_probability=values) for arm, values in scores.items()])
     made = Judged(*held_out, table.astype({"arm": "category"}), _training(adapters))
@@ -123,7 +125,9 @@ def adapters(profile: Profile, n: int) -> list[Path]:
         )
     if settings.adapters is None:
         clusterer = Clusterer.load(training.build_clusterer(texts.on_own_corpus(profile)))
-        trained = _trained(profile, base, texts.training_blocks(profile, clusterer, base.tokenizer, base.end))
+        blocks = texts.training_blocks(profile, clusterer, base.tokenizer, base.end)
+        with _workers() as workers:
+            trained = _trained(profile, base, blocks, workers)
         return [trained[f"expert-{cluster}"] for cluster in range(n)]
     described = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
     own = lora.own(Path(settings.adapters), n)
@@ -138,9 +142,9 @@ def merged(profile: Profile, adapter: Path) -> Path:
     target = _KEPT / f"merged-{cache.digest(base.key, adapter.name, provenance.code_digest(_SCORING), *_versions())}"
     if not cache.found(target, "experts"):
         _KEPT.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=_KEPT, prefix=".partial-") as scratch:
-            job = {"arm": "", "checkpoint": str(base.directory), "dtype": "float32", "adapters": [str(adapter)]}
-            _do(_SCORE, [{**job, "target": str(target), "scratch": scratch}], {"": 1}, "merging an expert")
+        with tempfile.TemporaryDirectory(dir=_KEPT, prefix=".partial-") as scratch, _workers() as workers:
+            job = _job(base, "", target) | {"dtype": "float32", "adapters": [str(adapter)], "scratch": scratch}
+            _do(workers, [job], {"": 1}, "merging an expert")
     return target
 
 
@@ -182,8 +186,11 @@ def base_of(profile: Profile) -> Base:
         raise ConfigError(f"experts.checkpoint: {directory} has no weights in safetensors")
     end = described.get("bos_token_id")
     end = end if isinstance(end, int) else described["eos_token_id"]
-    key = cache.digest(described, weights, words)
-    return Base(directory, Tokenizer.from_file(str(words)), end, dtype_of(settings), key)
+    if settings.layers and settings.layers > described["num_hidden_layers"]:
+        has = described["num_hidden_layers"]
+        raise ConfigError(f"experts.layers={settings.layers}, but the checkpoint {directory} has {has}")
+    key = cache.digest(described, weights, words, settings.layers)
+    return Base(directory, Tokenizer.from_file(str(words)), end, dtype_of(settings), settings.layers, key)
 
 
 def dtype_of(settings: ExpertSettings) -> str:
@@ -199,7 +206,7 @@ def dtype_of(settings: ExpertSettings) -> str:
     return settings.dtype if settings.dtype != "auto" else "bfloat16" if able else "float32"
 
 
-def _trained(profile: Profile, base: Base, blocks: Mapping[str, Blocks]) -> dict[str, Path]:
+def _trained(profile: Profile, base: Base, blocks: Mapping[str, Blocks], workers: worker.Workers) -> dict[str, Path]:
     """Adapter of every arm, trained where it has not been."""
     targets: dict[str, Path] = {}
     for arm, own in blocks.items():
@@ -212,7 +219,7 @@ def _trained(profile: Profile, base: Base, blocks: Mapping[str, Blocks]) -> dict
         first = [arm for arm in missing if arm == ADAPTED]
         for arms in (first, [arm for arm in missing if arm not in first]):
             jobs = [_training_job(profile, base, arm, blocks[arm], targets, Path(scratch)) for arm in arms]
-            _do(_TRAIN, jobs, {job["arm"]: int(blocks[job["arm"]].size) for job in jobs}, "training experts")
+            _do(workers, jobs, {job["arm"]: int(blocks[job["arm"]].size) for job in jobs}, "training experts")
     return targets
 
 
@@ -231,14 +238,10 @@ def _training_job(
     np.save(file, blocks)
     start = targets.get(ADAPTED) if arm != ADAPTED else None
     origin = settings.checkpoint or checkpoint.origin(profile.engines)
-    return {
-        "arm": arm,
-        "checkpoint": str(base.directory),
+    return _job(base, arm, targets[arm]) | {
         "base": Path(origin).name if settings.checkpoint else origin,
-        "dtype": base.dtype,
         "blocks": str(file),
         "start": str(start) if start else None,
-        "target": str(targets[arm]),
         "scratch": str(scratch),
         "rank": settings.rank,
         "batch": settings.batch,
@@ -248,7 +251,13 @@ def _training_job(
     }
 
 
-def _scored(base: Base, adapters: Mapping[str, Path], held_out: HeldOut) -> dict[str, Any]:
+def _job(base: Base, arm: str, target: Path) -> dict[str, Any]:
+    """What all jobs have."""
+    about = {"checkpoint": str(base.directory), "dtype": base.dtype, "layers": base.layers}
+    return about | {"arm": arm, "target": str(target)}
+
+
+def _scored(base: Base, adapters: Mapping[str, Path], held_out: HeldOut, workers: worker.Workers) -> dict[str, Any]:
     """Log-probabilities of all held-out tokens, per arm."""
     ids = [[base.end, *tokens] for _, tokens in held_out.tokens.groupby("document")["token"].agg(list).items()]
     of_arm: dict[str, list[Path]] = {SEED: [], **{arm: [path] for arm, path in adapters.items()}}
@@ -263,28 +272,25 @@ def _scored(base: Base, adapters: Mapping[str, Path], held_out: HeldOut) -> dict
     with tempfile.TemporaryDirectory(dir=_KEPT, prefix=".partial-") as scratch:
         file = Path(scratch) / "texts.json"
         file.write_text(json.dumps(ids), encoding="utf-8")
-        common = {"checkpoint": str(base.directory), "dtype": base.dtype, "texts": str(file)}
         jobs = [
-            {**common, "arm": arm, "adapters": [str(path) for path in of_arm[arm]], "target": str(targets[arm])}
+            _job(base, arm, targets[arm]) | {"texts": str(file), "adapters": [str(path) for path in of_arm[arm]]}
             for arm in missing
         ]
-        _do(_SCORE, jobs, dict.fromkeys(missing, sum(map(len, ids))), "judging experts")
+        _do(workers, jobs, dict.fromkeys(missing, sum(map(len, ids))), "judging experts")
     return {arm: np.load(file) for arm, file in targets.items()}
 
 
-def _do(module: str, jobs: Sequence[dict[str, Any]], tokens: Mapping[str, int], what: str) -> None:
-    """Do jobs in as many processes of one thread as there are cores, but for GPUs, which one process has to itself.
+def _workers() -> worker.Workers:
+    """As many processes of one thread as there are cores, but for GPUs, which one process has to itself."""
+    return worker.Workers("erlib.experts.jobs", 1 if torch.cuda.is_available() else hardware.cores(), threads=1)
 
-    The longest come first, each to the process that has least to do.
-    """
+
+def _do(workers: worker.Workers, jobs: Sequence[dict[str, Any]], tokens: Mapping[str, int], what: str) -> None:
+    """Do jobs, the longest first."""
     if not jobs:
         return
-    n = 1 if torch.cuda.is_available() else min(len(jobs), hardware.cores())
-    shares: list[list[dict[str, Any]]] = [[] for _ in range(n)]
-    for job in sorted(jobs, key=lambda job: -tokens[job["arm"]]):
-        min(shares, key=lambda share: sum(tokens[other["arm"]] for other in share)).append(job)
     with Bar(total=sum(tokens[job["arm"]] for job in jobs), desc=what, unit="token", unit_scale=True) as bar:
-        for result in worker.in_own_processes(module, shares, threads=1):
+        for result in workers.do(sorted(jobs, key=lambda job: -tokens[job["arm"]])):
             bar.update(result["tokens"])
 
 

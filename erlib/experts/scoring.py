@@ -1,11 +1,11 @@
-"""Scores texts with trained experts and merges them, in a process of its own: ``python -m erlib.experts.scoring``."""
+"""Scores texts with trained experts and merges them, as a process of :mod:`erlib.experts.jobs`."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from erlib import cache
-from erlib.engines.worker import do_jobs
-from erlib.experts.training import each_with_base
 
 
 @torch.inference_mode()
@@ -40,13 +38,7 @@ def merged(base: PreTrainedModel, adapters: list[Path]) -> PreTrainedModel:
     return model.merge_and_unload()
 
 
-def _work(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for base, job in each_with_base(jobs):
-        model = merged(base, [Path(path) for path in job["adapters"]]).eval()
-        yield from (_score(model, job) if "texts" in job else _write(model, job))
-
-
-def _score(model: PreTrainedModel, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def scored(model: PreTrainedModel, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Log-probabilities of all texts, one after the other, in one array."""
     scores = []
     for ids in json.loads(Path(job["texts"]).read_text(encoding="utf-8")):
@@ -56,7 +48,7 @@ def _score(model: PreTrainedModel, job: dict[str, Any]) -> Iterator[dict[str, An
         np.save(file, np.concatenate(scores))
 
 
-def _write(model: PreTrainedModel, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def written(model: PreTrainedModel, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The model as a checkpoint in FP16."""
     target, source = Path(job["target"]), Path(job["checkpoint"])
     partial = Path(job["scratch"]) / target.name
@@ -65,7 +57,3 @@ def _write(model: PreTrainedModel, job: dict[str, Any]) -> Iterator[dict[str, An
         shutil.copy(file, partial)
     cache.put(partial, target)
     yield {"tokens": 1}
-
-
-if __name__ == "__main__":
-    do_jobs(_work)

@@ -1,4 +1,4 @@
-"""Trains adapters, in a process of its own: ``python -m erlib.experts.training``.
+"""Trains adapters, as a process of :mod:`erlib.experts.jobs`.
 
 Low-rank adapters (LoRA) at all layers, by PEFT on transformers; the weights below them stay as they are. Only the loop
 is ours: PEFT alone keeps bfloat16 models' adapters in float32 and converts at every layer (``benchmarks/experts.py``
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,8 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers import logging as transformers_logging
 
 from erlib import cache
-from erlib.engines.worker import do_jobs
 
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALPHA = 2
@@ -29,10 +27,13 @@ WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; then it falls with the root of what is left."""
 
 
-def base_model(checkpoint: Path, dtype: str) -> PreTrainedModel:
-    """The checkpoint, on the GPU where there is one."""
+def base_model(checkpoint: Path, dtype: str, layers: int | None = None) -> PreTrainedModel:
+    """The checkpoint, or its first `layers`, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype), device_map={"": device})
+    changed = {"num_hidden_layers": layers} if layers else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=getattr(torch, dtype), device_map={"": device}, **changed
+    )
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -79,22 +80,8 @@ def _share_of_rate(step: int, steps: int) -> float:
     return min(rising, 1.0) * (1 - step / steps) ** 0.5
 
 
-def each_with_base(jobs: Iterable[dict[str, Any]]) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
-    """Jobs with the checkpoint that all of them name, loaded once."""
-    transformers_logging.set_verbosity_error()
-    base = None
-    for job in jobs:
-        if base is None:
-            base = base_model(Path(job["checkpoint"]), job["dtype"])
-        yield base, job
-
-
-def _work(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for base, job in each_with_base(jobs):
-        yield from _train(base, job)
-
-
-def _train(base: PreTrainedModel, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def trained(base: PreTrainedModel, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Write one arm's adapter, telling the tokens of each step; `base` is as before in the end."""
     blocks = torch.from_numpy(np.load(job["blocks"])).long()
     target = Path(job["target"])
     started_s, started_cpu_s = time.monotonic(), time.process_time()
@@ -119,7 +106,3 @@ def _say_what_it_is_for(adapter: Path, base: str) -> None:
     file = adapter / "adapter_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(settings | {"base_model_name_or_path": base}, indent=1), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    do_jobs(_work)

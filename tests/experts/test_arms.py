@@ -127,6 +127,8 @@ def test_what_is_no_llama_is_refused(corpus_file: Path, llama: Path, tmp_path: P
     with pytest.raises(ConfigError, match="holds a 'gpt2', no Llama"):
         experts.judged(load(corpus_file, other))
     (other / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"experts.layers=9, but the checkpoint .* has 2"):
+        experts.judged(load(corpus_file, other, layers=9))
     (other / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="has no weights in safetensors"):
         experts.judged(load(corpus_file, other))
@@ -207,6 +209,8 @@ def test_the_same_settings_are_the_same_adapters(judged: Judged, profile: Profil
     assert key == arms._key(profile, base, blocks.copy(), None)
     assert key != arms._key(profile, base, blocks + 1, None)
     assert key != arms._key(profile, base._replace(dtype="bfloat16"), blocks, None)
+    fewer = profile.model_copy(update={"experts": profile.experts.model_copy(update={"layers": 1})})
+    assert key != arms._key(fewer, arms.base_of(fewer), blocks, None)
     warmer = profile.experts.model_copy(update={"temperature": 1.0})
     assert key == arms._key(profile.model_copy(update={"experts": warmer}), base, blocks, None)
 
@@ -214,6 +218,8 @@ def test_the_same_settings_are_the_same_adapters(judged: Judged, profile: Profil
 def test_experts_of_ones_own_checkpoint_are_not_promised_to_be_served(llama: Path) -> None:
     with pytest.raises(ConfigError, match=r"not served: set experts.users=\[\]"):
         config.load_profile("laptop", {"experts.checkpoint": str(llama), "experts.users": [8]})
+    with pytest.raises(ConfigError, match=r"some layers alone can be trained and judged, not served"):
+        config.load_profile("laptop", {"experts.layers": 2, "experts.users": [8]})
     with pytest.raises(ConfigError, match=r"served as adapters \(x1.L\): set experts.adapters, or experts.users=\[\]"):
         config.load_profile("dgx-h100", {"experts.users": [8]})
 

@@ -143,7 +143,7 @@ def test_figures_follow_from_the_tables_and_run_no_model(tmp_path: Path, monkeyp
     kept = table()
     for name, frame in kept._asdict().items():
         frame.to_parquet(tmp_path / f"{name}.parquet")
-    monkeypatch.setattr("erlib.engines.worker.in_own_processes", lambda *_: pytest.fail("a model was started"))
+    monkeypatch.setattr("erlib.engines.worker.Workers.do", lambda *_: pytest.fail("a model was started"))
     monkeypatch.delitem(sys.modules, "erlib.experts.scoring", raising=False)
     again = arms.read(tmp_path)
     pd.testing.assert_frame_equal(experts.matrix(again), experts.matrix(kept))

@@ -14,7 +14,13 @@ TOPICS = 4
 SETTINGS = {
     **{"clusterer.n_clusters": TOPICS, "clusterer.n_components": TOPICS},
     **{"experts.tokens": 1024, "experts.seed_tokens": 256, "experts.sequence": 64, "experts.documents": 2},
-    **{"experts.rank": 4, "experts.learning_rate": 0.02, "experts.dtype": "float32", "experts.corpus.name": "jsonl"},
+    **{
+        "experts.layers": None,
+        "experts.rank": 4,
+        "experts.learning_rate": 0.02,
+        "experts.dtype": "float32",
+        "experts.corpus.name": "jsonl",
+    },
 }
 
 
