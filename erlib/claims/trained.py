@@ -10,7 +10,7 @@ import pandas as pd
 from erlib.claims import verdicts
 from erlib.claims.uncertainty import Estimate, decide
 from erlib.experts import worth
-from erlib.experts.arms import DENSE, Judged
+from erlib.experts.tables import DENSE, Judged
 from erlib.experts.worth import (
     ALL_EXPERTS,
     LABELS,

@@ -24,6 +24,7 @@ from erlib import cache, paths, provenance
 from erlib.config import ConfigError, ExpertSettings, Profile
 from erlib.engines import checkpoint, lora, worker
 from erlib.experts import texts
+from erlib.experts.tables import ADAPTED, AVERAGE, SEED, Judged, read
 from erlib.experts.texts import Blocks, HeldOut
 from erlib.machine import hardware
 from erlib.machine.progress import Bar, say
@@ -35,7 +36,6 @@ _KEPT = paths.CACHE / "experts"
 _TRAINING, _SCORING = "experts/training.py", "experts/scoring.py"
 _NOT_OF_THE_TABLE = {"temperature", "checkpoint", "adapters", "users", "repeats"}
 """Settings on which scores do not depend, or that are known by content."""
-SEED, ADAPTED, DENSE, AVERAGE = "seed", "adapted", "dense", "average"
 
 
 class Base(NamedTuple):
@@ -49,29 +49,6 @@ class Base(NamedTuple):
     layers: int | None
     """How many of its layers are taken (none: all)."""
     key: str
-
-
-class Judged(NamedTuple):
-    """Tables from which every figure of the experts follows, without running a model again."""
-
-    documents: pd.DataFrame
-    tokens: pd.DataFrame
-    """Both as in :class:`~erlib.experts.texts.HeldOut`."""
-    scores: pd.DataFrame
-    """One row per document, cluster, arm and position: ``log_probability`` (nats)."""
-    training: pd.DataFrame
-    """One row per trained arm: ``arm``, ``tokens``, ``train_s``, ``train_cpu_s``, ``first_loss``, ``last_loss``,
-    ``dtype``, ``machine``."""
-
-    def wide(self) -> pd.DataFrame:
-        """Log-probabilities with a column per arm, rows as those of ``tokens``."""
-        wide = self.scores.pivot(index=["document", "position"], columns="arm", values="log_probability")
-        return wide.set_axis(wide.columns.astype(str), axis=1)
-
-
-def read(directory: Path) -> Judged:
-    """What :func:`judged` has kept in `directory`."""
-    return Judged(*(pd.read_parquet(directory / f"{name}.parquet") for name in Judged._fields))
 
 
 def judged(profile: Profile) -> Judged:

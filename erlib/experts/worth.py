@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import logsumexp
 
-from erlib.experts.arms import ADAPTED, AVERAGE, DENSE, SEED, Judged
+from erlib.experts.tables import ADAPTED, AVERAGE, DENSE, SEED, Judged
 
 Floats = npt.NDArray[np.float64]
 

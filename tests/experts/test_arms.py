@@ -17,7 +17,7 @@ import pytest
 from erlib import config, experts, paths
 from erlib.config import ConfigError, Profile
 from erlib.experts import arms
-from erlib.experts.arms import Judged
+from erlib.experts.tables import Judged
 from tests.support import tiny_experts, tiny_llama
 from tests.support.tiny_experts import SETTINGS, TOPICS, load
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erlib import claims, experts
-from erlib.experts import arms, worth
-from erlib.experts.arms import Judged
+from erlib.experts import tables, worth
+from erlib.experts.tables import Judged
 
 K = 4
 
@@ -145,7 +145,7 @@ def test_figures_follow_from_the_tables_and_run_no_model(tmp_path: Path, monkeyp
         frame.to_parquet(tmp_path / f"{name}.parquet")
     monkeypatch.setattr("erlib.engines.worker.Workers.do", lambda *_: pytest.fail("a model was started"))
     monkeypatch.delitem(sys.modules, "erlib.experts.scoring", raising=False)
-    again = arms.read(tmp_path)
+    again = tables.read(tmp_path)
     pd.testing.assert_frame_equal(experts.matrix(again), experts.matrix(kept))
     pd.testing.assert_frame_equal(experts.compare(again, 0.1, 0), experts.compare(kept, 0.1, 0))
     pd.testing.assert_frame_equal(experts.by_seen_tokens(again, 0.1, 0), experts.by_seen_tokens(kept, 0.1, 0))

@@ -20,6 +20,7 @@ _NOTEBOOK = "11_experts"
 def _made_of(profile: config.Profile) -> str:
     settings = profile.experts
     name = "a checkpoint of your own" if settings.checkpoint else "SmolLM2-135M"
+    name += f" (its first {settings.layers} layers alone)" if settings.layers else ""
     return (
         f"{name}, LoRA of rank {settings.rank} at all layers; corpus {settings.corpus.name}; seed adapted to "
         f"{settings.seed_tokens:,} tokens, each expert to {settings.tokens:,} more; {settings.documents} held-out "
