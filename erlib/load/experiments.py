@@ -24,7 +24,7 @@ from erlib.serving.triton import ServerPlan
 from erlib.workload import lengths, prompts
 from erlib.workload.prompts import Workload
 
-Experiment = Literal["load", "preliminary", "overhead", "ablation", "replicas", "experts"]
+Experiment = Literal["load", "preliminary", "overhead", "ablation", "replicas", "experts", "decisions"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ class Series:
     repeats: int
     mixes: list[Mix]
     client: Client = "asyncio"
+    window_s: float = 0.0
+    """All users come within so long, at moments of a Poisson process, by the engines' clock (0: all at once)."""
 
     @property
     def continues(self) -> bool:

@@ -50,7 +50,7 @@ def points(profile: Profile, series: Series) -> list[Point]:
         for mix in series.mixes:
             for level in series.users:
                 drawn = prompts.draw(series.workload, level, mix, profile.seed, repeat)
-                name = cache.digest(*base, mix, level, repeat, drawn)
+                name = cache.digest(*base, mix, level, repeat, drawn, series.window_s)
                 path = folder / f"{mix}-u{level:04d}-r{repeat}-{name}.parquet"
                 result.append(Point(series.paper, series.experiment, series.system, mix, level, repeat, name, path))
     return result

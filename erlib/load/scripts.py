@@ -12,6 +12,7 @@ from erlib.workload import prompts
 def scripts_of(profile: Profile, series: Series, point: Point, n_targets: int) -> list[users.Script]:
     """One script per user of a point; users without a router share `n_targets` servers evenly."""
     drawn = prompts.draw(series.workload, point.users, point.mix, profile.seed, point.repeat)
+    comes_s = prompts.moments_s(point.users, series.window_s, profile.seed, point.repeat)
     return [
         users.Script(
             user=user,
@@ -22,6 +23,7 @@ def scripts_of(profile: Profile, series: Series, point: Point, n_targets: int) -
             end_id=prompt.end_id,
             target=user % n_targets,
             follow_up=prompt.follow_up if series.continues else None,
+            comes_s=comes_s[user] * series.system.slow_motion,
         )
         for user, prompt in enumerate(drawn)
     ]

@@ -61,6 +61,7 @@ def _user(
     client.start_stream(inbox)
     together.wait()  # all streams are open
     together.wait()  # the common start
+    time.sleep(script.comes_s)
     answers = []
     for turn, text in users.turns(script):
         answer = _request(script, turn, text, client, inbox, timeout_s)

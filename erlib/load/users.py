@@ -5,8 +5,9 @@ loops over raw gRPC, because a client that falls behind measures itself; how lat
 took is part of the result.
 
 A user sends a base prompt and, in paper 1, then a continuation prompt, as long as the base prompt and its answer. All
-users of a point start together. Times are ``CLOCK_MONOTONIC`` ns, one clock for all processes of a host. The users may
-have a host of their own, as in paper 2 (section IV); how far it is to what they ask is measured before every point.
+users of a point start together, unless a script says when its user comes. Times are ``CLOCK_MONOTONIC`` ns, one clock
+for all processes of a host. The users may have a host of their own, as in paper 2 (section IV); how far it is to what
+they ask is measured before every point.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class Script:
     target: int
     follow_up: str | None
     """The continuation prompt, if one follows."""
+    comes_s: float = 0.0
+    """How long after the common start the user comes."""
 
 
 @dataclass
@@ -247,6 +250,8 @@ async def _user(
     script: Script, channel: grpc.aio.Channel, timeout_s: float, shares_clock: bool
 ) -> list[tuple[Answer, str]]:
     """One user's requests, each answer with the prompt that it answers."""
+    if script.comes_s:
+        await asyncio.sleep(script.comes_s)
     answers = []
     for turn, text in turns(script):
         answer = await _request(script, turn, text, channel, timeout_s, shares_clock)

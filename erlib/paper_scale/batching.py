@@ -262,7 +262,8 @@ class Engine(Generic[R]):
     def _admit(self) -> None:
         self.joining = []
         prompt_tokens, reserved = 0, self._reserved
-        while self.waiting and self.sequences + len(self.joining) < self.system.batch_size:
+        most = min(self.system.batch_size - self.sequences, self.system.steps.limits.prompts)
+        while self.waiting and len(self.joining) < most:
             request = self.waiting[0]
             fits = self.sequences + prompt_tokens + request.input_tokens <= self.system.max_step_tokens
             reserved += self.blocks(request)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from erlib.config.system import HAVE_GATEWAYS
 from erlib.paper_scale.batching import CannotServe, Engine, System
 from erlib.paper_scale.instances import Clock, Request, Server, SharedMachine
-from erlib.workload.prompts import Prompt
+from erlib.workload.prompts import Floats, Prompt
 
 _GPUS = 8
 """On which either paper's systems run, whole."""
@@ -128,6 +128,15 @@ class Trace:
         """When the client had each request's tokens, in the order of :attr:`requests`."""
         steps_ns = [np.rint(np.array(server.taken_s) * 1e9).astype(np.int64) for server in self.servers]
         return [steps_ns[r.server][r.first_step : r.first_step + r.output_tokens] for r in self.requests]
+
+    def latencies_s(self) -> tuple[Floats, Floats]:
+        """TTFT of every request, and TPOT of those with more than one token, in seconds."""
+        stamps_ns = self.token_ns()
+        first_s, last_s = (np.array([its[place] for its in stamps_ns]) * 1e-9 for place in (0, -1))
+        tokens = np.array([request.output_tokens for request in self.requests])
+        several = tokens > 1
+        sent_s = np.array([request.sent_s for request in self.requests])
+        return first_s - sent_s, (last_s - first_s)[several] / (tokens - 1)[several]
 
 
 @contextlib.contextmanager

@@ -130,13 +130,7 @@ def _served(
 def latencies(system: System, drawn: Sequence[Prompt], arrivals_s: float, seed: int) -> tuple[Floats, Floats]:
     """TTFT and TPOT of each request, in seconds; TPOT of answers with more than one token only."""
     around = replace(HARDWARE, arrivals_s=arrivals_s)
-    seen = clock.trace(system, drawn, continues=False, around=around, seed=seed)
-    sent_s = np.array([request.sent_s for request in seen.requests])
-    tokens = np.array([request.output_tokens for request in seen.requests])
-    stamps_ns = seen.token_ns()
-    first_s, last_s = (np.array([its[place] for its in stamps_ns]) * 1e-9 for place in (0, -1))
-    several = tokens > 1
-    return first_s - sent_s, (last_s - first_s)[several] / (tokens - 1)[several]
+    return clock.trace(system, drawn, continues=False, around=around, seed=seed).latencies_s()
 
 
 def most(serves: Callable[[int], bool], precision: float) -> int:

@@ -46,6 +46,8 @@ class Limits:
     """Mean tokens in the KV cache of the decoded sequences, or longest prompt."""
     instances: float = np.inf
     """Instances at work on the same machine."""
+    prompts: float = np.inf
+    """Prompts that one step reads."""
 
 
 class StepTimes(ABC):
@@ -180,8 +182,12 @@ class Table(StepTimes):
         self._dense, self._output = (_line(*_part(rows, name)) for name in (dense, "output"))
         self._decode, self._prefill = (_Grid(*_part(rows, name)) for name in ("decode", "prefill"))
         self._outputs = len(self._output) - 1
-        self._prompts = np.inf if file else self._prefill.x[-1]
-        self.limits = Limits(len(self._dense) - 1, self._decode.x[-1], min(self._decode.y[-1], self._prefill.y[-1]))
+        self.limits = Limits(
+            tokens=len(self._dense) - 1,
+            batch=self._decode.x[-1],
+            context=min(self._decode.y[-1], self._prefill.y[-1]),
+            prompts=np.inf if file else self._prefill.x[-1],
+        )
 
     def __str__(self) -> str:
         return f"{self._file.name}: {self._name}"
@@ -206,8 +212,8 @@ class Table(StepTimes):
 
     def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
         self._check(prompts, prompt_tokens, sequences, context_tokens)
-        if prompts > self._prompts:
-            raise OutOfRange(f"a step reads at most {self._prompts} prompts, not {prompts}")
+        if prompts > self.limits.prompts:
+            raise OutOfRange(f"a step reads at most {self.limits.prompts} prompts, not {prompts}")
         if prompts + sequences > self._outputs:
             raise OutOfRange(f"a step gives at most {self._outputs} tokens, not {prompts + sequences}")
         seconds = self._dense[prompt_tokens + sequences] + self._output[prompts + sequences]

@@ -287,6 +287,12 @@ def draw(workload: Workload, users: int, mix: config.Mix, seed: int, repeat: int
     ]
 
 
+def moments_s(users: int, window_s: float, seed: int, repeat: int) -> list[float]:
+    """When each of `users` comes: moments of a Poisson process, given that so many come within `window_s`."""
+    moments: list[float] = np.random.default_rng([seed, repeat, users]).uniform(0, window_s, users).tolist()
+    return moments
+
+
 def _clusters(workload: Workload, users: int, mix: config.Mix, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Each user's cluster, int array (users,): the normal mix moves as few users of the uniform one as it can."""
     k = workload.n_clusters

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from erlib import config, paths
 from erlib.load import experiments, points, records, sweep, users
 from erlib.machine import hardware, processes
-from erlib.paper_scale import batching, emulation
+from erlib.paper_scale import batching, clock, emulation
 from erlib.paper_scale.batching import CannotServe
 from erlib.serving import stack, triton, wheel, wire
 from erlib.workload import lengths, prompts  # fmt: skip
@@ -285,3 +285,12 @@ def test_a_cancelled_request_frees_what_it_held():
     assert alone == engine.blocks(second)
     with pytest.raises(CannotServe):
         engine.submit(Request(640, 1))
+
+
+def test_a_step_reads_no_more_prompts_than_there_are_times_for():
+    """p1.A has 600 slots, and its first step would read as many short prompts; there are times for 256."""
+    target = batching.paper_system("p1.A")
+    assert target.batch_size > target.steps.limits.prompts == 256
+    happened = clock.trace(target, [prompts.Prompt(i, 0, "", 4, 2, None, None) for i in range(600)], continues=False)
+    first_s = [int(stamps[0]) for stamps in happened.token_ns()]
+    assert len(set(first_s)) == 3  # 256, 256 and 88

@@ -1,0 +1,223 @@
+"""Is the simulation right where somebody decides by it? Systems near their capacity on the real stack, beside it.
+
+Each case is a configuration of the papers on emulated H100s behind the real clients, NGINX, gateways and Tritons, in
+slow motion (:mod:`erlib.paper_scale.emulation`), with one length of all answers, one mix, perhaps replicas. Nothing of
+the simulation was fitted to any of them. Requests come as a Poisson process for some seconds, and a case *carries* them
+while the p99 of TTFT and TPOT keep to a service level. The simulation says how many those are; measured are shares of
+that number, near enough to see whether it is so within ten per cent. Prediction and measurement have the same prompts
+and the same moments, so that what is judged is the simulation and not a draw.
+
+    python -m benchmarks.decisions [--json FILE] [--csv FILE] [--cases 3] [--levels 0.9 1.1]
+
+Takes half an hour on two quiet cores; what is measured is found again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import erlib  # noqa: F401  (says what to do where this Python lacks the packages)
+
+# isort: split
+import numpy as np
+import pandas as pd
+
+from erlib import config, load
+from erlib.config import Mix, Profile
+from erlib.load import metrics
+from erlib.load.experiments import Series
+from erlib.machine.progress import Bar
+from erlib.paper_scale import batching, clock, emulation, replicas, service_levels
+from erlib.serving import wire
+from erlib.workload import prompts
+from erlib.workload.prompts import Workload
+
+WINDOW_S = 4.0
+LEVEL_S = {"ttft": 0.5, "tpot": 0.2}
+"""Bounds of the p99. That of TTFT is tighter than MLPerf's: in so short a window, two seconds of queue mean more."""
+WALL_TOKENS_PER_S = 1000
+"""What two cores carry without being felt; slow motion is chosen by it."""
+
+
+class Case(NamedTuple):
+    """One system under one load."""
+
+    config: str
+    mix: Mix
+    tokens: int
+    added: int = 0
+    """Replicas of the hottest experts."""
+
+
+CASES = [
+    *(Case(name, "uniform", tokens) for tokens in (24, 96) for name in ("p1.A", "p1.B", "p1.C", "p1.R")),
+    *(Case(name, "uniform", tokens) for tokens in (24, 96) for name in ("p2.A", "p2.B", "p2.C", "p2.D")),
+    *(Case(name, "normal", tokens) for name, tokens in (("p1.B", 24), ("p1.B", 96), ("p1.C", 24))),
+    *(Case("p2.D", "normal", tokens, added) for tokens in (24, 96) for added in (0, 2)),
+]
+
+
+def workload(profile: Profile, case: Case) -> Workload:
+    """Prompts of the case's paper with answers of its length."""
+    pool = emulation.workload(profile, config.paper_of(case.config))
+    return replace(pool, frame=pool.frame.assign(max_tokens=case.tokens, end_id=wire.NEVER_STOP))
+
+
+class Prediction:
+    """What the simulation says of a case."""
+
+    def __init__(self, profile: Profile, case: Case) -> None:
+        self.case, self._profile = case, profile
+        self.pool = workload(profile, case)
+        shares = prompts.mix_shares("normal", self.pool.n_clusters, self.pool.sigma)
+        self.added = replicas.hottest(shares, case.added)
+        limit = profile.workload.p2_max_output_tokens if case.config.startswith("p2") else None
+        self._system = replace(batching.paper_system(case.config, limit), added=self.added)
+        self.most = service_levels.most(lambda n: keeps(self.p99_s(n)), 1.01)
+        """Requests within the window that it carries."""
+
+    def p99_s(self, n: int) -> dict[str, float]:
+        """P99 of TTFT and TPOT with `n` requests."""
+        drawn = prompts.draw(self.pool, n, self.case.mix, self._profile.seed, 0)
+        comes_s = prompts.moments_s(n, WINDOW_S, self._profile.seed, 0)
+        return dict(
+            zip(
+                LEVEL_S,
+                map(metrics.p99, clock.trace(self._system, drawn, False, starts_s=comes_s).latencies_s()),
+                strict=True,
+            )
+        )
+
+
+def keeps(p99_s: dict[str, float]) -> bool:
+    """Whether both latencies keep to the level."""
+    return all(p99_s[name] <= bound for name, bound in LEVEL_S.items())
+
+
+def plan(profile: Profile, predictions: Sequence[Prediction], levels: Sequence[float]) -> list[Series]:
+    """What to measure."""
+    series = []
+    for one in predictions:
+        case = one.case
+        slow_motion = max(2.0, math.ceil(2 * one.most * case.tokens / WINDOW_S / WALL_TOKENS_PER_S) / 2)
+        system = emulation.system(profile, case.config, slow_motion)
+        n = len(system.servers) + len(one.added)
+        system = replace(system, servers=system.servers[:1] * n, added=one.added)
+        users = sorted({asked(one.most, level) for level in levels})
+        paper = config.paper_of(case.config)
+        series.append(Series(paper, "decisions", system, one.pool, users, 1, [case.mix], window_s=WINDOW_S))
+    return series
+
+
+def asked(most: int, level: float) -> int:
+    """Requests of a point."""
+    return max(1, round(level * most))
+
+
+def measured(
+    profile: Profile, predictions: Sequence[Prediction], plan_: Sequence[Series]
+) -> Iterator[dict[str, object]]:
+    """One row per case and level, as the records have it, beside the prediction of the same requests."""
+    for one, series in zip(predictions, plan_, strict=True):
+        records = load.run(profile, [series])
+        for users, its in records.groupby("users"):
+            found = {
+                "ttft": metrics.p99((its["t_first_ns"] - its["t_send_ns"]) * 1e-9),
+                "tpot": metrics.p99((its["t_last_ns"] - its["t_first_ns"]) * 1e-9 / (its["output_tokens"] - 1)),
+            }
+            predicted = one.p99_s(int(users))
+            yield {
+                **one.case._asdict(),
+                **{"predicted_most": one.most, "requests": users, "of_predicted": users / one.most},
+                **{"slow_motion": series.system.slow_motion, "lost_time": its["lost_time"].iloc[0]},
+                **{f"{name}_p99_s": value for name, value in found.items()},
+                **{f"{name}_p99_predicted_s": value for name, value in predicted.items()},
+                **{"carried": keeps(found), "carried_predicted": keeps(predicted)},
+            }
+
+
+def judge(rows: pd.DataFrame) -> dict[str, object]:
+    """What the issue of trust comes to.
+
+    Returns
+    -------
+    dict
+        ``within_10_percent``: cases that carry 0.9 of what was predicted and not 1.1; ``ttft_errors``: measured over
+        predicted p99 TTFT at every point; ``pairs``, of designs for the same load, and how many of them were put in
+        the right order; ``regret``, what is lost by following the simulation where it was wrong.
+    """
+    cases = rows.groupby(list(Case._fields), sort=False)
+    most = {case: _most(its) for case, its in cases}
+    within = {case: bool(its["carried"].iloc[0] and not its["carried"].iloc[-1]) for case, its in cases}
+    pairs, right, regrets = 0, 0, []
+    for a, b in itertools.combinations(most, 2):
+        same_load = (a[0][:2], a[1], a[2]) == (b[0][:2], b[1], b[2])
+        if not same_load or most[a].predicted == most[b].predicted:
+            continue
+        pairs += 1
+        chosen, other = (a, b) if most[a].predicted > most[b].predicted else (b, a)
+        is_right = most[chosen].seen >= most[other].seen
+        right += is_right
+        if not is_right:
+            regrets.append(1 - most[chosen].seen / most[other].seen)
+    ratio = rows["ttft_p99_s"] / rows["ttft_p99_predicted_s"] - 1
+    return {
+        **{"cases": len(within), "within_10_percent": sum(within.values())},
+        "not_within": [" ".join(map(str, case)) for case, is_so in within.items() if not is_so],
+        **{"points": len(rows), "ttft_within_25_percent": int((ratio.abs() <= 0.25).sum())},
+        "ttft_error": {f"{q:g}": round(float(np.quantile(ratio, q)), 3) for q in (0, 0.1, 0.5, 0.9, 1)},
+        **{"pairs": pairs, "named_rightly": right, "regrets": [round(r, 3) for r in regrets]},
+        "most_lost_time": float(rows["lost_time"].max()),
+    }
+
+
+class Most(NamedTuple):
+    """Requests that a case carries."""
+
+    predicted: float
+    seen: float
+    """Interpolated between the points; where all were carried, or none, the outermost point: at least, or at most."""
+
+
+def _most(its: pd.DataFrame) -> Most:
+    worst = np.maximum(*(its[f"{name}_p99_s"] / bound for name, bound in LEVEL_S.items()))
+    at = np.interp(0.0, np.maximum.accumulate(np.log(worst)), its["requests"])
+    return Most(float(its["predicted_most"].iloc[0]), float(at))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="laptop")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="the first so many alone")
+    parser.add_argument(
+        "--levels", type=float, nargs="+", default=[0.9, 1.1], help="of what is predicted to be carried"
+    )
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    profile = config.load_profile(options.profile, config.read_overrides(options.set))
+    predictions = [Prediction(profile, case) for case in Bar(CASES[: options.cases], "predictions", unit="case")]
+    planned = plan(profile, predictions, options.levels)
+    load.run(profile, planned)
+    rows = pd.DataFrame(measured(profile, predictions, planned))
+    if options.csv:
+        rows.round(5).to_csv(options.csv, index=False)
+    print(rows.round(3).to_string())
+    verdict = judge(rows)
+    print(json.dumps(verdict, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(verdict, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
