@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -50,3 +51,22 @@ def test_only_paper_1_goes_on() -> None:
     series = _series("p2", "p2.D", "expert_router", 8)
     for point in points.points(profile, series):
         assert {script.follow_up for script in scripts.scripts_of(profile, series, point, 1)} == {None}
+
+
+def test_users_of_a_window_come_within_it_by_the_engines_clock() -> None:
+    """The same moments for every system; in slow motion as many times as long, because the engines' second is."""
+    profile = config.load_profile("smoke")
+    at_once = _series("p2", "p2.D", "expert_router", 8)
+    slow = dataclasses.replace(at_once.system, servers=[dataclasses.replace(
+        at_once.system.servers[0], parameters={"engine": "none", "slow_motion": "5"})] * 8)  # fmt: skip
+    within = dataclasses.replace(at_once, window_s=4.0)
+    slower = dataclasses.replace(within, system=slow)
+    of = [points.points(profile, series)[1] for series in (at_once, within, slower)]
+    comes_s = [
+        [script.comes_s for script in scripts.scripts_of(profile, series, point, 1)]
+        for series, point in zip((at_once, within, slower), of, strict=True)
+    ]
+    assert of[0].users == 12 and set(comes_s[0]) == {0.0}
+    assert len(set(comes_s[1])) == 12 and 0 < min(comes_s[1]) < max(comes_s[1]) < 4
+    assert comes_s[2] == [5 * moment for moment in comes_s[1]]
+    assert of[0].hash != of[1].hash  # other measurements

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import json
 import os
@@ -249,6 +250,16 @@ def test_users_get_exactly_what_they_ask_for(expert_router, tokenizer, tmp_path,
         base, continuation = by_user[user, "base"], by_user[user, "continuation"]
         assert continuation.t_send_ns > base.t_last_ns
         assert continuation.input_tokens > base.input_tokens
+
+
+@CLIENTS
+def test_users_come_when_their_script_says(expert_router, tokenizer, tmp_path, client, n_processes):
+    late = [dataclasses.replace(script, comes_s=0.3 * script.user) for script in _scripts(4, 2)]
+    with users.UserSimulator(tokenizer, n_processes, tmp_path / "users.log", client) as simulator:
+        seen = simulator.run(late, expert_router.targets, 60)
+    sent_s = {one.user: one.t_send_ns * 1e-9 for one in seen.answers if one.turn == "base"}
+    for user in (1, 2, 3):
+        assert sent_s[user] - sent_s[0] > 0.3 * user - 0.05
 
 
 def test_both_clients_get_the_same_answers(expert_router, tokenizer, tmp_path):
