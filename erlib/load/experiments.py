@@ -24,7 +24,7 @@ from erlib.serving.triton import ServerPlan
 from erlib.workload import lengths, prompts
 from erlib.workload.prompts import Workload
 
-Experiment = Literal["load", "preliminary", "overhead", "ablation", "replicas", "experts", "decisions"]
+Experiment = Literal["load", "preliminary", "overhead", "ablation", "replicas", "experts", "near_capacity"]
 
 
 @dataclass(frozen=True)

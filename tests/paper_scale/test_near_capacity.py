@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from benchmarks import decisions
+from benchmarks import near_capacity
 
 
 def case(name: str, predicted: float, seen: dict[int, float], mix: str = "uniform", added: int = 0) -> list[dict]:
@@ -16,7 +16,7 @@ def case(name: str, predicted: float, seen: dict[int, float], mix: str = "unifor
         {
             **{"config": name, "mix": mix, "tokens": 24, "added": added, "predicted_most": predicted},
             **{"requests": n, "ttft_p99_s": ttft, "tpot_p99_s": 0.01, "lost_time": 0.0},
-            **{"ttft_p99_predicted_s": 0.5 * n / predicted, "carried": ttft <= decisions.LEVEL_S["ttft"]},
+            **{"ttft_p99_predicted_s": 0.5 * n / predicted, "carried": ttft <= near_capacity.LEVEL_S["ttft"]},
         }
         for n, ttft in seen.items()
     ]
@@ -28,7 +28,7 @@ def test_what_is_carried_at_nine_tenths_and_not_at_eleven_is_within_ten_per_cent
         *case("p1.B", 200, {180: 0.51, 220: 0.9}),  # less than predicted
         *case("p1.C", 300, {270: 0.2, 330: 0.45}),  # more than predicted
     ]
-    found = decisions.judge(pd.DataFrame(rows))
+    found = near_capacity.judge(pd.DataFrame(rows))
     assert (found["cases"], found["within_10_percent"]) == (3, 1)
     assert found["not_within"] == ["p1.B uniform 24 0", "p1.C uniform 24 0"]
 
@@ -42,14 +42,14 @@ def test_the_better_of_two_designs_and_what_a_wrong_choice_costs() -> None:
         *case("p2.A", 90, {81: 0.4, 99: 0.6}),
         *case("p1.A", 90, {81: 0.4, 99: 0.6}, mix="normal"),
     ]
-    found = decisions.judge(pd.DataFrame(rows))
+    found = near_capacity.judge(pd.DataFrame(rows))
     assert (found["pairs"], found["named_rightly"]) == (3, 2)
     assert found["regrets"] == [pytest.approx(1 - 80 / 110, abs=1e-3)]
 
 
 def test_what_is_carried_lies_between_the_points() -> None:
     frame = pd.DataFrame(case("p1.A", 100, {90: 0.25, 110: 1.0}))
-    assert decisions._most(frame).seen == pytest.approx(100)  # half way by the latency's logarithm
+    assert near_capacity._most(frame).seen == pytest.approx(100)  # half way by the latency's logarithm
     never = pd.DataFrame(case("p1.A", 100, {90: 0.6, 110: 1.0}))
-    assert decisions._most(never).seen == 90
-    assert not math.isnan(decisions._most(never).seen)
+    assert near_capacity._most(never).seen == 90
+    assert not math.isnan(near_capacity._most(never).seen)

@@ -7,7 +7,7 @@ while the p99 of TTFT and TPOT keep to a service level. The simulation says how 
 that number, near enough to see whether it is so within ten per cent. Prediction and measurement have the same prompts
 and the same moments, so that what is judged is the simulation and not a draw.
 
-    python -m benchmarks.decisions [--json FILE] [--csv FILE] [--cases 3] [--levels 0.9 1.1]
+    python -m benchmarks.near_capacity [--json FILE] [--csv FILE] [--cases 3] [--levels 0.9 1.1]
 
 Takes half an hour on two quiet cores; what is measured is found again.
 """
@@ -114,7 +114,7 @@ def plan(profile: Profile, predictions: Sequence[Prediction], levels: Sequence[f
         system = replace(system, servers=system.servers[:1] * n, added=one.added)
         users = sorted({asked(one.most, level) for level in levels})
         paper = config.paper_of(case.config)
-        series.append(Series(paper, "decisions", system, one.pool, users, 1, [case.mix], window_s=WINDOW_S))
+        series.append(Series(paper, "near_capacity", system, one.pool, users, 1, [case.mix], window_s=WINDOW_S))
     return series
 
 
