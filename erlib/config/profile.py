@@ -385,6 +385,33 @@ class ExpertSettings(_Section):
         return self
 
 
+class WhatIfSettings(_Section):
+    """The question of notebook 13: which way to serve a model on some GPUs. ``sensitivity.gpu_hour`` is their price."""
+
+    model: str = Field("llama-3-8b", description="of data/llama_shapes.yaml")
+    gpu: str = Field("h100", description="h100, h100-pytorch, h200-pytorch, or a file with step times of another one")
+    gpu_gb: float | None = Field(None, gt=0, le=10_000, description="its memory in GB (none: what it is known to have)")
+    gpus: int = Field(8, ge=1, le=8, description="how many there are")
+    formats: list[Dtype] = Field([], description="of weights (none: all that there are step times for)")
+    experts: int | None = Field(None, ge=1, le=8, description="how many; the rest is replicas (none: one per server)")
+    requests_per_s: float | None = Field(150, gt=0, le=1e6, description="Poisson arrivals (none: users)")
+    users: Users | None = Field(None, description="who each ask again when they have an answer (none: arrivals)")
+    lengths: Paper = Field("p2", description="whose prompts and answers")
+    spread: Mix = Field("normal", description="of the requests over the experts")
+    ttft_s: Seconds = Field(2.0, description="bound of its p99: MLPerf's for Llama 2 70B")
+    tpot_s: Seconds = Field(0.2, description="likewise")
+    slots: int = Field(256, ge=1, le=10_000, description="sequences that an engine runs at a time, at most")
+    adapters_slower: float = Field(
+        1.25, ge=1, le=100, description="steps of engines with adapters, times those without: assumed, not measured"
+    )
+
+    @model_validator(mode="after")
+    def _has_one_load(self) -> WhatIfSettings:
+        if (self.requests_per_s is None) == (self.users is None):
+            raise ValueError("set one of requests_per_s and users, and the other one to none (null)")
+        return self
+
+
 class Profile(Settings):
     """Everything that a run can vary; see ``profiles/*.yaml``."""
 
@@ -412,6 +439,7 @@ class Profile(Settings):
     replicas: ReplicaSettings = ReplicaSettings()
     routers: RouterSettings = RouterSettings()
     experts: ExpertSettings = ExpertSettings()
+    what_if: WhatIfSettings = WhatIfSettings()
 
     @model_validator(mode="after")
     def _serves_experts_where_it_can(self) -> Profile:

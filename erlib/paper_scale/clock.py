@@ -155,11 +155,12 @@ def _without_collections() -> Iterator[None]:
 def trace(
     system: System,
     drawn: Sequence[Prompt],
-    continues: bool | Sequence[Prompt],
+    continues: bool | Sequence[Prompt] | Sequence[Sequence[Prompt]],
     around: Harness = HARDWARE,
     seed: int = 0,
     routing_s: Sequence[float] | None = None,
     starts_s: Sequence[float] | None = None,
+    until_s: float = math.inf,
 ) -> Trace:
     """Let all users of one point do their requests; each waits for an answer before the next.
 
@@ -169,17 +170,19 @@ def trace(
     drawn : sequence of Prompt
         One per user, at full scale (:func:`erlib.paper_scale.simulation.at_paper_scale`); ``cluster`` is the router's
         decision, and ``max_tokens`` the length of the answer.
-    continues : bool or sequence of Prompt
+    continues : bool or sequence of Prompt, or of such sequences
         Whether a continuation prompt follows: the base prompt and its answer (paper 1, section IV-B), to the same
-        cluster. Or these prompts themselves, one per user, where they are known.
+        cluster. Or these prompts themselves, where they are known: one per user, or all that each goes on with.
     around : Harness
     seed : int
         Of the routing latencies and the moments at which users come.
     routing_s : sequence of float, optional
         Routing latencies seen elsewhere, in seconds, in place of the harness' own: two per user, of the base and of
-        the continuation prompt.
+        all further prompts.
     starts_s : sequence of float, optional
         When each user comes, in seconds; by default as the harness says.
+    until_s : float
+        After this moment nobody goes on with another prompt.
 
     Raises
     ------
@@ -202,16 +205,23 @@ def trace(
     latencies_s = routing_s or _routing_latencies(around if classifies else HARDWARE, 2 * len(drawn), seed)
     if starts_s is None:
         starts_s = np.random.default_rng([seed, len(drawn)]).uniform(0, around.arrivals_s, len(drawn)).tolist()
-    return _Point(system, prompts_of, around, latencies_s).run(starts_s)
+    return _Point(system, prompts_of, around, latencies_s, until_s).run(starts_s)
 
 
 class _Point:
     """Users, and what stands between them and the engines of one system, in one virtual time."""
 
     def __init__(
-        self, system: System, prompts_of: list[tuple[Prompt, ...]], around: Harness, latencies_s: Sequence[float]
+        self,
+        system: System,
+        prompts_of: list[tuple[Prompt, ...]],
+        around: Harness,
+        latencies_s: Sequence[float],
+        until_s: float,
     ):
-        self._system, self._prompts_of, self._latencies_s = system, prompts_of, latencies_s
+        self._system, self._prompts_of, self._latencies_s, self._until_s = system, prompts_of, latencies_s, until_s
+        self._asked = [0] * len(prompts_of)
+        """Prompts that each user has sent."""
         self._per_request_s, self._sender_free_s = around.per_request_s, 0.0
         self._clock, steps = Clock(), system.steps
         apart = min(steps.at_full_speed, steps.limits.instances) >= len(system.experts)
@@ -237,14 +247,16 @@ class _Point:
     def run(self, starts_s: Sequence[float]) -> Trace:
         """Until every user has every answer."""
         for user, start_s in enumerate(starts_s):
-            self._clock.at(start_s, self._send, user, "base")
+            self._clock.at(start_s, self._send, user)
         self._clock.run()
         for client in self._clients:
             client.take(math.inf)
         return Trace(self._requests, self._servers)
 
-    def _send(self, user: int, turn: str) -> None:
-        prompt, now_s = self._prompts_of[user][turn == "continuation"], self._clock.now_s
+    def _send(self, user: int) -> None:
+        prompt, now_s = self._prompts_of[user][self._asked[user]], self._clock.now_s
+        turn = "continuation" if self._asked[user] else "base"
+        self._asked[user] += 1
         request = Request(user, turn, prompt, prompt.input_tokens, self._expert(user, prompt), now_s)
         self._requests.append(request)
         self._sender_free_s = max(self._sender_free_s, now_s) + self._per_request_s
@@ -283,15 +295,21 @@ class _Point:
         self._clients[request.server].open(-1)
         self._free_streams += 1
         self._relay()
-        if request.turn == "base" and len(self._prompts_of[request.user]) > 1:
-            self._clients[request.server].after(request, self._send, request.user, "continuation")
+        more = self._asked[request.user] < len(self._prompts_of[request.user])
+        if more and self._clock.now_s < self._until_s:
+            self._clients[request.server].after(request, self._send, request.user)
 
 
-def _turns(drawn: Sequence[Prompt], continues: bool | Sequence[Prompt]) -> list[tuple[Prompt, ...]]:
+def _turns(
+    drawn: Sequence[Prompt], continues: bool | Sequence[Prompt] | Sequence[Sequence[Prompt]]
+) -> list[tuple[Prompt, ...]]:
     """What each user asks, one after the other."""
+    if not continues:
+        return [(prompt,) for prompt in drawn]
     if continues is True:
         continues = [prompt._replace(input_tokens=prompt.input_tokens + prompt.max_tokens) for prompt in drawn]
-    return list(zip(drawn, continues, strict=True) if continues else zip(drawn, strict=True))
+    then = [[its] if isinstance(its, Prompt) else its for its in continues]
+    return [(first, *its) for first, its in zip(drawn, then, strict=True)]
 
 
 def _routing_latencies(around: Harness, n: int, seed: int) -> list[float]:

@@ -7,6 +7,7 @@ Llama 2 70B unless another one is asked for; it is met where the p99 of both lat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -133,11 +134,21 @@ def latencies(system: System, drawn: Sequence[Prompt], arrivals_s: float, seed: 
     return clock.trace(system, drawn, continues=False, around=around, seed=seed).latencies_s()
 
 
-def most(serves: Callable[[int], bool], precision: float) -> int:
-    """The largest number that is served, if all smaller ones are; within a factor of `precision`, 0 if not even one."""
+def most(serves: Callable[[int], bool], precision: float, at_most: int | None = None) -> int:
+    """The largest number that is served, if all smaller ones are; within a factor of `precision`, 0 if not even one.
+
+    Where it is known that no more than `at_most` are, the search begins there, and asks less often.
+    """
     served, failed = 0, 1
-    while failed <= _MOST and serves(failed):
-        served, failed = failed, 2 * failed
+    if at_most is None:
+        while failed <= _MOST and serves(failed):
+            served, failed = failed, 2 * failed
+    elif at_most < 1 or serves(at_most):
+        return max(0, at_most)
+    else:
+        served, failed = math.floor(at_most / precision**4), at_most
+        while served and not serves(served):
+            served, failed = math.floor(served / precision**4), served
     while failed > max(served + 1, served * precision):
         tried = round((served * failed) ** 0.5)
         if tried in (served, failed):
