@@ -10,6 +10,9 @@ from .cited import at_the_knee as at_the_knee
 from .cited import beside_published as beside_published
 from .cited import error_table as error_table
 from .cited import intervals as intervals
+from .decisions import decision as decision
+from .decisions import limits as limits
+from .decisions import side_by_side as side_by_side
 from .designs import break_even as break_even
 from .designs import design_load as design_load
 from .designs import quality_and_load as quality_and_load
@@ -17,8 +20,10 @@ from .emulation import beside_simulation as beside_simulation
 from .emulation import emulated_load as emulated_load
 from .emulation import pace as pace
 from .emulation import simulated_beside as simulated_beside
+from .exploring import Explorer as Explorer
 from .left_out import simulate_left_out as simulate_left_out
 from .presets import host_binding as host_binding
+from .questions import asked_in as asked_in
 from .replicas import gpus_needed as gpus_needed
 from .replicas import replicas_agreement as replicas_agreement
 from .replicas import replicas_beside_simulation as replicas_beside_simulation

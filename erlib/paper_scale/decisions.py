@@ -7,11 +7,11 @@ import math
 import pandas as pd
 
 from erlib.paper_scale import known_error
-from erlib.paper_scale.exploring import Answer
-from erlib.paper_scale.questions import GPUS, IN_TURN
+from erlib.paper_scale.exploring import RESPONSES, Answer
+from erlib.paper_scale.questions import GPUS, IN_TURN, Question
 
 _LATER, _LESS, _SAME = ("", "> "), ("", "< "), ("", "")
-"""Before what is shown; the latter where the load is more than what is carried, so that it gets worse with time."""
+"""Before what is shown; the latter near and beyond what is carried, where it gets worse with time."""
 _SHOWN = {
     "ttft_mean_s": ("TTFT, mean [ms]", 1e3, _LATER),
     "ttft_p99_s": ("TTFT, p99 [ms]", 1e3, _LATER),
@@ -23,6 +23,8 @@ _SHOWN = {
     "within": ("within the service level [%]", 100.0, _LESS),
     "price_per_million_tokens": ("price of a million output tokens", 1.0, _SAME),
 }
+NEAR = 1.1
+"""Headroom below which latencies go on growing for longer than is simulated."""
 SURE, UNSURE, NO = "carries", "cannot be told", "does not carry"
 
 
@@ -35,12 +37,12 @@ def side_by_side(answer: Answer) -> pd.DataFrame:
     """
     columns = {}
     for _, row in answer.best.iterrows():
-        grows = not answer.question.users and row["headroom"] < 1  # a queue that grows as long as the load lasts
+        grows = not answer.question.users and row["headroom"] < NEAR  # a queue that grows for longer than was simulated
         cells = {
-            said: (marks[grows] + _cell(*(row[f"{name}{end}"] * times for end in ("", "_low", "_high")))).strip()
+            said: (marks[grows] + cell(*(row[f"{name}{end}"] * times for end in ("", "_low", "_high")))).strip()
             for name, (said, times, marks) in _SHOWN.items()
         }
-        cells["headroom [times what is asked]"] = _cell(row["headroom"], row["headroom_low"], row["headroom_high"])
+        cells["headroom [times what is asked]"] = cell(row["headroom"], row["headroom_low"], row["headroom_high"])
         cells["nearest to its bound"] = row["bottleneck"]
         cells["what ends the headroom"] = row["limited_by"]
         cells["slots, KV cache in use at most [%]"] = f"{100 * row['slots_used']:.0f}, {100 * row['kv_used']:.0f}"
@@ -49,7 +51,8 @@ def side_by_side(answer: Answer) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _cell(value: float, low: float, high: float) -> str:
+def cell(value: float, low: float, high: float) -> str:
+    """A value with its interval behind it, if there is one."""
     if math.isnan(value):
         return ""
     return short(value) if math.isnan(low) else f"{short(value)} ({short(low)} to {short(high)})"
@@ -166,26 +169,39 @@ def limits(answer: Answer) -> list[str]:
         "probability; they hold no error of the simulation.",
         f"Interval of the headroom: published throughputs are {low:.3g} to {high:.3g} times the simulated ones with "
         f"90 % probability ({errors.loc[known_error.THROUGHPUT, 'points']} points); the headroom itself is arithmetic, "
-        "with engines that are always full and requests of mean lengths.",
+        "with engines that are always full and requests of mean lengths; saturated simulations are within some 6 %.",
+        f"Requests come for some {RESPONSES} answers' time. With a headroom below {NEAR:g} queues grow for longer: '>' "
+        "and '<' say so.",
     ]
-    if asked.users:
-        low, high = known_error.between(errors, known_error.TPOT)
-        first = errors.loc[known_error.TTFT]
-        said.append(
-            f"Of users who wait, published TPOTs are {low:.3g} to {high:.3g} times the simulated ones with 90 % "
-            f"probability, TTFTs {first['smallest']:.3g} to {first['largest']:.3g} times ({first['points']:.0f} "
-            "points: too few for an interval)."
-        )
-    else:
-        tpot, ttft = (errors.loc[name + known_error.OPEN] for name in (known_error.TPOT, known_error.TTFT))
-        said.append(
-            f"Too good near saturation: where arrivals do not wait, published TPOTs are {tpot['smallest']:.2g} to "
-            f"{tpot['largest']:.2g} times, TTFTs {ttft['smallest']:.2g} to {ttft['largest']:.2g} times the simulated "
-            "ones (at 0.88 and more of capacity). At less nothing is published; leave headroom."
-        )
+    said.append(too_good(errors, asked))
     if asked.gpu.lower() not in GPUS or GPUS[asked.gpu.lower()] != GPUS["h100"]:
         said.append(
             "These errors are of NVIDIA's step times for the H100; with other step times nothing is known of them."
         )
     said.append("No host, no gateway and no network are in it.")
     return said
+
+
+def too_good(errors: pd.DataFrame, asked: Question) -> str:
+    """Where the simulation is known to be optimistic, in a sentence.
+
+    Parameters
+    ----------
+    errors : DataFrame
+        What :func:`erlib.paper_scale.known_error.known_error` returned.
+    asked : Question
+    """
+    if asked.users:
+        low, high = known_error.between(errors, known_error.TPOT)
+        first = errors.loc[known_error.TTFT]
+        return (
+            f"Of users who wait, published TPOTs are {low:.3g} to {high:.3g} times the simulated ones with 90 % "
+            f"probability, TTFTs {first['smallest']:.3g} to {first['largest']:.3g} times ({first['points']:.0f} "
+            "points: too few for an interval)."
+        )
+    tpot, ttft = (errors.loc[name + known_error.OPEN] for name in (known_error.TPOT, known_error.TTFT))
+    return (
+        f"Too good near saturation: where arrivals do not wait, published TPOTs are {tpot['smallest']:.2g} to "
+        f"{tpot['largest']:.2g} times, TTFTs {ttft['smallest']:.2g} to {ttft['largest']:.2g} times the simulated ones "
+        "(at 0.88 and more of capacity). At less nothing is published; leave headroom."
+    )

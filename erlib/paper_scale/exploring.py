@@ -37,7 +37,7 @@ _BUDGET = 16_000
 """Requests that an answer may simulate: some one and a half seconds of a core."""
 _LEAST, _MOST, _MOST_OF_FRONTIER = 400, 4_000, 1_200
 """Requests of one simulation."""
-_RESPONSES = 4
+RESPONSES = 4
 """For how many answers' time requests come."""
 _FEWEST_DRAWS = 3
 LEVEL = 0.9
@@ -98,7 +98,7 @@ def observe(
         until_s = float(starts_s[-1])
     else:
         users, until_s = max(1, round(question.users * faster)), effort.until_s
-        starts_s = rng.uniform(0, until_s / max(_RESPONSES, len(asked) / users), users)
+        starts_s = rng.uniform(0, until_s / max(RESPONSES, len(asked) / users), users)
         orders = np.array([rng.permutation(len(asked))[:users] for _ in range(effort.turns)]).T.tolist()
         goes_on = [[asked[other] for other in order] for order in orders]
         asked = asked[:users]
@@ -237,7 +237,7 @@ class Explorer:
         efforts = {name: effort_for(question, bounds[name]) for name in order}
         requests = max(efforts[name].requests for name in order[:2])  # the same for all: draws are paired
         efforts = {name: its._replace(requests=requests) for name, its in efforts.items()}
-        simulations = max(1, _BUDGET // max(requests, _RESPONSES * (question.users or 0)))
+        simulations = max(1, _BUDGET // max(requests, RESPONSES * (question.users or 0)))
         draws = next((n for n in (DRAWS, DRAWS - 1) if simulations >= 2 * (n - 1) + len(order)), _FEWEST_DRAWS)
         first = order[: max(2, simulations - 2 * (draws - 1))]
         found = dict(zip(first, self._map([self._task(question, name, efforts[name]) for name in first]), strict=True))
@@ -311,6 +311,13 @@ class Explorer:
         return {name: bound(question, self.profile, way) for name, way in known.items()}
 
 
+def bound(question: Question, profile: Profile, way: Way) -> Capacity:
+    """What a design carries at most, by arithmetic."""
+    system = way.design.system
+    asked = questions.drawn(question, profile, _LEAST, 0)
+    return capacity.capacity(system, asked, questions.shares(question, profile, system.instances), question.tpot_s)
+
+
 def gpus(way: Way) -> int:
     """That it uses."""
     return way.design.gpus * way.width
@@ -344,9 +351,9 @@ def effort_for(question: Question, bound: Capacity, faster: float = 1.0, most: i
     if question.users is None:
         rate_per_s = faster * question.rate_per_s
         under_way = rate_per_s * bound.response_s(rate_per_s)
-        return Effort(round(min(max(_RESPONSES * under_way, _LEAST), most)))
+        return Effort(round(min(max(RESPONSES * under_way, _LEAST), most)))
     users = max(1, round(faster * question.users))
-    responses = max(_RESPONSES, _LEAST / users)
+    responses = max(RESPONSES, _LEAST / users)
     until_s = responses * _response_s(bound, users)
     return Effort(max(users, _LEAST), until_s, 4 + 2 * round(responses))
 

@@ -110,8 +110,8 @@ class Question:
     """Sequences that an engine runs at a time, at most."""
     adapters_slower: float = 1.25
     """Steps of engines with adapters, times those without: an assumption."""
-    window_s: float = 30.0
-    """For how long requests come, where the most that is carried is searched for."""
+    window_s: float | None = None
+    """For how long requests come, where the most that is carried is searched for; None: several answers' time."""
     users: int | None = None
     """Who each ask again as soon as they have an answer (closed loop)."""
     gpu: str = "h100"
@@ -134,9 +134,9 @@ class Question:
             raise ConfigError("give requests per second (Poisson arrivals) or users (each asks again), one of them")
         if self.requests_per_s is not None and self.users is not None:
             raise ConfigError("requests per second or users, not both")
-        given = (self.requests_per_s, self.users, self.gpu_gb)
+        given = (self.requests_per_s, self.users, self.gpu_gb, self.window_s)
         numbers = [number for number in given if number is not None]
-        numbers += [self.ttft_s, self.tpot_s, self.slots, self.adapters_slower, self.window_s, self.gpu_hour]
+        numbers += [self.ttft_s, self.tpot_s, self.slots, self.adapters_slower, self.gpu_hour]
         if not all(number > 0 for number in numbers):
             raise ConfigError("rates, users, latencies, slots, factors, windows and prices must be more than 0")
         if self.trace is not None:
@@ -228,6 +228,11 @@ def ways(question: Question, profile: Profile) -> dict[str, Way]:
     if not found:
         raise ConfigError(_none(question, of))
     return found
+
+
+def models() -> list[str]:
+    """Models that there are step times for."""
+    return sorted({model for its in GPUS.values() for model in _known(its.tables)["model"]})
 
 
 def _none(question: Question, of: Gpu) -> str:
@@ -337,7 +342,7 @@ def drawn(question: Question, profile: Profile, n: int, draw: int) -> list[Promp
 
 
 def stretch(trace: Trace, n: int, draw: int, draws: int) -> npt.NDArray[np.int64]:
-    """Rows of `n` requests of a trace that follow each other; further draws begin further on. After its end, its start."""
+    """Rows of `n` requests that follow each other in a trace, whose end its start follows; draws begin apart."""
     start = draw * len(trace.arrival_s) // draws
     return (np.argsort(np.asarray(trace.arrival_s), kind="stable"))[(start + np.arange(n)) % len(trace.arrival_s)]
 

@@ -25,8 +25,10 @@ from erlib.paper_scale.questions import Question
 from erlib.paper_scale.steptimes import OutOfRange
 
 _DRAWS = 3
-_PARTS = 20
-"""A trace's own arrivals come so many times as fast, in such parts."""
+_WINDOW_S = 30.0
+_MOST_REQUESTS = 20_000
+_PARTS = 100
+"""Of what is asked: in such parts the most is searched for."""
 
 
 def answered(question: Question, profile: Profile, workers: int = 2) -> pd.DataFrame:
@@ -84,11 +86,13 @@ def _answer(question: Question, profile: Profile, name: str, errors: tuple[float
     about: dict[str, object] = {"design": name, "kind": way.kind, "gpus": exploring.gpus(way)}
 
     def seen(faster: float, draw: int) -> dict[str, float]:
-        effort = exploring.effort_for(question, bound, faster)
-        if not question.users:
-            arrivals = faster * question.rate_per_s * question.window_s
-            whole = len(question.trace.arrival_s) if _own_arrivals(question) else arrivals  # type: ignore[union-attr]
-            effort = Effort(max(1, round(whole)))
+        effort = exploring.effort_for(question, bound, faster, _MOST_REQUESTS)
+        if _own_arrivals(question):
+            effort = Effort(len(question.trace.arrival_s))  # type: ignore[union-attr]
+        elif not question.users:
+            window_s = question.window_s or _WINDOW_S
+            twice = 0 if question.window_s else 2 * effort.requests
+            effort = Effort(max(1, twice, round(faster * question.rate_per_s * window_s)))
         return exploring.observe(question, profile, way, effort, draw, faster)
 
     def keeps(draw: int) -> Callable[[int], bool]:
@@ -128,10 +132,8 @@ def _own_arrivals(question: Question) -> bool:
 
 
 def _unit(question: Question) -> float:
-    """What the search counts in, as a share of what is asked: users, requests in the window, parts of a pace."""
-    if question.users:
-        return 1 / question.users
-    return 1 / _PARTS if _own_arrivals(question) else 1 / (question.rate_per_s * question.window_s)
+    """What the search counts in, as a share of what is asked."""
+    return 1 / question.users if question.users else 1 / _PARTS
 
 
 def _excess(question: Question, seen: dict[str, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from .canvas import cluster_colours as cluster_colours
 from .canvas import command as command
 from .canvas import save as save
 from .canvas import style as style
+from .controls import controls as controls
 from .diagrams import architecture as architecture
 from .diagrams import read_cluster_map as read_cluster_map
 from .diagrams import table1_models as table1_models
@@ -26,6 +27,9 @@ from .own.routers import router_comparison as router_comparison
 from .own.sensitivity import flipped_verdicts as flipped_verdicts
 from .own.sensitivity import service_levels as service_levels
 from .own.trust import simulation_trust as simulation_trust
+from .own.what_if import frontier as frontier
+from .own.what_if import plan as plan
+from .own.what_if import two_best as two_best
 from .paper1 import paper1_bucket_throughput as paper1_bucket_throughput
 from .paper1 import paper1_p99_response_time as paper1_p99_response_time
 from .paper1 import paper1_session_throughput as paper1_session_throughput

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -254,13 +254,14 @@ def level(users: int, profile: config.Profile, unit: str = "") -> str:
     return f"{users}{unit}" + ("" if paper == users else f" (papers: {paper:.0f})")
 
 
-def log_axis(ax: Axes) -> None:
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
+def log_axis(ax: Axes, which: Literal["x", "y"] = "y") -> None:
+    axis = ax.yaxis if which == "y" else ax.xaxis
+    (ax.set_yscale if which == "y" else ax.set_xscale)("log")
+    low, high = ax.get_ylim() if which == "y" else ax.get_xlim()
     subs = next((subs for reach, subs in _LOG_TICKS.items() if high / low < reach), (1,))
-    ax.yaxis.set_major_locator(LogLocator(subs=subs))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_locator(NullLocator())
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 _LOG_TICKS: dict[float, tuple[float, ...]] = {8: (1, 1.5, 2, 3, 4, 5, 6, 8), 300: (1, 2, 5)}
