@@ -34,9 +34,9 @@ HANDED_OUT = {
     "harness_ablation load_figures on_the_same_axes paper1_bucket_throughput paper1_input_tokens "
     "paper1_p99_response_time paper1_session_throughput paper1_tpot paper1_ttft paper1_user_throughput "
     "paper2_input_tokens paper2_preliminary paper2_system_throughput paper2_tpot paper2_ttft "
-    "paper2_user_throughput_p99 plan published_points quality_and_load read_cluster_map replicas_emulated replicas_simulated router_comparison "
-    "router_sees routing_overhead routing_worth save service_levels simulation_trust style table1_models "
-    "two_best write_gallery",
+    "paper2_user_throughput_p99 plan published_points quality_and_load read_cluster_map replicas_emulated "
+    "replicas_simulated router_comparison router_sees routing_overhead routing_worth save service_levels "
+    "simulation_trust style table1_models two_best write_gallery",
     "routing": "Clusterer build_clusterer compare_normalizers compare_routers map_2d",
     "workload": "input_lengths load_corpus mix_table",
 }
