@@ -1,0 +1,59 @@
+"""The command that answers one question: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from scripts import plan
+
+Run = Callable[..., tuple[int, str, str]]
+LITTLE = ("--model", "llama-3-8b", "--gpus", "1", "--formats", "fp8", "--users", "6", "--slots", "4")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process: its status, and what it printed."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+        try:
+            status = plan.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_a_plan_is_printed_with_intervals_written_and_drawn(run: Run, tmp_path: Path) -> None:
+    csv, figure = tmp_path / "plan.csv", tmp_path / "plan.png"
+    status, out, _ = run(*LITTLE, "--csv", str(csv), "--figure", str(figure))
+    table = pd.read_csv(csv)
+    assert status == 0
+    assert list(table["design"]) == ["1 × FP8 TP1, one model"] and figure.read_bytes().startswith(b"\x89PNG")
+    row = next(line for line in out.splitlines() if line.startswith("1 × FP8 TP1"))
+    most, low, high = table.loc[0, ["most", "most_low", "most_high"]]
+    assert f"{most:.3g} ({low:.3g} to {high:.3g})" in row
+    assert "No design carries 6 users" in out and "Of users who wait" in out and "(0.85 to 1.14" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--csv", "nowhere/plan.csv"), "--csv: there is no folder"),
+        (("--figure", "nowhere/plan.png"), "--figure: there is no folder"),
+        (("--figure", "plan.xlsx"), "--figure: plan.xlsx ends in none of .png, .svg, .pdf"),
+        (("--requests-per-s", "3"), "not allowed with argument"),
+        (("--gpu", "a100"), "no step times of GPU 'a100'"),
+        (("--gpus", "9"), "1 to 8 GPUs, not 9"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(run: Run, given: tuple[str, ...], said: str) -> None:
+    status, out, err = run(*LITTLE, *given)
+    assert (status, out) == (2, "")
+    assert said in err.splitlines()[-1]
