@@ -141,6 +141,8 @@ class Question:
             raise ConfigError("rates, users, latencies, slots, factors, windows and prices must be more than 0")
         if self.trace is not None:
             _check(self.trace)
+            if self.requests_per_s is None and self.users is None and not np.ptp(np.asarray(self.trace.arrival_s)):
+                raise ConfigError("all requests of the trace come at once: give requests per second, or users")
 
     @property
     def trace(self) -> Trace | None:
@@ -154,7 +156,7 @@ class Question:
         if self.requests_per_s is not None:
             return self.requests_per_s
         arrival_s = np.asarray(self.lengths.arrival_s)  # type: ignore[union-attr]
-        return len(arrival_s) / max(float(np.ptp(arrival_s)), 1e-9)
+        return len(arrival_s) / float(np.ptp(arrival_s))
 
     @property
     def load(self) -> str:

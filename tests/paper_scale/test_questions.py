@@ -46,6 +46,7 @@ def trace(n: int = 40, **changed: object) -> SimpleNamespace:
         ({"users": 3}, "one of them"),
         ({"lengths": trace(), "users": 3}, "not both"),
         ({"lengths": trace(n=1)}, "two requests or more"),
+        ({"lengths": trace(arrival_s=np.zeros(40)), "requests_per_s": None}, "come at once: give requests per second"),
         ({"lengths": trace(output_tokens=np.zeros(40))}, "at least one token"),
         ({"lengths": trace(arrival_s=np.full(40, np.nan))}, "has times"),
         ({"lengths": trace(input_tokens=np.ones(3))}, "each with arrival, input and output"),
