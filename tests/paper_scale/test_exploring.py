@@ -96,6 +96,23 @@ def test_users_ask_again_when_they_have_an_answer_and_no_sooner(profile: config.
     assert seen["slots_used"] == 3 / way.design.system.batch_size
 
 
+def test_the_next_question_is_sent_with_the_last_token_and_none_after_the_end(profile: config.Profile) -> None:
+    question = asked(gpus=1)
+    system = questions.ways(question, profile)["1 × FP8 TP1, one model"].design.system
+    drawn = questions.drawn(question, profile, 6, 0)
+    happened = clock.trace(system, drawn[:2], [drawn[2:4], drawn[4:6]], starts_s=[0.0, 0.5])
+    for user, texts in enumerate(((0, 2, 3), (1, 4, 5))):
+        mine = [
+            (r.sent_s, stamps[-1] * 1e-9, r.prompt)
+            for r, stamps in zip(happened.requests, happened.token_ns(), strict=True)
+            if r.user == user
+        ]
+        assert [prompt for *_, prompt in mine] == [drawn[n] for n in texts]
+        assert [sent for sent, *_ in mine[1:]] == pytest.approx([last for _, last, _ in mine[:-1]], abs=2e-9)
+    ends = clock.trace(system, drawn[:2], [drawn[2:4], drawn[4:6]], starts_s=[0.0, 0.5], until_s=0.6)
+    assert len(ends.requests) < 6 and all(request.sent_s < 0.6 for request in ends.requests)
+
+
 def test_arithmetic_bounds_what_saturated_engines_answer(profile: config.Profile) -> None:
     for changed in ({"gpus": 1}, {"gpus": 1, "slots": 24}, {"gpus": 1, "lengths": "p1"}):
         question = asked(**changed, formats=("fp8",))
