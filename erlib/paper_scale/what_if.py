@@ -106,7 +106,7 @@ def _answer(question: Question, profile: Profile, name: str, errors: tuple[float
         typical = round(float(np.mean(most)))
         broken = {bound.limited_by: 1.0}
         if most[0] < limit or not limit:
-            broken = _excess(question, seen(math.ceil(max(1, typical) * PRECISION) * unit, 0))
+            broken |= _excess(question, seen(math.ceil(max(1, most[0]) * PRECISION) * unit, 0))
         asked = exploring.over_draws(question, [seen(1.0, draw) for draw in range(_DRAWS)])
         tokens_per_s = seen(typical * unit, 0)["tokens_per_s"] if typical else 0.0
     except (CannotServe, OutOfRange) as error:

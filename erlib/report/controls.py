@@ -44,7 +44,7 @@ def controls(explorer: Explorer, question: Question) -> Any:
 class _Controls:
     def __init__(self, explorer: Explorer, question: Question, widgets: Any):
         self._explorer, self._question = explorer, question
-        look: dict[str, Any] = {"continuous_update": False, "style": {"description_width": "9em"}}
+        look: dict[str, Any] = {"continuous_update": False, "style": {"description_width": "11em"}}
         chosen: dict[str, Any] = {"style": look["style"]}
         users = question.users is not None
         self.parts: dict[str, Any] = {
@@ -66,7 +66,7 @@ class _Controls:
                 **chosen,
             ),
             "experts": widgets.IntSlider(
-                question.experts or 0, 0, questions.CLUSTERS, description="experts (0: a server each)", **look
+                question.experts or 0, 0, questions.CLUSTERS, description="experts (0: one each)", **look
             ),
             "load": widgets.Dropdown(
                 options=[_RATE, _USERS], value=_USERS if users else _RATE, description="load", **chosen
