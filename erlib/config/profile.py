@@ -19,7 +19,6 @@ from erlib.config.system import (
     Version,
     config_ids,
     load_configuration,
-    paper_of,
 )
 from erlib.config.values import (
     Count,
@@ -84,7 +83,7 @@ def _is_routed(*routings: Routing) -> Callable[[str], str]:
 
 def _is_of(paper: Paper) -> Callable[[str], str]:
     def check(value: str) -> str:
-        if paper_of(value) != paper:
+        if paper not in load_configuration(value).papers:
             raise ValueError(f"{value} is a configuration of the other paper")
         if load_configuration(value).laptop.weights == "trained":
             raise ValueError(f"{value} has experts of a corpus of their own: notebook 11 measures it")
@@ -329,6 +328,9 @@ class TensorRTSettings(_Section):
     )
     runner: RunnerKind = Field("docker", description="what runs TensorRT-LLM's images; bare: it is installed here")
     gpus: PositiveInt | None = Field(None, le=1000, description="GPUs to use (none: all that this machine has)")
+    experts_per_gpu: PositiveInt = Field(
+        1, le=64, description="engines that share a GPU where GPUs are fewer than experts; in the papers, one"
+    )
     checkpoints: LocalPath | None = Field(None, description="checkpoints as downloaded (none: data/cache/checkpoints)")
     work: LocalPath | None = Field(None, description="what is made of them (none: engines/build/tensorrt_llm)")
     go_past: list[Passable] = Field([], description="checks before the start that only warn, where you know better")
@@ -419,6 +421,12 @@ class Profile(Settings):
             raise ValueError(
                 "on GPUs, experts are served as adapters (x1.L): set experts.adapters, or experts.users=[]"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_gpus_where_it_can(self) -> Profile:
+        if self.tensorrt_llm.experts_per_gpu > 1 and self.serving.cluster:
+            raise ValueError("experts share GPUs of one machine: set tensorrt_llm.experts_per_gpu=1 or no serving.cluster")
         return self
 
     @property

@@ -120,7 +120,7 @@ def _adapters(fit: Fitted, plans: Sequence[Plan]) -> Iterable[str]:
     for plan in plans:
         if plan.adapters is None:
             continue
-        left = fit.gpu.usable_bytes - llama.gpu_memory(plan.system).total
+        left = fit.gpu.usable_bytes - llama.gpu_memory(plan.system, plan.configuration.per_gpu).total
         needed = plan.adapters.bytes / plan.system.tensor_parallel
         if needed > ADAPTERS_SHARE * left:
             yield (

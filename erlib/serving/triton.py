@@ -151,6 +151,8 @@ class TritonServer:
     """
 
     PORTS = 3
+    turn = 0
+    """Those of turn 1 start when those of turn 0 are ready, and so on."""
 
     def __init__(
         self, label: str, backend: str, parameters: Mapping[str, str], max_batch_size: int, port: int, work_dir: Path,
