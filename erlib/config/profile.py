@@ -426,7 +426,9 @@ class Profile(Settings):
     @model_validator(mode="after")
     def _shares_gpus_where_it_can(self) -> Profile:
         if self.tensorrt_llm.experts_per_gpu > 1 and self.serving.cluster:
-            raise ValueError("experts share GPUs of one machine: set tensorrt_llm.experts_per_gpu=1 or no serving.cluster")
+            raise ValueError(
+                "experts share GPUs of one machine: set tensorrt_llm.experts_per_gpu=1 or no serving.cluster"
+            )
         return self
 
     @property

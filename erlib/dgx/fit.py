@@ -29,7 +29,6 @@ from erlib.engines.llama import (
 from erlib.engines.table1 import paper_sequence_tokens
 from erlib.machine.hardware import Gpu
 
-
 MADE_TO_SHARE = ("x1.F", "x1.S")
 """Systems of our own, small enough that GPUs carry several of their experts."""
 
@@ -50,8 +49,8 @@ def on_gpus(
     everything fits, it is the very same configuration.
 
     With `experts_per_gpu`, instances that are one GPU wide share GPUs, so many at most and no more than they have to.
-    All of them have KV caches of one size. Where so many do not fit, fewer are not taken instead: the router has as many
-    clusters as there are experts. What would fit is said.
+    All of them have KV caches of one size. Where so many do not fit, fewer are not taken instead, because the router
+    has as many clusters as there are experts. What would fit is said.
     """
     name, printed = configuration.id, configuration.system
     if "fp8" in (printed.dtype, printed.kv_dtype) and not has_fp8:
@@ -112,8 +111,8 @@ def _too_many(configuration: Configuration, n_gpus: int, per_gpu: int, gpu_bytes
         experts = min(system.instances, n_gpus * fits)
         instead = f"{fits} would do (--set tensorrt_llm.experts_per_gpu={fits}), {experts} in all"
     return (
-        f"{name}: {per_gpu} engines on a GPU of {gpu_bytes / 1e9:.0f} GB need {needed / 1e9:.0f} GB beside their KV caches, "
-        f"{memory.weights / 1e9:.0f} GB of it for weights; {instead}"
+        f"{name}: {per_gpu} engines on a GPU of {gpu_bytes / 1e9:.0f} GB need {needed / 1e9:.0f} GB beside their KV "
+        f"caches, {memory.weights / 1e9:.0f} GB of it for weights; {instead}"
     )
 
 
@@ -243,8 +242,6 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
 
     def fit(configuration: Configuration, budget: int) -> Configuration | None:
         try:
-            if budget < 1:
-                raise ConfigError(f"{configuration.id}: half of one GPU is none")
             result, lost = on_gpus(configuration, budget, gpu.usable_bytes, gpu.has_fp8, settings.experts_per_gpu)
             tensorrt_llm.plan(profile, result)
         except ConfigError as error:
@@ -264,7 +261,7 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
         load = [one for one in load if one.id not in same]
     said = len(losses)
     preliminary = []
-    for one in laptop.preliminary_configurations(profile):
+    for one in laptop.preliminary_configurations(profile) if n_gpus > 1 else ():
         whole = one.system.tensor_parallel == llama.GPUS
         if result := fit(one, n_gpus if whole else min(n_gpus // 2, one.system.tensor_parallel)):
             sizes = {"batch_size": one.system.batch_size}  # what the experiment varies
@@ -274,7 +271,7 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
             f"preliminary experiment: TP8 stands for all {n_gpus} GPUs and TP4 for half of them, "
             "with what fits of the KV cache"
         ]
-    consequences, left_out = _consequences(profile, load, preliminary)
+    consequences, left_out = _consequences(profile, n_gpus, load, preliminary)
     overrides |= consequences
     if n_gpus < llama.GPUS:
         losses.append(
@@ -302,7 +299,7 @@ def _version(profile: Profile, gpu: Gpu) -> Version:
 
 
 def _consequences(
-    profile: Profile, load: Sequence[Configuration], preliminary: Sequence[Configuration]
+    profile: Profile, n_gpus: int, load: Sequence[Configuration], preliminary: Sequence[Configuration]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Profile keys that change with what fits, and notebooks that are left out."""
     fits = {configuration.id for configuration in load}
@@ -322,7 +319,11 @@ def _consequences(
             "tensorrt_llm.experts_per_gpu there may be eight experts here, too"
         )
     if not preliminary:
-        left_out["04_preliminary_sweep"] = "no system of the preliminary experiment fits"
+        left_out["04_preliminary_sweep"] = (
+            "no system of the preliminary experiment fits"
+            if n_gpus > 1
+            else "the preliminary experiment compares all GPUs with half of them, and of one there is no half"
+        )
     return overrides, left_out
 
 

@@ -367,10 +367,10 @@ class RepositoryServer(triton.TritonServer):
 def server_plans(plan: Plan, kind: RunnerKind, n_gpus: int) -> list[RepositoryPlan]:
     """How the instances of a system are served, all on one repository, still to be rendered.
 
-    Each has GPUs of its own, or shares one with `per_gpu` of them in all. Those that share one are dealt out in turn, so
-    that experts of neighbouring clusters, which many ask at a time, are on different GPUs; and they start in turn, each
-    when those before it have what they need: how much of a GPU's memory is free decides how large a KV cache may be. The
-    repository lies below the plan's working directory, which a container sees.
+    Each has GPUs of its own, or shares one with others. Those are dealt out in turn, so that experts of neighbouring
+    clusters, which many ask at a time, are on different GPUs; and they start in turn, each when those before it have
+    what they need: what is free of a GPU's memory decides how large a KV cache may be. The repository lies below the
+    plan's working directory, which a container sees.
     """
     system, width, per_gpu = plan.system, plan.system.tensor_parallel, plan.configuration.per_gpu
     places = math.ceil(system.instances / per_gpu)
@@ -386,8 +386,6 @@ def server_plans(plan: Plan, kind: RunnerKind, n_gpus: int) -> list[RepositoryPl
     shared = (ENGINE_MODEL, directories, system.batch_size, 0, repository)
     dealt = [divmod(i, places) for i in range(system.instances)]
     return [
-        RepositoryPlan(
-            *shared, tuple(range(place * width, (place + 1) * width)), runner, plan.flow, key, turn, per_gpu
-        )
+        RepositoryPlan(*shared, tuple(range(place * width, (place + 1) * width)), runner, plan.flow, key, turn, per_gpu)
         for turn, place in dealt
     ]

@@ -128,11 +128,12 @@ def _memory(fitted: Fitted) -> list[list[str]]:
 
 
 def _sharing(report: Report) -> tuple[list[list[str]], list[str]]:
-    """What would fit if experts shared GPUs, for those that the profile names and for those made for it; and headers."""
+    """What would fit if experts shared GPUs, of the profile's systems and of those made for it; and headers."""
     asked, fitted = report.asked, report.fitted
     most = math.ceil(llama.GPUS / fitted.n_gpus)
     rows = []
-    for name in dict.fromkeys([*asked.paper1.configs, *asked.paper2.configs, asked.overhead.config, *fit.MADE_TO_SHARE]):
+    named = [*asked.paper1.configs, *asked.paper2.configs, asked.overhead.config]
+    for name in dict.fromkeys([*named, *fit.MADE_TO_SHARE]):
         one = config.load_configuration(name)
         if one.paper is None or fit.sharing(one, fitted.n_gpus, most) == 1:
             continue

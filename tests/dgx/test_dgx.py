@@ -226,6 +226,24 @@ def test_four_gpus_carry_four_experts(dgx, monkeypatch):
     assert [plan.gpus for plan in series.system.servers] == [(0,), (1,), (2,), (3,)]
 
 
+@pytest.mark.parametrize("flow", ["engine", "llmapi"])
+def test_one_gpu_serves_several_experts_and_the_router_decides_among_them(dgx, monkeypatch, flow):
+    profile, calls = dgx
+    monkeypatch.setenv("STANDIN_GPUS", "1")
+    shared = {"tensorrt_llm.experts_per_gpu": 3, "tensorrt_llm.flow": flow, "clusterer.n_clusters": 3}
+    wanted = profile(**shared, **{"paper2.configs": ["p2.E"], "paper2.users": [6]})
+    seen = sweep.run(wanted, experiments.load_sweep(wanted, "p2"))
+    assert set(seen["status"]) == {"ok"}
+    assert (seen["expert"] == seen["cluster"]).all()
+    assert seen["expert"].nunique() > 1
+    started = [word for call in calls() for word in call if str(word).startswith("CUDA_VISIBLE_DEVICES=")]
+    assert set(started) == {"CUDA_VISIBLE_DEVICES=0"}
+    assert len(started) >= 3
+    if flow == "engine":
+        (engine,) = built(calls())
+        assert engine.endswith("-step2730")
+
+
 def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
     """Routed experts, one per GPU, and two tensor-parallel servers in turn, asked from another host; found when rerun.
 
