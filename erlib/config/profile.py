@@ -387,6 +387,24 @@ class ExpertSettings(_Section):
         return self
 
 
+class YourGpuSettings(_Section):
+    """This machine's GPU: its step times, and what eight of it would do."""
+
+    config: _Classifying = Field("p2.E", description="the system that is simulated, FP16 with a GPU for each expert")
+    models: Several[str] = Field(
+        ["llama-3-8b:fp16"], description="what is measured, as scripts/measure_step_times.py names it"
+    )
+    steps: LocalPath | None = Field(
+        None, description="a table of that script from another machine (none: this machine's GPU is measured)"
+    )
+    python: LocalPath | None = Field(
+        None, description="a Python whose PyTorch has CUDA (none: this environment's, or the python3 on PATH)"
+    )
+    budget_s: Seconds = Field(600, description="seconds that measuring may take; the next run goes on")
+    users: Several[Users] = Field([1, 10, 50, 100, 200, 500, 1000], description=f"{_USERS}, not divided by scale.users")
+    repeats: Repeats = Field(2, description=_REPEATS)
+
+
 class Profile(Settings):
     """Everything that a run can vary; see ``profiles/*.yaml``."""
 
@@ -414,6 +432,7 @@ class Profile(Settings):
     replicas: ReplicaSettings = ReplicaSettings()
     routers: RouterSettings = RouterSettings()
     experts: ExpertSettings = ExpertSettings()
+    your_gpu: YourGpuSettings = YourGpuSettings()
 
     @model_validator(mode="after")
     def _serves_experts_where_it_can(self) -> Profile:

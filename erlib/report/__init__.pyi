@@ -26,6 +26,7 @@ from .own.routers import router_comparison as router_comparison
 from .own.sensitivity import flipped_verdicts as flipped_verdicts
 from .own.sensitivity import service_levels as service_levels
 from .own.trust import simulation_trust as simulation_trust
+from .own.your_gpu import your_gpu as your_gpu
 from .paper1 import paper1_bucket_throughput as paper1_bucket_throughput
 from .paper1 import paper1_p99_response_time as paper1_p99_response_time
 from .paper1 import paper1_session_throughput as paper1_session_throughput
