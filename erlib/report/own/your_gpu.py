@@ -107,8 +107,8 @@ def _caption(beside: pd.DataFrame, simulated: pd.DataFrame, table: StepTable, na
         f"script on an H100 (medians: {said}), and against NVIDIA's table, whose kernels are TensorRT-LLM's, so that "
         "kernels and cards differ; lines are medians. Attention of prompts is faster in the script than in the table, "
         f"on an H100, too. Right, {name} on eight such GPUs beside eight H100s of NVIDIA's table, simulated with "
-        f"nothing but engines and users around; with {most['users']:,.0f} users TPOT is {most['tpot_mean_s_ratio']:.2f} "
-        f"times and throughput {most['session_tokens_per_s_ratio']:.2f} times theirs. Grey: what paper 1 prints of its "
-        "routed systems on eight H100s with everything around them (TPOT of 0.1 s; 200 to 2,000 tokens/s); paper 2 "
-        "prints no number for E."
+        f"nothing but engines and users around; with {most['users']:,.0f} of these, TPOT is "
+        f"{most['tpot_mean_s_ratio']:.2f} times and throughput {most['session_tokens_per_s_ratio']:.2f} times that of "
+        "the H100s. Grey: what paper 1 prints of its routed systems on eight H100s with everything around them "
+        "(TPOT of 0.1 s; 200 to 2,000 tokens/s); paper 2 prints no number for E."
     )
