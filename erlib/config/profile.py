@@ -248,6 +248,9 @@ class EmulationSettings(_Section):
         4.0, description="wall seconds for one second of an H100; raise it where a point cannot keep pace"
     )
     prompts: Count = Field(512, description="prompts per paper, cut to the papers' own lengths")
+    steps: LocalPath | None = Field(
+        None, description="step times of other GPUs, of scripts/measure_step_times.py (none: NVIDIA's of the H100)"
+    )
 
 
 class AblationSettings(_Section):

@@ -27,7 +27,7 @@ from erlib.machine.runfolder import RunFolder
 from erlib.serving.wheel import backend_directory, environment, installed
 from erlib.serving.wire import MODEL_NAME
 
-LINKED = ("engine", "adapter")
+LINKED = ("engine", "adapter", "steps")
 """Parameters of a model that are places: known by their content hash, and linked to from a server's folder."""
 MODEL_CODE = paths.ENGINE_SPECS / "triton"
 
