@@ -226,12 +226,12 @@ def test_four_gpus_carry_four_experts(dgx, monkeypatch):
     assert [plan.gpus for plan in series.system.servers] == [(0,), (1,), (2,), (3,)]
 
 
-@pytest.mark.parametrize("flow", ["engine", "llmapi"])
-def test_one_gpu_serves_several_experts_and_the_router_decides_among_them(dgx, monkeypatch, flow):
+@pytest.mark.parametrize(("flow", "name"), [("engine", "x1.F"), ("llmapi", "x1.S")])
+def test_one_gpu_serves_several_experts_and_the_router_decides_among_them(dgx, monkeypatch, flow, name):
     profile, calls = dgx
     monkeypatch.setenv("STANDIN_GPUS", "1")
     shared = {"tensorrt_llm.experts_per_gpu": 3, "tensorrt_llm.flow": flow, "clusterer.n_clusters": 3}
-    wanted = profile(**shared, **{"paper2.configs": ["p2.E"], "paper2.users": [6]})
+    wanted = profile(**shared, **{"paper2.configs": [name], "paper2.users": [6]})
     seen = sweep.run(wanted, experiments.load_sweep(wanted, "p2"))
     assert set(seen["status"]) == {"ok"}
     assert (seen["expert"] == seen["cluster"]).all()
