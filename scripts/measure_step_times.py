@@ -96,6 +96,8 @@ WHOLE_DECODE = [(1, 512), (1, 2048), (8, 1024), (32, 512), (32, 1024), (64, 1024
 WHOLE_PREFILL = [(1, 128), (1, 512), (1, 2048), (4, 512), (8, 512)]
 FEW = 2
 """Points of each grid that are measured with --few."""
+SAY_EVERY_S = 5
+"""How far it is."""
 
 Work = Callable[[], Any]
 Work1 = Callable[[torch.Tensor], Any]
@@ -442,8 +444,8 @@ class Table:
         self._beside.write_text(json.dumps(self.described, indent=1) + "\n", encoding="utf-8")
 
 
-def run(bench: Bench, table: Table, end: float, few: bool) -> None:
-    """Measure what a plan's table lacks, until the time is over."""
+def run(bench: Bench, table: Table, end: float, few: bool) -> bool:
+    """Measure what a plan's table lacks, until the time is over; whether it was enough."""
     plan = bench.plan
     name = f"{plan.model} {plan.dtype} TP{plan.tensor_parallel}"
     todo = []
@@ -451,11 +453,14 @@ def run(bench: Bench, table: Table, end: float, few: bool) -> None:
         key = (plan.model, plan.dtype, "fp16", plan.tensor_parallel, part, x, y)
         if tuple(map(str, key)) not in table.known:
             todo.append((key, part, x, y))
-    began = time.monotonic()
+    began = said = time.monotonic()
     for done, (key, part, x, y) in enumerate(todo):
         if time.monotonic() > end:
             print(f"{name}: the time is over; {len(todo) - done} points are left, the same command goes on")
-            return
+            return False
+        if time.monotonic() > said + SAY_EVERY_S:
+            said = time.monotonic()
+            print(f"{name}: {done}/{len(todo)} points", flush=True)
         try:
             table.add(key, bench.measure(part, x, y))
         except RuntimeError as error:
@@ -463,6 +468,7 @@ def run(bench: Bench, table: Table, end: float, few: bool) -> None:
         if bench.device.startswith("cuda"):
             torch.cuda.empty_cache()
     print(f"{name}: {len(todo)} points in {time.monotonic() - began:.0f} s", flush=True)
+    return True
 
 
 def main() -> None:
@@ -492,11 +498,13 @@ def main() -> None:
         torch.set_num_threads(1)  # threads that wait for each other would be what is measured of a tiny model
     state = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
     found = {"date": datetime.date.today().isoformat(), "found": f"{state}: {_smi(state)}" if cuda else None, **reached}
+    found["memory_bytes"] = torch.cuda.get_device_properties().total_memory if cuda else None
     table.describe(**{name: value for name, value in found.items() if name not in table.described})
     print(", ".join(f"{name} {value}" for name, value in table.described.items() if name != "shapes"), flush=True)
     torch.manual_seed(0)
     for plan in plans:
-        run(Bench(plan, shapes[plan.model], options.device), table, end, options.few)
+        if run(Bench(plan, shapes[plan.model], options.device), table, end, options.few) and not options.few:
+            table.describe(complete=sorted({*table.described.get("complete", []), ":".join(map(str, plan))}))
         if cuda:
             torch.cuda.empty_cache()
     table.describe(left=f"{state}: {_smi(state)}" if cuda else None)

@@ -380,7 +380,7 @@ def _arguments() -> argparse.Namespace:
         "--profile",
         default="laptop",
         metavar="NAME|FILE.yaml",
-        help="laptop (default), smoke, dgx-h100, or a YAML file",
+        help="laptop (default), smoke, one-gpu, dgx-h100, or a YAML file",
     )
     parser.add_argument(
         "--only", nargs="+", action="append", default=[], metavar="NOTEBOOK", help="leave out all others"

@@ -19,7 +19,6 @@ from erlib.config.system import (
     Version,
     config_ids,
     load_configuration,
-    paper_of,
 )
 from erlib.config.values import (
     Count,
@@ -84,7 +83,7 @@ def _is_routed(*routings: Routing) -> Callable[[str], str]:
 
 def _is_of(paper: Paper) -> Callable[[str], str]:
     def check(value: str) -> str:
-        if paper_of(value) != paper:
+        if paper not in load_configuration(value).papers:
             raise ValueError(f"{value} is a configuration of the other paper")
         if load_configuration(value).laptop.weights == "trained":
             raise ValueError(f"{value} has experts of a corpus of their own: notebook 11 measures it")
@@ -249,6 +248,9 @@ class EmulationSettings(_Section):
         4.0, description="wall seconds for one second of an H100; raise it where a point cannot keep pace"
     )
     prompts: Count = Field(512, description="prompts per paper, cut to the papers' own lengths")
+    steps: LocalPath | None = Field(
+        None, description="step times of other GPUs, of scripts/measure_step_times.py (none: NVIDIA's of the H100)"
+    )
 
 
 class AblationSettings(_Section):
@@ -329,6 +331,9 @@ class TensorRTSettings(_Section):
     )
     runner: RunnerKind = Field("docker", description="what runs TensorRT-LLM's images; bare: it is installed here")
     gpus: PositiveInt | None = Field(None, le=1000, description="GPUs to use (none: all that this machine has)")
+    experts_per_gpu: PositiveInt = Field(
+        1, le=64, description="engines that share a GPU where GPUs are fewer than experts; in the papers, one"
+    )
     checkpoints: LocalPath | None = Field(None, description="checkpoints as downloaded (none: data/cache/checkpoints)")
     work: LocalPath | None = Field(None, description="what is made of them (none: engines/build/tensorrt_llm)")
     go_past: list[Passable] = Field([], description="checks before the start that only warn, where you know better")
@@ -385,6 +390,24 @@ class ExpertSettings(_Section):
         return self
 
 
+class YourGpuSettings(_Section):
+    """This machine's GPU: its step times, and what eight of it would do."""
+
+    config: _Classifying = Field("p2.E", description="the system that is simulated, FP16 with a GPU for each expert")
+    models: Several[str] = Field(
+        ["llama-3-8b:fp16"], description="what is measured, as scripts/measure_step_times.py names it"
+    )
+    steps: LocalPath | None = Field(
+        None, description="a table of that script from another machine (none: this machine's GPU is measured)"
+    )
+    python: LocalPath | None = Field(
+        None, description="a Python whose PyTorch has CUDA (none: this environment's, or the python3 on PATH)"
+    )
+    budget_s: Seconds = Field(600, description="seconds that measuring may take; the next run goes on")
+    users: Several[Users] = Field([1, 10, 50, 100, 200, 500, 1000], description=f"{_USERS}, not divided by scale.users")
+    repeats: Repeats = Field(2, description=_REPEATS)
+
+
 class WhatIfSettings(_Section):
     """The question of notebook 13: which way to serve a model on some GPUs. ``sensitivity.gpu_hour`` is their price."""
 
@@ -439,6 +462,7 @@ class Profile(Settings):
     replicas: ReplicaSettings = ReplicaSettings()
     routers: RouterSettings = RouterSettings()
     experts: ExpertSettings = ExpertSettings()
+    your_gpu: YourGpuSettings = YourGpuSettings()
     what_if: WhatIfSettings = WhatIfSettings()
 
     @model_validator(mode="after")
@@ -446,6 +470,14 @@ class Profile(Settings):
         if self.experts.users and self.serving.backend != "openvino" and not self.experts.adapters:
             raise ValueError(
                 "on GPUs, experts are served as adapters (x1.L): set experts.adapters, or experts.users=[]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_gpus_where_it_can(self) -> Profile:
+        if self.tensorrt_llm.experts_per_gpu > 1 and self.serving.cluster:
+            raise ValueError(
+                "experts share GPUs of one machine: set tensorrt_llm.experts_per_gpu=1 or no serving.cluster"
             )
         return self
 

@@ -5,7 +5,7 @@ They are called ``p1.A`` ... ``p2.E``, because the letters mean different system
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -41,9 +41,9 @@ KV_BLOCK_TOKENS = 32
 
 
 class PaperSystem(Settings):
-    """One row of a paper's Table I, as printed."""
+    """One row of a paper's Table I, as printed; or what such a row would say of a system that the papers lack."""
 
-    model: Literal["llama-2-70b", "llama-2-13b", "llama-3-70b", "llama-3-8b"]
+    model: Literal["llama-2-70b", "llama-2-13b", "llama-3-70b", "llama-3-8b", "llama-3.2-1b"]
     dtype: Dtype
     kv_dtype: Dtype
     tensor_parallel: PositiveInt
@@ -91,6 +91,7 @@ class Configuration(Settings):
     experts: Literal["servers", "adapters"] = Field(
         "servers", description="adapters: every server has all experts, on top of one model, and the gateway names one"
     )
+    per_gpu: PositiveInt = Field(1, description="instances that share a GPU; each of the papers' has one of its own")
     laptop: LaptopSystem
 
     @model_validator(mode="after")
@@ -105,6 +106,12 @@ class Configuration(Settings):
     def adapters(self) -> bool:
         """Whether every server has all experts."""
         return self.experts == "adapters"
+
+    @property
+    def papers(self) -> tuple[Paper, ...]:
+        """Whose workloads it serves: its own paper's, or both papers' if it has a size that neither has."""
+        of_its_own = self.paper is not None and not self.id.startswith(("p1.", "p2."))
+        return get_args(Paper) if of_its_own else (paper_of(self.id),)
 
     @property
     def system(self) -> PaperSystem:

@@ -1,4 +1,4 @@
-"""The papers' checkpoints: where they come from, and where they and what is made of them lie."""
+"""Checkpoints, the papers' and one more: where they come from, and where they and what is made of them lie."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ CHECKPOINTS = {
     "llama-2-13b": "meta-llama/Llama-2-13b-hf",
     "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
 }
 """Repositories on the Hugging Face hub. Neither paper says whether base or chat models were served: base models."""
 

@@ -48,7 +48,8 @@ ASSUMPTIONS = {
     "build": f"{BUILD_S / 60:.0f} minutes, and {BUILD_BYTES_PER_S / 1e6:.0f} MB/s of weights per GPU",
     "start": f"{START_S:.0f} s, and {LOAD_BYTES_PER_S / 1e9:.0f} GB/s of weights, all instances together",
     "load": "engines alone, from tables of H100 kernel times or a roofline; gateways and clients cost nothing; "
-    f"{POINT_S:.0f} s between points; paper 2's answers as long as MLPerf's (its models may write on, up to the limit)",
+    f"engines that share a GPU take turns; {POINT_S:.0f} s between points; paper 2's answers as long as MLPerf's (its "
+    "models may write on, up to the limit)",
     "disk": f"checkpoint as downloaded; converted checkpoint and engine as large as the weights; image times "
     f"{IMAGE_ON_DISK:.0f} where docker unpacks it; {RECORD_BYTES_PER_TOKEN:.0f} bytes of records per token",
     "host memory": f"{HOST_BYTES_PER_PARAMETER:g} bytes per parameter to convert (300 GB for 70B)",
@@ -236,7 +237,7 @@ def sweeps(
         if steps is None:
             return Sweep(experiment, one, points, None, None)
         each = [
-            point_s(one, steps, around, level, busiest_share(one, profile, mix)) + POINT_S
+            one.per_gpu * point_s(one, steps, around, level, busiest_share(one, profile, mix)) + POINT_S
             for mix in mixes
             for level in users
         ]

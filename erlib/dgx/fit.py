@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,29 @@ from erlib.dgx import tensorrt_llm
 from erlib.dgx.containers import load_image
 from erlib.dgx.tensorrt_llm import NEWEST, Plan
 from erlib.engines import laptop, llama
-from erlib.engines.llama import H100_BYTES, WORKSPACE_BYTES, gpu_memory, kv_tokens, most_kv_tokens, shape
+from erlib.engines.llama import (
+    H100_BYTES,
+    KV_SHARE,
+    WORKSPACE_BYTES,
+    gpu_memory,
+    kv_tokens,
+    most_kv_tokens,
+    shape,
+    step_tokens,
+)
 from erlib.engines.table1 import paper_sequence_tokens
 from erlib.machine.hardware import Gpu
 
+MADE_TO_SHARE = ("x1.F", "x1.S")
+"""Systems of our own, small enough that GPUs carry several of their experts."""
+
 
 def on_gpus(
-    configuration: Configuration, n_gpus: int, gpu_bytes: float = H100_BYTES, has_fp8: bool = True
+    configuration: Configuration,
+    n_gpus: int,
+    gpu_bytes: float = H100_BYTES,
+    has_fp8: bool = True,
+    experts_per_gpu: int = 1,
 ) -> tuple[Configuration, list[str]]:
     """As much of a paper's system as a smaller machine carries, and what is lost; ConfigError if it carries none.
 
@@ -30,11 +47,20 @@ def on_gpus(
     activations, but never more than the paper prints. The batch size shrinks with it, but not below the number of
     longest sequences that it holds. One expert alone has nothing to be routed to: its gateways do not classify. Where
     everything fits, it is the very same configuration.
+
+    With `experts_per_gpu`, instances that are one GPU wide share GPUs, so many at most and no more than they have to.
+    All of them have KV caches of one size. Where so many do not fit, fewer are not taken instead, because the router
+    has as many clusters as there are experts. What would fit is said.
     """
     name, printed = configuration.id, configuration.system
     if "fp8" in (printed.dtype, printed.kv_dtype) and not has_fp8:
         raise ConfigError(f"{name}: these GPUs have no FP8 (compute capability 8.9 or higher has), and it is in FP8")
-    longest = paper_sequence_tokens(config.paper_of(name))
+    longest = max(map(paper_sequence_tokens, configuration.papers))
+    if (per_gpu := sharing(configuration, n_gpus, experts_per_gpu)) > 1:
+        if not (tokens := kv_tokens_shared(configuration, per_gpu, gpu_bytes)):
+            raise ConfigError(_too_many(configuration, n_gpus, per_gpu, gpu_bytes))
+        instances = min(printed.instances, n_gpus * per_gpu)
+        return _fitted(configuration, printed.model_copy(update={"instances": instances}), tokens, longest, per_gpu)
     for instances, width in _narrower(printed, n_gpus):
         narrow = printed.model_copy(update={"instances": instances, "tensor_parallel": width})
         tokens = _kv_tokens_beside(narrow, gpu_bytes)
@@ -45,6 +71,48 @@ def on_gpus(
     raise ConfigError(
         f"{name}: {weights_gb:.0f} GB of weights, activations and one sequence of {longest:,} tokens do not fit a GPU "
         f"of {gpu_bytes / 1e9:.0f} GB{together or (', and the papers give each expert one GPU' if n_gpus > 1 else '')}"
+    )
+
+
+def sharing(configuration: Configuration, n_gpus: int, experts_per_gpu: int) -> int:
+    """How many instances share a GPU; 1 where each has its own, or several, or has all experts as adapters."""
+    printed = configuration.system
+    if printed.tensor_parallel > 1 or configuration.adapters:
+        return 1
+    return min(experts_per_gpu, math.ceil(printed.instances / n_gpus))
+
+
+def kv_tokens_shared(configuration: Configuration, per_gpu: int, gpu_bytes: float) -> int:
+    """KV tokens of each of the instances on a GPU; 0 if one of their longest sequences, or one step, has no room.
+
+    TensorRT-LLM takes the smaller of a number of tokens, which is the same for all of them, and a share of what is free
+    when its turn comes. That share of the last one's is at least as many, because those before it have not taken more
+    than the same share of what was there for all.
+    """
+    if per_gpu == 1:
+        tokens = _kv_tokens_beside(configuration.system.model_copy(update={"tensor_parallel": 1}), gpu_bytes)
+        return tokens if tokens >= max(map(paper_sequence_tokens, configuration.papers)) else 0
+    system = configuration.system
+    memory = gpu_memory(system, per_gpu)
+    free = gpu_bytes - memory.weights - memory.activations - memory.contexts
+    tokens = int(KV_SHARE * free / per_gpu / shape(system.model).kv_bytes_per_token(system.kv_dtype))
+    # The LLM API tries a step of the most tokens before it sizes the cache, in a cache of its own for that.
+    least = max(*map(paper_sequence_tokens, configuration.papers), step_tokens(per_gpu))
+    return min(kv_tokens(system), tokens) if tokens >= least else 0
+
+
+def _too_many(configuration: Configuration, n_gpus: int, per_gpu: int, gpu_bytes: float) -> str:
+    name, system = configuration.id, configuration.system
+    memory = gpu_memory(system, per_gpu)
+    needed = memory.total - memory.kv_cache
+    fits = next((n for n in range(per_gpu - 1, 0, -1) if kv_tokens_shared(configuration, n, gpu_bytes)), 0)
+    instead = "not even one fits"
+    if fits:
+        experts = min(system.instances, n_gpus * fits)
+        instead = f"{fits} would do (--set tensorrt_llm.experts_per_gpu={fits}), {experts} in all"
+    return (
+        f"{name}: {per_gpu} engines on a GPU of {gpu_bytes / 1e9:.0f} GB need {needed / 1e9:.0f} GB beside their KV "
+        f"caches, {memory.weights / 1e9:.0f} GB of it for weights; {instead}"
     )
 
 
@@ -75,7 +143,7 @@ def _narrower(printed: PaperSystem, n_gpus: int) -> list[tuple[int, int]]:
 
 
 def _fitted(
-    configuration: Configuration, narrow: PaperSystem, tokens: int, longest: int
+    configuration: Configuration, narrow: PaperSystem, tokens: int, longest: int, per_gpu: int = 1
 ) -> tuple[Configuration, list[str]]:
     name, printed, before = configuration.id, configuration.system, kv_tokens(configuration.system)
     routed = configuration.routing == "expert_router" and not configuration.adapters
@@ -87,6 +155,9 @@ def _fitted(
         if routed and narrow.instances == 1:
             losses.append(f"{name}: one expert has nothing to be routed to; its gateways do not classify")
             changed["routing"] = "replicas"
+    if per_gpu > 1:
+        changed["per_gpu"] = per_gpu
+        losses.append(f"{name}: {per_gpu} engines share a GPU, and take turns at it")
     if narrow.tensor_parallel < printed.tensor_parallel:
         losses.append(f"{name}: TP{narrow.tensor_parallel} instead of TP{printed.tensor_parallel}")
     batch_size = min(printed.batch_size, max(round(printed.batch_size * tokens / before), tokens // longest))
@@ -154,6 +225,7 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
 
     With two to seven GPUs there are as many experts, and the clusterer makes as many clusters. On one GPU there is
     nothing to be routed: the clusterer stays, for the workloads, and the gateways pass everything to the one expert.
+    ``tensorrt_llm.experts_per_gpu`` lets experts share GPUs: then there are so many times as many.
     Paper 2's preliminary experiment compares all GPUs with half of them.
 
     `gpus`: at least one. ``tensorrt_llm.gpus`` says how many of them are used.
@@ -166,12 +238,11 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
         profile = _with(profile, overrides)
     losses: list[str] = []
     refused: list[str] = []
+    settings = profile.tensorrt_llm
 
     def fit(configuration: Configuration, budget: int) -> Configuration | None:
         try:
-            if budget < 1:
-                raise ConfigError(f"{configuration.id}: half of one GPU is none")
-            result, lost = on_gpus(configuration, budget, gpu.usable_bytes, gpu.has_fp8)
+            result, lost = on_gpus(configuration, budget, gpu.usable_bytes, gpu.has_fp8, settings.experts_per_gpu)
             tensorrt_llm.plan(profile, result)
         except ConfigError as error:
             refused.append(str(error))
@@ -182,7 +253,7 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
     own = EXPERTS_ON_GPUS if profile.experts.adapters else ()
     names = dict.fromkeys([*profile.paper1.configs, *profile.paper2.configs, profile.overhead.config, *own])
     load = [one for name in names if (one := fit(config.load_configuration(name), n_gpus))]
-    if n_gpus == 1:  # then a baseline in turn is the very system that it stands beside
+    if n_gpus == settings.experts_per_gpu == 1:  # then a baseline in turn is the very system that it stands beside
         beside = {name: config.load_configuration(name).stands_beside for name in names}
         served = {other.id for other in load}
         same = {one.id for one in load if beside[one.id] in served and not one.adapters}
@@ -190,7 +261,7 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
         load = [one for one in load if one.id not in same]
     said = len(losses)
     preliminary = []
-    for one in laptop.preliminary_configurations(profile):
+    for one in laptop.preliminary_configurations(profile) if n_gpus > 1 else ():
         whole = one.system.tensor_parallel == llama.GPUS
         if result := fit(one, n_gpus if whole else min(n_gpus // 2, one.system.tensor_parallel)):
             sizes = {"batch_size": one.system.batch_size}  # what the experiment varies
@@ -200,7 +271,7 @@ def fitted(profile: Profile, gpus: Sequence[Gpu]) -> Fitted:
             f"preliminary experiment: TP8 stands for all {n_gpus} GPUs and TP4 for half of them, "
             "with what fits of the KV cache"
         ]
-    consequences, left_out = _consequences(profile, load, preliminary)
+    consequences, left_out = _consequences(profile, n_gpus, load, preliminary)
     overrides |= consequences
     if n_gpus < llama.GPUS:
         losses.append(
@@ -228,7 +299,7 @@ def _version(profile: Profile, gpu: Gpu) -> Version:
 
 
 def _consequences(
-    profile: Profile, load: Sequence[Configuration], preliminary: Sequence[Configuration]
+    profile: Profile, n_gpus: int, load: Sequence[Configuration], preliminary: Sequence[Configuration]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Profile keys that change with what fits, and notebooks that are left out."""
     fits = {configuration.id for configuration in load}
@@ -243,9 +314,16 @@ def _consequences(
     if experts and experts != profile.clusterer.n_clusters:
         overrides["clusterer.n_clusters"] = experts
     if experts and experts < llama.GPUS:
-        left_out["07_paper_scale"] = "simulates and emulates the papers' eight experts, for which there are no clusters"
+        left_out["07_paper_scale"] = (
+            "simulates and emulates the papers' eight experts, for which there are no clusters; with "
+            "tensorrt_llm.experts_per_gpu there may be eight experts here, too"
+        )
     if not preliminary:
-        left_out["04_preliminary_sweep"] = "no system of the preliminary experiment fits"
+        left_out["04_preliminary_sweep"] = (
+            "no system of the preliminary experiment fits"
+            if n_gpus > 1
+            else "the preliminary experiment compares all GPUs with half of them, and of one there is no half"
+        )
     return overrides, left_out
 
 

@@ -16,7 +16,11 @@ from erlib.dgx.checkpoints import CALIBRATION, CHECKPOINTS, TEXTS
 from erlib.dgx.tensorrt_llm import Plan
 from erlib.workload import corpus
 
-LICENCES = {"llama-2": "Llama 2 Community License", "llama-3": "Meta Llama 3 Community License"}
+LICENCES = {
+    "llama-2-": "Llama 2 Community License",
+    "llama-3-": "Meta Llama 3 Community License",
+    "llama-3.2-": "Llama 3.2 Community License",
+}
 
 
 def problems_with_the_hub(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:

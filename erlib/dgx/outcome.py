@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from erlib.dgx.tensorrt_llm import ALGORITHMS, MAX_NUM_TOKENS, QFORMAT, Plan
+from erlib.dgx.tensorrt_llm import ALGORITHMS, QFORMAT, Plan
 from erlib.engines import llama
 
 
@@ -28,7 +28,7 @@ def problems(plan: Plan) -> list[str]:
         "max_input_len": prompt,
         "max_seq_len": sequence,
         "max_batch_size": plan.system.batch_size,
-        "max_num_tokens": MAX_NUM_TOKENS,
+        "max_num_tokens": plan.step_tokens,
         "plugin_config.use_paged_context_fmha": False,
         "plugin_config.use_fused_mlp": False,
         "plugin_config.tokens_per_block": llama.block_tokens(plan.system.model),
@@ -74,8 +74,10 @@ def _wrong_files(plan: Plan, directory: Path, pattern: str) -> list[str]:
     files = list(directory.glob(pattern))
     if plan.flow != "llmapi" and len(files) != ranks:
         return [f"{directory}: {len(files)} files {pattern}, not {ranks}"]
-    size = sum(file.stat().st_size for file in files)
-    due = llama.shape(plan.system.model).loaded_bytes(plan.system.dtype, ranks)
+    size, shape = sum(file.stat().st_size for file in files), llama.shape(plan.system.model)
+    due = shape.loaded_bytes(plan.system.dtype, ranks)
+    if plan.flow == "llmapi" and shape.tied:  # as it is loaded, a checkpoint has the one matrix once
+        due -= 2 * shape.embedding
     if abs(size / due - 1) <= 0.1:
         return []
     return [f"{directory}: {size / 1e9:.1f} GB in {pattern}, but {due / 1e9:.1f} GB of weights"]

@@ -120,7 +120,7 @@ def _adapters(fit: Fitted, plans: Sequence[Plan]) -> Iterable[str]:
     for plan in plans:
         if plan.adapters is None:
             continue
-        left = fit.gpu.usable_bytes - llama.gpu_memory(plan.system).total
+        left = fit.gpu.usable_bytes - llama.gpu_memory(plan.system, plan.configuration.per_gpu).total
         needed = plan.adapters.bytes / plan.system.tensor_parallel
         if needed > ADAPTERS_SHARE * left:
             yield (
@@ -183,7 +183,10 @@ def _calibration(plans: Sequence[Plan], gpus: Sequence[Gpu]) -> Iterable[str]:
 def _fit(fit: Fitted) -> Iterable[str]:
     for key, sweep in {"paper1.configs": fit.profile.paper1, "paper2.configs": fit.profile.paper2}.items():
         if not sweep.configs:
-            yield f"none of {key} fits the GPUs or the flow (reasons above): choose others, or larger GPUs"
+            yield (
+                f"none of {key} fits the GPUs or the flow (reasons above): choose others (x1.S and x1.F are made to "
+                "share GPUs, see --profile one-gpu), or larger GPUs"
+            )
     if fit.profile.clusterer.pickles and (experts := fit.overrides.get("clusterer.n_clusters")):
         yield (
             f"there are {experts} experts, for which the clusterer of clusterer.pickles has no {experts} clusters: "

@@ -11,7 +11,7 @@ from erlib.dgx import option_tables
 from erlib.dgx.checkpoints import CALIBRATION, CHECKPOINTS, TEXTS
 from erlib.dgx.containers import Command, Purpose, load_image
 from erlib.dgx.option_tables import Contract, OptionError
-from erlib.dgx.tensorrt_llm import MAX_NUM_TOKENS, QFORMAT, Plan
+from erlib.dgx.tensorrt_llm import QFORMAT, Plan
 from erlib.engines import llama
 
 AWQ_SAMPLES = 32
@@ -111,7 +111,7 @@ def _build(plan: Plan) -> Command:
         "--max_batch_size": system.batch_size,
         "--max_input_len": prompt,
         "--max_seq_len": sequence,
-        "--max_num_tokens": MAX_NUM_TOKENS,
+        "--max_num_tokens": plan.step_tokens,
         "--workers": system.tensor_parallel,
     }
     if plan.adapters:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import re
 import shlex
 import shutil
@@ -36,7 +37,7 @@ from erlib.config import ConfigError, Flow, RunnerKind
 from erlib.dgx import builds
 from erlib.dgx.adapters import ADAPTERS_SHARE, Adapters
 from erlib.dgx.containers import Runner, load_image
-from erlib.dgx.tensorrt_llm import MAX_NUM_TOKENS, Plan
+from erlib.dgx.tensorrt_llm import Plan
 from erlib.engines import llama
 from erlib.machine import processes
 from erlib.machine.processes import StartError
@@ -99,7 +100,8 @@ def _engine_parameters(plan: Plan) -> dict[str, str]:
         "gpt_model_type": "inflight_fused_batching",
         "gpt_model_path": str(plan.served),
         "batch_scheduler_policy": "guaranteed_no_evict",
-        # Table I's KV cache, if the share of memory allows it: the smaller of the two counts.
+        # Table I's KV cache, if the share of memory allows it: the smaller of the two counts. The share is of what is
+        # free when the engine has its weights: after others that share its GPU, what they have left.
         "max_tokens_in_paged_kv_cache": str(llama.kv_tokens(plan.system)),
         "kv_cache_free_gpu_mem_fraction": str(llama.KV_SHARE),
         "enable_kv_cache_reuse": "false",
@@ -119,7 +121,8 @@ def _engine_parameters(plan: Plan) -> dict[str, str]:
 def llm_args(plan: Plan) -> dict[str, Any]:
     """Arguments of TensorRT-LLM's ``LLM`` class, for the ``llmapi`` flow.
 
-    The KV cache is pinned to the tokens that the printed one holds; the share of free memory is only a limit. The
+    The KV cache is pinned to the tokens that the printed one holds; the share of free memory, which others that share
+    the GPU have left, is only a limit. The
     PyTorch backend computes in what the checkpoint's ``config.json`` names, whatever `dtype` says; for Llama 3 that
     is bfloat16, which has float16's size and is what ModelOpt leaves there too. The flow ``engine`` converts.
     """
@@ -131,7 +134,7 @@ def llm_args(plan: Plan) -> dict[str, Any]:
         "max_batch_size": plan.system.batch_size,
         "max_input_len": plan.lengths[0],
         "max_seq_len": plan.lengths[1],
-        "max_num_tokens": MAX_NUM_TOKENS,
+        "max_num_tokens": plan.step_tokens,
         "enable_chunked_prefill": False,
         "kv_cache_config": {
             "enable_block_reuse": False,
@@ -190,10 +193,16 @@ class RepositoryPlan(triton.ServerPlan):
     flow: Flow = "engine"
     adapters: str = ""
     """Hash of the experts' adapters, if the engine has them on top."""
+    turn: int = 0
+    """How many that share its GPUs are started before it."""
+    per_gpu: int = 1
+    """How many share a GPU, at most."""
 
     def server(self, label: str, port: int, work_dir: Path, host: str) -> RepositoryServer:
         """The server itself, not yet started; see :class:`RepositoryServer`."""
-        return RepositoryServer(label, self.repository, port, work_dir, self.gpus, host, self.runner, self.flow)
+        return RepositoryServer(
+            label, self.repository, port, work_dir, self.gpus, host, self.runner, self.flow, self.turn
+        )
 
     @property
     def demand(self) -> dict[str, float]:
@@ -210,6 +219,7 @@ class RepositoryPlan(triton.ServerPlan):
             "engine": cache.digest(Path(self.parameters["engine"]) / "config.json"),
             **({"adapters": self.adapters} if self.adapters else {}),
             "gpus": len(self.gpus),
+            **({"per_gpu": self.per_gpu} if self.per_gpu > 1 else {}),
             "image": self.runner.image.reference if self.runner else None,
         }
 
@@ -222,13 +232,14 @@ class RepositoryServer(triton.TritonServer):
 
     def __init__(
         self, label: str, repository: Path, port: int, work_dir: Path, gpus: Sequence[int], host: str = "127.0.0.1",
-        runner: Runner | None = None, flow: Flow = "engine",
+        runner: Runner | None = None, flow: Flow = "engine", turn: int = 0,
     ):  # fmt: skip
         super().__init__(label, ENGINE_MODEL, {}, 1, port, work_dir, host)
         self.repository = repository
         self.gpus = tuple(gpus)
         self._runner = runner
         self.flow = flow
+        self.turn = turn
 
     @property
     def launch(self) -> Launch:
@@ -354,13 +365,17 @@ class RepositoryServer(triton.TritonServer):
 
 
 def server_plans(plan: Plan, kind: RunnerKind, n_gpus: int) -> list[RepositoryPlan]:
-    """How the instances of a system are served, each on GPUs of its own, all on one repository, still to be rendered.
+    """How the instances of a system are served, all on one repository, still to be rendered.
 
-    It lies below the plan's working directory, which a container sees.
+    Each has GPUs of its own, or shares one with others. Those are dealt out in turn, so that experts of neighbouring
+    clusters, which many ask at a time, are on different GPUs; and they start in turn, each when those before it have
+    what they need: what is free of a GPU's memory decides how large a KV cache may be. The repository lies below the
+    plan's working directory, which a container sees.
     """
-    system, width = plan.system, plan.system.tensor_parallel
-    if system.instances * width > n_gpus:
-        raise ConfigError(f"{plan.configuration.id} needs {system.instances * width} GPUs; there are {n_gpus}")
+    system, width, per_gpu = plan.system, plan.system.tensor_parallel, plan.configuration.per_gpu
+    places = math.ceil(system.instances / per_gpu)
+    if places * width > n_gpus:
+        raise ConfigError(f"{plan.configuration.id} needs {places * width} GPUs; there are {n_gpus}")
     repository = plan.places.work / "repositories" / plan.configuration.id
     runner = Runner(kind, load_image(plan.version), plan.places)
     directories = {"engine": str(plan.served), "tokenizer": str(plan.source)}
@@ -369,7 +384,8 @@ def server_plans(plan: Plan, kind: RunnerKind, n_gpus: int) -> list[RepositoryPl
         key = plan.adapters.key
         directories |= {"converted": str(plan.prefetched), "adapters": str(plan.adapters.folders[0].parent)}
     shared = (ENGINE_MODEL, directories, system.batch_size, 0, repository)
+    dealt = [divmod(i, places) for i in range(system.instances)]
     return [
-        RepositoryPlan(*shared, tuple(range(i * width, (i + 1) * width)), runner, plan.flow, key)
-        for i in range(system.instances)
+        RepositoryPlan(*shared, tuple(range(place * width, (place + 1) * width)), runner, plan.flow, key, turn, per_gpu)
+        for turn, place in dealt
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,10 +13,10 @@ from typing import Any, get_args
 import jinja2
 import pandas as pd
 
-from erlib import paths
+from erlib import config, paths
 from erlib.config import Configuration
 from erlib.config.system import HAVE_GATEWAYS
-from erlib.dgx import checkpoints, estimates, layout, preflight, repository, tensorrt_llm
+from erlib.dgx import checkpoints, estimates, fit, layout, preflight, repository, tensorrt_llm
 from erlib.dgx.fit import Fitted
 from erlib.dgx.preflight import Report
 from erlib.dgx.steps import Steps, _folded, commands, table_of_steps
@@ -49,6 +50,7 @@ def text(report: Report, notebooks: Sequence[tuple[str, str]]) -> str:
         machine=_machine(report),
         systems=_systems(fitted),
         memory=memory,
+        sharing=_sharing(report),
         tight=[name for name, *_, left in memory if left.startswith("-")],
         tables=_tables(),
         steps=table_of_steps(steps),
@@ -117,12 +119,30 @@ def _memory(fitted: Fitted) -> list[list[str]]:
     rows, room = [], fitted.gpu.usable_bytes / 1e9
     widest = max(fitted.preliminary, key=lambda one: llama.gpu_memory(one.system).total, default=None)
     for one in [*fitted.load, *([widest] if widest else [])]:
-        memory = llama.gpu_memory(one.system)
+        memory = llama.gpu_memory(one.system, one.per_gpu)
         left = room - memory.total / 1e9
         beside = f"{left - llama.GATEWAYS_GB_PER_GPU:.1f}" if one.routing in HAVE_GATEWAYS else ""
         parts = [*dataclasses.astuple(memory), memory.total]
         rows.append([one.id, *(f"{part / 1e9:.1f}" for part in parts), f"{left:.1f}", beside])
     return rows
+
+
+def _sharing(report: Report) -> tuple[list[list[str]], list[str]]:
+    """What would fit if experts shared GPUs, of the profile's systems and of those made for it; and headers."""
+    asked, fitted = report.asked, report.fitted
+    most = math.ceil(llama.GPUS / fitted.n_gpus)
+    rows = []
+    named = [*asked.paper1.configs, *asked.paper2.configs, asked.overhead.config]
+    for name in dict.fromkeys([*named, *fit.MADE_TO_SHARE]):
+        one = config.load_configuration(name)
+        if one.paper is None or fit.sharing(one, fitted.n_gpus, most) == 1:
+            continue
+        if "fp8" in (one.system.dtype, one.system.kv_dtype) and not fitted.gpu.has_fp8:
+            rows.append([name, one.title, *["no FP8"] * most])
+            continue
+        tokens = [fit.kv_tokens_shared(one, n, fitted.gpu.usable_bytes) for n in range(1, most + 1)]
+        rows.append([name, one.title, *(f"{each:,}" if each else "-" for each in tokens)])
+    return rows, ["", "", *(f"{n} on a GPU" for n in range(1, most + 1))]
 
 
 def _tables() -> list[tuple[str, str, list[list[Any]], list[str]]]:
@@ -147,9 +167,10 @@ def _servers(fitted: Fitted) -> list[list[Any]]:
     for one in fitted.load:
         hosts = one.routing in HAVE_GATEWAYS
         count, width = one.system.instances, one.system.tensor_parallel
+        gpus = _gpu_list(math.ceil(count / one.per_gpu), width) + f", {one.per_gpu} each" * (one.per_gpu > 1)
         gateways = f"{settings.base_port + 1}-{first - 1}"
         rows.append(
-            [one.id, count, _gpu_list(count, width), settings.base_port if hosts else "", gateways if hosts else "",
+            [one.id, count, gpus, settings.base_port if hosts else "", gateways if hosts else "",
              *(_every(first + offset, count) for offset in range(TritonServer.PORTS))]
         )  # fmt: skip
     return rows
@@ -163,9 +184,9 @@ def _first_port(fitted: Fitted) -> int:
 
 def _launches(fitted: Fitted) -> list[str]:
     """How servers are started, once for all systems that have as many, as large."""
-    alike: defaultdict[tuple[int, int], list[Configuration]] = defaultdict(list)
+    alike: defaultdict[tuple[int, int, int], list[Configuration]] = defaultdict(list)
     for one in fitted.load:
-        alike[one.system.instances, one.system.tensor_parallel].append(one)
+        alike[one.system.instances, one.system.tensor_parallel, one.per_gpu].append(one)
     return [_launch(fitted, group, _first_port(fitted)) for group in alike.values()]
 
 
@@ -194,7 +215,8 @@ def _launch(fitted: Fitted, group: Sequence[Configuration], port: int) -> str:
         lines.append(f"# ... and so on to rank {len(others)}, each with a shared-memory prefix of its own")
     if len(plans) > 1:
         others_are = "the second" if len(plans) == 2 else f"the other {len(plans) - 1}"
-        lines.append(f"# {others_are}: the same, on the GPUs and ports above")
+        in_turn = ", each when the one before it on its GPU is ready" if one.per_gpu > 1 else ""
+        lines.append(f"# {others_are}: the same, on the GPUs and ports above{in_turn}")
     return "\n".join(lines)
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+
 from erlib import cache, config
 from erlib.config import ConfigError, Configuration, Flow, PaperSystem, Profile, Version, WorkloadSettings
 from erlib.dgx import adapters
@@ -27,9 +29,6 @@ from erlib.dgx.adapters import Adapters
 from erlib.dgx.checkpoints import places, source
 from erlib.dgx.containers import Places
 from erlib.engines import laptop, llama
-
-MAX_NUM_TOKENS = llama.MAX_STEP_TOKENS
-"""Tokens per step. Where it was not set, the papers' versions sized activations for batch size times longest prompt."""
 
 NEWEST: Version = get_args(Version)[0]
 
@@ -47,14 +46,16 @@ QFORMAT = {"fp8": "fp8", "int4": "int4_awq"}
 def lengths(configuration: Configuration, workload: WorkloadSettings) -> tuple[int, int]:
     """Longest prompt and longest sequence (prompt and answer), in tokens, rounded up to multiples of 64.
 
-    Paper 1's longest prompt is a continuation: base prompt (mean + 4 sd, as the workload draws them) and its answer.
+    Paper 1's longest prompt is a continuation: base prompt (mean + 4 sd, as the workload draws them) and its answer. A
+    system that serves both papers' workloads takes the longer.
     """
-    if config.paper_of(configuration.id) == "p1":
-        answer = workload.p1_output_tokens
-        prompt: float = workload.p1_input_tokens + 4 * workload.p1_input_sd + answer
-    else:
-        answer, prompt = workload.p2_max_output_tokens, llama.P2_MAX_INPUT_TOKENS
-    return 64 * math.ceil(prompt / 64), 64 * math.ceil((prompt + answer) / 64)
+    continuation = workload.p1_input_tokens + 4 * workload.p1_input_sd + workload.p1_output_tokens
+    of = {
+        "p1": (continuation, continuation + workload.p1_output_tokens),
+        "p2": (llama.P2_MAX_INPUT_TOKENS, llama.P2_MAX_INPUT_TOKENS + workload.p2_max_output_tokens),
+    }
+    prompt, sequence = np.max([of[paper] for paper in configuration.papers], axis=0)
+    return 64 * math.ceil(prompt / 64), 64 * math.ceil(sequence / 64)
 
 
 def plan(profile: Profile, configuration: Configuration) -> Plan:
@@ -122,6 +123,12 @@ class Plan:
         return self.configuration.system
 
     @property
+    def step_tokens(self) -> int:
+        """Tokens per step. Where it was not set, the papers' versions sized activations for batch size times longest
+        prompt."""
+        return llama.step_tokens(self.configuration.per_gpu)
+
+    @property
     def source(self) -> Path:
         """Checkpoint as downloaded, with its tokenizer."""
         return source(self.system.model, self.places)
@@ -140,6 +147,8 @@ class Plan:
             return self.checkpoint
         prompt, sequence = self.lengths
         name = f"{self._weights}-bs{self.system.batch_size}-in{prompt}-seq{sequence}"
+        if self.configuration.per_gpu > 1:
+            name += f"-step{self.step_tokens}"
         if self.adapters:  # for any of that rank, that change these matrices
             name += f"-lora{self.adapters.rank}-{cache.digest(self.adapters.modules)[:6]}"
         return self._home / "engines" / name

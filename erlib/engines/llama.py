@@ -23,8 +23,8 @@ H100_BYTES, WORKSPACE_BYTES, KV_SHARE = 84.9e9, 4e9, 0.95
 """One GPU as TensorRT-LLM sees it: its memory, what activations take, and how much of the rest a KV cache is given."""
 
 FOREIGN_CONTEXT_BYTES = 0.55e9
-"""What the process of each other rank keeps of a GPU: a CUDA context, without which ranks could not reach each other's
-memory. (That of the GPU's own rank is missing from what TensorRT-LLM sees.)"""
+"""What each other process keeps of a GPU: a CUDA context. A rank's process has one on every GPU of its engine, without
+which ranks could not reach each other's memory. (That of the GPU's own rank is missing from what TensorRT-LLM sees.)"""
 
 GPUS = 8
 """Of a DGX H100; on a laptop all cores stand for all of them."""
@@ -36,10 +36,16 @@ paper 2's the thousands of MiB that TensorRT-LLM logs when it loads an engine.""
 MAX_STEP_TOKENS = 8192
 """Prompt and decoded tokens of one engine step, for which activations are sized."""
 
+LEAST_STEP_TOKENS = 2048
+"""The same of engines that share a GPU: room for the longest prompt, and for what is decoded beside it."""
+
 P2_MAX_INPUT_TOKENS = 1021
 """Longest prompt of the MLPerf Llama-2-70B lengths (paper 2, Fig. 2)."""
 
-_BLOCK_TOKENS = {"llama-2": 128, "llama-3": 64}
+OWN_BUFFERS_BYTES = 0.2e9
+"""Beside activations, what an engine that shares a GPU is given: of the runtime, of sampling, of libraries."""
+
+_BLOCK_TOKENS = {"llama-2": 128, "llama-3": 64, "llama-3.2": 64}
 
 
 @dataclass(frozen=True)
@@ -143,14 +149,22 @@ def most_kv_tokens(
     return tokens
 
 
+def step_tokens(per_gpu: int = 1) -> int:
+    """Tokens of one step of an engine that shares its GPU with so many, itself among them.
+
+    Activations come once for each engine: the more there are, the smaller their steps.
+    """
+    return MAX_STEP_TOKENS if per_gpu == 1 else max(LEAST_STEP_TOKENS, MAX_STEP_TOKENS // per_gpu)
+
+
 @dataclass(frozen=True)
 class GpuMemory:
-    """What one instance takes of each of its GPUs, in bytes."""
+    """What a system takes of each of its GPUs, in bytes."""
 
     weights: float
     activations: float
     contexts: float
-    """Of the other ranks' processes."""
+    """Of other ranks' processes, and of other engines'."""
     kv_cache: float
 
     @property
@@ -158,17 +172,19 @@ class GpuMemory:
         return self.weights + self.activations + self.contexts + self.kv_cache
 
 
-def gpu_memory(system: PaperSystem) -> GpuMemory:
-    """Memory of one instance per GPU: weights as loaded, activations, other ranks' contexts, KV cache as stated.
+def gpu_memory(system: PaperSystem, per_gpu: int = 1) -> GpuMemory:
+    """Memory of a GPU with `per_gpu` instances: weights as loaded, activations, contexts, KV caches as stated.
 
     Activations are those of the MLP, the widest part of a layer, with input, residual and output, in FP16: an estimate,
-    since TensorRT decides which of them share memory.
+    since TensorRT decides which of them share memory. Instances that share a GPU are given twice that, and
+    :data:`OWN_BUFFERS_BYTES`: what the estimate misses would be missing as often as there are instances.
     """
     width, model = system.tensor_parallel, shape(system.model)
     per_token = 2 * (2 * model.intermediate / width + 3 * model.hidden)
+    activations = step_tokens(per_gpu) * per_token
     return GpuMemory(
-        weights=model.loaded_bytes(system.dtype, width) / width,
-        activations=MAX_STEP_TOKENS * per_token,
-        contexts=(width - 1) * FOREIGN_CONTEXT_BYTES,
-        kv_cache=system.kv_cache_gb * 1e9 / width,
+        weights=per_gpu * model.loaded_bytes(system.dtype, width) / width,
+        activations=activations if per_gpu == 1 else per_gpu * (2 * activations + OWN_BUFFERS_BYTES),
+        contexts=(width * per_gpu - 1) * FOREIGN_CONTEXT_BYTES,
+        kv_cache=per_gpu * system.kv_cache_gb * 1e9 / width,
     )

@@ -121,10 +121,12 @@ def load_sweep(profile: Profile, paper: Paper) -> list[Series]:
 
 def preliminary_sweep(profile: Profile) -> list[Series]:
     """Paper 2's search for its baselines (section IV-C): data types x batch sizes x tensor parallelism, one
-    instance."""
+    instance; nothing where a machine carries none of it."""
     settings = profile.preliminary
+    if not (carried := backends.of(profile).preliminary_configurations(profile)):
+        return []
     pool = build_workload(profile, "preliminary")
-    targets = systems(profile, backends.of(profile).preliminary_configurations(profile), "preliminary")
+    targets = systems(profile, carried, "preliminary")
     return [
         Series("p2", "preliminary", target, pool, settings.users, settings.repeats, ["uniform"]) for target in targets
     ]
@@ -188,8 +190,12 @@ def build_workload(profile: Profile, paper: lengths.Paper) -> Workload:
 
 
 def tokenizer(profile: Profile, paper: lengths.Paper) -> Tokenizer:
-    """Tokenizer of a paper's models, with which its prompts are cut and counted."""
-    model = "llama-2-70b" if paper == "p1" else "llama-3-70b"
+    """Tokenizer of a paper's models, with which its prompts are cut and counted; of those served, where it has none."""
+    family, model = ("llama-2-", "llama-2-70b") if paper == "p1" else ("llama-3-", "llama-3-70b")
+    if paper != "preliminary":
+        settings = profile.paper1 if paper == "p1" else profile.paper2
+        served = [config.load_configuration(name).system.model for name in settings.configs]
+        model = next((each for each in served if each.startswith(family)), served[0])
     return Tokenizer.from_file(str(backends.of(profile).tokenizer_file(profile, model)))
 
 

@@ -39,3 +39,11 @@ from .validation import errors as errors
 from .validation import leave_one_out as leave_one_out
 from .validation import mape as mape
 from .validation import published as published
+from .your_gpu import beside_h100 as beside_h100
+from .your_gpu import by_part as by_part
+from .your_gpu import ceilings as ceilings
+from .your_gpu import eight_of_them as eight_of_them
+from .your_gpu import from_records as from_records
+from .your_gpu import reported as reported
+from .your_gpu import served_records as served_records
+from .your_gpu import step_table as step_table

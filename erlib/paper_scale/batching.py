@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -68,7 +69,7 @@ class System:
         return (*range(self.instances), *self.added)
 
 
-def paper_system(name: str, answer_limit: int | None = None) -> System:
+def paper_system(name: str, answer_limit: int | None = None, steps: Path | None = None) -> System:
     """A configuration of a paper (or a baseline beside one) on 8 H100s.
 
     KV tokens are those that the text states where they agree with the printed KV cache, and otherwise those that the
@@ -80,6 +81,8 @@ def paper_system(name: str, answer_limit: int | None = None) -> System:
         ``p1.A`` ... ``p2.R``.
     answer_limit : int, optional
         See :class:`System`.
+    steps : Path, optional
+        A table of step times of other GPUs; see :class:`~erlib.paper_scale.steptimes.Table`.
     """
     configuration = config.load_configuration(name)
     printed = configuration.system
@@ -88,7 +91,7 @@ def paper_system(name: str, answer_limit: int | None = None) -> System:
     return System(
         config=name,
         routing=configuration.routing,
-        steps=steptimes.for_configuration(configuration),
+        steps=steptimes.for_configuration(configuration, steps),
         instances=printed.instances,
         batch_size=printed.batch_size,
         kv_tokens=printed.kv_tokens if printed.kv_tokens and agree else held,

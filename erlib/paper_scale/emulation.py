@@ -13,16 +13,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 
 from erlib import cache, config
-from erlib.config import Paper, Profile
+from erlib.config import ConfigError, Paper, Profile
 from erlib.engines import checkpoint
 from erlib.load import metrics, points, records
 from erlib.load.experiments import Series, System
 from erlib.paper_scale import batching, simulation, steptimes
+from erlib.paper_scale.steptimes import OutOfRange
 from erlib.routing import clusterer, training
 from erlib.serving import wire
 from erlib.serving.share import Classifier
@@ -42,6 +44,7 @@ def system(
     name: str,
     slow_motion: float = 1.0,
     classifier: Classifier = "ours",
+    steps: Path | None = None,
 ) -> System:
     """A configuration of a paper on 8 emulated H100s (see :func:`erlib.paper_scale.batching.paper_system`).
 
@@ -54,9 +57,19 @@ def system(
     slow_motion : float
         Wall seconds for one second of the engines.
     classifier : {"ours", "stock"}
+    steps : Path, optional
+        Step times of other GPUs than H100s: a table of ``scripts/measure_step_times.py``.
+
+    Raises
+    ------
+    ConfigError
+        If that table does not hold it.
     """
     answer_limit = profile.workload.p2_max_output_tokens if name.startswith("p2") else None
-    target = batching.paper_system(name, answer_limit)
+    try:
+        target = batching.paper_system(name, answer_limit, steps)
+    except (OSError, OutOfRange) as error:
+        raise ConfigError(f"emulation.configs: {error}") from None
     parameters = {
         "engine": str(checkpoint.checkpoint(profile.engines)),
         "config": name,
@@ -64,7 +77,8 @@ def system(
         "slow_motion": str(slow_motion),
         wire.CONTEXT: str(min(target.kv_tokens, target.max_step_tokens)),
         # for the points' hash: what the name stands for
-        "stands_for": cache.digest(config.load_configuration(name).system.model_dump(), steptimes.TABLE),
+        "stands_for": cache.digest(config.load_configuration(name).system.model_dump(), steps or steptimes.TABLE),
+        **({"steps": str(steps.resolve())} if steps else {}),
     }
     # It stands for hardware of its own, which nothing here could delay: where cores are short, the engine goes first.
     server = ServerPlan("emulated", parameters, target.batch_size, niceness=-10)
@@ -96,7 +110,7 @@ def emulated_load(profile: Profile) -> list[Series]:
     series = []
     for name in settings.configs:
         paper = config.paper_of(name)
-        target = system(profile, name, settings.slow_motion)
+        target = system(profile, name, settings.slow_motion, steps=Path(settings.steps) if settings.steps else None)
         series.append(
             Series(paper, "load", target, workload(profile, paper), settings.users, settings.repeats, ["uniform"])
         )
@@ -127,6 +141,7 @@ def simulated_beside(profile: Profile, sweep_: list[Series], emulated: pd.DataFr
             target = batching.paper_system(
                 point.system.config,
                 json.loads(parameters["answer_limit"]),
+                Path(parameters["steps"]) if "steps" in parameters else None,
             )
             target = dataclasses.replace(target, added=series.system.added)
             drawn = prompts.draw(series.workload, point.users, point.mix, profile.seed, point.repeat)

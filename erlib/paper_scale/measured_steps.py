@@ -15,8 +15,11 @@ import pandas as pd
 import pyarrow as pa
 
 from erlib import config
-from erlib.config import Dtype, Paper, Profile
+from erlib.config import ConfigError, Dtype, Paper, Profile
+from erlib.engines import llama
+from erlib.engines.table1 import paper_sequence_tokens
 from erlib.load import metrics, records
+from erlib.machine import hardware
 from erlib.paper_scale import batching, simulation, steptimes
 from erlib.paper_scale.steptimes import OutOfRange, Table
 from erlib.workload import prompts
@@ -124,7 +127,9 @@ def spread(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return ratio.agg(median="median", smallest="min", largest="max", points="size").reset_index()
 
 
-def simulated_from(name: str, file: Path, profile: Profile, users: Sequence[int], repeats: int = 3) -> pd.DataFrame:
+def simulated_from(
+    name: str, file: Path, profile: Profile, users: Sequence[int], repeats: int = 3, gpu_bytes: float | None = None
+) -> pd.DataFrame:
     """A paper's configuration in virtual time, with the H100 table's step times and with measured ones.
 
     Parameters
@@ -137,6 +142,8 @@ def simulated_from(name: str, file: Path, profile: Profile, users: Sequence[int]
     users : sequence of int
         At once; both see the same draws, uniform over clusters, without gateways' costs (preset "hardware").
     repeats : int
+    gpu_bytes : float, optional
+        Memory of the measured GPU, if it is known: with less than an H100's, engines hold fewer tokens and sequences.
 
     Returns
     -------
@@ -148,18 +155,40 @@ def simulated_from(name: str, file: Path, profile: Profile, users: Sequence[int]
     ------
     OutOfRange
         If the measured table does not hold it.
+    ConfigError
+        If the GPU's memory does not.
     """
     paper: Paper = "p1" if name.startswith("p1") else "p2"
     workload = simulation.textless_workload(profile, paper)
     limit = profile.workload.p2_max_output_tokens if paper == "p2" else None
     system = batching.paper_system(name, answer_limit=limit)
     measured = replace(system, steps=steptimes.for_configuration(config.load_configuration(name), file))
+    if gpu_bytes is not None:
+        measured = _in_memory(measured, gpu_bytes)
     means = [
         _simulated(one, workload, paper, profile.seed, users, repeats).groupby("users")[list(METRICS)].mean()
         for one in (system, measured)
     ]
     ratios = (means[1] / means[0]).add_suffix("_ratio")
     return pd.concat([means[0], means[1].add_suffix("_measured"), ratios], axis=1).reset_index()
+
+
+def _in_memory(system: batching.System, gpu_bytes: float) -> batching.System:
+    """With a KV cache that fits beside the weights, and as many sequences less as that holds less tokens."""
+    held = config.load_configuration(system.config).system
+    loaded = llama.shape(held.model).loaded_bytes(held.dtype)
+    usable = gpu_bytes - hardware.CONTEXT_BYTES
+    tokens = llama.most_kv_tokens(held.model, held.dtype, held.kv_dtype, 1, loaded, gpu_bytes=usable)
+    longest = paper_sequence_tokens(config.paper_of(system.config))
+    if tokens < longest:
+        raise ConfigError(
+            f"{system.config}: {loaded / 1e9:.0f} GB of weights leave a GPU of {gpu_bytes / 1e9:.0f} GB a KV cache of "
+            f"{tokens:,} tokens, and one sequence has up to {longest:,}: set your_gpu.config to a smaller system"
+        )
+    if tokens >= system.kv_tokens:
+        return system
+    slots = max(tokens // longest, round(system.batch_size * tokens / system.kv_tokens))
+    return replace(system, kv_tokens=tokens, batch_size=min(system.batch_size, slots))
 
 
 METRICS = ("ttft_mean_s", "tpot_mean_s", "session_tokens_per_s")

@@ -8,7 +8,6 @@ measured loads: step times are fitted to those, and loads that were held out are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
@@ -19,7 +18,7 @@ import pyarrow as pa
 from erlib import config, paths
 from erlib.config import KV_BLOCK_TOKENS, Profile
 from erlib.engines import laptop, llama
-from erlib.load import metrics, on_cores, records
+from erlib.load import backends, metrics, on_cores, records
 from erlib.machine import processes
 from erlib.paper_scale import batching, clock, fitting, simulation, steptimes
 from erlib.paper_scale.clock import Harness
@@ -259,7 +258,17 @@ def measured_system(name: str, profile: Profile, steps: steptimes.StepTimes) -> 
     Requests go to the server that their ``cluster`` names, whatever the configuration's routing.
     """
     if profile.serving.backend == "tensorrt_llm":
-        return replace(batching.paper_system(name), routing="expert_router", steps=steps)
+        (carried,) = backends.of(profile).configurations(profile, [name])  # by the GPUs that there are
+        held = carried.system
+        return batching.System(
+            config=name,
+            routing="expert_router",
+            steps=steps,
+            instances=held.instances,
+            batch_size=held.batch_size,
+            kv_tokens=llama.kv_tokens(held),
+            max_step_tokens=llama.step_tokens(carried.per_gpu),
+        )
     plan = laptop.laptop_system(profile, config.load_configuration(name))
     return batching.System(
         config=name,

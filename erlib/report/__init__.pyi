@@ -30,6 +30,7 @@ from .own.trust import simulation_trust as simulation_trust
 from .own.what_if import frontier as frontier
 from .own.what_if import plan as plan
 from .own.what_if import two_best as two_best
+from .own.your_gpu import your_gpu as your_gpu
 from .paper1 import paper1_bucket_throughput as paper1_bucket_throughput
 from .paper1 import paper1_p99_response_time as paper1_p99_response_time
 from .paper1 import paper1_session_throughput as paper1_session_throughput

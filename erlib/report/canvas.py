@@ -43,6 +43,8 @@ LOOKS = {
     "p2.D": (VERMILION, "D"),
     "p2.E": (GREEN, "v"),
     "p2.R": (GREY, "X"),
+    "x1.F": ("#44aa99", "p"),
+    "x1.S": ("#999933", "8"),
 }
 """Colour and marker of a configuration, the same on all figures; related systems of the two papers share a colour."""
 _SPARE_LOOKS = [("#000000", "*"), ("#8c510a", "h"), ("#332288", "<"), ("#882255", ">")]

@@ -146,7 +146,7 @@ class Share:
         return ", ".join(part.title for part in self._everything)
 
     def start(self) -> None:
-        """Start servers and gateways, which do not wait for each other.
+        """Start servers and gateways; of servers that start in turn, the first, and gateways with the last.
 
         Raises
         ------
@@ -160,7 +160,17 @@ class Share:
         processes.require_free_ports([*ports, *([self._front.port] if self._front else [])], self.host)
         for part in self._parts:
             part.log.parent.mkdir(parents=True, exist_ok=True)
+        for part in self._turn(0):
             self._begin(part)
+
+    @property
+    def _last_turn(self) -> int:
+        return max((server.turn for server in self.servers), default=0)
+
+    def _turn(self, turn: int) -> list[TritonServer | Gateway]:
+        """What starts together and does not wait for each other: gateways look for servers as soon as they start."""
+        servers = [server for server in self.servers if server.turn == turn]
+        return [*servers, *(self._gateways if turn == self._last_turn else [])]
 
     def _begin(self, part: TritonServer | Gateway | Nginx) -> None:
         if not isinstance(part, Gateway):
@@ -173,13 +183,19 @@ class Share:
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until servers and gateways are up, each at most `timeout_s`, then start what is in front if it is here.
 
+        Servers that have to wait for their turn are started here.
+
         Raises
         ------
         StartError
             If one of them is not.
         """
-        for part in self._parts:
-            part.wait_ready(timeout_s)
+        for turn in range(self._last_turn + 1):
+            together = self._turn(turn)
+            for part in together if turn else []:
+                self._begin(part)
+            for part in together:
+                part.wait_ready(timeout_s)
         if self._front:
             self._front.start()
 

@@ -27,7 +27,7 @@ from erlib.machine.runfolder import RunFolder
 from erlib.serving.wheel import backend_directory, environment, installed
 from erlib.serving.wire import MODEL_NAME
 
-LINKED = ("engine", "adapter")
+LINKED = ("engine", "adapter", "steps")
 """Parameters of a model that are places: known by their content hash, and linked to from a server's folder."""
 MODEL_CODE = paths.ENGINE_SPECS / "triton"
 
@@ -151,6 +151,8 @@ class TritonServer:
     """
 
     PORTS = 3
+    turn = 0
+    """Those of turn 1 start when those of turn 0 are ready, and so on."""
 
     def __init__(
         self, label: str, backend: str, parameters: Mapping[str, str], max_batch_size: int, port: int, work_dir: Path,

@@ -269,4 +269,6 @@ def test_dry_run_says_what_would_run_and_why(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--profile", "smoke", "--dry-run", "--from", "08"])
     assert run_all.main() == 0
     named = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert named == ["08_figures_paper1", "09_figures_paper2", "11_experts", "13_what_if", "10_scorecard"]
+    assert named == [
+        "08_figures_paper1", "09_figures_paper2", "11_experts", "12_your_gpu", "13_what_if", "10_scorecard",
+    ]  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 
 from erlib import config, paths
 from erlib.dgx import builds, checkpoints, recipes, tensorrt_llm
-from erlib.load import experiments, records, sweep
+from erlib.load import experiments, published, records, sweep
 from erlib.machine import hardware, processes
 from tests.support.ports import BASE_PORT
 
@@ -226,6 +226,24 @@ def test_four_gpus_carry_four_experts(dgx, monkeypatch):
     assert [plan.gpus for plan in series.system.servers] == [(0,), (1,), (2,), (3,)]
 
 
+@pytest.mark.parametrize(("flow", "name"), [("engine", "x1.F"), ("llmapi", "x1.S")])
+def test_one_gpu_serves_several_experts_and_the_router_decides_among_them(dgx, monkeypatch, flow, name):
+    profile, calls = dgx
+    monkeypatch.setenv("STANDIN_GPUS", "1")
+    shared = {"tensorrt_llm.experts_per_gpu": 3, "tensorrt_llm.flow": flow, "clusterer.n_clusters": 3}
+    wanted = profile(**shared, **{"paper2.configs": [name], "paper2.users": [6]})
+    seen = sweep.run(wanted, experiments.load_sweep(wanted, "p2"))
+    assert set(seen["status"]) == {"ok"}
+    assert (seen["expert"] == seen["cluster"]).all()
+    assert seen["expert"].nunique() > 1
+    started = [word for call in calls() for word in call if str(word).startswith("CUDA_VISIBLE_DEVICES=")]
+    assert set(started) == {"CUDA_VISIBLE_DEVICES=0"}
+    assert len(started) >= 3
+    if flow == "engine":
+        (engine,) = built(calls())
+        assert engine.endswith("-step2730")
+
+
 def test_both_papers_are_measured_as_on_a_laptop(dgx, tmp_path, capsys):
     """Routed experts, one per GPU, and two tensor-parallel servers in turn, asked from another host; found when rerun.
 
@@ -298,3 +316,29 @@ def test_the_llm_api_needs_a_download_and_one_process(dgx, capsys):
     image = next(i for i, word in enumerate(served) if word.startswith("nvcr.io/"))
     assert served[image + 1] == "tritonserver"
     assert served[served.index("--env") + 1] == "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7"
+
+
+@pytest.mark.parametrize(
+    ("paper", "configs", "model"),
+    [
+        ("p1", ["p1.A", "p1.D"], "Llama-2-70b-hf"),
+        ("p1", ["x1.S"], "Llama-3.2-1B"),
+        ("p2", ["x1.S", "x1.F"], "Meta-Llama-3-8B"),
+        ("preliminary", ["p2.E"], "Meta-Llama-3-70B"),
+    ],
+)
+def test_prompts_are_cut_with_the_tokenizer_of_those_who_read_them(dgx, monkeypatch, paper, configs, model):
+    profile, _ = dgx
+    asked = []
+    monkeypatch.setattr(experiments.Tokenizer, "from_file", asked.append)
+    experiments.tokenizer(profile(**{f"paper{1 if paper == 'p1' else 2}.configs": configs}), paper)
+    assert [file.split("/")[-2] for file in asked] == [model]
+
+
+def test_one_gpu_has_no_preliminary_records_and_nothing_is_missing(dgx, monkeypatch, tmp_path):
+    profile, calls = dgx
+    monkeypatch.setenv("STANDIN_GPUS", "1")
+    for file in tmp_path.glob("hf/*70B/tokenizer.json"):  # for which somebody would need access
+        file.unlink()
+    assert published.preliminary_records(profile()).empty
+    assert built(calls()) == []

@@ -351,22 +351,24 @@ def test_texts_that_the_container_fetches_itself_need_the_hub(machine, profile, 
     n_gpus=st.integers(1, 16),
     gpu_bytes=st.floats(16e9, 200e9),
     has_fp8=st.booleans(),
+    experts_per_gpu=st.integers(1, 8),
 )
-def test_what_is_fitted_never_exceeds_the_gpus_nor_the_paper(name, n_gpus, gpu_bytes, has_fp8):
+def test_what_is_fitted_never_exceeds_the_gpus_nor_the_paper(name, n_gpus, gpu_bytes, has_fp8, experts_per_gpu):
     configuration = config.load_configuration(name)
     printed = configuration.system
     try:
-        result, losses = fit.on_gpus(configuration, n_gpus, gpu_bytes, has_fp8)
+        result, losses = fit.on_gpus(configuration, n_gpus, gpu_bytes, has_fp8, experts_per_gpu)
     except ConfigError as error:
         assert name in str(error)
         return
     system = result.system
-    assert system.instances * system.tensor_parallel <= n_gpus
-    assert llama.gpu_memory(system).total <= gpu_bytes
+    assert system.instances * system.tensor_parallel <= n_gpus * result.per_gpu
+    assert result.per_gpu <= experts_per_gpu
+    assert llama.gpu_memory(system, result.per_gpu).total <= gpu_bytes
     assert has_fp8 or "fp8" not in (system.dtype, system.kv_dtype)
     for field in ("instances", "tensor_parallel", "batch_size"):
         assert getattr(system, field) <= getattr(printed, field)
-    longest = 335 + 2 * 1200 if name.startswith("p1") else 2021
+    longest = 2021 if "p1" not in configuration.papers else 335 + 2 * 1200
     assert longest <= llama.kv_tokens(system) <= llama.kv_tokens(printed)
     assert (result is configuration) == (not losses)
     if system.kv_cache_gb == printed.kv_cache_gb:
@@ -425,6 +427,63 @@ def test_one_gpu_has_nothing_to_route_to(profile):
     assert fitted.profile.paper1.configs == ["p1.B", "p1.C", "p1.D"]
     assert any(reason.startswith("p1.A: 138 GB of weights") for reason in fitted.refused)
     assert "p1.R: on one GPU the same as p1.C, left out" in fitted.losses
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu_gb", "has_fp8", "fits"),
+    [
+        ("x1.F", 85.5, True, 8),
+        ("p2.E", 85.5, True, 4),
+        ("p2.E", 150.7, True, 8),  # an H200
+        ("x1.S", 85.5, True, 8),
+        ("x1.S", 25.7, True, 6),  # a card of 24 GiB
+        ("x1.F", 25.7, True, 2),
+    ],
+)
+def test_experts_share_a_gpu_as_far_as_they_fit(profile, name, gpu_gb, has_fp8, fits):
+    configuration = config.load_configuration(name)
+    gpu_bytes = gpu_gb * 1e9 - hardware.CONTEXT_BYTES
+    result, losses = fit.on_gpus(configuration, 1, gpu_bytes, has_fp8, experts_per_gpu=fits)
+    assert (result.system.instances, result.per_gpu, result.routing) == (fits, fits, "expert_router")
+    assert losses[-2] == f"{name}: {fits} engines share a GPU, and take turns at it"
+    memory = llama.gpu_memory(result.system, fits)
+    assert memory.total <= gpu_bytes
+    # What the last of them finds free, of which it may take its share, is enough for as many tokens as the first has.
+    free = gpu_bytes - memory.total + memory.kv_cache / fits
+    assert llama.KV_SHARE * free >= 0.999 * memory.kv_cache / fits
+    if fits < 8:
+        with pytest.raises(ConfigError, match=rf"{name}: {fits + 1} engines .* {fits} would do .*_per_gpu={fits}\)"):
+            fit.on_gpus(configuration, 1, gpu_bytes, has_fp8, experts_per_gpu=fits + 1)
+
+
+@pytest.mark.parametrize(
+    ("n_gpus", "most", "experts"), [(1, 4, 4), (2, 8, 8), (3, 8, 8), (3, 2, 6), (4, 8, 8), (8, 8, 8)]
+)
+def test_the_router_decides_among_eight_on_fewer_gpus(profile, n_gpus, most, experts):
+    """Of every system with one GPU per expert alike, since they share the router; others are as they would be."""
+    shared = fit.fitted(profile(tensorrt_llm__experts_per_gpu=most), [H200] * n_gpus)
+    apart = fit.fitted(profile(), [H200] * n_gpus)
+    routed = [one for one in shared.load if one.routing == "expert_router"]
+    assert "p2.E" in {one.id for one in routed}
+    assert {one.system.instances for one in routed} == {experts} == {shared.profile.clusterer.n_clusters}
+    assert ("07_paper_scale" in shared.left_out) == (experts < 8)
+    others = {one.id: one for one in apart.load if one.id in ("p1.A", "p2.B", "p2.C")}
+    assert {one.id: one for one in shared.load if one.id in others} == others
+    if n_gpus == 8:
+        assert shared.load == apart.load
+    again = fit.fitted(shared.profile, [H200] * n_gpus)
+    assert (again.profile, again.load, again.overrides) == (shared.profile, shared.load, {})
+
+
+def test_one_gpu_is_not_halved_and_all_that_needs_no_half_is_run(profile):
+    fitted = fit.fitted(profile(), [hardware.H100])
+    assert list(fitted.left_out) == ["04_preliminary_sweep"]
+    assert fitted.preliminary == []
+
+
+def test_experts_share_gpus_of_one_machine_alone(profile):
+    with pytest.raises(ConfigError, match=r"experts share GPUs of one machine: set tensorrt_llm\.experts_per_gpu=1"):
+        profile(tensorrt_llm__experts_per_gpu=2, serving__cluster="auto")
 
 
 def test_systems_are_found_by_name_or_their_absence_is_explained(profile):
@@ -550,6 +609,33 @@ def test_the_plan_has_ports_launches_memory_and_both_tables(plan_text):
     assert "Nothing stops it" in section(text, "Problems")
     assert "nobody has measured" in section(text, "Time and disk")
     assert max(map(len, section(text, "Commands").splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rows", "refused"),
+    [
+        (H100, {"x1.S": 8, "x1.F": 8}, ""),
+        (GEFORCE.replace("81559", "24564"), {"x1.S": 6, "x1.F": 2}, "x1.S: 8 engines on a GPU of 25 GB need 31 GB"),
+        ("NVIDIA A10G, 23028, 590.44.01, 8.6", {"x1.S": 5, "x1.F": 0}, "x1.F: these GPUs have no FP8"),
+    ],
+)
+def test_the_plan_says_how_many_experts_a_gpu_carries(machine, tmp_path, gpu, rows, refused):
+    """Acceptance: eight of 8B in FP8 on an H100, of 1B in FP16 on a card of 24 GB."""
+    (machine / "gpus").write_text(f"{gpu}\n")
+    places = {"tensorrt_llm.checkpoints": str(tmp_path / "hf"), "tensorrt_llm.work": str(tmp_path / "work")}
+    asked = config.load_profile("one-gpu", {"serving.base_port": BASE_PORT, **places})
+    text = runbook.text(preflight.check(asked), [])
+    memory = section(text, "Memory of each GPU")
+    for name, fits in rows.items():
+        shown = re.search(rf"^{name} +\d+B FP\d+ \(Expert Router\) +(.+)", memory.split("Experts that share")[1], re.M)[
+            1
+        ]
+        numbers = re.findall(r"[\d,]+|-|no FP8", shown)
+        assert [number[0].isdigit() for number in numbers] == [True] * fits + [False] * (8 - fits)
+    assert refused in section(text, "Systems")
+    if not refused:
+        assert re.search(r"^x1.F +72\.6 +4\.3 +3\.9 +3\.9 +84\.7 +0\.2", memory, re.M)
+        assert re.search(r"^x1.F +8 +0, 8 each ", section(text, "Servers"), re.M)
 
 
 def test_a_table_that_disagrees_is_shown_as_such(plan_text, monkeypatch):

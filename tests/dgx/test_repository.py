@@ -23,9 +23,10 @@ from tritonclient.grpc import service_pb2 as pb
 
 from benchmarks.on_cpu import ServerOnCpu
 from erlib import config, paths
-from erlib.dgx import repository
+from erlib.dgx import fit, repository
 from erlib.dgx.containers import Places
 from erlib.dgx.tensorrt_llm import Plan
+from erlib.engines import llama
 from erlib.load import users
 from erlib.machine import processes
 from erlib.machine.processes import StartError
@@ -185,6 +186,25 @@ def test_one_expert_per_gpu(tmp_path):
     assert all(server.launch.command[: len(starts)] == starts for server in servers)
     assert not any("--model-control-mode=explicit" in server.launch.command for server in servers)
     assert str(servers[3].launch).startswith(f"CUDA_VISIBLE_DEVICES=3 {shlex.join(starts)} --")
+
+
+@pytest.mark.parametrize(("n_gpus", "per_gpu", "gpus"), [(1, 8, "00000000"), (2, 4, "01010101"), (3, 3, "01201201")])
+@pytest.mark.parametrize("flow", ["engine", "llmapi"])
+def test_experts_that_share_a_gpu_have_one_kv_budget_and_start_in_turn(flow, n_gpus, per_gpu, gpus, tmp_path):
+    h200 = 150e9
+    on, _ = fit.on_gpus(config.load_configuration("p2.E"), n_gpus, h200, experts_per_gpu=8)
+    plan = dataclasses.replace(plan_of("p2.E", flow), configuration=on)
+    plans = repository.server_plans(plan, "bare", n_gpus)
+    servers = [each.server(f"p2.E-{i}", BASE_PORT + 3 * i, tmp_path, "127.0.0.1") for i, each in enumerate(plans)]
+    assert [server.launch.environment["CUDA_VISIBLE_DEVICES"] for server in servers] == list(gpus)
+    assert [server.turn for server in servers] == [i // n_gpus for i in range(8)]
+    assert {each.per_gpu for each in plans} == {per_gpu}
+    tokens = llama.kv_tokens(on.system)
+    assert tokens < llama.kv_tokens(config.load_configuration("p2.E").system)
+    engine = repository._engine_parameters(plan)
+    assert (engine["max_tokens_in_paged_kv_cache"], engine["kv_cache_free_gpu_mem_fraction"]) == (str(tokens), "0.95")
+    args = repository.llm_args(plan)
+    assert (args["kv_cache_config"]["max_tokens"], args["max_num_tokens"]) == (tokens, llama.step_tokens(per_gpu))
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("p1.A", ["0,1,2,3,4,5,6,7"]), ("p2.C", ["0,1,2,3", "4,5,6,7"])])

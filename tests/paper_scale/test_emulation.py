@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from erlib import config, paths
 from erlib.load import experiments, points, records, sweep, users
 from erlib.machine import hardware, processes
-from erlib.paper_scale import batching, clock, emulation
+from erlib.paper_scale import batching, clock, emulation, steptimes
 from erlib.paper_scale.batching import CannotServe
 from erlib.serving import stack, triton, wheel, wire
 from erlib.workload import lengths, prompts  # fmt: skip
@@ -67,6 +67,30 @@ def test_its_steps_take_as_long_as_the_table_says(emulated, tokenizer, tmp_path)
         planned_s += sum(should_s)
     assert counted["expert_steps"] == 80
     assert counted["expert_step_seconds"] == pytest.approx(planned_s, rel=1e-6)
+
+
+def test_engines_keep_the_time_of_any_table(own_ports, tokenizer, tmp_path):
+    """Of an H200 that was measured; known by its content, not by its place."""
+    table = tmp_path / "a table.csv"
+    shutil.copy(paths.FACTS / "h200_pytorch_step_times.csv", table)
+    asked = own_ports.emulation.model_copy(update={"configs": ["p2.E"], "steps": str(table)})
+    (series,) = emulation.emulated_load(own_ports.model_copy(update={"emulation": asked}))
+    server, others = series.system.servers[0], emulation.system(own_ports, "p2.E").servers[0]
+    assert server.description["parameters"]["stands_for"] != others.description["parameters"]["stands_for"]
+    again = emulation.system(own_ports, "p2.E", asked.slow_motion, steps=table)
+    assert again.servers[0].description == server.description
+    assert str(tmp_path) not in str(server.description)
+    beside = own_ports.serving.model_copy(update={"base_port": own_ports.serving.base_port + 40})
+    with stack.Stack("other", [again.servers[0]], "direct", beside, None, tmp_path) as running:
+        before = running.counters()["expert_step_seconds"]
+        answer(running.targets[0], PROMPT, 10)
+        took_s = running.counters()["expert_step_seconds"] - before
+    n = len(Tokenizer.from_file(str(tokenizer)).encode(PROMPT).ids)
+    steps = steptimes.Table("llama-3-8b", "fp16", "fp16", 1, table)
+    should_s = steps.prefill_s(n) + sum(steps.decode_s(1, n + i) for i in range(1, 10))
+    assert took_s == pytest.approx(should_s, rel=1e-6)
+    with pytest.raises(config.ConfigError, match=r"emulation\.configs: a table\.csv holds no llama-3-70b in int4"):
+        emulation.system(own_ports, "p2.D", steps=table)
 
 
 @pytest.mark.parametrize(

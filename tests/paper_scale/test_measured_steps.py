@@ -198,3 +198,17 @@ def test_an_h200_reads_memory_faster_than_an_h100_and_computes_alike():
     assert 0.95 < ratio[both["part"] == "prefill"].median() < 1.05
     sums = measured_steps.sums_beside_whole_steps(H200)
     assert len(sums) == 84 and sums["ratio"].between(0.88, 1.13).all()
+
+
+def test_what_is_complete_is_written_down(tmp_path, monkeypatch, capsys):
+    for grid in ("DECODE", "PREFILL", "WHOLE_DECODE", "WHOLE_PREFILL"):
+        monkeypatch.setattr(script, grid, [(1, 16), (2, 16)])
+    for grid in ("TOKENS", "SEQUENCES"):
+        monkeypatch.setattr(script, grid, [1, 2])
+    monkeypatch.setattr(script, "SAY_EVERY_S", 0)
+    path, command = tmp_path / "steps.csv", ["--device", "cpu", "--models", "tiny"]
+    run(monkeypatch, path, *command, "--budget-s", "0")
+    assert "complete" not in json.loads(path.with_suffix(".json").read_text())
+    run(monkeypatch, path, *command)
+    assert "tiny fp16 TP1: 13/14 points" in capsys.readouterr().out
+    assert json.loads(path.with_suffix(".json").read_text())["complete"] == ["tiny:fp16:1"]

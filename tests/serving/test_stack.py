@@ -35,7 +35,7 @@ from erlib import paths
 from erlib.load import users
 from erlib.machine import processes
 from erlib.routing.clusterer import Clusterer
-from erlib.serving import stack, wire
+from erlib.serving import share, stack, wire
 from tests.support.ports import METRICS_PORT
 from tests.support.processes import metrics
 from tests.support.served import changed, drop, drop_all, refusal, wrong_type
@@ -379,6 +379,37 @@ def test_metrics_of_a_system_without_gateways_are_refused():
     command = [sys.executable, paths.ROOT / "scripts" / "serve.py", "p2.A", "--profile", "smoke", "--metrics", "9100"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (2, "error: p2.A has no gateways, whose metrics --metrics would serve\n")
+
+
+def test_servers_that_share_a_gpu_start_when_those_before_them_are_ready(monkeypatch, tmp_path):
+    """And gateways with the last of them, because they do not wait for servers for ever."""
+    done = []
+
+    class Recorded(share.TritonServer):
+        def __init__(self, i: int, turn: int):
+            super().__init__(f"p2.E-{i}", "openvino", {}, 1, 65_000 + 3 * i, tmp_path)
+            self.turn = turn
+
+        def start(self) -> None:
+            done.append(f"start {self.label[-1]}")
+
+        def wait_ready(self, timeout_s: float) -> None:
+            done.append(f"ready {self.label[-1]}")
+
+    class Nursery:
+        process = None
+
+    monkeypatch.setattr(share.Gateway, "nursery", lambda self: Nursery())
+    monkeypatch.setattr(share.Gateway, "start", lambda self, nursery: done.append("start gateway"))
+    monkeypatch.setattr(share.Gateway, "wait_ready", lambda self, timeout_s: done.append("ready gateway"))
+    servers = [Recorded(i, turn) for i, turn in enumerate((0, 0, 1, 1, 2))]
+    gateway = share.Gateway(0, "127.0.0.1", 65_100, ["127.0.0.1:65001"], None, "replicas", tmp_path, 0)
+    mine = share.Share("127.0.0.1", servers, [gateway], None)
+    mine.start()
+    assert done == ["start 0", "start 1"]
+    mine.wait_ready(1)
+    turns = ["start 0", "start 1", "ready 0", "ready 1", "start 2", "start 3", "ready 2", "ready 3", "start 4"]
+    assert done == [*turns, "start gateway", "ready 4", "ready gateway"]
 
 
 def test_a_second_stack_on_the_same_ports_is_refused_before_anything_starts(

@@ -10,6 +10,7 @@ smaller delays are caught up with. Both are counted, so that nobody takes a slow
 
 import json
 import time
+from pathlib import Path
 
 import inflight
 
@@ -32,7 +33,8 @@ class Request:
 class Engine:
     def __init__(self, parameters, token):
         answer_limit = json.loads(parameters["answer_limit"])
-        self.batch = batching.Engine(batching.paper_system(parameters["config"], answer_limit))
+        steps = Path(parameters["steps"]).resolve() if "steps" in parameters else None
+        self.batch = batching.Engine(batching.paper_system(parameters["config"], answer_limit, steps))
         self.max_prompt_tokens = self.batch.system.max_step_tokens
         self.slow_motion = float(parameters["slow_motion"])
         self.token = token
