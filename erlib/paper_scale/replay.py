@@ -74,7 +74,7 @@ def replay(
     DataFrame
         One row per request, in the trace's order: columns of :data:`erlib.load.records.SCHEMA` (``source`` is
         "simulated") and those of :func:`erlib.load.metrics.latencies`. Requests that no engine can hold, because of
-        their length, have ``status`` "refused" and no latencies, and load nobody: :func:`attained` counts them as missed.
+        their length, have ``status`` "refused" and no latencies, and load nobody; :func:`attained` counts them.
 
     Raises
     ------
