@@ -18,6 +18,7 @@ import pandas as pd
 
 from erlib.config import ConfigError
 from erlib.load import metrics
+from erlib.workload.traces import Trace
 
 LEFT_OUT = {
     "AIPerf": {
@@ -61,7 +62,7 @@ class Measured:
         return LEFT_OUT[self.tool]
 
 
-def read(path: Path) -> Measured:
+def read_results(path: Path) -> Measured:
     """A tool's results: AIPerf's ``profile_export.jsonl``, GuideLLM's ``benchmarks.json``, or what vLLM's bench saved.
 
     Raises
@@ -236,3 +237,56 @@ def _vllm_summary(documents: Sequence[dict[str, Any]]) -> Measured:
         if f"mean_{its}_ms" in document
     ]
     return Measured("vllm bench", pd.DataFrame(columns=[*_COLUMNS, "tpot_s", "user_tokens_per_s"]), pd.DataFrame(rows))
+
+
+# --- beside a prediction ----------------------------------------------------------------------------------------------
+
+
+def trace(measured: Measured, run: str) -> Trace:
+    """What a tool asked in one run, so that it can be asked of a simulation; without requests that were not answered.
+
+    Raises
+    ------
+    ConfigError
+        If the file holds no such run, or a summary only.
+    """
+    requests = measured.requests
+    if requests.empty:
+        raise ConfigError(f"this file of {measured.tool} has no requests: vllm bench serve needs --save-detailed")
+    done = requests[(requests["run"] == run) & (requests["status"] == "ok")].sort_values("t_send_s", kind="stable")
+    if done.empty:
+        raise ConfigError(f"no answers of a run {run!r}; runs are {', '.join(requests['run'].unique())}")
+    sent_s = done["t_send_s"].to_numpy(float)
+    inputs, outputs = (done[f"{what}_tokens"].to_numpy(np.int64) for what in ("input", "output"))
+    return Trace(f"{measured.tool}, {run}", measured.tool, sent_s - sent_s[0], inputs, outputs)
+
+
+def beside(measured: Measured, run: str, simulated: pd.DataFrame) -> pd.DataFrame:
+    """Measured and simulated, metric by metric.
+
+    Parameters
+    ----------
+    measured : Measured
+    run : str
+        One of the file's.
+    simulated : DataFrame
+        Simulated requests with latencies, as :func:`erlib.paper_scale.replay.replay` returns them.
+
+    Returns
+    -------
+    DataFrame
+        One row per ``metric`` and ``statistic`` (mean, median, p99): ``measured``, ``simulated`` in seconds, and
+        ``error`` of the simulation (0.1: a tenth too long). ``answers``, ``failures``: measured.
+    """
+    done = simulated[simulated["status"] == "ok"]
+    rows = []
+    for its in measured.summary[measured.summary["run"] == run].itertuples():
+        values = done[its.metric].dropna()
+        of = {"mean": values.mean(), "median": values.median(), "p99": metrics.p99(values) if len(values) else np.nan}
+        for statistic, seconds in of.items():
+            theirs = getattr(its, statistic)
+            about = {"metric": its.metric, "statistic": statistic, "measured": theirs, "simulated": seconds}
+            rows.append(about | {"error": seconds / theirs - 1, "answers": its.answers, "failures": its.failures})
+    if not rows:
+        raise ConfigError(f"no run {run!r}; runs are {', '.join(measured.summary['run'].unique())}")
+    return pd.DataFrame(rows)
