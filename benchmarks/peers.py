@@ -5,8 +5,8 @@ TTFT. How many H100s serve them, and how many requests per second do eight carry
 engine, and Llama 3 70B FP16 over eight. Each peer gets an environment of its own from PyPI, made once.
 
 ``of_peak`` is what an answer takes for granted: the arithmetic of its requests (two operations a token for every
-parameter of the layers' matrices) over what the GPUs can do at most; more than 1 cannot be. Rates at which the trace would be over within ten times the
-bound of TTFT are not asked about.
+parameter of the layers' matrices) over what the GPUs can do at most; more than 1 cannot be. Rates at which the trace
+would be over within ten times the bound of TTFT are not asked about.
 
     python -m benchmarks.peers [--requests 5000] [--rate 50] [--into benchmarks/results/peers]
 """

@@ -33,7 +33,7 @@ class Fleet:
     def __init__(self, question: dict[str, Any]):
         model = getattr(fleet_sim, question["model"])
         self._width = question["width"]
-        serving = fleet_sim.ServingConfig(tp=self._width, dtype_bytes=2, chunk=LONGEST, max_slots=question["slots"])
+        serving = fleet_sim.ServingConfig(tp=self._width, dtype_bytes=2, max_slots=question["slots"])
         self.profile = fleet_sim.ProfileBuilder().build(fleet_sim.H100_SXM, model, serving)
         self._trace = TraceWorkload(question["trace"], fmt="semantic_router").generate()
         self._bound_s = question["ttft_s"]

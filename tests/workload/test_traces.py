@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks import environments, peers
 from erlib.config import ConfigError
 from erlib.workload import traces
 from erlib.workload.traces import Trace
@@ -191,3 +193,27 @@ def test_a_trace_knows_its_name(tmp_path: Path) -> None:
     found = traces.read(given(tmp_path, WRITTEN["azure"], "AzureLLMInferenceTrace_conv.csv"))
     assert isinstance(found, Trace)
     assert found.name == "AzureLLMInferenceTrace_conv.csv"
+
+
+READ = """
+import json, sys
+from fleet_sim.workload.trace import TraceWorkload
+requests = TraceWorkload(sys.argv[1], fmt="semantic_router").generate()
+print(json.dumps([[at, its.l_in, its.l_out, its.model_id, its.category] for at, its in requests]))
+"""
+
+
+@pytest.mark.slow
+def test_the_semantic_routers_simulator_reads_ours(tmp_path: Path) -> None:
+    python = environments.from_pypi("vllm-sr-sim", peers.PEERS["vllm-sr-sim"])
+    ours = traces.of_records(pd.DataFrame(list(synthetic.point("p2", "load", "p2.E", 8, 0))))
+    traces.write(ours, tmp_path / "ours.jsonl")
+    ran = subprocess.run([python, "-c", READ, tmp_path / "ours.jsonl"], capture_output=True, text=True, check=True)
+    assert ours.cluster is not None
+    assert json.loads(ran.stdout) == [
+        [at, inputs, outputs, f"expert-{cluster}", f"cluster-{cluster}"]
+        for at, inputs, outputs, cluster in zip(
+            *(its.tolist() for its in (ours.arrival_s, ours.input_tokens, ours.output_tokens, ours.cluster)),
+            strict=True,
+        )
+    ]
