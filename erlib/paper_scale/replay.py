@@ -81,7 +81,8 @@ def replay(
     CannotServe
         If none can be held.
     """
-    held = [_holds(system, prompt) for prompt in drawn]
+    engine = Engine[Request](system)
+    held = [_holds(engine, prompt) for prompt in drawn]
     kept = [place for place, can in enumerate(held) if can]
     if not kept:
         raise CannotServe(f"{system.config}: none of the {len(drawn)} requests fits into an engine")
@@ -113,12 +114,12 @@ def attained(rows: pd.DataFrame, ttft_s: float, tpot_s: float) -> float:
     return float(kept.mean())
 
 
-def _holds(system: System, prompt: Prompt) -> bool:
+def _holds(engine: Engine[Request], prompt: Prompt) -> bool:
     """Whether an engine has room for a prompt and its answer, and step times know them."""
     request = Request(0, "base", prompt, prompt.input_tokens, prompt.cluster, 0.0)
     longest = prompt.input_tokens + prompt.max_tokens
     try:
-        Engine[Request](system).check(request)
+        engine.check(request)
     except CannotServe:
         return False
-    return longest <= system.steps.limits.context
+    return longest <= engine.system.steps.limits.context

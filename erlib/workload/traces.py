@@ -53,7 +53,9 @@ class Trace:
         return (len(self) - 1) / span_s if span_s else math.inf
 
     def first(self, requests: int) -> Trace:
-        """Its beginning."""
+        """Its beginning: so many requests, or all, if there are fewer."""
+        if requests < 1:
+            raise ConfigError(f"{self.name}: a trace has at least one request, not {requests}")
         shorter = slice(requests)
         return replace(
             self,
@@ -67,8 +69,10 @@ class Trace:
         Raises
         ------
         ConfigError
-            If all come at once, so that there is no rhythm.
+            If all come at once, so that there is no rhythm, or the rate is not more than 0.
         """
+        if not requests_per_s > 0:
+            raise ConfigError(f"{self.name}: requests come at a rate of more than 0 per second, not {requests_per_s:g}")
         if not self.arrival_s[-1]:
             raise ConfigError(f"{self.name}: all requests come at once, which no rate describes")
         return replace(self, arrival_s=self.arrival_s * (self.requests_per_s / requests_per_s))

@@ -146,6 +146,10 @@ def test_the_beginning_of_a_trace_and_another_rate(tmp_path: Path) -> None:
     faster = whole.at_rate(4.0)
     assert faster.requests_per_s == pytest.approx(4.0)
     assert faster.arrival_s == pytest.approx(whole.arrival_s / 4)
+    with pytest.raises(ConfigError, match="more than 0 per second, not -1"):
+        whole.at_rate(-1)
+    with pytest.raises(ConfigError, match="at least one request, not 0"):
+        whole.first(0)
     with pytest.raises(ConfigError, match="come at once"):
         whole.first(1).at_rate(4.0)
 
