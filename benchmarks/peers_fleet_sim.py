@@ -80,7 +80,7 @@ def main() -> None:
         answer = len(TraceWorkload(question["azure"], fmt="azure_csv").generate())
     else:
         fleet = Fleet(question)
-        answer = fleet.fewest_gpus()
+        answer = fleet.fewest_gpus() | {"slots": fleet.profile.n_slots(LONGEST)}
         answer |= {"most_requests_per_s": fleet.most_requests_per_s(question["gpus"], question["at_most"])}
     json.dump(answer, sys.stdout)
 
