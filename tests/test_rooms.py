@@ -24,7 +24,7 @@ HANDED_OUT = {
     "experts": "by_seen_tokens cluster_shares compare judged matrix served",
     "load": "accounting aggregate all_configurations answers at_highest_load build_workload experts_sweep "
     "input_lengths load_records load_sweep overhead_sweep overview preliminary_records preliminary_sweep read "
-    "read_files routing_overhead run summarise",
+    "read_files read_results routing_overhead run summarise",
     "paper_scale": "Explorer ablation_effects ablation_plan ablation_profile ablation_table aisimulate asked_in "
     "at_the_knee beside_h100 beside_published beside_simulation break_even by_part by_point calibrated "
     "ceilings decision design_load eight_of_them emulated_load error_table errors from_records "
@@ -33,9 +33,9 @@ HANDED_OUT = {
     "replicas_plan reported run_ablation run_replicas served_records side_by_side simulate_left_out "
     "simulate_papers simulated_beside step_table",
     "report": "architecture cluster_colours command controls engine_formats expert_matrix flipped_verdicts frontier "
-    "harness_ablation load_figures on_the_same_axes paper1_bucket_throughput paper1_input_tokens "
-    "paper1_p99_response_time paper1_session_throughput paper1_tpot paper1_ttft paper1_user_throughput "
-    "paper2_input_tokens paper2_preliminary paper2_system_throughput paper2_tpot paper2_ttft "
+    "harness_ablation load_figures measured_beside_simulated on_the_same_axes paper1_bucket_throughput "
+    "paper1_input_tokens paper1_p99_response_time paper1_session_throughput paper1_tpot paper1_ttft "
+    "paper1_user_throughput paper2_input_tokens paper2_preliminary paper2_system_throughput paper2_tpot paper2_ttft "
     "paper2_user_throughput_p99 plan published_points quality_and_load read_cluster_map replicas_emulated "
     "replicas_simulated router_comparison router_sees routing_overhead routing_worth save service_levels "
     "simulation_trust style table1_models two_best write_gallery your_gpu",

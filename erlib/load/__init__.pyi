@@ -13,6 +13,7 @@ from .metrics import answers as answers
 from .metrics import at_highest_load as at_highest_load
 from .metrics import routing_overhead as routing_overhead
 from .metrics import summarise as summarise
+from .other_tools import read_results as read_results
 from .published import input_lengths as input_lengths
 from .published import load_records as load_records
 from .published import preliminary_records as preliminary_records

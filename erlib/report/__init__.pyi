@@ -13,6 +13,7 @@ from .figures import load_figures as load_figures
 from .gallery import write_gallery as write_gallery
 from .input_tokens import paper1_input_tokens as paper1_input_tokens
 from .input_tokens import paper2_input_tokens as paper2_input_tokens
+from .own.beside import measured_beside_simulated as measured_beside_simulated
 from .own.cited import published_points as published_points
 from .own.designs import quality_and_load as quality_and_load
 from .own.engines import engine_formats as engine_formats
