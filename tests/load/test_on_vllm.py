@@ -21,7 +21,7 @@ from erlib.config import ConfigError
 from erlib.engines import checkpoint, vllm
 from erlib.load import experiments, on_vllm, sweep
 from erlib.load.experiments import Series
-from erlib.machine import hardware, leftovers
+from erlib.machine import hardware, leftovers, processes
 from erlib.machine.processes import StartError
 from erlib.serving import stack, wire
 from erlib.serving.triton import ServerPlan
@@ -256,7 +256,7 @@ def test_cancellation_reaches_vllm(served, system):
 @pytest.mark.slow
 def test_eight_users_make_records_with_exact_counts(on_a_cpu, system, served, monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "RUNS", tmp_path)
-    monkeypatch.setattr(sweep, "Stack", lambda *_, **__: contextlib.nullcontext(served))
+    monkeypatch.setattr(sweep, "_served", lambda *_: contextlib.nullcontext(served))
     pool = experiments.build_workload(on_a_cpu, "p2")
     pool.frame["end_id"] = wire.NEVER_STOP
     records = sweep.run(on_a_cpu, [Series("p2", "experts", system, pool, [USERS], 1, ["uniform"])])
@@ -269,20 +269,20 @@ def test_eight_users_make_records_with_exact_counts(on_a_cpu, system, served, mo
 
 @pytest.mark.slow
 def test_nothing_is_left_when_the_server_is_killed(on_a_cpu, system, tmp_path):
-    """Nobody tells vLLM's process: it notices."""
+    """Nobody tells the processes of model and engine: they notice."""
     (plan,) = system.servers
     server = plan.server("killed", BASE_PORT + 590, tmp_path, "127.0.0.1")
     server.start()
     try:
         server.wait_ready(600)
         assert server.process is not None
-        process = psutil.Process(server.process.pid).children(recursive=True)[-1]
-        assert "process.py" in str(process.cmdline())
+        started = psutil.Process(server.process.pid).children(recursive=True)
+        assert "process.py" in str(started[-1].cmdline())
         server.process.kill()
-        process.wait(timeout=15)
+        assert not psutil.wait_procs(started, timeout=15)[1]
     finally:
-        server.process.kill()
-        server.process.wait()
+        assert server.process is not None
+        processes.stop([server.process], grace_s=0)
         server.clean_up()
     assert not list(Path(leftovers.SHARED_MEMORY).glob(f"{server.shm_prefix}*"))
     assert vllm.VERSION in plan.parameters["build"]

@@ -10,6 +10,7 @@ import os
 import queue
 import subprocess
 import threading
+import time
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Engine(inflight.NoEviction):
     def __init__(self, parameters, adapters):
         slots, kv_blocks, context = (int(parameters[k]) for k in ("max_batch_size", "kv_blocks", "context_tokens"))
         super().__init__(slots, kv_blocks, int(parameters["kv_block_tokens"]), context)
+        threading.Thread(target=_end_with_the_server, args=(os.getppid(),), daemon=True).start()
         self.connection, theirs = Pipe()
         self.process = subprocess.Popen(
             [f"{parameters['environment']}/bin/python", Path(__file__).with_name("process.py"), str(theirs.fileno())],
@@ -94,6 +96,13 @@ class Engine(inflight.NoEviction):
 
     def _send(self, message):
         self.connection.send_bytes(json.dumps(message).encode())
+
+
+def _end_with_the_server(server):
+    """Triton's process of a model lives on if the server is killed, and so would vLLM's, which has the GPU's memory."""
+    while os.getppid() == server:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 class TritonPythonModel(inflight.Model):
