@@ -3,8 +3,8 @@
     python -m benchmarks.vllm_process [--sequences 8] [--tokens 64] [--rounds 5] [--json FILE]
 
 Without Triton, whose cost per token is the same either way. Both ways use the real vLLM for CPUs, from an environment
-that is made of its lock, and the laptop's smallest model, whose steps are so short that the share is an upper bound. CPU
-time is what to look at where other work goes on beside it.
+that is made of its lock, and the laptop's smallest model, whose steps are so short that the share is an upper bound.
+CPU time is what to look at where other work goes on beside it.
 """
 
 from __future__ import annotations

@@ -129,7 +129,8 @@ class Model:
         directory = Path(parameters["engine"])
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.token_bytes = _token_bytes(self.tokenizer)
-        self.eos_token_id = json.loads((directory / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+        ends = json.loads((directory / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+        self.eos_token_id = ends[-1] if isinstance(ends, list) else ends  # of several, Llama 3's end of a turn
         self.engine = self.load(parameters)
         added = self.tokenizer.get_added_tokens_decoder().values()  # as a prompt may spell them
         self.max_token_bytes = max(*map(len, self.token_bytes), *(len(token.content.encode()) for token in added))

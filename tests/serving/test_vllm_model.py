@@ -30,7 +30,7 @@ def directory(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     home = tmp_path_factory.mktemp("engine")
     tokenizer.save(str(home / "tokenizer.json"))
-    (home / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    (home / "config.json").write_text(json.dumps({"eos_token_id": [9, 4]}))  # as Llama 3's instruct models
     environment = home / "environment" / "bin"
     environment.mkdir(parents=True)
     (environment / "python").symlink_to(sys.executable)
@@ -91,6 +91,9 @@ def test_an_answer_may_end_early_or_come_as_one(made):
     model = made()
     early, at_once = answered(model, asked(end_id=3), asked(stream=False))
     assert tokens(early) == [1, 2, 3]
+    unsaid = asked(max_tokens=9)
+    del unsaid.inputs["end_id"]
+    assert tokens(*answered(model, unsaid)) == [1, 2, 3, 4]
     assert [len(at_once.responses), tokens(at_once)] == [1, [1, 2, 3, 4, 5]]
 
 
