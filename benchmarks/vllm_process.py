@@ -103,7 +103,8 @@ class Behind:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR"}
+    return {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def main() -> None:
