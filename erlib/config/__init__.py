@@ -13,6 +13,7 @@ from erlib.config.profile import (
     Scale,
     ServingSettings,
     SweepSettings,
+    VllmSettings,
     WorkloadSettings,
 )
 from erlib.config.reading import ConfigError, nearest, read_yaml
@@ -55,6 +56,7 @@ __all__ = [
     "ServingSettings",
     "SweepSettings",
     "Version",
+    "VllmSettings",
     "WorkloadSettings",
     "at_paper_scale",
     "config_ids",

@@ -283,8 +283,8 @@ class ReplicaSettings(_Section):
 
 
 class ServingSettings(_Section):
-    backend: Literal["openvino", "tensorrt_llm"] = Field(
-        "openvino", description="small engines on the CPU, or the papers' own on GPUs"
+    backend: Literal["openvino", "tensorrt_llm", "vllm"] = Field(
+        "openvino", description="small engines on the CPU, the papers' own on GPUs, or vLLM's on any GPU, or CPU"
     )
     gateways: PositiveInt = Field(16, le=1000, description="routing gateways between the front and the experts")
     relay: Relay = Field(
@@ -314,6 +314,12 @@ class ServingSettings(_Section):
         return self
 
     @model_validator(mode="after")
+    def _is_where_its_engines_are(self) -> ServingSettings:
+        if self.cluster and self.backend == "vllm":
+            raise ValueError("vLLM's engines are served on this machine alone: leave out serving.cluster")
+        return self
+
+    @model_validator(mode="after")
     def _is_reachable(self) -> ServingSettings:
         if self.users_on and self.host in ("127.0.0.1", "localhost", "0.0.0.0"):
             raise ValueError(
@@ -337,6 +343,17 @@ class TensorRTSettings(_Section):
     checkpoints: LocalPath | None = Field(None, description="checkpoints as downloaded (none: data/cache/checkpoints)")
     work: LocalPath | None = Field(None, description="what is made of them (none: engines/build/tensorrt_llm)")
     go_past: list[Passable] = Field([], description="checks before the start that only warn, where you know better")
+
+
+class VllmSettings(_Section):
+    """How vLLM serves, where ``serving.backend`` asks for it: on this machine's GPUs or, without any, on its cores."""
+
+    environment: LocalPath | None = Field(None, description="of Python, with vLLM installed (none: .venv-vllm)")
+    checkpoint: LocalPath | None = Field(
+        None,
+        description="what engines load: a Llama of Hugging Face's format in FP16, FP8, AWQ, GPTQ (none: SmolLM2-135M)",
+    )
+    chunked_prefill: bool = Field(False, description="cut long prompts in pieces that join others' steps; papers: no")
 
 
 class EngineSettings(_Section):
@@ -451,6 +468,7 @@ class Profile(Settings):
     engines: EngineSettings = EngineSettings()
     serving: ServingSettings = ServingSettings()
     tensorrt_llm: TensorRTSettings = TensorRTSettings()
+    vllm: VllmSettings = VllmSettings()
     paper1: Paper1Settings
     paper2: Paper2Settings
     preliminary: PreliminarySettings
@@ -467,7 +485,7 @@ class Profile(Settings):
 
     @model_validator(mode="after")
     def _serves_experts_where_it_can(self) -> Profile:
-        if self.experts.users and self.serving.backend != "openvino" and not self.experts.adapters:
+        if self.experts.users and self.serving.backend == "tensorrt_llm" and not self.experts.adapters:
             raise ValueError(
                 "on GPUs, experts are served as adapters (x1.L): set experts.adapters, or experts.users=[]"
             )

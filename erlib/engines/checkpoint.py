@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -163,3 +164,37 @@ def tokenizer(profile: Profile) -> Tokenizer:
 def depth(source: Path) -> int:
     """Layers of a checkpoint."""
     return int(json.loads((source / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
+
+
+def cut(source: Path, layers: int) -> Path:
+    """The checkpoint's depth-truncated sibling, as a checkpoint: its first `layers` layers, with embedding and norm.
+
+    Raises
+    ------
+    ConfigError
+        If it has fewer.
+    """
+    if layers > (available := depth(source)):
+        raise ConfigError(f"an engine of {layers} layers was asked for, but the checkpoint has {available}")
+    if layers == available:
+        return source
+    target = paths.CACHE / "checkpoint" / f"{source.name}-{layers}of{available}"
+    if not cache.found(target, "checkpoint"):
+        from safetensors.torch import load_file, save_file  # noqa: PLC0415  (numpy's has no bfloat16, and torch is slow)
+
+        with cache.building(target) as directory:
+            for file in source.glob("*.safetensors"):
+                tensors = load_file(file)
+                kept = {name: tensor for name, tensor in tensors.items() if _layer(name) < layers}
+                save_file(kept, directory / file.name, {"format": "pt"})
+            for file in source.glob("*.json"):
+                shutil.copy(file, directory)
+            settings = json.loads((source / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": layers}
+            (directory / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    return target
+
+
+def _layer(name: str) -> int:
+    """Of a matrix of a Llama, by its name; 0 for those outside of layers."""
+    _, found, rest = name.partition(".layers.")
+    return int(rest.partition(".")[0]) if found else 0

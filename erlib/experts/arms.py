@@ -86,8 +86,10 @@ def judged(profile: Profile) -> Judged:
     return made
 
 
-def adapters(profile: Profile, n: int) -> list[Path]:
+def adapters(profile: Profile, n: int, served: Path | None = None) -> list[Path]:
     """A PEFT adapter for each of the `n` clusters: the user's own (``experts.adapters``), or trained if need be.
+
+    `served`: the checkpoint on top of which the user's own are served, if it is not the one that experts start from.
 
     Raises
     ------
@@ -106,7 +108,7 @@ def adapters(profile: Profile, n: int) -> list[Path]:
         with _workers() as workers:
             trained = _trained(profile, base, blocks, workers)
         return [trained[f"expert-{cluster}"] for cluster in range(n)]
-    described = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+    described = json.loads(((served or base.directory) / "config.json").read_text(encoding="utf-8"))
     own = lora.own(Path(settings.adapters), n)
     for directory in own:
         lora.read(directory, *(described[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size")))

@@ -20,7 +20,11 @@ NO_RAY = "serving.cluster needs Ray, which is not installed: .venv/bin/python sc
 Workloads = Literal["load", "preliminary"]
 """Which of the workloads a system is sized for."""
 
-_BACKENDS = {"openvino": "erlib.load.on_cores", "tensorrt_llm": "erlib.dgx.backend"}
+_BACKENDS = {
+    "openvino": "erlib.load.on_cores",
+    "tensorrt_llm": "erlib.dgx.backend",
+    "vllm": "erlib.load.on_vllm",
+}
 
 
 class Backend(Protocol):

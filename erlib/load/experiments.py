@@ -150,7 +150,7 @@ def experts_sweep(profile: Profile) -> list[Series]:
     if not settings.users:
         return []
     pool = build_workload(at, "p2")
-    names = ["x1.T", "x1.U"] if at.serving.backend == "openvino" else EXPERTS_ON_GPUS
+    names = {"openvino": ("x1.T", "x1.U"), "vllm": ("x1.L", "x1.U")}.get(at.serving.backend, EXPERTS_ON_GPUS)
     targets = systems(at, backends.of(at).configurations(at, names))
     return [Series("p2", "experts", target, pool, settings.users, settings.repeats, ["uniform"]) for target in targets]
 

@@ -25,7 +25,7 @@ def configurations(profile: Profile, names: Sequence[str]) -> list[Configuration
         if one.adapters:
             raise ConfigError(
                 f"{one.id} needs an engine that batches requests of different adapters, which OpenVINO's does not: "
-                "x1.T has the same experts, each in an engine of its own"
+                "x1.T has the same experts, each in an engine of its own, and serving.backend=vllm serves this one"
             )
     return found
 

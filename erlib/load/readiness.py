@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from erlib import paths
-from erlib.config import Profile
-from erlib.engines import laptop, llama
+from erlib.config import ConfigError, Profile
+from erlib.engines import laptop, llama, vllm
 from erlib.load import backends
 from erlib.machine import hardware, processes
 from erlib.machine.processes import StartError
@@ -25,7 +25,7 @@ LEAST_FREE_BYTES = 4e9
 
 def basics(profile: Profile) -> list[str]:
     """Problems that any run on this machine would have: folders, disk space, input files, NGINX, ports."""
-    found = [*_names(), *_folders(profile), *_inputs(profile), *_scale(profile)]
+    found = [*_names(), *_folders(profile), *_inputs(profile), *_scale(profile), *_vllm(profile)]
     free = hardware.free_disk_bytes(paths.run_dir(profile.name))
     if free < LEAST_FREE_BYTES:
         found.append(
@@ -66,9 +66,23 @@ def _folders(profile: Profile) -> Iterable[str]:
 
 def _scale(profile: Profile) -> Iterable[str]:
     """What is too small to behave as the papers' systems do."""
-    if profile.serving.backend == "openvino" and profile.scale.distortion == "refuse":
+    if profile.serving.backend != "tensorrt_llm" and profile.scale.distortion == "refuse":
         for why in laptop.distortions(profile):
             yield f"{why}, or set scale.distortion=accept"
+
+
+def _vllm(profile: Profile) -> Iterable[str]:
+    """What vLLM lacks, where it is to serve: an environment, a checkpoint."""
+    if profile.serving.backend != "vllm":
+        return
+    checks: list[Callable[[], object]] = [lambda: vllm.environment(profile.vllm, len(hardware.gpus()))]
+    if own := profile.vllm.checkpoint:
+        checks.append(lambda: vllm.read(Path(own)))
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            yield str(error)
 
 
 def _inputs(profile: Profile) -> Iterable[str]:

@@ -192,10 +192,16 @@ def _verify(point: Point, series: Series, answers: list[users.Answer], counted: 
 
 
 @functools.cache
-def _versions() -> str:
-    """What a record says of the software that made it: the packages' versions, NGINX', the operating system's."""
+def _versions(build: str = "") -> str:
+    """What a record says of the software that made it: the packages' versions, NGINX', the operating system's.
+
+    `build`: what else the engines are made by, name and version.
+    """
     said = subprocess.run([nginx.find(), "-v"], capture_output=True, text=True, check=False).stderr
     about = {"nginx": said.strip().rpartition("/")[2], "system": hardware.system()}
+    if build:
+        name, version = build.split()
+        about[name] = version
     return json.dumps(json.loads(provenance.columns()["versions"]) | about)
 
 
@@ -232,7 +238,7 @@ def _rows(
         "seed": profile.seed,
         "started": started,
         **provenance.columns(),
-        "versions": _versions(),
+        "versions": _versions(system.servers[0].parameters.get("build", "")),
         **where,
     }
     if system.source == "emulated":

@@ -187,8 +187,10 @@ def name_of(config_id: str) -> str:
 
 def stand_ins(profile: config.Profile, configs: Iterable[str]) -> str:
     """What stands for the papers' models on this machine, as a sentence."""
-    if profile.serving.backend != "openvino":
+    if profile.serving.backend == "tensorrt_llm":
         return ""
+    if profile.vllm.checkpoint and profile.serving.backend == "vllm":
+        return f" On this machine vLLM serves {Path(profile.vllm.checkpoint).name}, whatever the papers' model."
     layers = {"large": profile.engines.large_layers, "small": profile.engines.small_layers, "whole": "all"}
     parts = []
     for name in configs:
@@ -196,7 +198,8 @@ def stand_ins(profile: config.Profile, configs: Iterable[str]) -> str:
         many = f"{plan.instances} × " if plan.instances > 1 else ""
         slots = f"{plan.batch_size} slot{'s' * (plan.batch_size > 1)}, {plan.kv_tokens} KV tokens in {plan.kv_cache}"
         parts.append(f"{name[-1]} {many}{layers[plan.size]} layers {plan.dtype.upper()}, {slots}")
-    return f" On this machine Llama-architecture stand-ins cut from SmolLM2-135M serve: {'; '.join(parts)}."
+    by = " (vLLM)" if profile.serving.backend == "vllm" else ""
+    return f" On this machine Llama-architecture stand-ins cut from SmolLM2-135M serve{by}: {'; '.join(parts)}."
 
 
 def scale(profile: config.Profile) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from erlib import config
@@ -22,10 +23,17 @@ def drawn() -> dict[str, str]:
 
 def inputs(profile: config.Profile) -> dict[str, Any]:
     """Seed, corpus and checkpoint, the latter two by the hash or commit that is checked when they are fetched."""
-    on_cpu = profile.serving.backend == "openvino"
     return {
         "seed": profile.seed,
         "profile_hash": profile.digest,
         "corpus": corpus.origin(profile.corpus),
-        "checkpoint": checkpoint.origin(profile.engines) if on_cpu else "the papers' own, see the engines' records",
+        "checkpoint": _checkpoint(profile),
     }
+
+
+def _checkpoint(profile: config.Profile) -> str:
+    if profile.serving.backend == "tensorrt_llm":
+        return "the papers' own, see the engines' records"
+    if profile.serving.backend == "vllm" and profile.vllm.checkpoint:
+        return f"{Path(profile.vllm.checkpoint).name}, the user's own"
+    return checkpoint.origin(profile.engines)

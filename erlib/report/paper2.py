@@ -57,9 +57,11 @@ def paper2_preliminary(records: pd.DataFrame, profile: config.Profile) -> Figure
     canvas.from_zero(axes[0])
     axes[0].set_ylabel("mean response time [s]")
     instance = {
-        "openvino": "TP=8 stands here for one engine on all cores, TP=4 for one engine on half of them.",
         "tensorrt_llm": "TP=8 is one instance of the 70B model on eight GPUs, TP=4 one instance on four.",
-    }[profile.serving.backend]
+    }.get(
+        profile.serving.backend,
+        "TP=8 stands here for one engine on all cores, TP=4 for one engine on half of them.",
+    )
     caption = (
         "Preliminary experiment: mean response time by data type and batch size. Bold: each data type's best batch "
         f"size, the one with the lowest response time at the most users; faint: the others. {instance} In the paper "

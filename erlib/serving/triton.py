@@ -25,9 +25,9 @@ from erlib.machine import leftovers, processes
 from erlib.machine.processes import StartError
 from erlib.machine.runfolder import RunFolder
 from erlib.serving.wheel import backend_directory, environment, installed
-from erlib.serving.wire import MODEL_NAME
+from erlib.serving.wire import EXPERT, MODEL_NAME
 
-LINKED = ("engine", "adapter", "steps")
+_LINKED = re.compile(r"engine|adapter(-\d+)?|environment|steps")
 """Parameters of a model that are places: known by their content hash, and linked to from a server's folder."""
 MODEL_CODE = paths.ENGINE_SPECS / "triton"
 
@@ -73,7 +73,7 @@ instance_group [ {{ count: 1 kind: KIND_CPU }} ]
 
 def model_code(backend: str) -> list[Path]:
     """The Python files of which a backend's model consists."""
-    return [MODEL_CODE / backend / "model.py", MODEL_CODE / "inflight.py"]
+    return [*sorted((MODEL_CODE / backend).glob("*.py")), MODEL_CODE / "inflight.py"]
 
 
 def python_backend_options(shm_prefix: str) -> list[str]:
@@ -124,7 +124,7 @@ class ServerPlan:
     def description(self) -> dict[str, Any]:
         """What it is, wherever it lies: the engine by its content hash."""
         described = asdict(self)
-        places = {name: Path(self.parameters[name]).name for name in LINKED if name in self.parameters}
+        places = {name: Path(place).name for name, place in self.parameters.items() if _LINKED.fullmatch(name)}
         described["parameters"] |= places
         return described
 
@@ -136,7 +136,7 @@ class TritonServer:
     ----------
     label : str
         Name in messages and logs, e.g. ``"p1.D-3"``.
-    backend : {"openvino", "emulated"}
+    backend : {"openvino", "vllm", "emulated"}
         Directory below ``engines/triton`` that holds ``model.py``.
     parameters : mapping of str to str
         Passed to the model through ``config.pbtxt``.
@@ -206,6 +206,7 @@ class TritonServer:
                 f"--metrics-address={self.host}", f"--metrics-port={self.metrics_port}",
                 "--grpc-http2-max-ping-strikes=0",  # users of a baseline ask it directly, some of them with pings
                 "--disable-auto-complete-config",
+                f"--grpc-header-forward-pattern={EXPERT}",  # for models that have several experts' adapters
                 "--exit-timeout-secs=2",
                 "--allow-gpu-metrics=false",
                 "--pinned-memory-pool-byte-size=0",
@@ -337,8 +338,8 @@ class TritonServer:
         leftovers.remove_shared_memory(self.shm_prefix, but=path)
 
     def _write_repository(self, folder: Path) -> Path:
-        """Write a model repository below `folder`, where engine and adapter are linked to, whatever their names."""
-        links = {name: folder / name for name in LINKED if name in self._parameters}
+        """Write a model repository below `folder`, where engine and adapters are linked to, whatever their names."""
+        links = {name: folder / name for name in self._parameters if _LINKED.fullmatch(name)}
         for name, link in links.items():
             link.symlink_to(self._parameters[name])
         version = folder / "models" / MODEL_NAME / "1"

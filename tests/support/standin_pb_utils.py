@@ -52,9 +52,14 @@ class Request:
 
     def __init__(self, **inputs: Any):
         self.inputs = inputs
+        self.metadata: dict[str, str] = {}
         self.responses: list[InferenceResponse | None] = []
         self.ended = threading.Event()
         self.is_cancelled: Callable[[], bool] = lambda: False
+
+    def parameters(self) -> str:
+        """What metadata the server hands on."""
+        return json.dumps(self.metadata)
 
     def get_response_sender(self) -> Request:
         return self

@@ -1,12 +1,5 @@
-"""Triton Python-backend model: one OpenVINO engine with in-flight batching and a paged KV cache.
+"""Triton Python-backend model: one OpenVINO engine with in-flight batching and a paged KV cache."""
 
-Requests are admitted first come, first served, when a batch slot is free and the KV blocks of the whole sequence
-(prompt + max_tokens) can be reserved, so that a running sequence is never evicted: TensorRT-LLM's
-``guaranteed_no_evict`` policy.
-"""
-
-import collections
-import itertools
 import json
 
 import inflight
@@ -17,11 +10,10 @@ import openvino_genai as genai
 KV_BLOCK_TOKENS = 32
 
 
-class Engine:
+class Engine(inflight.NoEviction):
     def __init__(self, parameters):
-        self.max_batch_size = int(parameters["max_batch_size"])
-        self.free_blocks = int(parameters["kv_blocks"])
-        self.max_sequence_tokens = self.max_prompt_tokens = int(parameters["context_tokens"])
+        slots, kv_blocks, context = (int(parameters[k]) for k in ("max_batch_size", "kv_blocks", "context_tokens"))
+        super().__init__(slots, kv_blocks, KV_BLOCK_TOKENS, context)
         scheduler = genai.SchedulerConfig()
         scheduler.num_kv_blocks = self.free_blocks + 1  # OpenVINO keeps one for itself
         scheduler.max_num_seqs = self.max_batch_size
@@ -38,31 +30,11 @@ class Engine:
             static = genai.AdapterConfig.Mode.MODE_STATIC
             properties["adapters"] = genai.AdapterConfig(adapter, float(parameters["adapter_alpha"]), static)
         self.pipeline = genai.ContinuousBatchingPipeline(parameters["engine"], scheduler, "CPU", properties)
-        self.numbers = itertools.count(1)
-        self.waiting = collections.deque()
-        self.running = {}
-
-    def check(self, sequence):
-        needed = len(sequence.token_ids) + sequence.max_tokens
-        if needed > self.max_sequence_tokens:
-            raise inflight.BadRequest(
-                f"{len(sequence.token_ids)} input tokens + {sequence.max_tokens} output tokens exceed the "
-                f"{self.max_sequence_tokens} that this engine's KV cache holds"
-            )
-        sequence.kv_blocks = -(-needed // KV_BLOCK_TOKENS)
-
-    def submit(self, sequence):
-        self.waiting.append(sequence)
-
-    @property
-    def is_idle(self):
-        return not self.running and not self.waiting
-
-    def unfinished(self):
-        return [*self.running.values(), *self.waiting]
 
     def step(self):
-        self._admit()
+        for number, sequence in self.admit():
+            tokens = ov.Tensor(np.array([sequence.token_ids], dtype=np.int64))
+            sequence.handle = self.pipeline.add_request(number, tokens, _generation_config(sequence))
         if not self.running:  # those who waited have gone
             return []
         self.pipeline.step()
@@ -78,23 +50,8 @@ class Engine:
             if done or sequence.cancelled:
                 if not done:
                     sequence.handle.cancel()
-                self.free_blocks += sequence.kv_blocks
-                del self.running[number]
+                self.release(number)
         return ready
-
-    def _admit(self):
-        while self.waiting:
-            head = self.waiting[0]
-            if head.sender.is_cancelled():
-                self.waiting.popleft().sender.send(flags=inflight.FINAL)
-                continue
-            if len(self.running) >= self.max_batch_size or head.kv_blocks > self.free_blocks:
-                return
-            number = next(self.numbers)
-            self.running[number] = self.waiting.popleft()
-            tokens = ov.Tensor(np.array([head.token_ids], dtype=np.int64))
-            head.handle = self.pipeline.add_request(number, tokens, _generation_config(head))
-            self.free_blocks -= head.kv_blocks
 
 
 def _generation_config(sequence):

@@ -1,0 +1,3 @@
+class EngineArgs:
+    def __init__(self, **said):
+        self.said = said
