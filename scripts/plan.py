@@ -2,6 +2,7 @@
 
     python scripts/plan.py --model llama-3-70b --gpus 8 --requests-per-s 20
     python scripts/plan.py --model llama-3-8b --gpus 4 --users 200 --spread normal --csv plan.csv --figure plan.png
+    python scripts/plan.py --model llama-3-8b --trace requests.csv
 
 Nothing is measured here, and no GPU is needed. What a simulation leaves out is printed with its answer.
 """
@@ -24,10 +25,11 @@ from erlib import config
 from erlib.config import Dtype, Mix, Paper
 from erlib.paper_scale import decisions, known_error, questions, service_levels, what_if
 from erlib.report import plan, style
+from erlib.workload import traces
 
 ASSUMPTIONS = """\
 Simulated in virtual time on {gpus} {said}; nothing but engines and users around: no host, no gateway, no network.
-Prompts and answers of paper {paper}; {load}; up to {slots} sequences in an engine, the KV cache has all the memory that
+Prompts and answers of {whose}; {load}; up to {slots} sequences in an engine, the KV cache has all the memory that
 weights leave. "An expert each": a request goes to the one server of its expert ({spread}). "Adapters": all experts on
 every server, with steps {slower:g} times as long, which is assumed. How good answers are is not asked: one model,
 experts and formats differ in that (docs/experts.md, notebooks 03 and 11). Prices are in what --gpu-hour is in, of all
@@ -45,12 +47,13 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gpu", default="h100", help=f"{', '.join(questions.GPUS)}, or a file with step times")
     parser.add_argument("--gpu-gb", type=float, help="its memory, where it is another one's step times")
-    load = parser.add_mutually_exclusive_group(required=True)
-    load.add_argument("--requests-per-s", type=float, help="Poisson arrivals")
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument("--requests-per-s", type=float, help="Poisson arrivals (neither: as a trace has them)")
     load.add_argument("--users", type=int, help="each asks again when they have an answer")
     parser.add_argument("--ttft", type=float, default=service_levels.TTFT_S, help="bound of its p99, in seconds")
     parser.add_argument("--tpot", type=float, default=service_levels.TPOT_S, help="likewise")
     parser.add_argument("--lengths", choices=get_args(Paper), default="p2", help="whose prompts and answers")
+    parser.add_argument("--trace", type=Path, help="a file with requests of your own, in their place (docs/traces.md)")
     parser.add_argument("--spread", choices=get_args(Mix), default="uniform", help="of the requests over the experts")
     parser.add_argument("--formats", nargs="+", choices=get_args(Dtype), default=[], help="of weights; default: all")
     parser.add_argument("--experts", type=int, help="how many; servers beyond are replicas (default: one per server)")
@@ -66,9 +69,10 @@ def main() -> int:
     if options.figure and options.figure.suffix not in FIGURES:
         parser.error(f"--figure: {options.figure.name} ends in none of {', '.join(FIGURES)}")
     try:
+        lengths = traces.read(options.trace) if options.trace else options.lengths
         question = questions.Question(
             **{name: getattr(options, name) for name in ("model", "gpus", "gpu", "gpu_gb", "requests_per_s", "users")},
-            **{"ttft_s": options.ttft, "tpot_s": options.tpot, "lengths": options.lengths, "spread": options.spread},
+            **{"ttft_s": options.ttft, "tpot_s": options.tpot, "lengths": lengths, "spread": options.spread},
             **{name: getattr(options, name) for name in ("formats", "experts", "slots", "adapters_slower", "gpu_hour")},
         )
         table = what_if.answered(question, config.load_profile("dgx-h100"))
@@ -84,18 +88,12 @@ def main() -> int:
     print(tabulate(shown, headers="keys", tablefmt="simple", showindex=False, disable_numparse=True, maxcolwidths=34))
     print(f"\n{what_if.verdict(question, table)}\n")
     low, high = known_error.between(known_error.known_error(), known_error.THROUGHPUT)
-    print(
-        ASSUMPTIONS.format(
-            **{
-                "gpus": question.gpus,
-                "said": questions.gpu(question.gpu, question.gpu_gb).said,
-                "low": low,
-                "high": high,
-            },
-            **{"paper": options.lengths[1], "load": question.load, "slots": question.slots, "spread": question.spread},
-            slower=question.adapters_slower,
-        )
-    )
+    told = {
+        **{"gpus": question.gpus, "said": questions.gpu(question.gpu, question.gpu_gb).said, "low": low, "high": high},
+        **{"whose": options.trace or f"paper {options.lengths[1]}", "load": question.load, "slots": question.slots},
+        **{"spread": question.spread, "slower": question.adapters_slower},
+    }
+    print(ASSUMPTIONS.format(**told))
     print(decisions.too_good(known_error.known_error(), question))
     return 0
 

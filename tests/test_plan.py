@@ -42,6 +42,16 @@ def test_a_plan_is_printed_with_intervals_written_and_drawn(run: Run, tmp_path: 
     assert "No design carries 6 users" in out and "Of users who wait" in out and "(0.85 to 1.14" in out
 
 
+def test_ones_own_requests_are_planned_for(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "azure.csv"
+    rows = [f"2023-11-16 18:{i // 60:02}:{i % 60:02}.{i:07},{100 + i},{20 + i}" for i in range(60)]
+    file.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    given = ("--model", "llama-3-8b", "--gpus", "1", "--formats", "fp8", "--slots", "4", "--trace", str(file))
+    status, out, err = run(*given)
+    assert status == 0, err
+    assert f"Prompts and answers of {file}; 1.017 requests/s, as its trace has them" in " ".join(out.split())
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -51,6 +61,7 @@ def test_a_plan_is_printed_with_intervals_written_and_drawn(run: Run, tmp_path: 
         (("--requests-per-s", "3"), "not allowed with argument"),
         (("--gpu", "a100"), "no step times of GPU 'a100'"),
         (("--gpus", "9"), "1 to 8 GPUs, not 9"),
+        (("--trace", "nowhere.csv"), "nowhere.csv"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(run: Run, given: tuple[str, ...], said: str) -> None:

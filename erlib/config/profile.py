@@ -437,6 +437,9 @@ class WhatIfSettings(_Section):
     requests_per_s: float | None = Field(150, gt=0, le=1e6, description="Poisson arrivals (none: users)")
     users: Users | None = Field(None, description="who each ask again when they have an answer (none: arrivals)")
     lengths: Paper = Field("p2", description="whose prompts and answers")
+    trace: LocalPath | None = Field(
+        None, description="a file with requests of your own, in their place; its arrivals count unless a load is given"
+    )
     spread: Mix = Field("normal", description="of the requests over the experts")
     ttft_s: Seconds = Field(2.0, description="bound of its p99: MLPerf's for Llama 2 70B")
     tpot_s: Seconds = Field(0.2, description="likewise")
@@ -445,9 +448,16 @@ class WhatIfSettings(_Section):
         1.25, ge=1, le=100, description="steps of engines with adapters, times those without: assumed, not measured"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _comes_as_its_trace(cls, value: Any) -> Any:
+        its_own = isinstance(value, dict) and value.get("trace") and "requests_per_s" not in value
+        return {**value, "requests_per_s": None} if its_own else value
+
     @model_validator(mode="after")
     def _has_one_load(self) -> WhatIfSettings:
-        if (self.requests_per_s is None) == (self.users is None):
+        loads = (self.requests_per_s is not None) + (self.users is not None)
+        if loads > 1 or not (loads or self.trace):
             raise ValueError("set one of requests_per_s and users, and the other one to none (null)")
         return self
 

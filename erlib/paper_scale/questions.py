@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,28 +23,14 @@ from erlib.paper_scale import measured_steps, service_levels, setups, steptimes
 from erlib.paper_scale.batching import System
 from erlib.paper_scale.designs import Design
 from erlib.paper_scale.steptimes import OutOfRange, Table
-from erlib.workload import prompts
+from erlib.workload import prompts, traces
 from erlib.workload.lengths import FORCED
 from erlib.workload.prompts import Prompt, Workload
+from erlib.workload.traces import Trace
 
 CLUSTERS = 8
 IN_TURN, ROUTED, ADAPTERS = "one model", "routed experts", "adapters"
 """Kinds of designs: no expert matters, each has servers of its own, or every server has all of them."""
-
-
-class Trace(Protocol):
-    """Requests of one's own, one element each, as :mod:`erlib.workload` reads them."""
-
-    @property
-    def arrival_s(self) -> npt.NDArray[Any]: ...
-    @property
-    def input_tokens(self) -> npt.NDArray[Any]: ...
-    @property
-    def output_tokens(self) -> npt.NDArray[Any]: ...
-    @property
-    def cluster(self) -> npt.NDArray[Any] | None:
-        """Whose expert each is for; None: not known."""
-        ...
 
 
 class Gpu(NamedTuple):
@@ -177,10 +163,18 @@ def _check(trace: Trace) -> None:
         raise ConfigError(f"a trace's clusters are 0 to {CLUSTERS - 1}")
 
 
-def asked_in(profile: Profile, trace: Trace | None = None) -> Question:
-    """The question of a profile's ``what_if``, of `trace`'s requests if one is given."""
-    settings = profile.what_if.model_dump(exclude={"lengths"})
-    return Question(**settings, lengths=trace or profile.what_if.lengths, gpu_hour=profile.sensitivity.gpu_hour)
+def asked_in(profile: Profile) -> Question:
+    """The question of a profile's ``what_if``.
+
+    Raises
+    ------
+    ConfigError
+        If it asks for the impossible, or its trace cannot be read.
+    """
+    settings = profile.what_if
+    given = settings.model_dump(exclude={"lengths", "trace"})
+    lengths = traces.read(Path(settings.trace)) if settings.trace else settings.lengths
+    return Question(**given, lengths=lengths, gpu_hour=profile.sensitivity.gpu_hour)
 
 
 class Way(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from erlib.load import metrics
 from erlib.paper_scale import clock, exploring, questions
 from erlib.paper_scale.exploring import Effort, Explorer
 from erlib.paper_scale.questions import Question
+from erlib.workload.traces import Trace
 
 QUESTIONS: list[dict[str, Any]] = [
     {},
@@ -139,7 +139,16 @@ def test_a_trace_comes_as_it_came(explorer: Explorer) -> None:
 def _trace(n: int = 80, **changed: Any) -> Any:
     rng = np.random.default_rng(0)
     its = {"arrival_s": np.arange(n) * 0.25, "input_tokens": rng.integers(100, 500, n)}
-    return SimpleNamespace(**{**its, "output_tokens": rng.integers(1, 50, n), "cluster": None, **changed})
+    return Trace(
+        **{
+            "name": "mine.csv",
+            "format": "own",
+            **its,
+            "output_tokens": rng.integers(1, 50, n),
+            "cluster": None,
+            **changed,
+        }
+    )
 
 
 def test_a_request_that_no_engine_can_hold_is_said(explorer: Explorer) -> None:

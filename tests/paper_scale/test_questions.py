@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +13,8 @@ from erlib import config, paths
 from erlib.config import ConfigError
 from erlib.paper_scale import questions
 from erlib.paper_scale.questions import Question
+from erlib.workload import traces
+from erlib.workload.traces import Trace
 
 MEASURED = paths.FACTS / "h100_pytorch_step_times.csv"
 
@@ -27,10 +28,19 @@ def asked(**changed: object) -> Question:
     return Question(**{"model": "llama-3-8b", "gpus": 2, "requests_per_s": 5.0, **changed})
 
 
-def trace(n: int = 40, **changed: object) -> SimpleNamespace:
+def trace(n: int = 40, **changed: object) -> Trace:
     rng = np.random.default_rng(0)
     its = {"arrival_s": rng.exponential(0.5, n).cumsum(), "input_tokens": rng.integers(5, 500, n)}
-    return SimpleNamespace(**{**its, "output_tokens": rng.integers(1, 200, n), "cluster": None, **changed})
+    return Trace(
+        **{
+            "name": "mine.csv",
+            "format": "own",
+            **its,
+            "output_tokens": rng.integers(1, 200, n),
+            "cluster": None,
+            **changed,
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,3 +143,14 @@ def test_a_profile_asks_a_question() -> None:
     assert (question.gpus, question.gpu_hour, question.requests_per_s) == (4, 3, 150)
     with pytest.raises(ConfigError, match="one of requests_per_s and users"):
         config.load_profile("smoke", {"what_if.users": 4})
+
+
+def test_a_profile_may_name_a_trace_which_comes_as_it_came(tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    traces.write(Trace("mine", "own", np.arange(20) * 0.5, np.full(20, 90), np.full(20, 30)), file)
+    question = questions.asked_in(config.load_profile("smoke", {"what_if.trace": str(file)}))
+    assert question.trace is not None and question.rate_per_s == pytest.approx(20 / 9.5)
+    faster = config.load_profile("smoke", {"what_if.trace": str(file), "what_if.requests_per_s": 8})
+    assert questions.asked_in(faster).rate_per_s == 8
+    with pytest.raises(ConfigError, match=r"nowhere\.csv"):
+        questions.asked_in(config.load_profile("smoke", {"what_if.trace": str(tmp_path / "nowhere.csv")}))
