@@ -1,22 +1,11 @@
 """What a run may vary (profiles) and what a system is (configurations), validated before any work starts."""
 
+from erlib.config.choices import Mix, Passable, Relay
+from erlib.config.learned import CorpusSettings, ExpertSettings
 from erlib.config.load import at_paper_scale, load_profile, read_overrides
-from erlib.config.profile import (
-    CorpusSettings,
-    EngineSettings,
-    ExpertSettings,
-    Mix,
-    Passable,
-    PreliminarySettings,
-    Profile,
-    Relay,
-    Scale,
-    ServingSettings,
-    SweepSettings,
-    VllmSettings,
-    WorkloadSettings,
-)
+from erlib.config.profile import PreliminarySettings, Profile, Scale, SweepSettings, WorkloadSettings
 from erlib.config.reading import ConfigError, nearest, read_yaml
+from erlib.config.served import EngineSettings, ServingSettings, VllmSettings
 from erlib.config.system import (
     KV_BLOCK_TOKENS,
     Configuration,

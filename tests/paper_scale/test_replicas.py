@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erlib import config, paths
-from erlib.config.profile import ReplicaSettings
+from erlib.config.simulated import ReplicaSettings
 from erlib.load import experiments, points, sweep, users
 from erlib.paper_scale import batching, clock, emulation, replicas
 from erlib.paper_scale.batching import CannotServe

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from erlib import config, paths
-from erlib.config.profile import LeftOpen
+from erlib.config.choices import LeftOpen
 from erlib.load import records
 from erlib.paper_scale import batching, clock, left_out, service_levels, setups
 from erlib.paper_scale.clock import HARDWARE
