@@ -16,7 +16,11 @@ def case(name: str, predicted: float, seen: dict[int, float], mix: str = "unifor
         {
             **{"config": name, "mix": mix, "tokens": 24, "added": added, "predicted_most": predicted},
             **{"requests": n, "ttft_p99_s": ttft, "tpot_p99_s": 0.01, "lost_time": 0.0},
-            **{"ttft_p99_predicted_s": 0.5 * n / predicted, "carried": ttft <= near_capacity.LEVEL_S["ttft"]},
+            **{
+                "ttft_p99_predicted_s": 0.5 * n / predicted,
+                "carried": ttft <= near_capacity.LEVEL_S["ttft"],
+                "carried_predicted": n <= predicted,
+            },
         }
         for n, ttft in seen.items()
     ]
@@ -30,6 +34,7 @@ def test_what_is_carried_at_nine_tenths_and_not_at_eleven_is_within_ten_per_cent
     ]
     found = near_capacity.judge(pd.DataFrame(rows))
     assert (found["cases"], found["within_10_percent"]) == (3, 1)
+    assert (found["points"], found["carried_rightly"]) == (6, 4)
     assert found["not_within"] == ["p1.B uniform 24 0", "p1.C uniform 24 0"]
 
 
