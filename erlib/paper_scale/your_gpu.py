@@ -25,7 +25,7 @@ from erlib.config import ConfigError, Profile
 from erlib.load import metrics, published, records
 from erlib.machine import hardware
 from erlib.machine.progress import Bar, say
-from erlib.paper_scale import fitting, measured_steps, steptimes, validation
+from erlib.paper_scale import measured_steps, steptimes, validation
 from erlib.paper_scale.clock import HARDWARE
 from erlib.paper_scale.fitting import Fitted
 from erlib.paper_scale.measured_steps import FORM, METRICS
@@ -256,15 +256,28 @@ def reported() -> pd.DataFrame:
 
 
 def served_records(profile: Profile) -> pd.DataFrame:
-    """Records of ``your_gpu.config`` under load: this machine's, or else those that the repository publishes."""
+    """Records of ``your_gpu.config`` under load: this machine's, if they will do, or those of the repository.
+
+    Raises
+    ------
+    ConfigError
+        If there are none.
+    """
     name, folder = profile.your_gpu.config, paths.run_dir(profile.name) / "records"
-    frame = records.read(folder) if folder.is_dir() else pd.DataFrame()
-    mine = _of(frame, name)
+    mine = _of(records.read(folder) if folder.is_dir() else pd.DataFrame(), name)
+    why = f"no records of {name} here (05_load_sweep makes some)"
     if len(mine):
-        print(f"records of {name}: this machine's, {mine['point_hash'].nunique()} points")
-        return mine
+        try:
+            Fitted(mine)
+        except ValueError as error:
+            why = f"this machine's {mine['point_hash'].nunique()} points of {name} are too few ({error})"
+        else:
+            print(f"records of {name}: this machine's, {mine['point_hash'].nunique()} points")
+            return mine
     mine = _of(published.measured(config.load_profile("laptop")), name)
-    print(f"no records of {name} here (05_load_sweep makes some): those published, of {mine['host'].iloc[0]}")
+    if mine.empty:
+        raise ConfigError(f"{why}, and none are published: measure more, or set your_gpu.config to another system")
+    print(f"{why}: those published, of {mine['host'].iloc[0]}")
     return mine
 
 
@@ -300,7 +313,7 @@ def from_records(served: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     """
     try:
         steps = Fitted(served)
-    except (ValueError, fitting.TooFewRecords) as error:
+    except ValueError as error:
         raise ConfigError(f"step times cannot be fitted to these records: {error}") from None
     steps.at_full_speed = np.inf
     steps.limits = replace(steps.limits, instances=np.inf)

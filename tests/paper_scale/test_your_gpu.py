@@ -212,6 +212,23 @@ def test_any_served_engine_is_simulated_with_a_machine_for_each_expert(monkeypat
         your_gpu.from_records(served[served["users"] > 1], cfg)
 
 
+def test_too_few_records_of_ones_own_give_way_to_published_ones(monkeypatch, tmp_path, capsys):
+    """As after a smoke run, whose answers are a few tokens long."""
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    cfg = profile()
+    published = your_gpu.served_records(cfg)
+    few = published[published["users"] == 1].head(1)
+    few = few.assign(token_ns=[few["token_ns"].iloc[0][:5]])
+    (tmp_path / cfg.name / "records").mkdir(parents=True)
+    monkeypatch.setattr(your_gpu.records, "read", lambda folder: few)
+    capsys.readouterr()
+    assert your_gpu.served_records(cfg).equals(published)
+    said = capsys.readouterr().out
+    assert "this machine's 1 points of p2.E are too few (no batch size has" in said and "those published" in said
+    with pytest.raises(ConfigError, match=r"no records of x1.S here .*, and none are published: measure more, or set"):
+        your_gpu.served_records(profile(your_gpu__config="x1.S"))
+
+
 def test_the_picture_says_whose_step_times_they_are(h200, monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     cfg = profile(your_gpu__users=[1, 100], your_gpu__repeats=1)
