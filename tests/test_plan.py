@@ -49,7 +49,7 @@ def test_ones_own_requests_are_planned_for(run: Run, tmp_path: Path) -> None:
     given = ("--model", "llama-3-8b", "--gpus", "1", "--formats", "fp8", "--slots", "4", "--trace", str(file))
     status, out, err = run(*given)
     assert status == 0, err
-    assert f"Prompts and answers of {file}; 1.017 requests/s, as its trace has them" in " ".join(out.split())
+    assert f"Prompts and answers of {file}; 1 requests/s, as its trace has them" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

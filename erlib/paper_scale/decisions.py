@@ -169,7 +169,8 @@ def limits(answer: Answer) -> list[str]:
         "probability; they hold no error of the simulation.",
         f"Interval of the headroom: published throughputs are {low:.3g} to {high:.3g} times the simulated ones with "
         f"90 % probability ({errors.loc[known_error.THROUGHPUT, 'points']} points); the headroom itself is arithmetic, "
-        "with engines that are always full and requests of mean lengths; saturated simulations are within some 6 %.",
+        "with engines that are always full and requests of mean lengths; a test holds three saturated simulations to "
+        "it within 8 %.",
         f"Requests come for some {RESPONSES} answers' time. With a headroom below {NEAR:g} queues grow for longer: '>' "
         "and '<' say so.",
     ]

@@ -7,6 +7,7 @@ on an H100 and an H200, or one of your own. KV caches have all the memory that w
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,7 +128,7 @@ class Question:
             raise ConfigError("rates, users, latencies, slots, factors, windows and prices must be more than 0")
         if self.trace is not None:
             _check(self.trace)
-            if self.requests_per_s is None and self.users is None and not np.ptp(np.asarray(self.trace.arrival_s)):
+            if self.requests_per_s is None and self.users is None and not math.isfinite(self.trace.requests_per_s):
                 raise ConfigError("all requests of the trace come at once: give requests per second, or users")
 
     @property
@@ -141,8 +142,8 @@ class Question:
             return 0.0
         if self.requests_per_s is not None:
             return self.requests_per_s
-        arrival_s = np.asarray(self.lengths.arrival_s)  # type: ignore[union-attr]
-        return len(arrival_s) / float(np.ptp(arrival_s))
+        assert self.trace is not None  # or there would be a rate, or users
+        return self.trace.requests_per_s
 
     @property
     def load(self) -> str:
