@@ -7,6 +7,7 @@ expert is taken from there, how often that happens from here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from erlib.config import ConfigError, Profile
 from erlib.load import metrics
 from erlib.machine import processes
 from erlib.machine.progress import Bar
-from erlib.paper_scale import batching, clock, service_levels, setups
+from erlib.paper_scale import adapter_steps, batching, clock, service_levels, setups
 from erlib.paper_scale.batching import System
 from erlib.workload import prompts
 from erlib.workload.prompts import Floats, Prompt
@@ -27,7 +28,9 @@ from erlib.workload.prompts import Floats, Prompt
 STRICT, IN_TURN = "expert per GPU", "one dense model, in turn"
 ADAPTERS = "all experts as adapters"
 SLOWER = (1.0, 1.25, 1.5, 2.0)
-"""Steps with adapters of several experts, times those without: assumed, because no GPU at hand has measured it."""
+"""Steps with adapters of several experts, times those without: assumed, for engines with kernels of their own."""
+BY_PYTORCH = f"{ADAPTERS}, PyTorch's kernels"
+"""With what :mod:`erlib.paper_scale.adapter_steps` says that adapters cost."""
 SPREADS = ("uniform", "normal", "measured")
 PRECISION = 1.05
 """Within which factor the most requests are found."""
@@ -43,7 +46,7 @@ class Design(NamedTuple):
     answers: str = "routed"
     """Who answers: a design of :func:`erlib.experts.served`."""
     slower: float = 1.0
-    """Its steps, times those of engines without adapters."""
+    """Its steps, times those of engines without adapters; not a number where that differs from step to step."""
 
     @property
     def gpus(self) -> int:
@@ -83,6 +86,7 @@ def designs(profile: Profile, shares: Sequence[float]) -> dict[str, Design]:
     for factor in SLOWER:
         name = ADAPTERS + (f", steps × {factor:g}" if factor != 1 else "")
         found[name] = Design(setups.slower(shared, factor), slower=factor)
+    found[BY_PYTORCH] = Design(adapter_steps.with_adapters(shared), slower=math.nan)
     return found
 
 
@@ -130,7 +134,7 @@ def design_load(profile: Profile, shares: Sequence[float], workers: int = 2) -> 
     -------
     DataFrame
         One row per ``spread``, ``design`` and ``users`` (all at once, one prompt each): ``gpus``, ``answers``,
-        ``slower`` (by how much steps are, beside those without adapters), ``ttft_p99_s``, ``tpot_mean_s``,
+        ``slower`` (how many times as long all steps are as without adapters), ``ttft_p99_s``, ``tpot_mean_s``,
         ``tokens_per_s``, ``elsewhere`` (share of the requests that another expert answered); and, the same for all user
         levels, ``requests_per_s`` (the most of a Poisson process whose p99 keeps to MLPerf's latencies, found within
         :data:`PRECISION`), with ``elsewhere_then`` and ``price_per_million_tokens`` (of ``sensitivity.gpu_hour``).
@@ -144,7 +148,8 @@ def design_load(profile: Profile, shares: Sequence[float], workers: int = 2) -> 
         raise ConfigError(f"{service_levels.GPUS} GPUs have an expert each, but there are {len(shares)} clusters")
     settings = profile.sensitivity
     used = settings.model_dump(include={"users", "window_s", "gpu_hour"})
-    own = provenance.code_digest("paper_scale/designs.py", "paper_scale/service_levels.py", "load/metrics.py")
+    places = [f"paper_scale/{name}.py" for name in ("designs", "adapter_steps", "service_levels")]
+    own = cache.digest(provenance.code_digest(*places, "load/metrics.py"), adapter_steps.MEASURED)
     spread = [round(float(share), 6) for share in shares]
     digest = cache.digest(setups.code(), own, used, spread, profile.workload.sigma, profile.seed)
     file = paths.run_dir(profile.name) / "simulated" / "designs" / f"{digest}.parquet"
@@ -255,7 +260,7 @@ def break_even(load: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for spread, its in once.groupby("spread", sort=False):
         strict = its.loc[its["design"] == STRICT, "requests_per_s"].iloc[0]
-        shared = its[its["design"].str.startswith(ADAPTERS)].sort_values("requests_per_s")
+        shared = its[its["design"].str.startswith(ADAPTERS) & its["slower"].notna()].sort_values("requests_per_s")
         at = np.interp(strict, shared["requests_per_s"], shared["slower"], left=np.nan, right=np.nan)
         rows.append({"spread": spread, "gain": shared["requests_per_s"].max() / strict - 1, "slower_at_break_even": at})
     return pd.DataFrame(rows).set_index("spread")

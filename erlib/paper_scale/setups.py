@@ -99,12 +99,11 @@ conversations that begin with 250 words, and 55 % of those that begin with 35, c
 
 
 class Repriced(StepTimes):
-    """Step times of a table, with factors for whole steps and for what all-reduce takes of them."""
+    """Step times of a table, `more_s` longer (by tokens in the step: 0, 1, 2, ...), and all that times a factor."""
 
-    def __init__(self, steps: StepTimes, factor: float, allreduce_s: Sequence[float], allreduce: float):
+    def __init__(self, steps: StepTimes, factor: float, more_s: Sequence[float]):
         self.limits, self.at_full_speed = steps.limits, steps.at_full_speed
-        self._steps, self._factor = steps, factor
-        self._more_s = [(allreduce - 1) * seconds for seconds in allreduce_s]
+        self._steps, self._factor, self._more_s = steps, factor, more_s
 
     def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
         seconds = self._steps.step_s(prompts, prompt_tokens, sequences, context_tokens)
@@ -134,7 +133,7 @@ def system(name: str, setup: Setup = Setup(), answer_limit: int | None = None) -
     steps: StepTimes = known.steps
     if several and setup.allreduce != 1:
         of_step = allreduce_s(printed.model, printed.dtype, printed.tensor_parallel)
-        steps = Repriced(steps, factor, of_step, setup.allreduce)
+        steps = Repriced(steps, factor, [(setup.allreduce - 1) * seconds for seconds in of_step])
         known = replace(known, steps=steps)
     elif factor != 1:
         known = slower(known, factor)
@@ -144,7 +143,7 @@ def system(name: str, setup: Setup = Setup(), answer_limit: int | None = None) -
 def slower(system: System, factor: float) -> System:
     """The system with steps that take so many times as long."""
     nothing = np.zeros(int(system.steps.limits.tokens) + 1).tolist()
-    return replace(system, steps=Repriced(system.steps, factor, nothing, 1.0)) if factor != 1 else system
+    return replace(system, steps=Repriced(system.steps, factor, nothing)) if factor != 1 else system
 
 
 def workload(profile: Profile, paper: Paper, setup: Setup = Setup()) -> Workload:

@@ -97,8 +97,13 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pd.DataFrame]:
 def test_every_design_is_seen_under_every_spread(load: pd.DataFrame) -> None:
     names = list(designs.designs(config.load_profile("smoke"), [1 / 8] * 8))
     assert load.groupby("spread")["design"].apply(list).to_dict() == dict.fromkeys(designs.SPREADS, names)
-    indifferent = load[load["design"].isin([designs.IN_TURN, designs.ADAPTERS])]
+    indifferent = load[load["design"].isin([designs.IN_TURN, designs.ADAPTERS, designs.BY_PYTORCH])]
     assert indifferent.groupby("design")["requests_per_s"].nunique().max() == 1
+    by_pytorch, *assumed = (
+        load[load["design"] == name].set_index("spread")["tpot_mean_s"]["uniform"]
+        for name in (designs.BY_PYTORCH, designs.ADAPTERS, f"{designs.ADAPTERS}, steps × 1.5")
+    )
+    assert assumed[0] < by_pytorch < assumed[1]
     strict = load[load["design"] == designs.STRICT].set_index("spread")
     assert strict["ttft_p99_s"]["measured"] > strict["ttft_p99_s"]["normal"] > strict["ttft_p99_s"]["uniform"]
     assert set(load.loc[load["gpus"] != 8, "design"]) == {name for name in names if "2 more" in name}

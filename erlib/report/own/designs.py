@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from erlib import config
 from erlib.machine import hardware
-from erlib.paper_scale import service_levels
+from erlib.paper_scale import adapter_steps, service_levels
 from erlib.report import canvas
 from erlib.report.canvas import BLUE, GREEN, GREY, NO_COUNTERPART, VERMILION
 
@@ -59,8 +59,9 @@ def quality_and_load(table: pd.DataFrame, profile: config.Profile) -> Figure:
         "eight H100s (paper 2's E), its prompts and answers, requests spread over the experts evenly, as in paper 2's "
         f"normal mix, or as the router spreads the held-out texts; p99 within MLPerf's {service_levels.TTFT_S:g} s "
         f"(TTFT) and {service_levels.TPOT_S:g} s (TPOT). Both sides are of different models: read orders, not "
-        "products. How much adapters slow an engine's steps is assumed, not measured. One draw of prompts, one "
-        "training seed."
+        "products. With PyTorch's kernels, what adapters cost a step was measured on an H100 (rank "
+        f"{adapter_steps.RANK}); engines have kernels of their own, for which factors of a step are assumed. One draw "
+        "of prompts, one training seed."
     )
     canvas.save(
         *(fig, profile, "simulated-hardware", "workbench", "quality_and_load", table, caption, NO_COUNTERPART),
