@@ -18,6 +18,7 @@ import pandas as pd
 
 from erlib import config, paths
 from erlib.engines import llama
+from erlib.load import metrics
 from erlib.machine import processes
 from erlib.paper_scale import batching, steptimes, validation
 from erlib.paper_scale.steptimes import StepTimes
@@ -124,8 +125,8 @@ def steady(
 
 
 def _metrics(answered: list[_Request]) -> dict[str, float]:
-    ttft = [request.first_s - request.sent_s for request in answered]
-    tpot = [(request.last_s - request.first_s) / (request.output_tokens - 1) for request in answered]
+    sent, first, last, tokens = np.array([(r.sent_s, r.first_s, r.last_s, r.output_tokens) for r in answered]).T
+    ttft, tpot = first - sent, metrics.tpot_s(first, last, tokens)
     return {
         "ttft_ms": 1e3 * float(np.mean(ttft)),
         "ttft_p99_ms": 1e3 * float(np.percentile(ttft, 99)),

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from erlib.config.system import HAVE_GATEWAYS
+from erlib.load import metrics
 from erlib.paper_scale.batching import CannotServe, Engine, System
 from erlib.paper_scale.instances import Clock, Request, Server, SharedMachine
 from erlib.workload.prompts import Floats, Prompt
@@ -134,9 +135,8 @@ class Trace:
         stamps_ns = self.token_ns()
         first_s, last_s = (np.array([its[place] for its in stamps_ns]) * 1e-9 for place in (0, -1))
         tokens = np.array([request.output_tokens for request in self.requests])
-        several = tokens > 1
         sent_s = np.array([request.sent_s for request in self.requests])
-        return first_s - sent_s, (last_s - first_s)[several] / (tokens - 1)[several]
+        return first_s - sent_s, metrics.tpot_s(first_s, last_s, tokens)[tokens > 1]
 
 
 @contextlib.contextmanager

@@ -105,12 +105,11 @@ def see(design: Design, drawn: Sequence[Prompt], seconds: Sequence[Prompt], star
         np.array([stamps[place] for _, stamps in requests]).reshape(times, -1).max(axis=0) * 1e-9 for place in (0, -1)
     )
     tokens = np.array([prompt.max_tokens for prompt in drawn])
-    several = tokens > 1
     experts = design.system.experts
     elsewhere = [experts[request.server] != request.expert for request, _ in requests] if design.minds else [False]
     return Seen(
         ttft_s=first_s - np.array(starts_s),
-        tpot_s=(last_s - first_s)[several] / (tokens - 1)[several],
+        tpot_s=metrics.tpot_s(first_s, last_s, tokens)[tokens > 1],
         tokens=int(tokens.sum()),
         tokens_per_s=tokens.sum() / (last_s.max() - min(starts_s)),
         elsewhere=float(np.mean(elsewhere)),

@@ -25,7 +25,6 @@ from erlib.paper_scale.batching import System
 from erlib.paper_scale.designs import Design
 from erlib.paper_scale.steptimes import OutOfRange, Table
 from erlib.workload import prompts, traces
-from erlib.workload.lengths import FORCED
 from erlib.workload.prompts import Prompt, Workload
 from erlib.workload.traces import Trace
 
@@ -352,16 +351,10 @@ def _of_trace(question: Question, profile: Profile, trace: Trace, n: int, draw: 
     rows = stretch(trace, n, draw, DRAWS)
     if trace.cluster is None:
         rng = np.random.default_rng([profile.seed, draw, n])
-        of_expert = rng.permutation(
-            np.repeat(np.arange(CLUSTERS), prompts.partition(n, shares(question, profile, CLUSTERS), rng))
-        )
+        of_expert = prompts.spread(n, shares(question, profile, CLUSTERS), rng)
     else:
         of_expert = np.asarray(trace.cluster)[rows]
-    tokens = (np.asarray(its)[rows].tolist() for its in (trace.input_tokens, trace.output_tokens))
-    return [
-        Prompt(int(row), int(cluster), "", int(prompt), int(answer), FORCED)
-        for row, cluster, prompt, answer in zip(rows, of_expert, *tokens, strict=True)
-    ]
+    return traces.asked(trace, of_expert.tolist(), rows.tolist())
 
 
 def for_experts(asked: Sequence[Prompt], system: System) -> list[Prompt]:

@@ -13,7 +13,7 @@ from erlib.paper_scale import clock
 from erlib.paper_scale.batching import CannotServe, Engine, System
 from erlib.paper_scale.clock import HARDWARE, Harness
 from erlib.paper_scale.instances import Request
-from erlib.workload import lengths, prompts
+from erlib.workload import prompts, traces
 from erlib.workload.prompts import Prompt
 from erlib.workload.traces import Trace
 
@@ -32,7 +32,7 @@ def asked(
     clusters : int
         Experts of the system. A trace of more of them has neighbours share one.
     mix : {"uniform", "normal"}
-        How requests spread over the clusters, drawn at random, where the trace does not say whose they are.
+        How requests spread over the clusters, in random order, where the trace does not say whose they are.
     sigma : float
         Width of the normal mix, in clusters.
     seed : int
@@ -45,16 +45,11 @@ def asked(
         Moments, in seconds.
     """
     if trace.cluster is None:
-        shares = prompts.mix_shares(mix, clusters, sigma)
-        cluster = np.random.default_rng([seed, len(trace)]).choice(clusters, len(trace), p=shares)
+        rng = np.random.default_rng([seed, len(trace)])
+        cluster = prompts.spread(len(trace), prompts.mix_shares(mix, clusters, sigma), rng)
     else:
         cluster = trace.cluster * clusters // max(clusters, len(trace.experts))
-    columns = (cluster.tolist(), trace.input_tokens.tolist(), trace.output_tokens.tolist())
-    drawn = [
-        Prompt(place, its, "", inputs, outputs, lengths.FORCED)
-        for place, (its, inputs, outputs) in enumerate(zip(*columns, strict=True))
-    ]
-    return drawn, trace.arrival_s.tolist()
+    return traces.asked(trace, cluster.tolist(), range(len(trace))), trace.arrival_s.tolist()
 
 
 def replay(

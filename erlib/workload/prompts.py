@@ -260,6 +260,11 @@ def partition(
     return counts
 
 
+def spread(users: int, shares: Floats, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Each user's cluster, int array (users,): :func:`partition`, in random order."""
+    return rng.permutation(np.repeat(np.arange(len(shares)), partition(users, shares, rng)))
+
+
 def draw(workload: Workload, users: int, mix: config.Mix, seed: int, repeat: int) -> list[Prompt]:
     """The prompts of `users` concurrent users, one each, in random order.
 

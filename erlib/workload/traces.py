@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +23,8 @@ import pandas as pd
 
 from erlib import cache
 from erlib.config import ConfigError
+from erlib.workload.lengths import FORCED
+from erlib.workload.prompts import Prompt
 
 Ints = npt.NDArray[np.int64]
 
@@ -115,6 +117,15 @@ FORMATS = {
 }
 """By name; what traces of Azure (2023, 2024), Mooncake, BurstGPT, Splitwise and Vidur, and vLLM's semantic router have.
 """
+
+
+def asked(trace: Trace, clusters: Sequence[int], rows: Sequence[int]) -> list[Prompt]:
+    """What users ask in these rows of a trace, without texts; each row's cluster stands beside it."""
+    tokens = (its[rows].tolist() for its in (trace.input_tokens, trace.output_tokens))
+    return [
+        Prompt(row, cluster, "", prompt, answer, FORCED)
+        for row, cluster, prompt, answer in zip(rows, clusters, *tokens, strict=True)
+    ]
 
 
 def read(path: Path) -> Trace:
