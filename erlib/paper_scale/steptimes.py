@@ -192,6 +192,11 @@ class Table(StepTimes):
     def __str__(self) -> str:
         return f"{self._file.name}: {self._name}"
 
+    @property
+    def dense_s(self) -> list[float]:
+        """Seconds of the part ``dense`` of steps with 0, 1, 2, ... tokens."""
+        return self._dense
+
     def part_ms(self, part: str, x: float, y: float = 0) -> float:
         """Milliseconds of one of :data:`PARTS` alone.
 
