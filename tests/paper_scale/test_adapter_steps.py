@@ -29,6 +29,12 @@ def test_a_decoding_step_takes_as_much_longer_as_was_measured() -> None:
             assert first_s == pytest.approx(steps().decode_s(sequences, context))
 
 
+def test_whole_decoding_steps_take_as_many_times_as_long_as_the_documents_say() -> None:
+    times = {n: steps().decode_s(n, 512) / E.steps.decode_s(n, 512) for n in (1, 8, 32, 64, 128, 256)}
+    assert min(times.values()) == times[256] == pytest.approx(1.28, abs=0.005)
+    assert max(times.values()) == times[8] == pytest.approx(1.39, abs=0.005)
+
+
 def test_beyond_what_was_measured_the_matrices_take_so_many_times_as_long() -> None:
     table = E.steps
     assert isinstance(table, Table)
