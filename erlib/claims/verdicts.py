@@ -243,7 +243,7 @@ def _kept_pace(path: Path) -> bool:
 
 def in_parts(files: Sequence[Path], source: str = "") -> Iterator[pd.DataFrame]:
     """Records of complete points, a few points at a time, so that memory never holds them all."""
-    few = 8
+    few = 24
     with Bar(total=len(files), unit="point", desc=f"claims {source}") as progress:
         for start in range(0, len(files), few):
             yield records.read_files(files[start : start + few])

@@ -7,7 +7,7 @@ Definitions: paper 1, section V; paper 2, section V.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,11 +83,17 @@ LATENCIES = ["ttft_s", "tpot_s", "response_s", "user_tokens_per_s"]
 
 def token_gaps(done: pd.DataFrame) -> npt.NDArray[np.float64]:
     """Seconds between consecutive tokens of the same answer, all answers of `done` together."""
-    if done.empty:
+    return _gaps_s(done["token_ns"].to_numpy())
+
+
+def _gaps_s(answers_ns: npt.NDArray[np.object_]) -> npt.NDArray[np.float64]:
+    if not len(answers_ns):
         return np.empty(0)
-    request = np.repeat(np.arange(len(done)), done["token_ns"].map(len))
-    gaps = np.diff(np.concatenate(done["token_ns"].to_list()))
-    return np.asarray(gaps[request[1:] == request[:-1]] * _NS)
+    gaps_ns = np.diff(np.concatenate(list(answers_ns)))
+    last_tokens = np.cumsum([len(token_ns) for token_ns in answers_ns[:-1]], dtype=np.int64) - 1
+    of_one_answer = np.ones(len(gaps_ns), dtype=bool)
+    of_one_answer[last_tokens] = False
+    return gaps_ns[of_one_answer] * _NS
 
 
 def p99(values: Sequence[float] | pd.Series) -> float:
@@ -113,9 +119,14 @@ def session_throughput(done: pd.DataFrame) -> float:
         Tokens of the n99 users answered within the p99 response time, over the time from the first of these users'
         requests (Eq. 1) to the last of their tokens (Eq. 2).
     """
-    n99 = done[done["response_s"] <= p99(done["response_s"])]
-    t_start, t_end = n99["t_send_ns"].min(), n99["t_last_ns"].max()
-    return float(n99["output_tokens"].sum() / ((t_end - t_start) * _NS))
+    columns = ("response_s", "output_tokens", "t_send_ns", "t_last_ns")
+    return _session_tokens_per_s(*(done[name].to_numpy() for name in columns))
+
+
+def _session_tokens_per_s(response_s: Any, tokens: Any, send_ns: Any, last_ns: Any) -> float:
+    n99 = response_s <= p99(response_s)
+    lasted_s = (last_ns[n99].max() - send_ns[n99].min()) * _NS
+    return float(tokens[n99].sum() / lasted_s)
 
 
 def bucket_width_s(records: pd.DataFrame, paper_s: float) -> float:
@@ -197,11 +208,14 @@ def summarise(records: pd.DataFrame) -> pd.DataFrame:
     """
     _one_measurement_per_point(records)
     keys = [*POINT, "turn"]
-    done = dict(iter(answers(records).groupby(keys)))
+    done = answers(records)
+    arrays = {name: done[name].to_numpy() for name in _SUMMARISED}
+    answered = done.groupby(keys).indices
     rows = []
-    for key, group in records.groupby(keys):
-        row = dict(zip(keys, key, strict=True)) | _summary(done.get(key))
-        rows.append(row | {"failures": len(group) - row["answers"]})
+    for key, requests in records.groupby(keys).size().items():
+        mine = answered.get(key, np.empty(0, dtype=np.int64))
+        row = dict(zip(keys, key, strict=True)) | {"answers": len(mine), "failures": requests - len(mine)}
+        rows.append(row | (_summary({name: array[mine] for name, array in arrays.items()}) if len(mine) else {}))
     return pd.DataFrame(rows, columns=[*keys, "answers", "failures", *METRICS])
 
 
@@ -216,21 +230,35 @@ METRICS = [
 """The measured columns of :func:`summarise`."""
 
 
-def _summary(done: pd.DataFrame | None) -> dict[str, float]:
-    if done is None:
-        return {"answers": 0}
-    row: dict[str, float] = {"answers": len(done)}
+_SUMMARISED = [*LATENCIES, "output_tokens", "t_send_ns", "t_last_ns", "token_ns"]
+
+
+def _summary(done: Mapping[str, npt.NDArray[Any]]) -> dict[str, float]:
+    """Of one point's answers to one turn, one array for each of :data:`_SUMMARISED`."""
+    row: dict[str, float] = {}
     for name in ("ttft", "tpot", "response"):
-        values = done[f"{name}_s"]
-        row |= {f"{name}_mean_s": values.mean(), f"{name}_sd_s": values.std(), f"{name}_median_s": values.median()}
-    gaps = token_gaps(done)
+        row |= _spread(name, done[f"{name}_s"])
+    gaps_s, user_tokens_per_s = _gaps_s(done["token_ns"]), done["user_tokens_per_s"]
+    session = (done[name] for name in ("response_s", "output_tokens", "t_send_ns", "t_last_ns"))
     return row | {
-        "gap_median_s": float(np.median(gaps)) if len(gaps) else np.nan,
+        "gap_median_s": float(np.median(gaps_s)) if len(gaps_s) else np.nan,
         "response_p99_s": p99(done["response_s"]),
-        "user_tokens_per_s_mean": done["user_tokens_per_s"].mean(),
-        "user_tokens_per_s_sd": done["user_tokens_per_s"].std(),
-        "session_tokens_per_s": session_throughput(done),
+        "user_tokens_per_s_mean": user_tokens_per_s.mean(),
+        "user_tokens_per_s_sd": _sd(user_tokens_per_s),
+        "session_tokens_per_s": _session_tokens_per_s(*session),
     }
+
+
+def _spread(name: str, values_s: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Over the answers that have such a latency: one of a single token has no TPOT."""
+    if np.isnan(values_s).all():
+        return {}
+    found = {"mean": float(np.nanmean(values_s)), "sd": _sd(values_s), "median": float(np.nanmedian(values_s))}
+    return {f"{name}_{how}_s": value for how, value in found.items()}
+
+
+def _sd(values: npt.NDArray[np.float64]) -> float:
+    return float(np.nanstd(values, ddof=1)) if (~np.isnan(values)).sum() > 1 else np.nan
 
 
 def _each_request_once(records: pd.DataFrame) -> None:

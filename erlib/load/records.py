@@ -6,6 +6,7 @@ one file, written under a temporary name and renamed when complete: a file that 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import dataset
 
 from erlib import cache
 from erlib.serving import spans
@@ -96,16 +98,30 @@ def damage(path: Path) -> str:
     It can be read, it holds the point whose hash its name ends with, and every user has a row for each turn.
     """
     try:
-        table = _table(path, ["point_hash", "users", "user", "turn"])
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=_JUDGED)
     except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
         return f"it cannot be read ({type(error).__name__})"
+    missing = set(_JUDGED) - set(table.column_names)
+    return f"it cannot be read (no column {min(missing)})" if missing else _wrong(table, [path])
+
+
+_JUDGED = ["point_hash", "users", "user", "turn"]
+
+
+def _wrong(table: pa.Table, files: Sequence[Path]) -> str:
+    """What is wrong with the rows of one or more points' files; empty if nothing is."""
     rows = table.to_pandas()
     if rows.empty:
         return "it has no rows"
-    if set(rows["point_hash"]) != {path.stem.rpartition("-")[2]}:
+    named = [_named(path) for path in files]
+    if len(set(named)) < len(named):
+        return "it holds the same point as another file"
+    if set(rows["point_hash"]) != set(named):
         return "it holds another point than its name says"
-    everybody = [] if rows.isna().any(axis=None) else list(range(rows["users"].iloc[0]))
-    if any(sorted(users) != everybody for _, users in rows.groupby("turn")["user"]):
+    expected = rows.drop_duplicates(["point_hash", "turn"])["users"].sum()
+    everybody = len(rows) == expected and not rows.duplicated(["point_hash", "turn", "user"]).any()
+    if rows.isna().any(axis=None) or not (everybody and rows["user"].between(0, rows["users"] - 1).all()):
         return "rows of some users are missing, or there twice"
     return ""
 
@@ -142,18 +158,29 @@ def read_files(files: Sequence[Path]) -> pd.DataFrame:
     DamagedRecords
         If a file is not what was written; names it.
     """
-    tables = []
+    if not files:
+        return SCHEMA.empty_table().to_pandas()
+    with contextlib.suppress(OSError, ValueError):  # which file it is, is asked below
+        table = _table(files)
+        if not _wrong(table.select(_JUDGED), files):
+            return table.to_pandas()
     for path in files:
         reason = damage(path)
         try:
-            tables += [] if reason else [_table(path)]
+            _table([path])
         except (OSError, ValueError) as error:  # in its midst
-            reason = f"it cannot be read ({error})"
+            reason = reason or f"it cannot be read ({error})"
         if reason:
             raise DamagedRecords(f"{path} is damaged: {reason}; remove it, and the next run measures it again")
-    return (pa.concat_tables(tables) if tables else SCHEMA.empty_table()).to_pandas()
+    twice = next(path for n, path in enumerate(files) if _named(path) in map(_named, files[:n]))
+    raise DamagedRecords(f"{twice} holds the same point as another file; keep one of them")
 
 
-def _table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """What the file says, and not what folders are called, which pyarrow would take for columns."""
-    return pq.read_table(path, columns=columns, schema=SCHEMA, partitioning=None)
+def _named(path: Path) -> str:
+    """The hash of the point that a file holds, by its name."""
+    return path.stem.rpartition("-")[2]
+
+
+def _table(files: Sequence[Path]) -> pa.Table:
+    """What the files say, in their order, and not what folders are called, which pyarrow would take for columns."""
+    return dataset.dataset([str(path) for path in files], schema=SCHEMA, format="parquet").to_table()

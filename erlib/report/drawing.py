@@ -9,11 +9,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from erlib import config
+from erlib.load import metrics
 from erlib.provenance import MissingRecords
 from erlib.report import canvas
 from erlib.report.canvas import command, save
@@ -27,9 +29,10 @@ def select(
     if not (records["source"] == "measured").all():
         notebook = "07_paper_scale"
     mine = records[(records["paper"] == paper) & (records["experiment"] == experiment)]
-    points = pd.MultiIndex.from_frame(mine[["config", "mix", "users"]])
-    mine = mine[points.isin(wanted)]
-    missing = sorted(set(wanted) - set(points))
+    points = mine.groupby(["config", "mix", "users"], sort=False)
+    found = list(points.groups)
+    mine = mine[np.isin(points.ngroup(), [n for n, point in enumerate(found) if point in wanted])]
+    missing = sorted(set(wanted) - set(found))
     if missing:
         some = "; ".join(f"{name}, {mix} mix, {users} users" for name, mix, users in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -57,6 +60,14 @@ def load_records(records: pd.DataFrame, profile: config.Profile, paper: str, *mi
         for users in settings.users
     ]
     return select(records, wanted, paper=paper, experiment="load", notebook="05_load_sweep")
+
+
+def summarised(
+    choose: Callable[[pd.DataFrame], pd.DataFrame], records: pd.DataFrame, summary: pd.DataFrame | None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The chosen records and their summary, which is computed where `summary`, that of all records, is not known."""
+    used = choose(records)
+    return used, metrics.summarise(used) if summary is None else choose(summary).reset_index(drop=True)
 
 
 def is_routed(name: str) -> bool:

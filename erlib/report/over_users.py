@@ -17,7 +17,7 @@ from erlib import config
 from erlib.config import Paper
 from erlib.load import metrics
 from erlib.report import canvas
-from erlib.report.drawing import finish, load_records
+from erlib.report.drawing import finish, load_records, summarised
 
 Turn = Literal["base", "continuation"]
 
@@ -50,17 +50,23 @@ class OverUsers:
     """Lines are moved apart sideways where long bars would cover each other."""
 
 
-def draw(figure: OverUsers, records: pd.DataFrame, profile: config.Profile) -> Figure:
-    """Draw a declared figure and save it.
+def draw(
+    figure: OverUsers, records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None = None
+) -> Figure:
+    """Draw a declared figure and save it; `summary` is that of all records, if it is known.
 
     Raises
     ------
     MissingRecords
         If the records of a point are missing; the message names the notebook that makes them.
     """
-    used = load_records(records, profile, figure.paper, figure.mix)
-    used = used[used["turn"].isin({panel.turn for panel in figure.panels})]
-    summary = metrics.summarise(used)
+    turns = {panel.turn for panel in figure.panels}
+
+    def choose(frame: pd.DataFrame) -> pd.DataFrame:
+        mine = load_records(frame, profile, figure.paper, figure.mix)
+        return mine[mine["turn"].isin(turns)]
+
+    used, summary = summarised(choose, records, summary)
     fig, axes = plt.subplots(1, len(figure.panels), sharey=figure.sharey, squeeze=False)
     for ax, panel in zip(axes[0], figure.panels, strict=True):
         systems(ax, summary[summary["turn"] == panel.turn], panel.metric, panel.bars, dodge=figure.dodge)

@@ -86,29 +86,39 @@ SESSION_THROUGHPUT = OverUsers(
 )
 
 
-def paper1_ttft(records: pd.DataFrame, profile: config.Profile, turn: Turn) -> Figure:
+def paper1_ttft(
+    records: pd.DataFrame, profile: config.Profile, turn: Turn, summary: pd.DataFrame | None = None
+) -> Figure:
     """Paper 1, Fig. 2 (base) and Fig. 3 (continuation): time to first token over concurrent users."""
-    return draw(TTFT[turn], records, profile)
+    return draw(TTFT[turn], records, profile, summary)
 
 
-def paper1_tpot(records: pd.DataFrame, profile: config.Profile, turn: Turn) -> Figure:
+def paper1_tpot(
+    records: pd.DataFrame, profile: config.Profile, turn: Turn, summary: pd.DataFrame | None = None
+) -> Figure:
     """Paper 1, Fig. 4 (base) and Fig. 5 (continuation): time per output token over concurrent users."""
-    return draw(TPOT[turn], records, profile)
+    return draw(TPOT[turn], records, profile, summary)
 
 
-def paper1_user_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
+def paper1_user_throughput(
+    records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None = None
+) -> Figure:
     """Paper 1, Fig. 6: tokens per second as one user receives them, mean and sd over users."""
-    return draw(USER_THROUGHPUT, records, profile)
+    return draw(USER_THROUGHPUT, records, profile, summary)
 
 
-def paper1_p99_response_time(records: pd.DataFrame, profile: config.Profile) -> Figure:
+def paper1_p99_response_time(
+    records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None = None
+) -> Figure:
     """Paper 1, Fig. 7: 99th percentile of the response time."""
-    return draw(P99_RESPONSE_TIME, records, profile)
+    return draw(P99_RESPONSE_TIME, records, profile, summary)
 
 
-def paper1_session_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:
+def paper1_session_throughput(
+    records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None = None
+) -> Figure:
     """Paper 1, Fig. 8: session throughput, Eq. 1-3."""
-    return draw(SESSION_THROUGHPUT, records, profile)
+    return draw(SESSION_THROUGHPUT, records, profile, summary)
 
 
 def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> Figure:

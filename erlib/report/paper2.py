@@ -18,19 +18,21 @@ from erlib import config
 from erlib.load import metrics
 from erlib.report import canvas
 from erlib.report.canvas import GREY, look
-from erlib.report.drawing import finish, is_routed, load_records, select
+from erlib.report.drawing import finish, is_routed, load_records, select, summarised
 from erlib.report.over_users import BENEATH, Panel, line, means, systems
 
 _PRELIMINARY = re.compile(r"p2\.(fp16|fp8|int8|int4)-tp(\d+)-bs(\d+)")
 
 
-def _preliminary(records: pd.DataFrame, profile: config.Profile) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def _preliminary(
+    records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Mean response time by configuration, `best` marking the fastest batch size of its data type; points; records."""
     sweep = profile.preliminary
     names = [f"p2.{d}-tp{t}-bs{b}" for d, t, b in product(sweep.dtypes, (4, 8), sweep.batch_sizes)]
-    wanted = product(names, ["uniform"], sweep.users)
-    used = select(records, wanted, paper="p2", experiment="preliminary", notebook="04_preliminary_sweep")
-    summary = metrics.summarise(used)
+    wanted = set(product(names, ["uniform"], sweep.users))
+    about = {"paper": "p2", "experiment": "preliminary", "notebook": "04_preliminary_sweep"}
+    used, summary = summarised(lambda frame: select(frame, wanted, **about), records, summary)
     table = means(summary, [Panel("response_mean_s", "")])
     parts = table["config"].str.extract(_PRELIMINARY.pattern)
     table = table.assign(dtype=parts[0], tensor_parallel=parts[1].astype(int), batch_size=parts[2].astype(int))
@@ -39,9 +41,9 @@ def _preliminary(records: pd.DataFrame, profile: config.Profile) -> tuple[pd.Dat
     return table.assign(best=table["config"].isin(best)), summary, used
 
 
-def paper2_preliminary(records: pd.DataFrame, profile: config.Profile) -> Figure:
+def paper2_preliminary(records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None = None) -> Figure:
     """Paper 2, Fig. 3: response time over users, best batch size of each data type, TP=4 and TP=8."""
-    table, summary, used = _preliminary(records, profile)
+    table, summary, used = _preliminary(records, profile, summary)
     scaled = profile.scale.users != 1
     fig, axes = plt.subplots(1, 2, sharey=True)
     for ax, parallel in zip(axes, (4, 8), strict=True):
@@ -71,31 +73,38 @@ def paper2_preliminary(records: pd.DataFrame, profile: config.Profile) -> Figure
     return finish(fig, table, used, profile, "paper2", "fig03_preliminary", caption=caption)
 
 
-def paper2_ttft(records: pd.DataFrame, profile: config.Profile) -> Figure:
+def paper2_ttft(records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None = None) -> Figure:
     """Paper 2, Fig. 4: median time to first token over users, and its distribution at the most users."""
     text = (
         "The paper finds C lowest throughout, A to C below the routed 70B system D, E close to the baselines, and "
         "higher minima for D and E because of the gateway."
     )
     return _median_and_box(
-        *(records, profile, "ttft", "time to first token [s]", "fig04_ttft"), text="Time to first token. " + text
+        *(records, profile, summary, "ttft", "time to first token [s]", "fig04_ttft"),
+        text="Time to first token. " + text,
     )
 
 
-def paper2_tpot(records: pd.DataFrame, profile: config.Profile) -> Figure:
+def paper2_tpot(records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None = None) -> Figure:
     """Paper 2, Fig. 5: median time per output token over users, and its distribution at the most users."""
     text = (
         "Time per output token of an answer, (t_last - t_first) / (n - 1). The paper finds the routed 8B system E "
         "lowest, with the least variance, and the tensor-parallel baselines raised by communication."
     )
-    return _median_and_box(records, profile, "tpot", "time per output token [s]", "fig05_tpot", text=text)
+    return _median_and_box(*(records, profile, summary, "tpot", "time per output token [s]", "fig05_tpot"), text=text)
 
 
 def _median_and_box(
-    records: pd.DataFrame, profile: config.Profile, name: str, ylabel: str, slug: str, *, text: str
+    records: pd.DataFrame,
+    profile: config.Profile,
+    summary: pd.DataFrame | None,
+    name: str,
+    ylabel: str,
+    slug: str,
+    *,
+    text: str,
 ) -> Figure:
-    used = load_records(records, profile, "p2", "normal")
-    summary = metrics.summarise(used)
+    used, summary = summarised(lambda frame: load_records(frame, profile, "p2", "normal"), records, summary)
     table = means(summary, [Panel(f"{name}_median_s", "")])
     most = max(profile.paper2.users)
     done = metrics.answers(used[used["users"] == most])
@@ -148,15 +157,16 @@ def _median_and_box(
     return finish(fig, data, used, profile, "paper2", slug, caption=caption)
 
 
-def paper2_user_throughput_p99(records: pd.DataFrame, profile: config.Profile) -> Figure:
+def paper2_user_throughput_p99(
+    records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None = None
+) -> Figure:
     """Paper 2, Fig. 6: user throughput (I) and p99 response time (II), routed systems under both mixes."""
     configs = profile.paper2.configs
-    used = load_records(records, profile, "p2", "normal", "uniform")
     panels = [
         Panel("user_tokens_per_s_mean", "I) User throughput", "tokens/s per user", bars="user_tokens_per_s_sd"),
         Panel("response_p99_s", "II) p99 response time", "seconds"),
     ]
-    summary = metrics.summarise(used)
+    used, summary = summarised(lambda frame: load_records(frame, profile, "p2", "normal", "uniform"), records, summary)
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.6))
     for ax, panel in zip(axes, panels, strict=True):
         lines = [

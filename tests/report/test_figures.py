@@ -200,14 +200,16 @@ def test_simulated_sources_have_every_figure_of_requests(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         drawing, "save", lambda fig, profile, source, paper, slug, *_, **__: drawn.append((paper, slug))
     )
-    figures.load_figures(runs, full)
+    figures.load_figures(runs, full, metrics.summarise(runs))
     every = sorted(item for item in TIMED if item[0] != "workbench")  # of requests alone
     assert sorted(drawn) == every
     drawn.clear()
-    figures.load_figures(runs.assign(source="simulated-harness"), full)  # which changes nothing of the search
+    harness = runs.assign(source="simulated-harness")  # which changes nothing of the search
+    figures.load_figures(harness, full, metrics.summarise(harness))
     assert sorted(drawn) == [item for item in every if item != ("paper2", "fig03_preliminary")]
+    without_search = runs[runs["experiment"] == "load"]
     with pytest.raises(MissingRecords, match="run 07_paper_scale first"):
-        figures.load_figures(runs[runs["experiment"] == "load"], full)
+        figures.load_figures(without_search, full, metrics.summarise(without_search))
 
 
 @pytest.mark.parametrize(("times", "shared"), [(2, True), (20, False)])
