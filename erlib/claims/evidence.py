@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,9 @@ from erlib import config
 from erlib.claims.uncertainty import Value
 from erlib.config import Profile
 from erlib.load import metrics
+from erlib.load.records import read_files
+from erlib.machine import processes
+from erlib.machine.progress import Bar
 
 Levels = int | Sequence[int]
 """Users on the papers' scale: from and to, or one level."""
@@ -40,6 +44,10 @@ class Summary(NamedTuple):
     """One row per point, turn and metric: ``value``."""
 
 
+Records: TypeAlias = pd.DataFrame | Iterable[pd.DataFrame] | Summary
+"""One source's: whole, in parts with whole points, or summarised."""
+
+
 class Evidence:
     """One source's records, summarised so that predicates can ask by the papers' numbers of users.
 
@@ -47,8 +55,8 @@ class Evidence:
     ----------
     source : str
         ``measured``, ``emulated``, ``simulated-...``. All but ``measured`` are on the papers' own scale.
-    records : DataFrame, iterable of DataFrame, or Summary
-        As :func:`erlib.load.records.read` returns them, whole or in parts with whole points; or :func:`summarise`.
+    records : Records
+        As :func:`erlib.load.records.read` returns them; or what :func:`summarise` or :func:`of_files` made of them.
     profile : Profile
         Its scale says what the measured users, tokens and seconds stand for.
 
@@ -58,12 +66,11 @@ class Evidence:
         If there are no records, or they are damaged.
     """
 
-    def __init__(self, source: str, records: pd.DataFrame | Iterable[pd.DataFrame] | Summary, profile: Profile) -> None:
+    def __init__(self, source: str, records: Records, profile: Profile) -> None:
         self.source = source
         self.profile = profile
         self.scale = scale_of(source, profile)
-        summary = records if isinstance(records, Summary) else summarise(source, records, profile)
-        self.done, self.curves, points = summary
+        self.done, self.curves, points = summarise(source, records, profile)
         keys = ["experiment", "config", "mix", "users", "turn", "metric"]
         over = points.groupby(keys)["value"].agg(["mean", "std", "count"])
         self.values: dict[Key, Value] = {
@@ -154,13 +161,38 @@ def scale_of(source: str, profile: Profile) -> config.Scale:
     return profile.scale if source == "measured" else FULL_SCALE
 
 
-def summarise(source: str, records: pd.DataFrame | Iterable[pd.DataFrame], profile: Profile) -> Summary:
+def summarise(source: str, records: Records, profile: Profile) -> Summary:
     """What verdicts need of a source's records; see :class:`Evidence` for parameters and errors."""
+    if isinstance(records, Summary):
+        return records
     parts = [records] if isinstance(records, pd.DataFrame) else records
     seen = [_summary(part, scale_of(source, profile)) for part in parts if not part.empty]
     if not seen:
         raise ValueError(f"no records for source {source!r}: leave it out, or run its notebooks first")
     return Summary(*(pd.concat(kind, ignore_index=True) for kind in zip(*seen, strict=True)))
+
+
+def of_files(source: str, files: Sequence[Path], profile: Profile, workers: int = 2) -> Summary:
+    """:func:`summarise` of complete points, a few at a time in each of so many processes: memory never holds them all.
+
+    Raises
+    ------
+    DamagedRecords
+        If a file is not what was written.
+    """
+    few = 16
+    parts = [files[start : start + few] for start in range(0, len(files), few)]
+    scale = scale_of(source, profile)
+    with processes.pool(workers) as pool, Bar(total=len(files), unit="point", desc=f"claims {source}") as progress:
+        seen = []
+        for part, summary in zip(parts, pool.map(_summary_of_files, parts, [scale] * len(parts)), strict=True):
+            seen.append(summary)
+            progress.update(len(part))
+    return Summary(*(pd.concat(kind, ignore_index=True) for kind in zip(*seen, strict=True)))
+
+
+def _summary_of_files(files: Sequence[Path], scale: config.Scale) -> Summary:
+    return _summary(read_files(files), scale)
 
 
 def _summary(part: pd.DataFrame, scale: config.Scale) -> Summary:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from erlib.claims import verdicts
+from erlib.claims import evidence, verdicts
 from erlib.config import Paper, Profile
 from erlib.paper_scale import presets, simulation
 from erlib.paper_scale.clock import Harness
@@ -77,7 +77,7 @@ def by_core_speed(
         pinned = presets.pinned_host(speed)
         around: dict[Paper, Harness] = {"p1": pinned, "p2": pinned}
         files = simulation.simulate_papers(profile, around, directory, workloads, columns={"source": PINNED})
-        scorecard = verdicts.evaluate({PINNED: verdicts.in_parts(files, PINNED)}, profile)
+        scorecard = verdicts.evaluate({PINNED: evidence.of_files(PINNED, files, profile)}, profile)
         counted[speed] = scorecard.loc[scorecard["source"] == PINNED, "verdict"].value_counts()
     table = pd.DataFrame(counted).T.reindex(columns=list(verdicts.VERDICTS)).fillna(0).astype(int)
     return table.rename_axis("core_speed")

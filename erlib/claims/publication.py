@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import pandas as pd
 
 from erlib import cache
 from erlib.claims import evidence
-from erlib.claims.evidence import Summary
+from erlib.claims.evidence import Records, Summary
 from erlib.config import Profile
 from erlib.load import metrics, published
 from erlib.load.published import Published
@@ -19,13 +19,12 @@ POINTS = cache.digest([*metrics.POINT, "turn", "metric", "value"], sorted(eviden
 """A summary that was made before a metric was added says nothing of it: it is of another schema."""
 
 
-def tables(sources: Mapping[str, pd.DataFrame | Iterable[pd.DataFrame]], profile: Profile) -> dict[str, Published]:
+def tables(sources: Mapping[str, Records], profile: Profile) -> dict[str, Published]:
     """Tables to publish of what :func:`erlib.claims.verdicts.read_sources` returned."""
     found = {}
     for source, records in sources.items():
-        if source == published.MEASURED:
-            whole = records if isinstance(records, pd.DataFrame) else pd.concat(records, ignore_index=True)
-            found[source] = published.of_records(whole)
+        if source == published.MEASURED and isinstance(records, pd.DataFrame):
+            found[source] = published.of_records(records)
             continue
         summary = evidence.summarise(source, records, profile)
         requests = published.of_records(summary.requests.drop(columns=metrics.LATENCIES), without=_WITHOUT)

@@ -9,22 +9,21 @@ no record of is not testable there, never guessed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from erlib import config, paths
-from erlib.claims import arithmetic, predicates, protocol, publication
-from erlib.claims.evidence import Evidence, NotTestable, Summary
+from erlib.claims import arithmetic, evidence, predicates, protocol, publication
+from erlib.claims.evidence import Evidence, NotTestable, Records
 from erlib.claims.finding import PREDICATES
 from erlib.claims.uncertainty import Decision
 from erlib.config import ConfigError, Profile
 from erlib.load import published, records
-from erlib.machine.progress import Bar
 from erlib.paper_scale import emulation
 
 Verdict = Literal[
@@ -197,12 +196,8 @@ FULL_SCALE_SOURCES = {
 """Sources on the papers' own scale, and where their records lie in a run's directory."""
 
 
-Records: TypeAlias = pd.DataFrame | Iterable[pd.DataFrame] | Summary
-"""One source's: whole, in parts, or summarised."""
-
-
 def read_sources(profile: Profile) -> dict[str, Records]:
-    """The records of every source that this profile has run, in parts; or the published ones.
+    """The records of every source that this profile has run, summarised but for the measured; or the published ones.
 
     ``measured`` is the sweep's; of the others (:data:`FULL_SCALE_SOURCES`), where a point was made more than once (its
     inputs changed), the newest counts. Emulated points whose engines did not keep pace are left out, and named.
@@ -217,7 +212,8 @@ def read_sources(profile: Profile) -> dict[str, Records]:
     if profile.records == "published":
         return {**publication.read(profile)}
     load = [published.load_records(profile, "p1"), published.load_records(profile, "p2")]
-    found: dict[str, Records] = {"measured": [*load, published.preliminary_records(profile)]}
+    measured = pd.concat([*load, published.preliminary_records(profile)], ignore_index=True)
+    found: dict[str, Records] = {"measured": measured}
     for source, folder in FULL_SCALE_SOURCES.items():
         newest: dict[tuple[Path, str], Path] = {}
         directory = paths.run_dir(profile.name) / folder
@@ -231,23 +227,15 @@ def read_sources(profile: Profile) -> dict[str, Records]:
         for path in late:
             print(f"claims: left out {path.relative_to(directory)}: the emulated engines did not keep pace")
         if files := sorted(set(newest.values()) - set(late)):
-            found[source] = in_parts(files, source)
+            found[source] = evidence.of_files(source, files, profile)
     return found
 
 
 def _kept_pace(path: Path) -> bool:
     """Whether a point's engines, if they were emulated, lost no more time than they may."""
-    table = pq.read_table(path, columns=["lost_time"], schema=records.SCHEMA, partitioning=None)
-    return not (table["lost_time"].to_numpy() > emulation.KEPT_PACE).any()
-
-
-def in_parts(files: Sequence[Path], source: str = "") -> Iterator[pd.DataFrame]:
-    """Records of complete points, a few points at a time, so that memory never holds them all."""
-    few = 24
-    with Bar(total=len(files), unit="point", desc=f"claims {source}") as progress:
-        for start in range(0, len(files), few):
-            yield records.read_files(files[start : start + few])
-            progress.update(len(files[start : start + few]))
+    with pq.ParquetFile(path) as file:
+        lost = file.read(columns=["lost_time"]).to_pandas().reindex(columns=["lost_time"])
+    return not (lost["lost_time"] > emulation.KEPT_PACE).any()
 
 
 COLUMNS = [
@@ -264,8 +252,8 @@ def evaluate(records_by_source: Mapping[str, Records], profile: Profile) -> pd.D
     ----------
     records_by_source : mapping
         Source (``measured`` and :data:`FULL_SCALE_SOURCES`; those that exist) to its records, as
-        :func:`erlib.load.records.read` returns them, whole or in parts (:func:`in_parts`), or summarised
-        (:func:`erlib.claims.evidence.summarise`). ``measured`` is on the scale of `profile`, all others on the papers'.
+        :func:`erlib.load.records.read` returns them, whole or in parts, or summarised
+        (:func:`erlib.claims.evidence.of_files`). ``measured`` is on the scale of `profile`, all others on the papers'.
     profile : Profile
 
     Returns
@@ -288,8 +276,8 @@ def evaluate(records_by_source: Mapping[str, Records], profile: Profile) -> pd.D
     rows = []
     for claim in load():
         where: Mapping[str, Evidence | None] = {ARITHMETIC: None} if claim.by_arithmetic else sources
-        for source, evidence in where.items():
-            row = judge(claim, evidence)
+        for source, seen in where.items():
+            row = judge(claim, seen)
             rows.append(
                 {
                     **{name: getattr(claim, name) for name in ("id", "paper", "where", "type", "claim")},

@@ -317,11 +317,8 @@ def test_reading_takes_every_source_that_was_run_and_the_newest_of_a_point(
     printed = capsys.readouterr().out
     assert "left out p1.A/u4-r0-x.parquet: the emulated engines did not keep pace" in printed
     assert "left out p1.A/u8-r0-x.parquet: it cannot be read" in printed
-    assert {name: sum(map(len, parts)) for name, parts in found.items()} == {
-        "measured": 9,
-        "emulated": 3,
-        "simulated-harness": 2,
-    }
+    assert len(found.pop("measured")) == 9
+    assert {name: len(summary.requests) for name, summary in found.items()} == {"emulated": 3, "simulated-harness": 2}
 
 
 def test_hypotheses_are_compared_on_the_claims_that_all_of_them_decide():
@@ -350,6 +347,15 @@ def test_records_in_parts_judge_as_whole_ones(runs, profile, scorecard):
     parts = (part for _, part in runs.groupby(["paper", "config", "users"]))
     whole = scorecard[scorecard["source"] != "emulated"].reset_index(drop=True)
     pd.testing.assert_frame_equal(verdicts.evaluate({"measured": parts}, profile), whole)
+
+
+def test_points_summarised_in_processes_judge_as_whole_records(runs, profile, scorecard, tmp_path):
+    files = [tmp_path / f"point-{point}.parquet" for point in runs["point_hash"].unique()]
+    for file, (_, point) in zip(files, runs.groupby("point_hash", sort=False), strict=True):
+        records.write(point.astype(object).where(point.notna(), None).to_dict("records"), file)
+    whole = scorecard[scorecard["source"] != "emulated"].reset_index(drop=True)
+    summary = evidence.of_files("measured", files, profile)
+    pd.testing.assert_frame_equal(verdicts.evaluate({"measured": summary}, profile), whole)
 
 
 # --- measures -------------------------------------------------------------------------------------------------------
