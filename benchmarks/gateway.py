@@ -47,7 +47,7 @@ from benchmarks.ways import GATEWAYS, WAYS, Site, Way
 from erlib import config, paths, provenance
 from erlib.machine import processes
 from erlib.machine.processes import StartError
-from erlib.routing import sklearn_pipeline, training
+from erlib.routing import building, sklearn_pipeline
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import corpus
 
@@ -409,7 +409,7 @@ def main() -> None:
     options = parser.parse_args()
 
     profile = config.load_profile(options.profile)
-    router = training.build_clusterer(profile)
+    router = building.build_clusterer(profile)
     texts = corpus.load_corpus(profile.corpus, profile.seed, "holdout").texts
     long_enough = [words for text in texts if len(words := text.split()) >= PROMPT_WORDS]
     prompts = [" ".join(words[:PROMPT_WORDS]) for words in long_enough]

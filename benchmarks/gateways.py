@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from erlib import config
 from erlib.machine import processes
-from erlib.routing import clusterer, training
+from erlib.routing import building, clusterer
 from erlib.serving import wire
 from erlib.serving.nginx import Nginx
 from erlib.workload import corpus
@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
 
     profile = config.load_profile("laptop")
-    router = training.build_clusterer(profile)
+    router = building.build_clusterer(profile)
     texts = corpus.load_corpus(profile.corpus, profile.seed, "holdout").texts
     words = [text.split() for text in texts if len(text.split()) > 5]
     prompts = [" ".join(words[i % len(words)][i // len(words) * 7 :][:300]) or "x" for i in range(args.prompts)]

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from erlib import config
 from erlib.engines import build, checkpoint
 from erlib.load import on_cores
-from erlib.routing import training
+from erlib.routing import building
 from erlib.serving import stack, triton
 from tests.support.ports import BASE_PORT, METRICS_PORT
 
@@ -30,7 +30,7 @@ def profile() -> config.Profile:
 @pytest.fixture(scope="session")
 def router(profile: config.Profile) -> Path:
     """Directory of a clusterer with eight clusters."""
-    return training.build_clusterer(profile)
+    return building.build_clusterer(profile)
 
 
 @pytest.fixture(scope="session")

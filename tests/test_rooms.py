@@ -46,8 +46,8 @@ HANDED_OUT = {
 NOT_MEASURED = {
     "erlib.cache", "erlib.paths", "erlib.provenance", "erlib.config", "erlib.machine.leftovers",
     "erlib.machine.hardware", "erlib.machine.runfolder", "erlib.routing.embeddings", "erlib.routing.sklearn_pipeline",
-    "erlib.routing.training", "erlib.routing.pickles", "erlib.machine.progress", "erlib.workload.corpus",
-    "erlib.workload.brown",
+    "erlib.routing.building", "erlib.routing.training", "erlib.routing.pickles", "erlib.machine.progress",
+    "erlib.workload.corpus", "erlib.workload.brown",
 }  # fmt: skip
 """What measured processes import without a request's time depending on it: settings, where things are, what made a
 router. Routers' products are hashed by their content."""

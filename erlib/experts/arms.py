@@ -28,7 +28,7 @@ from erlib.experts.tables import ADAPTED, AVERAGE, SEED, Judged, read
 from erlib.experts.texts import Blocks, HeldOut
 from erlib.machine import hardware
 from erlib.machine.progress import Bar, say
-from erlib.routing import training
+from erlib.routing import building
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import corpus
 
@@ -63,7 +63,7 @@ def judged(profile: Profile) -> Judged:
     """
     base = base_of(profile)
     at = texts.on_own_corpus(profile)
-    router = training.build_clusterer(at)
+    router = building.build_clusterer(at)
     settings = profile.experts.model_dump(mode="json", exclude=_NOT_OF_THE_TABLE)
     code = [provenance.code_digest("experts/arms.py", "experts/texts.py", _TRAINING, _SCORING), *_versions()]
     key = cache.digest(base.key, base.dtype, corpus.fingerprint(at.corpus), router.name, settings, profile.seed, code)
@@ -103,7 +103,7 @@ def adapters(profile: Profile, n: int, served: Path | None = None) -> list[Path]
             f"{n} servers need an expert each, but clusterer.n_clusters is {profile.clusterer.n_clusters}"
         )
     if settings.adapters is None:
-        clusterer = Clusterer.load(training.build_clusterer(texts.on_own_corpus(profile)))
+        clusterer = Clusterer.load(building.build_clusterer(texts.on_own_corpus(profile)))
         blocks = texts.training_blocks(profile, clusterer, base.tokenizer, base.end)
         with _workers() as workers:
             trained = _trained(profile, base, blocks, workers)

@@ -16,7 +16,7 @@ import pandas as pd
 from tokenizers import Tokenizer
 
 from erlib.config import ConfigError, Profile
-from erlib.routing import training
+from erlib.routing import building
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import corpus
 
@@ -139,7 +139,7 @@ def cluster_shares(profile: Profile) -> list[float]:
 
     Those that the clusters were made of are spread evenly, by construction.
     """
-    clusterer = Clusterer.load(training.build_clusterer(on_own_corpus(profile)))
+    clusterer = Clusterer.load(building.build_clusterer(on_own_corpus(profile)))
     part = corpus.load_corpus(profile.experts.corpus, profile.seed, split="holdout")
     counts = np.bincount(clusterer.predict(part.texts), minlength=clusterer.n_clusters)
     shares: list[float] = (counts / counts.sum()).tolist()

@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         "--clusterer",
         type=Path,
         required=True,
-        help="what training.build_clusterer, sklearn_pipeline.build or embedding_export.build made",
+        help="what building.build_clusterer, sklearn_pipeline.build or embedding_export.build made",
     )
     parser.add_argument(
         "--policy",

@@ -18,7 +18,7 @@ from erlib.experts import texts
 from erlib.load import backends
 from erlib.load.backends import Workloads
 from erlib.load.users import Client
-from erlib.routing import clusterer, training
+from erlib.routing import building, clusterer
 from erlib.serving import share, wire
 from erlib.serving.triton import ServerPlan
 from erlib.workload import lengths, prompts
@@ -168,7 +168,7 @@ def systems(profile: Profile, configurations: Sequence[Configuration], sized_for
     return [
         System(
             *(each.id, each.routing, plans, backend.tokenizer_file(profile, each.system.model)),
-            training.build_clusterer(texts.on_own_corpus(profile) if each.laptop.weights == "trained" else profile),
+            building.build_clusterer(texts.on_own_corpus(profile) if each.laptop.weights == "trained" else profile),
             relay=profile.serving.relay,
             adapters=profile.clusterer.n_clusters if each.adapters else 0,
         )
@@ -185,7 +185,7 @@ def all_configurations(profile: Profile) -> list[Configuration]:
 
 def build_workload(profile: Profile, paper: lengths.Paper) -> Workload:
     """A paper's prompts, cut and counted with the tokenizer of its models; see :func:`erlib.workload.prompts.build`."""
-    router = clusterer.Clusterer.load(training.build_clusterer(profile))
+    router = clusterer.Clusterer.load(building.build_clusterer(profile))
     return prompts.build(profile, paper, tokenizer(profile, paper), router)
 
 

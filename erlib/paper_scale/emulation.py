@@ -25,7 +25,7 @@ from erlib.load import metrics, points, records
 from erlib.load.experiments import Series, System
 from erlib.paper_scale import batching, simulation, steptimes
 from erlib.paper_scale.steptimes import OutOfRange
-from erlib.routing import clusterer, training
+from erlib.routing import building, clusterer
 from erlib.serving import wire
 from erlib.serving.share import Classifier
 from erlib.serving.spans import GATEWAY_SPANS, column
@@ -87,7 +87,7 @@ def system(
         routing=target.routing,
         servers=[server] * target.instances,
         tokenizer=checkpoint.checkpoint(profile.engines) / "tokenizer.json",
-        router=training.build_clusterer(profile),
+        router=building.build_clusterer(profile),
         classifier=classifier,
         relay=profile.serving.relay,
     )
@@ -100,7 +100,7 @@ def workload(profile: Profile, paper: Paper) -> Workload:
     """
     forced = profile.workload.model_copy(update={"p2_answers": "mlperf"})
     full_length = profile.model_copy(update={"scale": config.Scale(users=1, tokens=1), "workload": forced})
-    router = clusterer.Clusterer.load(training.build_clusterer(profile))
+    router = clusterer.Clusterer.load(building.build_clusterer(profile))
     return prompts.build(full_length, paper, checkpoint.tokenizer(profile), router, n=profile.emulation.prompts)
 
 

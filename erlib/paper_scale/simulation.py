@@ -38,7 +38,7 @@ from erlib.paper_scale.batching import System
 from erlib.paper_scale.clock import HARDWARE, Harness, trace
 from erlib.paper_scale.instances import Request
 from erlib.paper_scale.presets import Preset, preset
-from erlib.routing import training
+from erlib.routing import building
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import lengths, prompts
 from erlib.workload.prompts import Prompt, Workload
@@ -62,7 +62,7 @@ def at_paper_scale(workload: Workload, profile: Profile, paper: lengths.Paper) -
 
 def full_scale_workloads(profile: Profile) -> dict[lengths.Paper, Workload]:
     """The workloads of all experiments at full scale, routed by the profile's own clusterer."""
-    router, tokenizer = Clusterer.load(training.build_clusterer(profile)), checkpoint.tokenizer(profile)
+    router, tokenizer = Clusterer.load(building.build_clusterer(profile)), checkpoint.tokenizer(profile)
     many = profile.paper_scale.prompts
     pool: dict[lengths.Paper, int | None] = {"p1": many, "p2": many, "preliminary": None}
     return {

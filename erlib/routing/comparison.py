@@ -26,7 +26,7 @@ from erlib import cache, paths, provenance
 from erlib.config import Profile
 from erlib.machine import hardware
 from erlib.machine.progress import Bar
-from erlib.routing import clusterer, embedding_export, embeddings, evaluate, policies, training
+from erlib.routing import building, clusterer, embedding_export, embeddings, evaluate, policies
 from erlib.routing.clusterer import Clusterer
 from erlib.routing.policies import Router
 from erlib.workload import corpus
@@ -223,7 +223,7 @@ def compare_routers(profile: Profile) -> pd.DataFrame:
     ClustererError, CorpusError
     """
     held_out = corpus.load_corpus(profile.corpus, profile.seed, "holdout")
-    directory = training.build_clusterer(profile)
+    directory = building.build_clusterer(profile)
     n = profile.clusterer.n_clusters
     entries: dict[str, Router | str] = {
         "classify": policies.ByCluster(Clusterer.load(directory)),

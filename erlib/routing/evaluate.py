@@ -12,8 +12,8 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
+from erlib.routing.building import build_clusterer
 from erlib.routing.clusterer import Clusterer
-from erlib.routing.training import build_clusterer
 from erlib.workload import corpus
 
 if TYPE_CHECKING:

@@ -138,7 +138,7 @@ def load(
         (:class:`erlib.routing.embeddings.Neighbours`), ``replicas`` (:class:`RoundRobin`), ``random``,
         ``least_loaded``.
     directory : Path
-        Of :func:`erlib.routing.training.build_clusterer`, :func:`erlib.routing.sklearn_pipeline.build` or, for the
+        Of :func:`erlib.routing.building.build_clusterer`, :func:`erlib.routing.sklearn_pipeline.build` or, for the
         embeddings' two, :func:`erlib.routing.embedding_export.build`; policies that read nothing ignore it.
     n_experts : int
     index : int

@@ -26,7 +26,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 
 from erlib import cache, config, paths, provenance
 from erlib.machine.progress import say
-from erlib.routing import training
+from erlib.routing import building
 from erlib.routing.clusterer import Clusterer, ClustererError, Floats, Spans
 
 TERMS = 500_000
@@ -170,7 +170,7 @@ def build(profile: config.Profile, n_terms: int = TERMS) -> Path:
     ------
     ClustererError, corpus.CorpusError
     """
-    source = training.build_clusterer(profile)
+    source = building.build_clusterer(profile)
     digest = cache.digest(
         provenance.code_digest("routing/sklearn_pipeline.py"), source.name, n_terms, profile.seed, sklearn.__version__
     )

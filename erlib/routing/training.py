@@ -1,12 +1,10 @@
-"""c-BTM's fit: TF-IDF, truncated SVD and balanced k-means (papers, section III-A); a profile's clusterer."""
+"""c-BTM's fit: TF-IDF, truncated SVD and balanced k-means (papers, section III-A)."""
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import nltk
 import numpy as np
@@ -17,17 +15,9 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.preprocessing import StandardScaler, normalize
 from threadpoolctl import threadpool_limits
 
-from erlib import cache, paths, provenance
-from erlib.machine.progress import Bar, say
+from erlib.machine.progress import Bar
 from erlib.routing import pickles
 from erlib.routing.clusterer import NUMBER, Clusterer, ClustererError, Floats, checked, words_of
-from erlib.workload import corpus
-
-if TYPE_CHECKING:
-    import torch
-
-    from erlib import config
-
 
 BATCH_DOCUMENTS = 50_000
 
@@ -36,7 +26,7 @@ ITERATIONS = 20
 TOLERANCE = 1e-3
 
 
-def _stop_words(name: str) -> list[str]:
+def stop_words_of(name: str) -> list[str]:
     """c-BTM's stop words: the named list and the number token, so that numbers are deleted rather than kept."""
     if name == "sklearn":
         return [*sorted(ENGLISH_STOP_WORDS), NUMBER]
@@ -176,62 +166,6 @@ def from_pickles(path_or_url: Path | str, sha256: tuple[str, str] | None = None)
         raise ClustererError(f"{path_or_url}: {error}") from None
 
 
-def build_clusterer(profile: config.Profile) -> Path:
-    """Fit or convert the profile's clusterer, unless the same one is in the cache.
-
-    Returns
-    -------
-    Path
-        Directory for :meth:`Clusterer.load`; its name is the content hash of corpus, settings, seed and code.
-
-    Raises
-    ------
-    ClustererError, corpus.CorpusError
-    """
-    settings = profile.clusterer
-    files = ["routing/training.py", "routing/clusterer.py", *(["routing/pickles.py"] if settings.pickles else [])]
-    code = provenance.code_digest(*files)
-    if settings.pickles:
-        source = settings.pickles
-        local = [path for name in pickles.FILES if (path := Path(source) / name).is_file()]
-        digest = cache.digest(code, settings.model_dump(mode="json"), *local)
-        train = None
-    else:
-        train = corpus.load_corpus(profile.corpus, profile.seed, "train")
-        source = f"{len(train.texts)} documents of {train.name}"
-        # NLTK's list is downloaded, whatever version there is.
-        words = _stop_words("nltk") if settings.stop_words == "nltk" else []
-        digest = cache.digest(*code, train.sha, settings.model_dump(mode="json"), profile.seed, *words)
-    directory = paths.CACHE / "clusterers" / digest
-    if cache.found(directory, "clusterer") and (kept := cache.recalled(directory, Clusterer.load, "clusterer")):
-        say(f"clusterer: reused {digest} ({source}, same settings and code)")
-        _warn(kept)
-        return directory
-    print(f"clusterer: making {digest} from {source} (none with these settings, code and seed yet)")
-    if train is None:
-        model = from_pickles(source, settings.pickles_sha256)
-        if model.n_clusters != settings.n_clusters:
-            raise ClustererError(f"{source} has {model.n_clusters} clusters; set clusterer.n_clusters to that")
-    else:
-        options = settings.model_dump(exclude={"pickles", "pickles_sha256"})
-        model = fit(train.texts, seed=profile.seed, **options)
-    with cache.building(directory) as partial:
-        model.save(partial)
-        shutil.rmtree(directory, ignore_errors=True)  # where one was that cannot be read
-    _warn(model)
-    return directory
-
-
-def _warn(model: Clusterer) -> None:
-    """Say so if the training documents did not tell the clusters apart, as when all of them are alike."""
-    unused = model.facts.get("nearest_sizes", []).count(0)
-    if unused:
-        print(
-            f"clusterer: warning: {unused} of {model.n_clusters} clusters are nearest to no training document: their "
-            "experts will hardly be asked: take documents that differ more, or fewer clusters"
-        )
-
-
 def _enough_texts(texts: Sequence[str], n_clusters: int, n_components: int) -> list[str]:
     """Those that are not empty, if they are enough."""
     if n_clusters < 1 or n_components < 1:
@@ -249,7 +183,7 @@ def _svd_of_tfidf(
     texts: Sequence[str], n_components: int, stop_words: str, seed: int
 ) -> tuple[TfidfVectorizer, TruncatedSVD, npt.NDArray[np.float64]]:
     """Both, fitted, and the documents' vectors (n, d)."""
-    vectorizer = TfidfVectorizer(tokenizer=words_of, token_pattern=None, stop_words=_stop_words(stop_words))
+    vectorizer = TfidfVectorizer(tokenizer=words_of, token_pattern=None, stop_words=stop_words_of(stop_words))
     svd = TruncatedSVD(n_components, random_state=seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Your stop_words may be inconsistent")

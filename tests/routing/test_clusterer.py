@@ -31,7 +31,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from erlib import config, paths
-from erlib.routing import evaluate, training
+from erlib.routing import building, evaluate, training
 from erlib.routing import pickles as reader
 from erlib.routing.clusterer import Clusterer, ClustererError
 from tests.support import texts
@@ -590,15 +590,15 @@ def test_build_is_cached_by_content(
 ) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     profile = _profile(tmp_path)
-    first = training.build_clusterer(profile)
+    first = building.build_clusterer(profile)
     assert "making" in capsys.readouterr().out
-    assert training.build_clusterer(profile) == first
+    assert building.build_clusterer(profile) == first
     assert "reused" in capsys.readouterr().out
     assert Clusterer.load(first).n_clusters == 4
-    assert training.build_clusterer(profile.model_copy(update={"seed": 1})) != first
+    assert building.build_clusterer(profile.model_copy(update={"seed": 1})) != first
     with (tmp_path / "texts.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
-    assert training.build_clusterer(profile) != first
+    assert building.build_clusterer(profile) != first
 
 
 def test_another_version_of_the_nltk_stop_words_makes_another_clusterer(
@@ -614,7 +614,7 @@ def test_another_version_of_the_nltk_stop_words_makes_another_clusterer(
     for version in ("the\n", "the\nzwischen\n", "the\n"):
         nltk.corpus.stopwords._unload() if hasattr(nltk.corpus.stopwords, "_unload") else None
         words.write_text(version)
-        built.append(training.build_clusterer(_profile(tmp_path, stop_words="nltk")))
+        built.append(building.build_clusterer(_profile(tmp_path, stop_words="nltk")))
     assert built[0] == built[2] != built[1]
 
 
@@ -623,12 +623,12 @@ def test_a_damaged_clusterer_in_the_cache_is_made_again(
 ) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     profile = _profile(tmp_path)
-    made = training.build_clusterer(profile)
+    made = building.build_clusterer(profile)
     whole = Clusterer.load(made).digest
     centres = np.load(made / "centres.npy")
     np.save(made / "centres.npy", np.where(centres == centres.max(), NAN, centres))  # of the same size
     capsys.readouterr()
-    assert Clusterer.load(training.build_clusterer(profile)).digest == whole
+    assert Clusterer.load(building.build_clusterer(profile)).digest == whole
     assert "is made again: it cannot be read" in capsys.readouterr().out
 
 
@@ -638,12 +638,12 @@ def test_documents_that_are_all_alike_are_not_told_apart_without_a_word(
 ) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     profile = _profile(tmp_path)
-    training.build_clusterer(profile)
+    building.build_clusterer(profile)
     assert "warning" not in capsys.readouterr().out
     (text,) = texts.topical(1, words=60)[0]
     (tmp_path / "texts.jsonl").write_text(f'{{"text": "{text}"}}\n' * 100)
     for _ in range(2):  # made, and found
-        model = Clusterer.load(training.build_clusterer(profile))
+        model = Clusterer.load(building.build_clusterer(profile))
         assert len(set(model.predict([text, "something else", ""]))) < model.n_clusters
         assert "clusterer: warning: 3 of 4 clusters are nearest to no training document" in capsys.readouterr().out
 
@@ -661,10 +661,10 @@ def test_build_from_pickles(
     pickles: tuple[Path, Pipeline, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
-    model = Clusterer.load(training.build_clusterer(_profile(tmp_path, pickles=str(pickles[0]))))
+    model = Clusterer.load(building.build_clusterer(_profile(tmp_path, pickles=str(pickles[0]))))
     assert model.digest == training.from_pickles(pickles[0]).digest
     with pytest.raises(ClustererError, match="has 4 clusters"):
-        training.build_clusterer(_profile(tmp_path, pickles=str(pickles[0]), n_clusters=8, pickles_sha256=None))
+        building.build_clusterer(_profile(tmp_path, pickles=str(pickles[0]), n_clusters=8, pickles_sha256=None))
 
 
 def test_compare_normalizers_and_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -675,7 +675,7 @@ def test_compare_normalizers_and_map(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (table["largest"] >= 1).all()
     assert (table["smallest"] <= 1).all()
     documents, _ = texts.topical(80)
-    model = Clusterer.load(training.build_clusterer(profile))
+    model = Clusterer.load(building.build_clusterer(profile))
     points = evaluate.map_2d(model, documents, sample=60)
     assert points.shape == (60, 3)
     assert np.isfinite(points[["x", "y"]]).all(axis=None)

@@ -15,7 +15,7 @@ import sklearn
 
 from erlib import config, paths
 from erlib.machine import processes
-from erlib.routing import sklearn_pipeline, training
+from erlib.routing import building, sklearn_pipeline, training
 from erlib.routing.clusterer import Clusterer, ClustererError
 from erlib.serving import wire
 from tests.support import texts
@@ -96,7 +96,7 @@ def test_build_makes_one_model_in_two_forms_once(profile: config.Profile, capsys
     assert "reused" in capsys.readouterr().out
     assert sklearn_pipeline.build(profile, 2001) != first
     plain, ours, theirs = (
-        Clusterer.load(training.build_clusterer(profile)),
+        Clusterer.load(building.build_clusterer(profile)),
         Clusterer.load(first),
         sklearn_pipeline.load(first),
     )
@@ -115,7 +115,7 @@ def test_another_scikit_learn_gets_another_pickle(profile: config.Profile, monke
 
 def test_a_plain_clusterer_is_not_a_stock_router(profile: config.Profile) -> None:
     with pytest.raises(ClustererError, match=r"sklearn_pipeline\.build"):
-        sklearn_pipeline.load(training.build_clusterer(profile))
+        sklearn_pipeline.load(building.build_clusterer(profile))
 
 
 def test_a_pickle_that_has_been_cut_or_changed_is_not_read_and_made_again(

@@ -16,7 +16,7 @@ from scipy.stats import ks_2samp, kstest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from erlib import config, paths
-from erlib.routing import training
+from erlib.routing import building, training
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import lengths, prompts
 from tests.support import texts
@@ -152,7 +152,7 @@ def test_real_text_at_full_and_laptop_scale(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     documents = texts.c4()
     profile = write_profile(tmp_path, documents, **{"scale.tokens": scale, "scale.input_tokens": scale})
-    model = Clusterer.load(training.build_clusterer(profile))
+    model = Clusterer.load(building.build_clusterer(profile))
     tokenizer = train_tokenizer(documents[:300], 4000)
     for paper in ("p1", "p2"):
         frame = prompts.build(profile, paper, tokenizer, model, n=256).frame  # type: ignore[arg-type]
