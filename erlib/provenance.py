@@ -79,7 +79,22 @@ def _content(file: Path) -> str:
                 | ast.AsyncFunctionDef(body=[ast.Expr(value=ast.Constant()), *_])
             ):
                 del node.body[0]
-    return ast.dump(tree)
+    return repr(_said(tree))
+
+
+def _said(node: object) -> object:
+    """What a syntax tree says, in the same words in every version of Python.
+
+    Which fields a node might have had differs between them; some find an empty string at the end of an f-string.
+    """
+    if isinstance(node, list):
+        return [_said(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return node
+    if isinstance(node, ast.JoinedStr):
+        node.values = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
+    fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return type(node).__name__, [(name, _said(value)) for name, value in fields]
 
 
 _PACKAGE = Path(__file__).resolve().parent

@@ -125,6 +125,36 @@ def test_code_is_known_by_what_it_does(tmp_path: Path) -> None:
     assert provenance.code_digest(file, room) not in (before, deeper)
 
 
+_OF_MANY_KINDS = """
+import os as o
+from . import a, b as c
+
+@d(1, x=None)
+class E(F, metaclass=G):
+    h: int = 0x10
+
+    async def i(self, j, /, k=1.5, *l, m, n=b"n", **p) -> "q":
+        async with j as r:
+            yield f"{r!r:>{k}} and {l[1:None, ...]}" "and" 'more'
+        return
+
+def s(t): ...
+"""
+
+
+def test_every_python_knows_code_by_the_same_digest(tmp_path: Path) -> None:
+    """Else a new Python would throw away what an old one has measured and trained."""
+    file = tmp_path / "file.py"
+    file.write_text(_OF_MANY_KINDS)
+    of_many_kinds = provenance.code_digest(file)
+    assert of_many_kinds == "c28653296a9ff62f"
+    seen = {of_many_kinds}
+    for old, new in [("return", "return None"), ("1:None", "1:"), ("x=None", "x=0"), ("x=None", "x=[]"), ("/, ", "")]:
+        file.write_text(_OF_MANY_KINDS.replace(old, new))
+        seen.add(provenance.code_digest(file))
+    assert len(seen) == 6
+
+
 def test_two_files_of_one_name_both_count(tmp_path: Path) -> None:
     one, other = tmp_path / "one" / "same.py", tmp_path / "other" / "same.py"
     for file in (one, other):
