@@ -16,8 +16,9 @@ import pytest
 from erlib import paths
 from erlib.load import records
 from erlib.machine import processes
+from tests.support import ports
 
-BASE_PORT = 28000
+BASE_PORT = ports.BASE_PORT + 1000
 FIGURES = {
     "paper1": "fig01_architecture fig02_ttft_base fig03_ttft_continuation fig04_tpot_base fig05_tpot_continuation "
     "fig06_user_throughput fig07_p99_response_time fig08_session_throughput fig09_bucket_throughput table1_models",
@@ -90,8 +91,8 @@ def test_smoke_run_survives_a_kill_and_draws_every_figure(home: Path) -> None:
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert psutil.wait_procs(family, timeout=15)[1] == []
-    ports = range(BASE_PORT, BASE_PORT + 60)
-    assert [port for port in ports if processes.listening(port)] == []
+    of_the_run = range(BASE_PORT, BASE_PORT + 60)
+    assert [port for port in of_the_run if processes.listening(port)] == []
     before = _points(home)
 
     output = _run(home)
@@ -99,7 +100,7 @@ def test_smoke_run_survives_a_kill_and_draws_every_figure(home: Path) -> None:
     assert {path: after[path] for path in before} == before  # what was complete was not measured again
     by_experiment = {name: sum(f"/{name}/" in str(path) for path in after) for name in POINTS}
     assert by_experiment == POINTS
-    assert [region for port in ports for region in Path("/dev/shm").glob(f"er{port}-*")] == []
+    assert [region for port in of_the_run for region in Path("/dev/shm").glob(f"er{port}-*")] == []
     assert "05_load_sweep            ran" in output
 
     frame = records.read(home / "runs/smoke/records")

@@ -24,8 +24,9 @@ from erlib.machine import hardware
 from erlib.machine.hardware import Gpu
 from erlib.paper_scale import batching, clock, simulation
 from erlib.workload import prompts
+from tests.support import ports
 
-BASE_PORT = 27800
+BASE_PORT = ports.BASE_PORT + 800
 H100 = "NVIDIA H100 80GB HBM3, 81559, 590.44.01, 9.0"
 GEFORCE = "NVIDIA GeForce RTX 4090, 81559, 590.44.01, 8.9"
 INSISTS = {"tensorrt_llm__version": "1.2.1"}
