@@ -129,6 +129,8 @@ class Request(Protocol):
     input_tokens: int
     first_step: int
     """Set by the engine: the step that reads the prompt and gives the first token."""
+    kv_blocks: int
+    """Set by the engine: the KV blocks that are reserved for it."""
 
     @property
     def output_tokens(self) -> int:
@@ -210,6 +212,7 @@ class Engine(Generic[R]):
             If it would wait for ever.
         """
         self.check(request)
+        request.kv_blocks = self.blocks(request)
         self.waiting.append(request)
 
     def begin_step(self) -> float:
@@ -238,7 +241,7 @@ class Engine(Generic[R]):
         joined, self.joining = self.joining, []
         self._context_tokens += steps * self.sequences + self._joining_tokens
         for request in joined:
-            self._reserved += self.blocks(request)
+            self._reserved += request.kv_blocks
             request.first_step = self.steps
             self._ending.setdefault(self.steps + request.output_tokens - 1, []).append(request)
         self.steps += steps
@@ -255,7 +258,7 @@ class Engine(Generic[R]):
     def _leave(self, request: R, answered: int) -> None:
         self.sequences -= 1
         self._context_tokens -= request.input_tokens + answered
-        self._reserved -= self.blocks(request)
+        self._reserved -= request.kv_blocks
 
     def _step_s(self) -> float:
         joining = len(self.joining)
@@ -269,7 +272,7 @@ class Engine(Generic[R]):
         while self.waiting and len(self.joining) < most:
             request = self.waiting[0]
             fits = self.sequences + prompt_tokens + request.input_tokens <= self.system.max_step_tokens
-            reserved += self.blocks(request)
+            reserved += request.kv_blocks
             if not fits or reserved > self.kv_blocks_total:
                 break
             self.joining.append(self.waiting.popleft())

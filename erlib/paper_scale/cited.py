@@ -62,6 +62,7 @@ class _Request:
     output_tokens: int
     sent_s: float
     first_step: int = -1
+    kv_blocks: int = 0
     first_s: float = math.nan
     last_s: float = math.nan
 

@@ -283,11 +283,13 @@ class _Point:
 
     def _submit(self, request: Request) -> None:
         """Let the least busy replica of the request's expert answer, or another expert, if that is what is done."""
-        owed = [server.engine.outstanding for server in self._servers]
-        request.server = min(self._replicas[request.expert], key=owed.__getitem__)
-        spill_over = self._system.spill_over
-        if spill_over is not None and owed[request.server] - min(owed) >= spill_over:
-            request.server = owed.index(min(owed))
+        replicas, spill_over = self._replicas[request.expert], self._system.spill_over
+        request.server = replicas[0]
+        if len(replicas) > 1 or spill_over is not None:
+            owed = [server.engine.outstanding for server in self._servers]
+            request.server = min(replicas, key=owed.__getitem__)
+            if spill_over is not None and owed[request.server] - min(owed) >= spill_over:
+                request.server = owed.index(min(owed))
         self._clients[request.server].open(1)
         self._servers[request.server].submit(request)
 

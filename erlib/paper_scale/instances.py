@@ -29,6 +29,7 @@ class Request:
     queued_s: float = 0.0
     routed_s: float = 0.0
     first_step: int = -1
+    kv_blocks: int = 0
 
     @property
     def output_tokens(self) -> int:

@@ -28,6 +28,7 @@ class Request:
         self.input_tokens = len(sequence.token_ids)
         self.output_tokens = sequence.max_tokens
         self.first_step = -1
+        self.kv_blocks = 0
 
 
 class Engine:
