@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,10 +166,15 @@ def systems(profile: Profile, configurations: Sequence[Configuration], sized_for
     """
     backend = backends.of(profile)
     served = backend.served(profile, configurations, sized_for)
+
+    @functools.cache
+    def router(of_own_corpus: bool) -> Path:
+        return building.build_clusterer(texts.on_own_corpus(profile) if of_own_corpus else profile)
+
     return [
         System(
             *(each.id, each.routing, plans, backend.tokenizer_file(profile, each.system.model)),
-            building.build_clusterer(texts.on_own_corpus(profile) if each.laptop.weights == "trained" else profile),
+            router(each.laptop.weights == "trained"),
             relay=profile.serving.relay,
             adapters=profile.clusterer.n_clusters if each.adapters else 0,
         )
