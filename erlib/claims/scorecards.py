@@ -78,3 +78,25 @@ def _markdown(scorecard: pd.DataFrame, profile: Profile) -> str:
 def _plain(text: str) -> str:
     """Text that stays text, and in its cell, wherever Markdown is shown."""
     return html.escape(" ".join(text.split()), quote=False).replace("|", "/")
+
+
+def changed(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts that differ between two scorecards, of those that both have.
+
+    Parameters
+    ----------
+    before, after : DataFrame
+        What :func:`erlib.claims.verdicts.evaluate` returned, or the csv that it was written to.
+
+    Returns
+    -------
+    DataFrame
+        One row per claim and source: ``id``, ``source``, ``before``, ``after`` (verdicts), ``turned`` (from holds to
+        fails, or back), ``claim``.
+    """
+    keys = ["id", "source"]
+    one, other = (table.set_index(keys)["verdict"] for table in (before, after))
+    both = pd.concat({"before": one, "after": other}, axis=1, join="inner").reset_index()
+    differ = both[both["before"] != both["after"]].merge(after[[*keys, "claim"]], on=keys)
+    turned = [{HOLDS, FAILS} == {*pair} for pair in zip(differ["before"], differ["after"], strict=True)]
+    return differ.assign(turned=pd.Series(turned, dtype=bool))[[*keys, "before", "after", "turned", "claim"]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +343,29 @@ def test_hypotheses_are_compared_on_the_claims_that_all_of_them_decide():
     assert table["only"].to_list() == ["", "P1-R02", "P1-R02"]
     assert table["lost"].to_list() == ["", "", "P1-R01"]
     assert explained.by_source(pd.DataFrame(rows[:1])).empty
+
+
+def test_scorecards_are_compared_claim_by_claim(scorecard, tmp_path):
+    assert scorecards.changed(scorecard, scorecard).empty
+    sure = scorecard["verdict"].isin([HOLDS, FAILS]) & (scorecard["source"] == "measured")
+    tested = scorecard[sure].head(2).reset_index(drop=True)
+    opposite = tested["verdict"].map({HOLDS: FAILS, FAILS: HOLDS})
+    other = tested.assign(verdict=[opposite[0], UNTOLD])
+    differ = scorecards.changed(scorecard, other)
+    assert differ["before"].to_list() == tested["verdict"].to_list()
+    assert differ["after"].to_list() == [opposite[0], UNTOLD]
+    assert differ["turned"].to_list() == [True, False]
+    files = [tmp_path / "one.csv", tmp_path / "other.csv"]
+    for file, table in zip(files, (scorecard, other), strict=True):
+        table.to_csv(file, index=False)
+    command = [sys.executable, paths.ROOT / "scripts" / "compare_scorecards.py"]
+    said = subprocess.run([*command, *files], capture_output=True, text=True, check=True).stdout
+    assert f"measured: 2 of 2 verdicts differ, 1 from holds to fails or back\n  {tested['id'][0]}: " in said
+    wrong = subprocess.run(
+        [*command, files[0], "README.md"], cwd=paths.ROOT, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 1
+    assert "README.md is no scorecard: take a scorecard.csv from below figures" in wrong.stderr
 
 
 def test_records_in_parts_judge_as_whole_ones(runs, profile, scorecard):
