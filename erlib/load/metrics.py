@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -81,15 +81,16 @@ LATENCIES = ["ttft_s", "tpot_s", "response_s", "user_tokens_per_s"]
 """The columns that :func:`latencies` adds."""
 
 
-def token_gaps(done: pd.DataFrame) -> npt.NDArray[np.float64]:
+Answers: TypeAlias = pd.DataFrame | Mapping[str, npt.NDArray[Any]]
+"""Columns of :func:`answers`, of one point and turn: as a frame, or, where there are thousands of points, as arrays."""
+
+
+def token_gaps(done: Answers) -> npt.NDArray[np.float64]:
     """Seconds between consecutive tokens of the same answer, all answers of `done` together."""
-    return _gaps_s(done["token_ns"].to_numpy())
-
-
-def _gaps_s(answers_ns: npt.NDArray[np.object_]) -> npt.NDArray[np.float64]:
-    if not len(answers_ns):
+    answers_ns = list(done["token_ns"])
+    if not answers_ns:
         return np.empty(0)
-    gaps_ns = np.diff(np.concatenate(list(answers_ns)))
+    gaps_ns = np.diff(np.concatenate(answers_ns))
     last_tokens = np.cumsum([len(token_ns) for token_ns in answers_ns[:-1]], dtype=np.int64) - 1
     of_one_answer = np.ones(len(gaps_ns), dtype=bool)
     of_one_answer[last_tokens] = False
@@ -105,13 +106,12 @@ def p99(values: Sequence[float] | pd.Series) -> float:
     return float(np.quantile(values, 0.99, method="inverted_cdf"))
 
 
-def session_throughput(done: pd.DataFrame) -> float:
+def session_throughput(done: Answers) -> float:
     """Tokens per second of one session (paper 1, Eq. 1-3).
 
     Parameters
     ----------
-    done : DataFrame
-        :func:`answers` of one point and turn.
+    done : Answers
 
     Returns
     -------
@@ -119,14 +119,9 @@ def session_throughput(done: pd.DataFrame) -> float:
         Tokens of the n99 users answered within the p99 response time, over the time from the first of these users'
         requests (Eq. 1) to the last of their tokens (Eq. 2).
     """
-    columns = ("response_s", "output_tokens", "t_send_ns", "t_last_ns")
-    return _session_tokens_per_s(*(done[name].to_numpy() for name in columns))
-
-
-def _session_tokens_per_s(response_s: Any, tokens: Any, send_ns: Any, last_ns: Any) -> float:
-    n99 = response_s <= p99(response_s)
-    lasted_s = (last_ns[n99].max() - send_ns[n99].min()) * _NS
-    return float(tokens[n99].sum() / lasted_s)
+    n99 = done["response_s"] <= p99(done["response_s"])
+    lasted_s = (done["t_last_ns"][n99].max() - done["t_send_ns"][n99].min()) * _NS
+    return float(done["output_tokens"][n99].sum() / lasted_s)
 
 
 def bucket_width_s(records: pd.DataFrame, paper_s: float) -> float:
@@ -234,18 +229,17 @@ _SUMMARISED = [*LATENCIES, "output_tokens", "t_send_ns", "t_last_ns", "token_ns"
 
 
 def _summary(done: Mapping[str, npt.NDArray[Any]]) -> dict[str, float]:
-    """Of one point's answers to one turn, one array for each of :data:`_SUMMARISED`."""
+    """Of one point's answers to one turn, an array for each of :data:`_SUMMARISED`."""
     row: dict[str, float] = {}
     for name in ("ttft", "tpot", "response"):
         row |= _spread(name, done[f"{name}_s"])
-    gaps_s, user_tokens_per_s = _gaps_s(done["token_ns"]), done["user_tokens_per_s"]
-    session = (done[name] for name in ("response_s", "output_tokens", "t_send_ns", "t_last_ns"))
+    gaps_s, user_tokens_per_s = token_gaps(done), done["user_tokens_per_s"]
     return row | {
         "gap_median_s": float(np.median(gaps_s)) if len(gaps_s) else np.nan,
         "response_p99_s": p99(done["response_s"]),
         "user_tokens_per_s_mean": user_tokens_per_s.mean(),
         "user_tokens_per_s_sd": _sd(user_tokens_per_s),
-        "session_tokens_per_s": _session_tokens_per_s(*session),
+        "session_tokens_per_s": session_throughput(done),
     }
 
 

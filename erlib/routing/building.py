@@ -26,13 +26,8 @@ def build_clusterer(profile: config.Profile) -> Path:
     ClustererError, corpus.CorpusError
     """
     settings = profile.clusterer
-    files = [
-        "routing/building.py",
-        "routing/training.py",
-        "routing/clusterer.py",
-        *(["routing/pickles.py"] if settings.pickles else []),
-    ]
-    code = provenance.code_digest(*files)
+    modules = ["building", "training", "clusterer", *(["pickles"] if settings.pickles else [])]
+    code = provenance.code_digest(*(f"routing/{module}.py" for module in modules))
     if settings.pickles:
         source = settings.pickles
         local = [path for name in pickles.FILES if (path := Path(source) / name).is_file()]
