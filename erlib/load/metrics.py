@@ -65,16 +65,16 @@ def latencies(done: pd.DataFrame) -> pd.DataFrame:
     send, first, last = (done[f"t_{name}_ns"].to_numpy() for name in ("send", "first", "last"))
     return done.assign(
         ttft_s=(first - send) * _NS,
-        tpot_s=tpot_s(first * _NS, last * _NS, tokens),
+        tpot_s=tpot_s((last - first) * _NS, tokens),
         response_s=(last - send) * _NS,
         user_tokens_per_s=tokens / ((last - send) * _NS),
     )
 
 
-def tpot_s(first_s: npt.ArrayLike, last_s: npt.ArrayLike, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Seconds per token after an answer's first, by the moments of its first and last token; NaN for one token."""
+def tpot_s(lasted_s: npt.ArrayLike, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Seconds per token after an answer's first, if it took so long from its first to its last; NaN for one token."""
     after_the_first = np.asarray(tokens, float) - 1
-    return (np.asarray(last_s) - np.asarray(first_s)) / np.where(after_the_first > 0, after_the_first, np.nan)
+    return np.asarray(lasted_s) / np.where(after_the_first > 0, after_the_first, np.nan)
 
 
 LATENCIES = ["ttft_s", "tpot_s", "response_s", "user_tokens_per_s"]

@@ -122,7 +122,7 @@ def _measured(requests: pd.DataFrame, name: str) -> Measured:
         source="measured",
         ttft_s=first,
         response_s=last,
-        tpot_s=metrics.tpot_s(first, last, answered),
+        tpot_s=metrics.tpot_s(last - first, answered),
         user_tokens_per_s=answered / last,
         t_send_s=requests["t_send_s"] - requests.groupby("run")["t_send_s"].transform("min"),
     )

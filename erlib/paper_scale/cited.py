@@ -127,7 +127,7 @@ def steady(
 
 def _metrics(answered: list[_Request]) -> dict[str, float]:
     sent, first, last, tokens = np.array([(r.sent_s, r.first_s, r.last_s, r.output_tokens) for r in answered]).T
-    ttft, tpot = first - sent, metrics.tpot_s(first, last, tokens)
+    ttft, tpot = first - sent, metrics.tpot_s(last - first, tokens)
     return {
         "ttft_ms": 1e3 * float(np.mean(ttft)),
         "ttft_p99_ms": 1e3 * float(np.percentile(ttft, 99)),

@@ -136,7 +136,7 @@ class Trace:
         first_s, last_s = (np.array([its[place] for its in stamps_ns]) * 1e-9 for place in (0, -1))
         tokens = np.array([request.output_tokens for request in self.requests])
         sent_s = np.array([request.sent_s for request in self.requests])
-        return first_s - sent_s, metrics.tpot_s(first_s, last_s, tokens)[tokens > 1]
+        return first_s - sent_s, metrics.tpot_s(last_s - first_s, tokens)[tokens > 1]
 
 
 @contextlib.contextmanager

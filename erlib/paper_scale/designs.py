@@ -109,7 +109,7 @@ def see(design: Design, drawn: Sequence[Prompt], seconds: Sequence[Prompt], star
     elsewhere = [experts[request.server] != request.expert for request, _ in requests] if design.minds else [False]
     return Seen(
         ttft_s=first_s - np.array(starts_s),
-        tpot_s=metrics.tpot_s(first_s, last_s, tokens)[tokens > 1],
+        tpot_s=metrics.tpot_s(last_s - first_s, tokens)[tokens > 1],
         tokens=int(tokens.sum()),
         tokens_per_s=tokens.sum() / (last_s.max() - min(starts_s)),
         elsewhere=float(np.mean(elsewhere)),

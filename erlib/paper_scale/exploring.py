@@ -124,7 +124,7 @@ def _summary(question: Question, seen: clock.Trace, until_s: float, faster: floa
     tokens = np.array([request.output_tokens for request in seen.requests])
     told = (sent_s >= since_s) & (sent_s <= until_s)
     ttft_s = (first_s - sent_s)[told]
-    tpot_s = metrics.tpot_s(first_s, last_s, tokens)[told]
+    tpot_s = metrics.tpot_s(last_s - first_s, tokens)[told]
     several = tpot_s[tokens[told] > 1]
     good = (ttft_s <= question.ttft_s) & ~(tpot_s > question.tpot_s)
     came = np.concatenate(stamps_ns)

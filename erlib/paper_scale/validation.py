@@ -71,7 +71,7 @@ def all_at_once(system: batching.System, requests: int, input_tokens: int, outpu
     return {
         "output_tokens_per_s": requests * output_tokens / last_s.max(),
         "ttft_s": first_s.mean(),
-        "tpot_s": metrics.tpot_s(first_s, last_s, output_tokens).mean(),
+        "tpot_s": metrics.tpot_s(last_s - first_s, output_tokens).mean(),
         "response_p99_s": float(np.percentile(last_s, 99)),
     }
 
