@@ -15,8 +15,8 @@ import pytest
 
 from erlib import config, paths
 from erlib.claims import evidence, publication, verdicts
-from erlib.load import published, records
-from erlib.report import input_tokens, paper1, paper2
+from erlib.load import metrics, published, records
+from erlib.report import figures, input_tokens, paper1
 from tests.support import synthetic
 
 matplotlib.use("agg")
@@ -92,14 +92,12 @@ def test_the_committed_records_give_the_committed_numbers(tmp_path: Path, monkey
     monkeypatch.setattr(paths, "REFERENCE", paths.ROOT / "figures")
     laptop = reader(config.load_profile("laptop"))
     published.check(laptop)
-    mine = {paper: published.load_records(laptop, paper) for paper in ("p1", "p2")}
-    paper1.paper1_session_throughput(mine["p1"], laptop)
-    paper1.paper1_bucket_throughput(mine["p1"], laptop)
-    paper2.paper2_user_throughput_p99(mine["p2"], laptop)
-    paper2.paper2_preliminary(published.preliminary_records(laptop), laptop)
+    load = [published.load_records(laptop, paper) for paper in ("p1", "p2")]
+    measured = pd.concat([*load, published.preliminary_records(laptop)], ignore_index=True)
+    figures.load_figures(measured, laptop, metrics.summarise(measured))
     input_tokens.paper2_input_tokens(published.input_lengths(laptop), laptop)
     drawn = sorted((tmp_path / "figures").rglob("*.csv"))
-    assert len(drawn) == 5
+    assert len(drawn) == 14
     for file in drawn:
         committed = paths.ROOT / "figures" / file.relative_to(tmp_path / "figures")
         assert file.read_bytes() == committed.read_bytes(), f"{committed} is not what its records say"
