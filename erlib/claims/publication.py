@@ -23,7 +23,8 @@ def tables(sources: Mapping[str, Records], profile: Profile) -> dict[str, Publis
     """Tables to publish of what :func:`erlib.claims.verdicts.read_sources` returned."""
     found = {}
     for source, records in sources.items():
-        if source == published.MEASURED and isinstance(records, pd.DataFrame):
+        if source == published.MEASURED:
+            assert isinstance(records, pd.DataFrame), "measured records are published whole"
             found[source] = published.of_records(records)
             continue
         summary = evidence.summarise(source, records, profile)

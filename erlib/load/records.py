@@ -114,10 +114,7 @@ def _wrong(table: pa.Table, files: Sequence[Path]) -> str:
     rows = table.to_pandas()
     if rows.empty:
         return "it has no rows"
-    named = [_named(path) for path in files]
-    if len(set(named)) < len(named):
-        return "it holds the same point as another file"
-    if set(rows["point_hash"]) != set(named):
+    if set(rows["point_hash"]) != set(map(_named, files)):
         return "it holds another point than its name says"
     expected = rows.drop_duplicates(["point_hash", "turn"])["users"].sum()
     everybody = len(rows) == expected and not rows.duplicated(["point_hash", "turn", "user"]).any()
@@ -160,20 +157,21 @@ def read_files(files: Sequence[Path]) -> pd.DataFrame:
     """
     if not files:
         return SCHEMA.empty_table().to_pandas()
-    with contextlib.suppress(OSError, ValueError):  # which file it is, is asked below
-        table = _table(files)
-        if not _wrong(table.select(_JUDGED), files):
-            return table.to_pandas()
+    if len(set(map(_named, files))) == len(files):  # else one that is empty would not be missed beside its double
+        with contextlib.suppress(OSError, ValueError):  # which file it is, is asked below
+            table = _table(files)
+            if not _wrong(table.select(_JUDGED), files):
+                return table.to_pandas()
+    tables = []
     for path in files:
         reason = damage(path)
         try:
-            _table([path])
+            tables += [] if reason else [_table([path])]
         except (OSError, ValueError) as error:  # in its midst
-            reason = reason or f"it cannot be read ({error})"
+            reason = f"it cannot be read ({error})"
         if reason:
             raise DamagedRecords(f"{path} is damaged: {reason}; remove it, and the next run measures it again")
-    twice = next(path for n, path in enumerate(files) if _named(path) in map(_named, files[:n]))
-    raise DamagedRecords(f"{twice} holds the same point as another file; keep one of them")
+    return pa.concat_tables(tables).to_pandas()
 
 
 def _named(path: Path) -> str:

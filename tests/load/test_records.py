@@ -86,11 +86,13 @@ def test_folders_named_like_columns_say_nothing(tmp_path):
         (lambda path: pd.DataFrame({"users": ["x"]}).to_parquet(path), "cannot be read"),
     ],
 )
-def test_a_damaged_point_is_named_and_never_read(tmp_path, capsys, damage, reason):
-    path, whole = tmp_path / "p1.A" / "point-hash.parquet", tmp_path / "p1.A" / "whole-hash.parquet"
-    for file in (path, whole):
-        records.write(ROWS, file)
-        assert records.found(file, "sweep")
+@pytest.mark.parametrize("other", ["other", "hash"], ids=["beside another point", "beside its double"])
+def test_a_damaged_point_is_named_and_never_read(tmp_path, capsys, damage, reason, other):
+    path, whole = tmp_path / "p1.A" / "point-hash.parquet", tmp_path / "p1.A" / f"whole-{other}.parquet"
+    records.write(ROWS, path)
+    records.write([row | {"point_hash": other} for row in ROWS], whole)
+    assert records.found(path, "sweep") and records.found(whole, "sweep")
+    assert len(records.read(tmp_path)) == 4
     damage(path)
     with pytest.raises(records.DamagedRecords, match=f"point-hash.parquet is damaged.*{reason}"):
         records.read(tmp_path)
