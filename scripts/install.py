@@ -31,6 +31,7 @@ BESIDE = b"""\
 ' '''
 """
 """What begins it instead, for a shell and, as a string, for Python."""
+TAMPERED = "is not the file that was locked: its hash is another. It may have been tampered with"
 
 
 def install(lock: Path | str) -> str:
@@ -73,7 +74,7 @@ def _reason(lines: list[str]) -> str:
     expected = next((i for i, line in enumerate(lines) if re.match(r"Expected \w+ [0-9a-f]{16,}", line)), 0)
     if expected:  # the line before names the file
         what = re.sub(r" \(from -r .*", "", lines[expected - 1])
-        return f"{what} is not the file that was locked: its hash is another. It may have been tampered with"
+        return f"{what} {TAMPERED}"
     said = [line for line in lines if line.startswith("ERROR: ")]
     return said[-1].removeprefix("ERROR: ") if said else "pip failed"
 
@@ -81,7 +82,8 @@ def _reason(lines: list[str]) -> str:
 def install_torch() -> str:
     """The build of torch for CPUs where pip finds it (a folder, an index that it is pointed at), otherwise PyPI's."""
     failed = install_with_pip(LOCKS / "torch-cpu.txt")
-    return install_with_pip(LOCKS / "torch-cuda.txt") if failed.startswith("No matching distribution found") else failed
+    # How pip says that it finds none depends on what else it is told: under a constraint, that there is a conflict.
+    return install_with_pip(LOCKS / "torch-cuda.txt") if failed and TAMPERED not in failed else failed
 
 
 def make_relocatable() -> None:

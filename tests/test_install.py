@@ -156,17 +156,24 @@ def test_nothing_is_built(tmp_path, wheels):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_torch_is_the_build_for_cpus_where_there_is_one(tmp_path, wheels):
+@pytest.mark.parametrize("constraint", ["", "torch<=3"])  # which changes what pip says where it finds no build
+def test_torch_is_the_build_for_cpus_where_there_is_one(tmp_path, wheels, constraint):
     cuda, cpu = wheel(wheels, "torch", "2.0"), wheel(wheels, "torch", "2.0+cpu")
     clone = Clone(tmp_path / "clone", wheels, torch_cpu=locked(cpu), torch_cuda=locked(cuda))
+    (tmp_path / "constraints.txt").write_text(constraint)
+
+    def install():
+        script = clone.directory / "scripts" / "install.py"
+        return clone.run(".venv/bin/python", script, "torch", PIP_CONSTRAINT=str(tmp_path / "constraints.txt"))
+
     content = cpu.read_bytes()
     cpu.write_bytes(content + b" ")  # then it is not passed over in silence
-    assert "torch==2.0+cpu" in refusal(clone.install("torch"))
+    assert "torch==2.0+cpu" in refusal(install())
     cpu.unlink()
-    assert clone.install("torch").returncode == 0
+    assert install().returncode == 0
     assert [path.name for path in clone.site.glob("torch-*")] == ["torch-2.0.dist-info"]
     cpu.write_bytes(content)
-    assert clone.install("torch").returncode == 0
+    assert install().returncode == 0
     assert [path.name for path in clone.site.glob("torch-*")] == ["torch-2.0+cpu.dist-info"]
 
 
