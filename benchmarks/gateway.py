@@ -86,8 +86,7 @@ class PointFailed(RuntimeError):
 class Engine:
     """The engine's process."""
 
-    def __init__(self, site: Site, log: Path) -> None:
-        ports = site.engine_port, site.openai_port
+    def __init__(self, ports: tuple[int, int], log: Path) -> None:
         command = processes.python("-m", "benchmarks.paced", *map(str, ports))
         self.process = processes.spawn(command, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for port in ports:
@@ -259,7 +258,7 @@ def _percentiles(name: str, values: np.ndarray, *percents: int) -> dict[str, flo
 
 def relays(options: argparse.Namespace, site: Site, prompts: Sequence[str], work: Path) -> pd.DataFrame:
     """All ways at all levels, `repeats` times; a way that cannot be started here has rows that say why."""
-    engine = Engine(site, work / "engine.log")
+    engine = Engine((site.engine_port, site.openai_port), work / "engine.log")
     ways = [name for name in WAYS if name in options.ways or name in {_baseline(way) for way in options.ways}]
     rows: list[dict[str, Any]] = []
     try:

@@ -43,7 +43,7 @@ import pandas as pd
 import psutil
 from tqdm import tqdm
 
-from benchmarks.cpu import process_cpu_s
+from benchmarks.cpu import bound, process_cpu_s
 from benchmarks.on_cpu import ServerOnCpu
 from erlib import cache, config, paths, provenance
 from erlib.dgx import repository, tensorrt_llm
@@ -105,7 +105,7 @@ def running(condition: Condition, tokenizer: Path, work: Path) -> Iterator[list[
     ports = [BASE_PORT + i * triton.TritonServer.PORTS for i in range(condition.servers)]
     servers = [ServerOnCpu(f"server {i}", models, port, work) for i, port in enumerate(ports)]
     try:
-        with _bound(set(range(condition.cores))):
+        with bound(set(range(condition.cores))):
             for server in servers:
                 server.start()
         for server in servers:
@@ -115,17 +115,6 @@ def running(condition: Condition, tokenizer: Path, work: Path) -> Iterator[list[
         processes.stop([server.process for server in servers if server.process], 0)
         for server in servers:
             server.clean_up()
-
-
-@contextlib.contextmanager
-def _bound(cores: set[int]) -> Iterator[None]:
-    """What is started meanwhile inherits these cores."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 @dataclass

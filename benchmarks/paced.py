@@ -180,8 +180,8 @@ class Engine:
         self.pace_s = 0.5
         self.late_ms = array.array("d")
 
-    def start(self, send: Callable[[], None], finish: Callable[[], None], n_tokens: int) -> Callable[[], None]:
-        """Call `send` `n_tokens` times, then `finish`; returns what ends it before.
+    def start(self, send: Callable[[bool], None], finish: Callable[[], None], n_tokens: int) -> Callable[[], None]:
+        """Call `send` `n_tokens` times (with whether it is the last), then `finish`; returns what ends it before.
 
         The first token is due at once, the second after a random part of the pace, so that streams that began together
         do not go on in step.
@@ -194,8 +194,8 @@ class Engine:
         def step() -> None:
             nonlocal due, sent, timer
             self.late_ms.append((loop.time() - due) * 1e3)
-            send()
             sent += 1
+            send(sent == n_tokens)
             if sent == n_tokens:
                 timer = None
                 finish()
@@ -216,9 +216,11 @@ class Engine:
         }
 
 
-def _triton_response() -> bytes:
+def _triton_response(final: bool) -> bytes:
     response = pb.ModelStreamInferResponse()
     response.infer_response.model_name = wire.MODEL_NAME
+    if final:
+        response.infer_response.parameters["triton_final_response"].bool_param = True
     for name, datatype, raw in (
         ("text_output", "BYTES", struct.pack("<I", len(_NO_STAMP)) + _NO_STAMP),
         ("output_ids", "INT32", struct.pack("<i", 1)),
@@ -231,7 +233,7 @@ def _triton_response() -> bytes:
 class _GrpcEngine(_Http2):
     """Answers every request with its ``max_tokens`` responses, and an empty one, which asks for it, with "ready"."""
 
-    _next = staticmethod(_stamped(_message(_triton_response())))
+    _next, _last = (staticmethod(_stamped(_message(_triton_response(final)))) for final in (False, True))
     _ready = _message(pb.ServerReadyResponse(ready=True).SerializeToString())
     _head = b"\x88" + _header(b"content-type", b"application/grpc")
     _trailers = _header(b"grpc-status", b"0")
@@ -271,7 +273,9 @@ class _GrpcEngine(_Http2):
             self._finish(stream)
             return
         self._stops[stream] = self._engine.start(
-            lambda: self.send(stream, self._next()), lambda: self._finish(stream), _max_tokens(request[5:])
+            lambda last: self.send(stream, self._last() if last else self._next()),
+            lambda: self._finish(stream),
+            _max_tokens(request[5:]),
         )
 
     def _finish(self, stream: int) -> None:
@@ -333,7 +337,7 @@ class _OpenAiEngine(asyncio.Protocol):
         self.transport.write(self._head)
         n_tokens = json.loads(body).get("max_tokens", 1) if length else 1
         self._stop = self._engine.start(
-            lambda: self.transport.write(self._next()), lambda: self.transport.write(self._tail), n_tokens
+            lambda _: self.transport.write(self._next()), lambda: self.transport.write(self._tail), n_tokens
         )
 
     def connection_lost(self, exc: Exception | None) -> None:

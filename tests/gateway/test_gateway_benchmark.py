@@ -26,7 +26,7 @@ def site(router, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(site, tmp_path_factory):
-    engine = gateway.Engine(site, tmp_path_factory.mktemp("logs") / "engine.log")
+    engine = gateway.Engine((site.engine_port, site.openai_port), tmp_path_factory.mktemp("logs") / "engine.log")
     yield engine
     processes.stop([engine.process], 2)
 
