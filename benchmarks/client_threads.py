@@ -1,7 +1,7 @@
 """What does a client with a thread per user pay for a streamed token? Both papers' users, in front of a free engine.
 
-Paper 1 has a thread for each of up to a thousand users (section IV), which in Python share one interpreter. Whatever
-servers and gateways could do, such a client takes tokens no faster than its callbacks run. How fast is that?
+Both papers have a thread for each of up to a thousand users (section IV), which in Python share one interpreter.
+Whatever servers and gateways could do, such a client takes tokens no faster than its callbacks run. How fast is that?
 
 If it was what the papers' numbers come from, then, whatever the engines:
 
@@ -16,10 +16,10 @@ systems at the same number of running requests.
 The client is the workbench's own (:mod:`erlib.load.threaded_users`, with a stream of ``tritonclient`` for each user).
 In servers' and gateways' place stands :mod:`benchmarks.paced`, which sends every answer at such a pace that all users
 together are offered :data:`OFFERED_TOKENS_PER_S`, more than the client can take. What it has not taken waits in the
-streams' buffers, as it would there. The engine has the first core; the client has the last one, or all. Rows that are
-in the file already are not measured again.
+streams' buffers, as it would there. The engine has the first core; the client has the last one, or the last two. Rows
+that are in the file already are not measured again.
 
-    python -m benchmarks.client_threads [--rounds N] [--users N ...] [--file FILE]
+    python -m benchmarks.client_threads [--rounds N] [--users N ...] [--cores N ...] [--file FILE]
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from erlib.serving import wire
 USERS = (1, 50, 100, 200, 400, 600, 800, 1000)
 OFFERED_TOKENS_PER_S = 20_000
 TOKENS = 30_000
-"""Of all answers of a point together, or :data:`LEAST_TOKENS` of each."""
+"""Of all answers of a point together, unless that is less than :data:`LEAST_TOKENS` of each."""
 LEAST_TOKENS = 60
 PROMPT = "word " * 335  # as long as the papers' base prompts
 ANSWER_TIMEOUT_S = 300
@@ -63,18 +63,14 @@ def point(client: UserSimulator, engine: Engine, target: str, users: int) -> dic
 
 
 def _taken(seen: Observation) -> dict[str, float]:
-    """What a client took, per second and per token."""
+    """What a token cost a client, its part of the requests included; and how long it took until all were sent."""
     if failed := [answer.status for answer in seen.answers if answer.status != "ok"]:
         raise processes.StartError(f"{len(failed)} of {len(seen.answers)} requests failed: {failed[0]}")
     sent_s = np.array([answer.t_send_ns for answer in seen.answers]) * 1e-9
-    taken_s = np.sort(np.concatenate([answer.token_ns for answer in seen.answers])) * 1e-9
-    spent_s = seen.cpu_cores * (taken_s[-1] - sent_s.min())
-    # From when everybody has asked, and until a tenth is left: at the ends not all users have something to take.
-    last = int(0.9 * (len(taken_s) - 1))
-    first = min(int(np.searchsorted(taken_s, sent_s.max())), last // 2)
+    taken = sum(len(answer.token_ns) for answer in seen.answers)
+    spent_s = seen.cpu_cores * (max(answer.t_last_ns for answer in seen.answers) * 1e-9 - sent_s.min())
     return {
-        "tokens_per_s": (last - first) / (taken_s[last] - taken_s[first]),
-        "us_per_token": 1e6 * spent_s / len(taken_s),
+        "us_per_token": 1e6 * spent_s / taken,
         "busy_cores": seen.cpu_cores,
         "sending_us_per_request": 1e6 * (sent_s.max() - sent_s.min()) / len(sent_s),
     }
@@ -97,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--users", type=int, nargs="+", default=USERS)
+    parser.add_argument("--cores", type=int, nargs="+", choices=(1, 2), default=(1, 2), help="of the client")
     parser.add_argument("--file", type=Path, default=paths.RUNS / "benchmarks" / "client_threads.csv")
     options = parser.parse_args()
     processes.end_on_signals()
@@ -108,7 +105,7 @@ def main() -> None:
     about = provenance.columns()
     rows = pd.read_csv(options.file).to_dict("records") if options.file.exists() else []
     known = {(row["users"], row["cores"], row["round"]) for row in rows}
-    series = [(n, cores) for n in range(options.rounds) for cores in (available[-1:], available)]
+    series = [(n, available[-cores:]) for n in range(options.rounds) for cores in options.cores]
     with tqdm(total=len(series) * len(options.users), unit="point") as progress:
         for n, cores in series:
             for users in options.users:

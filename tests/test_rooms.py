@@ -26,7 +26,7 @@ HANDED_OUT = {
     "input_lengths load_records load_sweep overhead_sweep overview preliminary_records preliminary_sweep read "
     "read_files read_results routing_overhead run summarise",
     "paper_scale": "Explorer ablation_effects ablation_plan ablation_profile ablation_table aisimulate asked_in "
-    "at_the_knee beside_h100 beside_published beside_simulation break_even by_part by_point calibrated "
+    "at_the_knee beside_h100 beside_published beside_simulation break_even by_part by_point calibrated client_cost "
     "ceilings decision design_load eight_of_them emulated_load error_table errors from_records "
     "full_scale_workloads goodput gpus_needed host_binding intervals leave_one_out limits mape pace "
     "published quality_and_load replicas_agreement replicas_beside_simulation replicas_finding "

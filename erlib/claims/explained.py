@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,14 +11,20 @@ from erlib.claims import evidence, verdicts
 from erlib.config import Paper, Profile
 from erlib.paper_scale import presets, simulation
 from erlib.paper_scale.clock import Harness
+from erlib.paper_scale.presets import Preset
 from erlib.workload import lengths
 from erlib.workload.prompts import Workload
 
-PINNED, _ALONE = "simulated-pinned-host", "simulated-hardware"
+_ALONE = "simulated-hardware"
 _TESTED = [verdicts.HOLDS, verdicts.FITTED, verdicts.UNTOLD, verdicts.FAILS]
 CORE_SPEEDS = (0.7, 1.4)
 """Of the papers' Xeon 8480C, relative to the core on which the cost of a token was measured: not known better. Of a
 core of the same speed, the scorecard has the verdicts."""
+_OF_A_CORE: Mapping[Preset, Callable[[float], Harness]] = {
+    "pinned-host": presets.pinned_host,
+    "thread-client": presets.thread_client,
+}
+"""Presets with what a core does in some time, by how fast it is."""
 
 
 def by_source(scorecard: pd.DataFrame) -> pd.DataFrame:
@@ -53,9 +59,10 @@ def by_core_speed(
     profile: Profile,
     directory: Path,
     workloads: Mapping[lengths.Paper, Workload] | None = None,
+    hypothesis: Preset = "pinned-host",
     speeds: Sequence[float] = CORE_SPEEDS,
 ) -> pd.DataFrame:
-    """Verdicts with eight servers on one core, for the range in which that core's speed lies.
+    """Verdicts under a hypothesis about what one core did, for the range in which that core's speed lies.
 
     Parameters
     ----------
@@ -65,6 +72,7 @@ def by_core_speed(
         Of simulated records.
     workloads : mapping, optional
         See :func:`erlib.paper_scale.simulation.simulate_papers`.
+    hypothesis : {"pinned-host", "thread-client"}
     speeds : sequence of float
 
     Returns
@@ -72,12 +80,12 @@ def by_core_speed(
     DataFrame
         How many claims have which verdict (columns), by the core's relative speed (rows).
     """
-    counted = {}
+    counted, source = {}, f"simulated-{hypothesis}"
     for speed in speeds:
-        pinned = presets.pinned_host(speed)
-        around: dict[Paper, Harness] = {"p1": pinned, "p2": pinned}
-        files = simulation.simulate_papers(profile, around, directory, workloads, columns={"source": PINNED})
-        scorecard = verdicts.evaluate({PINNED: evidence.of_files(PINNED, files, profile)}, profile)
-        counted[speed] = scorecard.loc[scorecard["source"] == PINNED, "verdict"].value_counts()
+        outside = _OF_A_CORE[hypothesis](speed)
+        around: dict[Paper, Harness] = {"p1": outside, "p2": outside}
+        files = simulation.simulate_papers(profile, around, directory, workloads, columns={"source": source})
+        scorecard = verdicts.evaluate({source: evidence.of_files(source, files, profile)}, profile)
+        counted[speed] = scorecard.loc[scorecard["source"] == source, "verdict"].value_counts()
     table = pd.DataFrame(counted).T.reindex(columns=list(verdicts.VERDICTS)).fillna(0).astype(int)
     return table.rename_axis("core_speed")

@@ -192,6 +192,7 @@ FULL_SCALE_SOURCES = {
     "simulated-hardware": "simulated/hardware",
     "simulated-harness": "simulated/harness",
     "simulated-pinned-host": "simulated/pinned-host",
+    "simulated-thread-client": "simulated/thread-client",
 }
 """Sources on the papers' own scale, and where their records lie in a run's directory."""
 

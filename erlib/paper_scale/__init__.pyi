@@ -22,6 +22,7 @@ from .emulation import pace as pace
 from .emulation import simulated_beside as simulated_beside
 from .exploring import Explorer as Explorer
 from .left_out import simulate_left_out as simulate_left_out
+from .presets import client_cost as client_cost
 from .presets import host_binding as host_binding
 from .questions import asked_in as asked_in
 from .replicas import gpus_needed as gpus_needed

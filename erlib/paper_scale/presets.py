@@ -8,6 +8,9 @@
 ``pinned-host``
     Eight servers whose processes share one core, because each was started with ``mpirun -n 1``; a hypothesis about how
     the papers' servers were started, with what a core takes measured (``benchmarks.host_binding``), and nothing fitted.
+``thread-client``
+    One client process with a thread per user, as both papers have it (section IV), with what a token costs it measured
+    (``benchmarks.client_threads``), and nothing fitted. That it ran in Python, with ``tritonclient``, is a hypothesis.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
@@ -25,7 +29,7 @@ from erlib import paths
 from erlib.config import ConfigError, Paper
 from erlib.paper_scale.clock import HARDWARE, Harness
 
-Preset = Literal["hardware", "harness", "pinned-host"]
+Preset = Literal["hardware", "harness", "pinned-host", "thread-client"]
 
 HARNESS: dict[Paper, Harness] = {
     "p1": Harness("harness", 160, routing_mean_s=0.442, routing_sd_s=0.302, client_tokens_per_s=2000),
@@ -39,6 +43,8 @@ HOST = ("tritonserver", "preprocessing", "postprocessing")
 """The processes of a server but for its engine."""
 BUSY_FROM_USERS = 50
 """Where the servers' core has no time left, so that a token costs what it costs under load."""
+CLIENT_THREADS = paths.FACTS / "client_threads.csv"
+"""What ``benchmarks.client_threads`` has measured: CPU time per token of a client that is offered too many."""
 
 
 class Cost(NamedTuple):
@@ -64,6 +70,8 @@ def preset(name: Preset, paper: Paper) -> Harness:
         return HARNESS[paper]
     if name == "pinned-host":
         return pinned_host()
+    if name == "thread-client":
+        return thread_client()
     raise ConfigError(f"preset must be one of {', '.join(get_args(Preset))}, not {name!r}")
 
 
@@ -132,3 +140,44 @@ def pinned_host(core_speed: float = 1.0) -> Harness:
 
     wide = around(["postprocessing"], 1, 2, per_server=True)
     return replace(around(["tritonserver", "postprocessing"], 8, 1), tensor_parallel=wide)
+
+
+def client_cost() -> pd.DataFrame:
+    """What a token costs a client with a thread per user, by ``cores`` and ``users``: means over rounds.
+
+    Returns
+    -------
+    DataFrame
+        ``us_per_token`` of CPU time with ``ci95`` (half of its 95 % interval; missing for one round), and ``rounds``.
+    """
+    by = pd.read_csv(CLIENT_THREADS).groupby(["cores", "users"])["us_per_token"]
+    table = pd.DataFrame({"us_per_token": by.mean(), "rounds": by.size()})
+    ci95 = by.sem() * stats.t.ppf(0.975, (table["rounds"] - 1).clip(lower=1))
+    return table.assign(ci95=ci95.where(table["rounds"] > 1))
+
+
+def thread_client(core_speed: float = 1.0) -> Harness:
+    """All tokens wait for one interpreter, which has less time for each the more threads want it.
+
+    What is measured on one core is drawn as a line with one bend (:class:`Harness`); how far off that is, the notice
+    beside the file says. How long it takes until all threads have sent is not in it.
+
+    Parameters
+    ----------
+    core_speed : float
+        How many times as fast the core is as the one that was measured.
+    """
+    cost = client_cost().loc[1, "us_per_token"]
+    knee, us, slope = _bent_line(cost.index.to_numpy(), cost.to_numpy())
+    name = "thread-client" if core_speed == 1 else f"thread-client-{core_speed:g}"
+    return Harness(name, client_tokens_per_s=core_speed * 1e6 / us, client_knee=knee, client_slope=slope)
+
+
+def _bent_line(x: npt.NDArray[np.int64], y: npt.NDArray[np.float64]) -> tuple[int, float, float]:
+    """Knee (one of x), a and b of ``a * (1 + max(0, x - knee) / b)`` with the least relative errors."""
+    tried = []
+    for knee in x[:-1]:
+        rising = np.maximum(0, x - knee)
+        (height, rise), (error,), *_ = np.linalg.lstsq(np.stack([1 / y, rising / y], axis=1), np.ones(len(x)), None)
+        tried.append((error, int(knee), float(height), float(height / rise)))
+    return min(tried)[1:]

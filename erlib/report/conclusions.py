@@ -173,6 +173,7 @@ _WORDS = {
     "simulated-hardware": "on simulated H100s",
     "simulated-harness": "with the fitted harness",
     "simulated-pinned-host": "with eight servers on one core",
+    "simulated-thread-client": "with a client thread per user",
     "arithmetic": "by arithmetic",
 }
 

@@ -330,7 +330,7 @@ def test_hypotheses_are_compared_on_the_claims_that_all_of_them_decide():
         "P1-R03": (FAILS, FAILS, UNTOLD),
         "P1-R04": (HOLDS, NOT_RUN, HOLDS),  # which one of them does not decide
     }
-    sources = ("simulated-hardware", "simulated-harness", explained.PINNED)
+    sources = ("simulated-hardware", "simulated-harness", "simulated-pinned-host")
     rows = [
         {"id": claim, "source": source, "verdict": verdict}
         for claim, words in said.items()

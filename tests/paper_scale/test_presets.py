@@ -37,7 +37,7 @@ def measured(tmp_path, monkeypatch):
 def test_presets_have_names():
     assert presets.preset("hardware", "p1") == presets.preset("hardware", "p2") == Harness("hardware")
     assert presets.preset("harness", "p2").gateway_streams == 48
-    with pytest.raises(config.ConfigError, match="hardware, harness, pinned-host"):
+    with pytest.raises(config.ConfigError, match="hardware, harness, pinned-host, thread-client"):
         presets.preset("fast", "p1")
 
 
@@ -83,3 +83,37 @@ def test_points_say_which_host_they_had(tmp_path):
     moved = simulation.points(profile, faster, tmp_path, workloads)
     changed = {a.system.config for a, b in zip(points, moved, strict=True) if a.path != b.path}
     assert changed == {"p2.C"}  # only whoever has another host is simulated again
+
+
+@pytest.fixture
+def threads(tmp_path, monkeypatch):
+    """On one core 200 us a token for up to 50 threads, then 2 us more for each; on two cores more."""
+    rows = []
+    for cores, users in ((cores, users) for cores in (1, 2) for users in (1, 50, 100, 200)):
+        cost_us = cores * (200 + 2 * max(0, users - 50))
+        rows += [{"cores": cores, "users": users, "us_per_token": cost_us * luck} for luck in (0.9, 1.1)]
+    pd.DataFrame(rows).to_csv(tmp_path / "threads.csv", index=False)
+    monkeypatch.setattr(presets, "CLIENT_THREADS", tmp_path / "threads.csv")
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_a_thread_costs_is_a_line_with_one_bend():
+    cost = presets.client_cost()
+    assert cost.loc[(2, 100), "us_per_token"] == pytest.approx(600)
+    assert cost.loc[(1, 1), "ci95"] == pytest.approx(12.706 * 20, rel=1e-3)  # two rounds, 40 us apart
+    around = presets.preset("thread-client", "p2")
+    assert (around.name, around.client_knee) == ("thread-client", 50)
+    assert around.client_tokens_per_s == pytest.approx(5000)
+    assert around.client_slope == pytest.approx(100)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("core_speed", [0.5, 1.0])
+def test_a_client_of_threads_takes_as_much_from_whatever_system(core_speed):
+    drawn = [Prompt(i, i % 8, "", 335, 200, FORCED) for i in range(150)]
+    for name in ("p1.A", "p1.D"):
+        system = batching.paper_system(name)
+        stamps = clock.trace(system, drawn, False, presets.thread_client(core_speed).around(system)).token_ns()
+        times_s = np.sort(np.concatenate(stamps)) / 1e9
+        busy = times_s[len(times_s) // 4 : len(times_s) // 2]  # all 150 are answered, at 200 + 200 us a token
+        assert len(busy) / (busy[-1] - busy[0]) == pytest.approx(2500 * core_speed, rel=0.02)
