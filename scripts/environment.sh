@@ -33,7 +33,7 @@ find_nginx || install_nginx ||
 if [ "${CONDA_DEFAULT_ENV:-}" = expert-router ]; then
   PYTHON=$CONDA_PREFIX/bin/python
 else
-  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  if ! .venv/bin/python -c 'import pip' >/dev/null 2>&1; then
     base=
     for candidate in python3.11 python3.12 python3 python; do
       if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -11,8 +12,6 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-
-import numpy as np
 
 from erlib.machine import leftovers
 from erlib.machine.processes import StartError
@@ -41,8 +40,9 @@ def preflight(n_servers: int = 1) -> None:
     for variable, value in {"PATH": Path(sys.executable).parent, "LD_LIBRARY_PATH": _libraries()}.items():
         if unsafe := re.search("[:;]" if variable == "LD_LIBRARY_PATH" else ":", str(value)):
             raise StartError(f"{str(value)!r} holds {unsafe[0]!r}, which ends a folder's name in {variable}: rename it")
-    if int(np.__version__.split(".")[0]) >= 2:
-        raise StartError(f"Triton 2.51's Python backend corrupts tensors under numpy {np.__version__}; install numpy<2")
+    numpy = importlib.metadata.version("numpy")  # every command asks, and would wait for numpy itself to be imported
+    if int(numpy.split(".")[0]) >= 2:
+        raise StartError(f"Triton 2.51's Python backend corrupts tensors under numpy {numpy}; install numpy<2")
     stub = _stub(root)
     if not stub.exists():
         raise StartError(f"the Triton wheel has no stub for Python {_python_version()}; use Python 3.11 or 3.12")
