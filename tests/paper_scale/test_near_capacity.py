@@ -18,6 +18,7 @@ def case(name: str, predicted: float, seen: dict[int, float], mix: str = "unifor
             **{"requests": n, "ttft_p99_s": ttft, "tpot_p99_s": 0.01, "lost_time": 0.0},
             **{
                 "ttft_p99_predicted_s": 0.5 * n / predicted,
+                "tpot_p99_predicted_s": 0.01,
                 "carried": ttft <= near_capacity.LEVEL_S["ttft"],
                 "carried_predicted": n <= predicted,
             },
@@ -26,16 +27,36 @@ def case(name: str, predicted: float, seen: dict[int, float], mix: str = "unifor
     ]
 
 
-def test_what_is_carried_at_nine_tenths_and_not_at_eleven_is_within_ten_per_cent() -> None:
+def test_the_rate_that_is_carried_stands_beside_that_of_the_same_requests_in_the_simulation() -> None:
     rows = [
         *case("p1.A", 100, {90: 0.4, 110: 0.6}),
-        *case("p1.B", 200, {180: 0.51, 220: 0.9}),  # less than predicted
-        *case("p1.C", 300, {270: 0.2, 330: 0.45}),  # more than predicted
+        *case("p1.B", 200, {140: 0.45, 180: 0.55, 220: 0.9}),  # less than predicted
+        *case("p1.C", 300, {270: 0.2, 330: 0.45, 400: 0.51}),  # more than predicted
     ]
     found = near_capacity.judge(pd.DataFrame(rows))
-    assert (found["cases"], found["within_10_percent"]) == (3, 1)
-    assert (found["points"], found["carried_rightly"]) == (6, 4)
-    assert found["not_within"] == ["p1.B uniform 24 0", "p1.C uniform 24 0"]
+    assert (found["cases"], found["within_10_percent"], found["between_90_and_110_percent"]) == (3, 1, 1)
+    assert (found["points"], found["carried_rightly"]) == (8, 6)
+    assert found["not_between"] == ["p1.B uniform 24 0", "p1.C uniform 24 0"]
+    assert found["rate_error"]["0"] == pytest.approx(160 / 200 - 1, abs=0.01)
+    assert found["rate_error"]["1"] == pytest.approx(389 / 300 - 1, abs=0.01)
+
+
+def test_levels_are_added_until_one_is_carried_and_one_is_not(monkeypatch) -> None:
+    """A system that carries 1.3 times as much as predicted, and one that carries nothing."""
+    asked: list[list[float]] = []
+
+    def measured(profile: object, one: object, levels: list[float]) -> pd.DataFrame:
+        asked.append(levels)
+        return pd.DataFrame({"carried": [level <= limit for level in levels]})
+
+    monkeypatch.setattr(near_capacity, "plan", lambda profile, cases, levels: [levels])
+    monkeypatch.setattr(near_capacity, "measured", measured)
+    limit = 1.3
+    assert len(near_capacity.bracketed(None, None, [0.9, 1.1])) == 4
+    assert asked[-1] == pytest.approx([0.9, 1.1, 1.25, 1.4])
+    limit = 0.0
+    near_capacity.bracketed(None, None, [1.1, 0.9])
+    assert asked[-1] == pytest.approx([0.45, 0.6, 0.75, 0.9, 1.1])
 
 
 def test_the_better_of_two_designs_and_what_a_wrong_choice_costs() -> None:
