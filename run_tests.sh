@@ -7,4 +7,6 @@ cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
+# Two processes of tests and all that they start share the cores: threads that wait for one another shall not keep one.
+export OMP_WAIT_POLICY=PASSIVE
 exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
