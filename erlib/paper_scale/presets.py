@@ -27,6 +27,7 @@ from scipy import stats
 
 from erlib import paths
 from erlib.config import ConfigError, Paper
+from erlib.load import metrics
 from erlib.paper_scale.clock import HARDWARE, Harness
 
 Preset = Literal["hardware", "harness", "pinned-host", "thread-client"]
@@ -108,9 +109,8 @@ def host_binding() -> pd.DataFrame:
     rows = rows.rename(columns={"tensorrt_llm_us_per_token": "engine_us", "users_us_per_token": "users_us"})
     shown = ["tokens_per_s", "tpot_mean_s", "ttft_mean_s", "busy_cores", "host_us", "engine_us", "users_us"]
     by = rows.groupby(["servers", "cores", "processes", "tokens_per_response", "users"])
-    table, n = by[shown].mean(), by.size()
-    ci95 = by["tokens_per_s"].sem() * stats.t.ppf(0.975, (n - 1).clip(lower=1))
-    table.insert(1, "ci95", ci95.where(n > 1))
+    table, rate = by[shown].mean(), by["tokens_per_s"]
+    table.insert(1, "ci95", metrics.half_interval(rate.std(), rate.count()))
     return table
 
 
@@ -151,9 +151,8 @@ def client_cost() -> pd.DataFrame:
         ``us_per_token`` of CPU time with ``ci95`` (half of its 95 % interval; missing for one round), and ``rounds``.
     """
     by = pd.read_csv(CLIENT_THREADS).groupby(["cores", "users"])["us_per_token"]
-    table = pd.DataFrame({"us_per_token": by.mean(), "rounds": by.size()})
-    ci95 = by.sem() * stats.t.ppf(0.975, (table["rounds"] - 1).clip(lower=1))
-    return table.assign(ci95=ci95.where(table["rounds"] > 1))
+    rounds = by.count()
+    return pd.DataFrame({"us_per_token": by.mean(), "ci95": metrics.half_interval(by.std(), rounds), "rounds": rounds})
 
 
 def thread_client(core_speed: float = 1.0) -> Harness:
