@@ -31,14 +31,14 @@ HANDED_OUT = {
     "full_scale_workloads goodput gpus_needed host_binding intervals leave_one_out limits mape pace "
     "published quality_and_load replicas_agreement replicas_beside_simulation replicas_finding "
     "replicas_plan reported run_ablation run_replicas served_records side_by_side simulate_left_out "
-    "simulate_papers simulated_beside step_table",
+    "simulate_papers simulated_beside step_table under_load",
     "report": "architecture cluster_colours command controls engine_formats expert_matrix flipped_verdicts frontier "
     "harness_ablation load_figures measured_beside_simulated on_the_same_axes paper1_bucket_throughput "
     "paper1_input_tokens paper1_p99_response_time paper1_session_throughput paper1_tpot paper1_ttft "
     "paper1_user_throughput paper2_input_tokens paper2_preliminary paper2_system_throughput paper2_tpot paper2_ttft "
     "paper2_user_throughput_p99 plan published_points quality_and_load read_cluster_map replicas_emulated "
     "replicas_simulated router_comparison router_sees routing_overhead routing_worth save service_levels "
-    "simulation_trust style table1_models two_best write_gallery your_gpu",
+    "simulation_trust style systems_frontier table1_models two_best write_gallery your_gpu",
     "routing": "Clusterer build_clusterer compare_normalizers compare_routers map_2d",
     "workload": "input_lengths load_corpus mix_table",
 }

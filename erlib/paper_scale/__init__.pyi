@@ -32,6 +32,7 @@ from .replicas import replicas_finding as replicas_finding
 from .replicas import replicas_plan as replicas_plan
 from .replicas import run_replicas as run_replicas
 from .service_levels import goodput as goodput
+from .service_levels import under_load as under_load
 from .simulation import full_scale_workloads as full_scale_workloads
 from .simulation import simulate_papers as simulate_papers
 from .validation import aisimulate as aisimulate

@@ -19,7 +19,7 @@ from scipy import stats
 from erlib.config import ConfigError, Profile
 from erlib.load import metrics
 from erlib.machine import processes
-from erlib.paper_scale import capacity, clock, known_error, questions
+from erlib.paper_scale import capacity, clock, known_error, questions, service_levels
 from erlib.paper_scale.batching import CannotServe
 from erlib.paper_scale.capacity import Capacity
 from erlib.paper_scale.questions import DRAWS, Question, Way
@@ -297,9 +297,7 @@ class Explorer:
             raise ConfigError("no design serves even one request within these bounds: ask for less")
         table = pd.DataFrame(rows)
         table["goodput_per_gpu"] = table["goodput_per_s"] / table["gpus"]
-        goodput, ttft_s = table["goodput_per_gpu"].to_numpy(), table["ttft_p99_s"].to_numpy()
-        beaten = [((goodput > mine) & (ttft_s < its)).any() for mine, its in zip(goodput, ttft_s, strict=True)]
-        return table.assign(on_frontier=~np.array(beaten) & (goodput > 0))
+        return table.assign(on_frontier=service_levels.unbeaten(table["goodput_per_gpu"], table["ttft_p99_s"]))
 
     def _task(
         self, question: Question, name: str, effort: Effort, draw: int = 0, faster: float = 1.0

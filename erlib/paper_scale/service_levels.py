@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from erlib import cache, config, paths, provenance
@@ -25,12 +26,16 @@ from erlib.paper_scale.batching import System
 from erlib.paper_scale.clock import HARDWARE
 from erlib.paper_scale.steptimes import Table
 from erlib.workload import prompts
-from erlib.workload.prompts import Floats, Prompt
+from erlib.workload.prompts import Floats, Prompt, Workload
 
 TTFT_S, TPOT_S = 2.0, 0.2
 """MLPerf Inference, Llama 2 70B, server scenario: bounds of the p99."""
 GPUS = 8
+LOADS = (0.1, 0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3)
+"""Of what a system carries within the level."""
 _MOST = 20_000
+_SMALL = "llama-2-13b"
+"""Paper 1's smaller model, which it never has on all GPUs together."""
 
 
 def systems(profile: Profile) -> dict[Paper, dict[str, System]]:
@@ -56,10 +61,10 @@ def _on_all_gpus(dtype: Dtype) -> System:
     return System(
         config=f"13B {dtype} TP8",
         routing="direct",
-        steps=Table("llama-2-13b", dtype, dtype, GPUS, setups.BESIDE),
+        steps=Table(_SMALL, dtype, dtype, GPUS, setups.BESIDE),
         instances=1,
         batch_size=600,
-        kv_tokens=llama.most_kv_tokens("llama-2-13b", dtype, dtype, GPUS),
+        kv_tokens=llama.most_kv_tokens(_SMALL, dtype, dtype, GPUS),
     )
 
 
@@ -105,15 +110,10 @@ def goodput(profile: Profile, ttft_s: float = TTFT_S, tpot_s: float = TPOT_S, wo
 def _served(
     profile: Profile, paper: Paper, name: str, system: System, repeat: int, level: tuple[float, float]
 ) -> dict[str, object]:
-    pool = setups.workload(profile, paper)
-    window_s = profile.sensitivity.window_s / (1 if paper == "p1" else 2)  # paper 2's answers are shorter
+    pool, window_s = setups.workload(profile, paper), _window_s(profile, paper)
 
     def keeps(n: int, arrivals_s: float) -> bool:
-        drawn = [
-            prompt._replace(cluster=prompt.cluster * system.instances // pool.n_clusters)
-            for prompt in prompts.draw(pool, n, "uniform", profile.seed, repeat)
-        ]
-        found = latencies(system, drawn, arrivals_s, profile.seed + repeat)
+        found = latencies(system, _drawn(profile, pool, system, n, repeat), arrivals_s, profile.seed + repeat)
         return all(metrics.p99(its) <= bound for its, bound in zip(found, level, strict=True) if len(its))
 
     within = profile.sensitivity.precision
@@ -126,6 +126,78 @@ def _served(
         **{"users": users, "users_per_gpu": users / GPUS, "requests_per_s": requests / window_s},
         **{"tokens_per_gpu_hour": tokens_per_gpu_hour, "price_per_million_tokens": price},
     }
+
+
+def _window_s(profile: Profile, paper: Paper) -> float:
+    """How long requests come; paper 2's answers are shorter."""
+    return profile.sensitivity.window_s / (1 if paper == "p1" else 2)
+
+
+def _drawn(profile: Profile, pool: Workload, system: System, n: int, repeat: int) -> list[Prompt]:
+    """Prompts whose clusters are shared out among the experts of a system that has fewer."""
+    return [
+        prompt._replace(cluster=prompt.cluster * system.instances // pool.n_clusters)
+        for prompt in prompts.draw(pool, n, "uniform", profile.seed, repeat)
+    ]
+
+
+def under_load(profile: Profile, served: pd.DataFrame, workers: int = 2) -> pd.DataFrame:
+    """What each system serves within a service level under loads from little to more than it carries, one draw each.
+
+    Parameters
+    ----------
+    profile : Profile
+    served : DataFrame
+        What :func:`goodput` returned: how much each carries, and the level.
+    workers : int
+        Processes.
+
+    Returns
+    -------
+    DataFrame
+        One row per ``paper``, ``system`` and load: its ``model``, ``requests_per_s`` that come, ``ttft_p99_s``,
+        ``goodput_per_gpu`` (requests per second and GPU that keep to both bounds) and ``on_frontier``
+        (:func:`unbeaten`, among systems with the same model).
+    """
+    carried = served.groupby(["paper", "system"], sort=False)["requests_per_s"].mean()
+    level = (float(served["ttft_s"].iloc[0]), float(served["tpot_s"].iloc[0]))
+    known = systems(profile)
+    with processes.pool(workers) as pool:
+        jobs = [
+            pool.submit(_under_load, profile, paper, name, known[paper][name], requests_per_s, level)
+            for (paper, name), requests_per_s in carried[carried > 0].items()
+        ]
+        rows = [row for job in Bar(jobs, desc="systems under load", unit="system") for row in job.result()]
+    table = pd.DataFrame(rows).assign(on_frontier=False)
+    for _, its in table.groupby(["paper", "model"]):
+        table.loc[its.index, "on_frontier"] = unbeaten(its["goodput_per_gpu"], its["ttft_p99_s"])
+    return table
+
+
+def _under_load(
+    profile: Profile, paper: Paper, name: str, system: System, carried_per_s: float, level: tuple[float, float]
+) -> list[dict[str, object]]:
+    pool, window_s = setups.workload(profile, paper), _window_s(profile, paper)
+    around = replace(HARDWARE, arrivals_s=window_s)
+    known = system.config in config.config_ids()
+    model = config.load_configuration(system.config).system.model if known else _SMALL
+    rows: list[dict[str, object]] = []
+    for n in (max(1, round(load * carried_per_s * window_s)) for load in LOADS):
+        drawn = _drawn(profile, pool, system, n, 0)
+        happened = clock.trace(system, drawn, continues=False, around=around, seed=profile.seed)
+        ttft_s, tpot_s = happened.latencies_s()
+        good = ttft_s <= level[0]
+        good[[request.output_tokens > 1 for request in happened.requests]] &= tpot_s <= level[1]
+        found = {"ttft_p99_s": metrics.p99(ttft_s), "goodput_per_gpu": good.sum() / window_s / GPUS}
+        rows.append({"paper": paper, "system": name, "model": model, "requests_per_s": n / window_s, **found})
+    return rows
+
+
+def unbeaten(goodput: npt.ArrayLike, ttft_s: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Whether no other has both more goodput and an earlier first token; never of what serves nothing."""
+    goodputs, ttfts_s = np.asarray(goodput), np.asarray(ttft_s)
+    beaten = [((goodputs > mine) & (ttfts_s < its)).any() for mine, its in zip(goodputs, ttfts_s, strict=True)]
+    return ~np.array(beaten, bool) & (goodputs > 0)
 
 
 def latencies(system: System, drawn: Sequence[Prompt], arrivals_s: float, seed: int) -> tuple[Floats, Floats]:

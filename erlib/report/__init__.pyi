@@ -27,6 +27,7 @@ from .own.overhead import routing_overhead as routing_overhead
 from .own.routers import router_comparison as router_comparison
 from .own.sensitivity import flipped_verdicts as flipped_verdicts
 from .own.sensitivity import service_levels as service_levels
+from .own.sensitivity import systems_frontier as systems_frontier
 from .own.trust import simulation_trust as simulation_trust
 from .own.what_if import frontier as frontier
 from .own.what_if import plan as plan

@@ -10,6 +10,8 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from erlib import config, paths
 from erlib.config.choices import LeftOpen
@@ -134,3 +136,23 @@ def test_a_stricter_service_level_serves_fewer_and_what_nobody_meets_nobody(
     assert price.to_numpy() == pytest.approx(profile.sensitivity.gpu_hour)
     monkeypatch.setattr(service_levels, "_served", None)
     pd.testing.assert_frame_equal(service_levels.goodput(profile, 1), usual)
+
+    table = service_levels.under_load(profile, usual)
+    assert table.groupby("system").size().to_dict() == {name: len(service_levels.LOADS) for name in some["p2"]}
+    assert set(table["model"]) == {"llama-3-70b", "llama-3-8b"}
+    for _, its in table.groupby("system"):
+        little, much = its.iloc[0], its.iloc[-1]
+        assert little["goodput_per_gpu"] == pytest.approx(little["requests_per_s"] / service_levels.GPUS)
+        assert much["goodput_per_gpu"] < 0.95 * much["requests_per_s"] / service_levels.GPUS
+        assert much["ttft_p99_s"] > 1 >= little["ttft_p99_s"]
+        assert its["on_frontier"].any()  # of its model, which no other has here
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=1))
+def test_what_is_not_on_the_frontier_is_beaten_by_something_on_it(points: list[tuple[int, int]]) -> None:
+    goodput, ttft_s = np.array(points, float).T
+    on = service_levels.unbeaten(goodput, ttft_s)
+    for mine, its, is_on in zip(goodput, ttft_s, on, strict=True):
+        beaten = (goodput > mine) & (ttft_s < its)
+        assert is_on == (mine > 0 and not beaten.any())
+        assert (beaten & on).any() == beaten.any()

@@ -133,6 +133,58 @@ def service_levels(table: pd.DataFrame, profile: config.Profile) -> Figure:
     return _saved(fig, profile, "service_levels", table, caption)
 
 
+def systems_frontier(table: pd.DataFrame, profile: config.Profile) -> Figure:
+    """Each system under growing load: goodput of each GPU against p99 TTFT, and what no other with its model beats.
+
+    Parameters
+    ----------
+    table : DataFrame
+        What :func:`erlib.paper_scale.service_levels.under_load` returned.
+    profile : Profile
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(7.2, 4.2))
+    added = {name: look for name, look in zip(_left_out(table), _LOOKS_LEFT_OUT, strict=False)}
+    for ax, (paper, mine) in zip(axes, table.groupby("paper", sort=False), strict=True):
+        for name, its in mine.groupby("system", sort=False):
+            colour, marker = added.get(name) or canvas.look(name)
+            ax.plot(
+                its["ttft_p99_s"],
+                its["goodput_per_gpu"],
+                color=colour,
+                marker=marker,
+                ls="--" if name in added else "-",
+                lw=0.9,
+                ms=3.5,
+                alpha=0.7,
+                label=_title(name),
+            )
+        label: str | None = "frontier of a model"
+        for _, best in mine[mine["on_frontier"]].sort_values("ttft_p99_s").groupby("model"):
+            ax.step(best["ttft_p99_s"], best["goodput_per_gpu"], where="post", color="black", lw=1.2, label=label)
+            label = None
+        ax.set(title=f"Paper {paper[-1]}'s prompts", xlabel="p99 TTFT [s]")
+        canvas.log_axis(ax, "x")
+        canvas.log_axis(ax, "y")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1, fontsize=6.5, frameon=False)
+    axes[0].set_ylabel("requests/s of each GPU\nwithin the service level")
+    caption = (
+        "What eight simulated H100s serve within the service level of the figure before, against p99 TTFT, as "
+        "more and more requests come as a Poisson process: from a tenth to 1.3 times of what each system carries. "
+        "Black: no system with the same model has more goodput and an earlier first token. Dashed: systems that the "
+        "papers left out. One draw of prompts; engines only, and near saturation published latencies are several times "
+        "as long as simulated ones (docs/results.md): good for comparing."
+    )
+    return _saved(fig, profile, "systems_frontier", table, caption)
+
+
+_LOOKS_LEFT_OUT = [("#000000", "*"), ("#8c510a", "h"), ("#332288", "<"), ("#882255", ">"), ("#44aa99", "p"), (SKY, "8")]
+
+
+def _left_out(table: pd.DataFrame) -> list[str]:
+    """Systems that no configuration of the papers is, in their order."""
+    return [name for name in table["system"].unique() if name not in config.config_ids()]
+
+
 def _title(name: str) -> str:
     return canvas.name_of(name) if name in config.config_ids() else name
 
