@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +20,11 @@ from selenium.webdriver.remote.webelement import WebElement
 from erlib import config, paths
 from erlib.claims import verdicts
 from erlib.report import canvas, gallery
+from tests.support import browser as browsers
 from tests.support import synthetic
 
 matplotlib.use("agg")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
 DRAWN = [
     ("measured", "paper1", "fig02_ttft_base"),
     ("measured", "paper1", "fig07_p99_response_time"),
@@ -83,18 +81,7 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium(page: Path, downloads: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("no Chromium and chromedriver here: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    quiet = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-    quiet += "disable-component-update disable-sync disable-dev-shm-usage window-size=1280,900"
-    for flag in quiet.split():
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = browsers.chromium(tmp_path_factory.mktemp("browser"), downloads)
     yield driver
     driver.quit()
 
