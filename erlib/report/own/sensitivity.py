@@ -143,7 +143,7 @@ def systems_frontier(table: pd.DataFrame, profile: config.Profile) -> Figure:
     profile : Profile
     """
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 4.2))
-    added = {name: look for name, look in zip(_left_out(table), _LOOKS_LEFT_OUT, strict=False)}
+    added = dict(zip(_left_out(table), _LOOKS_LEFT_OUT, strict=False))  # who serves nobody is not there
     for ax, (paper, mine) in zip(axes, table.groupby("paper", sort=False), strict=True):
         for name, its in mine.groupby("system", sort=False):
             colour, marker = added.get(name) or canvas.look(name)
