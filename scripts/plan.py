@@ -57,9 +57,12 @@ def main() -> int:
     parser.add_argument("--spread", choices=get_args(Mix), default="uniform", help="of the requests over the experts")
     parser.add_argument("--formats", nargs="+", choices=get_args(Dtype), default=[], help="of weights; default: all")
     parser.add_argument("--experts", type=int, help="how many; servers beyond are replicas (default: one per server)")
-    parser.add_argument("--slots", type=int, default=256, help="sequences that an engine runs at a time")
-    parser.add_argument("--adapters-slower", type=float, default=1.25, help="steps with adapters, times those without")
-    parser.add_argument("--gpu-hour", type=float, default=1.0, help="price of an hour of one GPU")
+    usual = questions.Question
+    parser.add_argument("--slots", type=int, default=usual.slots, help="sequences that an engine runs at a time")
+    parser.add_argument(
+        "--adapters-slower", type=float, default=usual.adapters_slower, help="steps with adapters, times those without"
+    )
+    parser.add_argument("--gpu-hour", type=float, default=usual.gpu_hour, help="price of an hour of one GPU")
     parser.add_argument("--csv", type=Path, help="write the table there, too")
     parser.add_argument("--figure", type=Path, help=f"draw it there, too ({', '.join(FIGURES)})")
     options = parser.parse_args()
@@ -87,7 +90,7 @@ def main() -> int:
     shown = _shown(question, table)
     print(tabulate(shown, headers="keys", tablefmt="simple", showindex=False, disable_numparse=True, maxcolwidths=34))
     print(f"\n{what_if.verdict(question, table)}\n")
-    low, high = known_error.between(known_error.known_error(), known_error.THROUGHPUT)
+    low, high = known_error.between(known_error.known_error(), questions.throughput_error(question))
     told = {
         **{"gpus": question.gpus, "said": questions.gpu(question.gpu, question.gpu_gb).said, "low": low, "high": high},
         **{"whose": options.trace or f"paper {options.lengths[1]}", "load": question.load, "slots": question.slots},

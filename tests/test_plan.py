@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from erlib.paper_scale.questions import Question
 from scripts import plan
 
 Run = Callable[..., tuple[int, str, str]]
@@ -42,6 +43,28 @@ def test_a_plan_is_printed_with_intervals_written_and_drawn(run: Run, tmp_path: 
     assert "No design carries 6 users" in out and "Of users who wait" in out and "(0.85 to 1.14" in out
 
 
+def test_what_a_data_sheet_says_is_known_for_it(run: Run) -> None:
+    a100 = (
+        "--model",
+        "llama-3-8b",
+        "--gpus",
+        "1",
+        "--formats",
+        "int8",
+        "--users",
+        "6",
+        "--slots",
+        "4",
+        "--gpu",
+        "a100",
+    )
+    status, out, err = run(*a100)
+    assert status == 0, err
+    said = " ".join(out.split())
+    assert "on 1 A100s, priced from the data sheet" in said and "A data sheet knows no kernels" in said
+    assert "(0.76 to 1.14 times)" in said and f"steps {Question.adapters_slower:g} times as long" in said
+
+
 def test_ones_own_requests_are_planned_for(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "azure.csv"
     rows = [f"2023-11-16 18:{i // 60:02}:{i % 60:02}.{i:07},{100 + i},{20 + i}" for i in range(60)]
@@ -59,7 +82,7 @@ def test_ones_own_requests_are_planned_for(run: Run, tmp_path: Path) -> None:
         (("--figure", "nowhere/plan.png"), "--figure: there is no folder"),
         (("--figure", "plan.xlsx"), "--figure: plan.xlsx ends in none of .png, .svg, .pdf"),
         (("--requests-per-s", "3"), "not allowed with argument"),
-        (("--gpu", "a100"), "no step times of GPU 'a100'"),
+        (("--gpu", "v100"), "no step times of GPU 'v100'"),
         (("--gpus", "9"), "1 to 8 GPUs, not 9"),
         (("--trace", "nowhere.csv"), "nowhere.csv"),
     ],

@@ -99,12 +99,16 @@ class LlamaShape:
 
 
 @functools.cache
+def shapes() -> dict[str, LlamaShape]:
+    """Shapes of all models of ``data/llama_shapes.yaml``."""
+    return {model: LlamaShape(**its) for model, its in read_yaml(paths.FACTS / "llama_shapes.yaml").items()}
+
+
 def shape(model: str) -> LlamaShape:
     """Shape of a model of ``data/llama_shapes.yaml``."""
-    shapes = read_yaml(paths.FACTS / "llama_shapes.yaml")
-    if model not in shapes:
-        raise ConfigError(f"no shape for {model!r} in data/llama_shapes.yaml; it lists {', '.join(shapes)}")
-    return LlamaShape(**shapes[model])
+    if model not in shapes():
+        raise ConfigError(f"no shape for {model!r} in data/llama_shapes.yaml; it lists {', '.join(shapes())}")
+    return shapes()[model]
 
 
 def smollm2(layers: int) -> LlamaShape:

@@ -25,7 +25,8 @@ class Capacity(NamedTuple):
 
     requests_per_s: float
     users: float
-    """Requests under way then, in all engines."""
+    """Requests under way in all engines, at most; more than at `requests_per_s`, where a step that has more sequences
+    takes as many times as long."""
     limited_by: str
     """What keeps it from more: ``batch slots``, ``KV cache`` or ``TPOT``."""
     responses_s: tuple[tuple[float, float], ...]
@@ -88,9 +89,8 @@ def capacity(
         found.append((servers * batch / step_s / mean.answer, step_s * mean.answer, batch))
     if not found:
         return Capacity(0.0, 0.0, limited_by, ((0.0, _step_s(system, 1, mean) * mean.answer),))
-    best = max(found)
     responses_s = tuple((rate, response_s) for rate, response_s, _ in found)
-    return Capacity(best[0], servers * best[2], limited_by, responses_s)
+    return Capacity(max(found)[0], servers * found[-1][2], limited_by, responses_s)
 
 
 def _step_s(system: System, batch: int, mean: Lengths) -> float:

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from erlib.paper_scale import known_error
+from erlib.paper_scale import known_error, questions
 from erlib.paper_scale.exploring import RESPONSES, Answer
 from erlib.paper_scale.questions import GPUS, IN_TURN, Question
 
@@ -128,7 +128,7 @@ def compared(answer: Answer, one: pd.Series, other: pd.Series) -> tuple[float, f
     ratio = one[name] / other[name] if other[name] else math.inf
     low, high = 1.0, 1.0
     if one["form"] != other["form"]:
-        least, most = known_error.between(answer.errors, known_error.THROUGHPUT)
+        least, most = known_error.between(answer.errors, questions.throughput_error(answer.question))
         low, high = least / most, most / least
     elif name == "goodput_per_s" and not math.isnan(one[f"{name}_low"]) and not math.isnan(other[f"{name}_low"]):
         low = one[f"{name}_low"] / one[name] * other[name] / other[f"{name}_high"]
@@ -163,19 +163,22 @@ def _times(ratio: float, low: float, high: float) -> str:
 def limits(answer: Answer) -> list[str]:
     """What the intervals hold and what they do not; where the simulation is known to be too good."""
     errors, asked = answer.errors, answer.question
-    low, high = known_error.between(errors, known_error.THROUGHPUT)
+    metric = questions.throughput_error(asked)
+    low, high = known_error.between(errors, metric)
+    sheet = metric != known_error.THROUGHPUT
+    how_sure = "in static batches, all of them, which are too few for an interval" if sheet else "with 90 % probability"
     said = [
         "Intervals of latencies and rates: of the mean over draws of prompts, arrivals and order, with 90 % "
         "probability; they hold no error of the simulation.",
-        f"Interval of the headroom: published throughputs are {low:.3g} to {high:.3g} times the simulated ones with "
-        f"90 % probability ({errors.loc[known_error.THROUGHPUT, 'points']} points); the headroom itself is arithmetic, "
+        f"Interval of the headroom: published throughputs are {low:.3g} to {high:.3g} times the simulated ones, "
+        f"{how_sure} ({errors.loc[metric, 'points']:.0f} points); the headroom itself is arithmetic, "
         "with engines that are always full and requests of mean lengths; a test holds three saturated simulations to "
         "it within 8 %.",
         f"Requests come for some {RESPONSES} answers' time. With a headroom below {NEAR:g} queues grow for longer: '>' "
         "and '<' say so.",
     ]
     said.append(too_good(errors, asked))
-    if asked.gpu.lower() not in GPUS or GPUS[asked.gpu.lower()] != GPUS["h100"]:
+    if not sheet and (asked.gpu.lower() not in GPUS or GPUS[asked.gpu.lower()] != GPUS["h100"]):
         said.append(
             "These errors are of NVIDIA's step times for the H100; with other step times nothing is known of them."
         )
@@ -192,6 +195,14 @@ def too_good(errors: pd.DataFrame, asked: Question) -> str:
         What :func:`erlib.paper_scale.known_error.known_error` returned.
     asked : Question
     """
+    if questions.throughput_error(asked) != known_error.THROUGHPUT:
+        first = errors.loc[known_error.TTFT + known_error.SHEET]
+        return (
+            "A data sheet knows no kernels: step times assume 60 % of the arithmetic and 75 % of the bandwidth in it, "
+            f"and no time for launches. Published TTFTs of a lone prompt are {first['smallest']:.3g} to "
+            f"{first['largest']:.3g} times the simulated ones ({first['points']:.0f} points, the shorter prompts "
+            "farther off); where several wait, nothing is published for these GPUs."
+        )
     if asked.users:
         low, high = known_error.between(errors, known_error.TPOT)
         first = errors.loc[known_error.TTFT]

@@ -357,7 +357,7 @@ def effort_for(question: Question, bound: Capacity, faster: float = 1.0, most: i
 
 def _about(question: Question, name: str, way: Way, bound: Capacity, errors: pd.DataFrame) -> dict[str, object]:
     headroom = room(question, bound)
-    low, high = known_error.between(errors, known_error.THROUGHPUT)
+    low, high = known_error.between(errors, questions.throughput_error(question))
     return {
         **{"design": name, "kind": way.kind, "gpus": gpus(way), "form": " ".join(map(str, way.form))},
         **{"headroom": headroom, "headroom_low": headroom * low, "headroom_high": headroom * high},

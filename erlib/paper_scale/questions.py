@@ -1,12 +1,14 @@
 """What is asked of a deployment, every way to serve it for which there are step times, and the requests that come.
 
 Step times are those of a table (:mod:`erlib.paper_scale.steptimes`): NVIDIA's for the H100, what PyTorch's kernels took
-on an H100 and an H200, or one of your own. KV caches have all the memory that weights leave.
+on an H100 and an H200, or one of your own; or they follow from a data sheet (A100, H200), for any large Llama shape. KV
+caches have all the memory that weights leave.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +22,10 @@ import pandas as pd
 from erlib import config, paths
 from erlib.config import ConfigError, Dtype, Mix, Paper, Profile, nearest
 from erlib.engines import llama
-from erlib.paper_scale import measured_steps, service_levels, setups, steptimes
+from erlib.paper_scale import known_error, measured_steps, service_levels, setups, steptimes
 from erlib.paper_scale.batching import System
 from erlib.paper_scale.designs import Design
-from erlib.paper_scale.steptimes import OutOfRange, Table
+from erlib.paper_scale.steptimes import OutOfRange, Roofline, StepTimes, Table
 from erlib.workload import prompts, traces
 from erlib.workload.prompts import Prompt, Workload
 from erlib.workload.traces import Trace
@@ -40,6 +42,8 @@ class Gpu(NamedTuple):
     memory_bytes: float
     said: str
     """Whose times these are."""
+    sheet: steptimes.Gpu | None = None
+    """What prices steps where there is no table."""
 
 
 GPUS = {
@@ -50,8 +54,13 @@ GPUS = {
     "h200-pytorch": Gpu(
         (paths.FACTS / "h200_pytorch_step_times.csv",), 141e9, "H200s, measured with PyTorch's kernels"
     ),
+    "h200": Gpu((), 141e9, "H200s, priced from the data sheet and not from kernels", steptimes.H200),
+    "a100": Gpu((), 80e9, "A100s, priced from the data sheet and not from kernels", steptimes.A100),
 }
-"""By name; the H200's memory is the data sheet's."""
+"""By name; the memory of A100 and H200 is the data sheet's."""
+SMALLEST = 1e9
+"""Parameters of a model that a data sheet prices, at least: steps of smaller ones are launches of kernels above all, of
+which it knows nothing."""
 
 
 def gpu(name: str, memory_gb: float | None = None) -> Gpu:
@@ -74,6 +83,12 @@ def gpu(name: str, memory_gb: float | None = None) -> Gpu:
     if not memory_gb:
         raise ConfigError(f"{name} does not say how much memory its GPU has: give that, too, in GB (gpu_gb)")
     return Gpu((file,), memory_gb * 1e9, f"GPUs with {memory_gb:g} GB, step times of {file.name}")
+
+
+def throughput_error(question: Question) -> str:
+    """Which of the known errors (:mod:`erlib.paper_scale.known_error`) is that of the answer's throughput."""
+    priced = known_error.SHEET if gpu(question.gpu, question.gpu_gb).sheet else ""
+    return known_error.THROUGHPUT + priced
 
 
 @dataclass(frozen=True)
@@ -208,7 +223,7 @@ def ways(question: Question, profile: Profile) -> dict[str, Way]:
         except ConfigError:
             continue
         name = f"{n} × {dtype.upper()} TP{width}" + (f", KV {kv_dtype.upper()}" if kv_dtype != dtype != "int4" else "")
-        slots = min(question.slots, int(steps.limits.batch))
+        slots = int(min(question.slots, steps.limits.batch))
         routed = System(name, "expert_router", steps, n, slots, kv_tokens, limit)
         one = replace(routed, routing="replicas" if n > 1 else "direct")
         found[f"{name}, one model"] = Way(Design(one), width, IN_TURN, form)
@@ -228,17 +243,18 @@ def ways(question: Question, profile: Profile) -> dict[str, Way]:
 
 
 def models() -> list[str]:
-    """Models that there are step times for."""
-    return sorted({model for its in GPUS.values() for model in _known(its.tables)["model"]})
+    """Models that some GPU has step times for."""
+    return sorted({model for its in GPUS.values() for model in _known(its)["model"]})
 
 
 def _none(question: Question, of: Gpu) -> str:
     """Why there is no way."""
     shape = llama.shape(question.model)
-    mine = _known(of.tables)
+    mine = _known(of)
     models = ", ".join(sorted(mine["model"].unique()))
     if question.model not in set(mine["model"]):
-        return f"no step times for {question.model} on {question.gpus} GPUs; {of.tables[0].name} has {models}"
+        source = f"{of.tables[0].name} has" if of.tables else "a data sheet prices"
+        return f"no step times for {question.model} on {question.gpus} GPUs; {source} {models}"
     formats = f" in {', '.join(question.formats)}" if question.formats else ""
     return (
         f"{question.model}{formats} ({shape.parameters / 1e9:.0f} billion parameters) has no form that fits into "
@@ -247,22 +263,26 @@ def _none(question: Question, of: Gpu) -> str:
     )
 
 
-def _forms(question: Question, of: Gpu) -> Iterator[tuple[tuple[Dtype, Dtype, int], Table]]:
-    """Forms of the model in the GPU's tables, the widest weights first."""
-    rows = _known(of.tables)
+def _forms(question: Question, of: Gpu) -> Iterator[tuple[tuple[Dtype, Dtype, int], StepTimes]]:
+    """Forms of the model that are known of the GPU, the widest weights first."""
+    rows = _known(of)
     mine = rows[(rows["model"] == question.model) & (rows["tensor_parallel"] <= question.gpus)]
     order = list(get_args(Dtype))
     forms = {(str(r.dtype), str(r.kv_dtype), int(r.tensor_parallel)) for r in mine.itertuples()}
     for form in sorted(forms, key=lambda form: (order.index(form[0]), form[2], order.index(form[1]))):
         if question.formats and form[0] not in question.formats:
             continue
-        if (steps := _steps(question.model, form, of.tables)) is not None:
+        if (steps := _steps(question.model, form, of)) is not None:
             yield form, steps  # type: ignore[misc]
 
 
 @functools.cache
-def _known(tables: tuple[Path, ...]) -> pd.DataFrame:
+def _known(of: Gpu) -> pd.DataFrame:
+    """Forms of models that there are step times for."""
     columns = ["model", "dtype", "kv_dtype", "tensor_parallel"]
+    if of.sheet is not None:
+        return pd.DataFrame(_of_sheet(of.sheet), columns=columns)
+    tables = of.tables
     try:
         parts = [
             pd.read_parquet(file, columns=columns) if file.suffix == ".parquet" else measured_steps.read(file)[columns]
@@ -273,10 +293,22 @@ def _known(tables: tuple[Path, ...]) -> pd.DataFrame:
     return pd.concat(parts).astype({"tensor_parallel": int}).drop_duplicates()
 
 
+def _of_sheet(sheet: steptimes.Gpu) -> Iterator[tuple[str, Dtype, Dtype, int]]:
+    """Forms of every large model, in the formats that the GPU computes with."""
+    formats: list[Dtype] = [its for its in get_args(Dtype) if its != "fp8" or sheet.fp8_flops > sheet.fp16_flops]
+    large = {model: shape for model, shape in llama.shapes().items() if shape.parameters >= SMALLEST}
+    for (model, shape), dtype, width in itertools.product(large.items(), formats, (1, 2, 4, 8)):
+        if shape.kv_heads % width == 0:
+            for kv_dtype in ("fp16", dtype) if dtype in ("fp8", "int8") else ("fp16",):
+                yield model, dtype, kv_dtype, width
+
+
 @functools.cache
-def _steps(model: str, form: tuple[Dtype, Dtype, int], tables: tuple[Path, ...]) -> Table | None:
+def _steps(model: str, form: tuple[Dtype, Dtype, int], of: Gpu) -> StepTimes | None:
     """Read once: a table has some ten thousand rows."""
-    for file in tables:
+    if of.sheet is not None:
+        return Roofline(llama.shape(model), of.sheet, *form)
+    for file in of.tables:
         try:
             return Table(model, *form, None if file == steptimes.TABLE else file)
         except OutOfRange:  # of a part of a system only, such as one GPU's share without what they exchange

@@ -99,19 +99,22 @@ conversations that begin with 250 words, and 55 % of those that begin with 35, c
 
 
 class Repriced(StepTimes):
-    """Step times of a table, `more_s` longer (by tokens in the step: 0, 1, 2, ...), and all that times a factor."""
+    """Step times, `more_s` longer (by tokens in the step: 0, 1, 2, ...), if at all, and all that times a factor."""
 
-    def __init__(self, steps: StepTimes, factor: float, more_s: Sequence[float]):
+    def __init__(self, steps: StepTimes, factor: float, more_s: Sequence[float] = ()):
         self.limits, self.at_full_speed = steps.limits, steps.at_full_speed
         self._steps, self._factor, self._more_s = steps, factor, more_s
 
     def step_s(self, prompts: int, prompt_tokens: int, sequences: int, context_tokens: int) -> float:
         seconds = self._steps.step_s(prompts, prompt_tokens, sequences, context_tokens)
-        return self._factor * (seconds + self._more_s[prompt_tokens + sequences])
+        return self._factor * (seconds + self._more(prompt_tokens + sequences))
 
     def decode_steps_s(self, steps: int, sequences: int, context_tokens: int) -> npt.NDArray[np.float64]:
         seconds = self._steps.decode_steps_s(steps, sequences, context_tokens)
-        return self._factor * (seconds + self._more_s[sequences])
+        return self._factor * (seconds + self._more(sequences))
+
+    def _more(self, tokens: int) -> float:
+        return self._more_s[tokens] if self._more_s else 0.0
 
 
 @functools.cache
@@ -142,8 +145,7 @@ def system(name: str, setup: Setup = Setup(), answer_limit: int | None = None) -
 
 def slower(system: System, factor: float) -> System:
     """The system with steps that take so many times as long."""
-    nothing = np.zeros(int(system.steps.limits.tokens) + 1).tolist()
-    return replace(system, steps=Repriced(system.steps, factor, nothing)) if factor != 1 else system
+    return replace(system, steps=Repriced(system.steps, factor)) if factor != 1 else system
 
 
 def workload(profile: Profile, paper: Paper, setup: Setup = Setup()) -> Workload:

@@ -50,7 +50,7 @@ def answered(question: Question, profile: Profile, workers: int = 2) -> pd.DataF
     ConfigError
         If there are no step times for the question.
     """
-    errors = known_error.between(known_error.known_error(), known_error.THROUGHPUT)
+    errors = known_error.between(known_error.known_error(), questions.throughput_error(question))
     with processes.pool(workers) as pool:
         names = questions.ways(question, profile)
         jobs = {pool.submit(_answer, question, profile, name, errors): name for name in names}

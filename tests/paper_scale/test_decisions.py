@@ -29,6 +29,8 @@ def answer(*rows: dict[str, Any], **asked: Any) -> Answer:
         {"points": 59, "smallest": 2.0, "largest": 4.0, "low": LOW, "high": HIGH},
         index=["throughput", "TPOT", "TTFT", "TPOT, open loop", "TTFT, open loop"],
     )
+    errors.loc["throughput, roofline"] = [11, 0.5, 2.0, 0.5, 2.0]
+    errors.loc["TTFT, roofline"] = [4, 1.1, 3.0, 1.1, 3.0]
     question = Question(**{"model": "llama-3-8b", "gpus": 8, "requests_per_s": 5.0, **asked})
     return Answer(question, pd.DataFrame(rows), errors)
 
@@ -81,6 +83,25 @@ def test_limits_name_the_load_that_they_are_of() -> None:
     assert any(said.startswith("Of users who wait") for said in decisions.limits(users))
     other = answer(row("a", 2.0), gpu="h200-pytorch")
     assert len(decisions.limits(other)) == len(decisions.limits(rates)) + 1
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h200"])
+@pytest.mark.parametrize("load", [{}, {"requests_per_s": None, "users": 9}])
+def test_of_a_data_sheet_less_is_known(gpu: str, load: dict[str, Any]) -> None:
+    close, far = (answer(row("abc 1", 3.0), row("xyz 2", its), gpu=gpu) for its in (2.0, 0.5))
+    assert "is not sure: 1.5 times (0.375 to 6)" in decisions.decision(close)[1]
+    assert "6 times (1.5 to 24) the headroom" in decisions.decision(far)[1]
+    said = decisions.limits(answer(row("a", 2.0), gpu=gpu, **load))
+    assert any("0.5 to 2 times the simulated ones, in static batches" in line and "11 points" in line for line in said)
+    assert any("Published TTFTs of a lone prompt are 1.1 to 3 times" in line and "4 points" in line for line in said)
+    assert not any("90 % probability (" in line or line.startswith(("Too good", "Of users")) for line in said)
+
+
+def test_known_error_of_data_sheets_is_all_that_is_published() -> None:
+    table = known_error.known_error()
+    priced = table.loc[known_error.THROUGHPUT + known_error.SHEET]
+    assert priced["points"] == 11 and (priced["low"], priced["high"]) == (priced["smallest"], priced["largest"])
+    assert 0.6 < priced["low"] < 1 < priced["high"] < 1.3
 
 
 def test_known_error_is_that_of_the_published_comparison() -> None:

@@ -1,4 +1,4 @@
-"""Answers of notebook 13: ten questions whose values are the simulation's; users, traces, refusals, the frontier."""
+"""Answers of notebook 13: eleven questions whose values are the simulation's; users, traces, refusals, the frontier."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ QUESTIONS: list[dict[str, Any]] = [
     {"model": "llama-2-13b", "lengths": "p1", "requests_per_s": 0.5},
     {"formats": ("fp8",), "slots": 16},
     {"gpu": "h200-pytorch"},
+    {"gpu": "a100", "gpus": 4, "spread": "normal"},
     {"requests_per_s": None, "users": 20},
     {"gpus": 4, "experts": 2, "spread": "normal", "gpu_hour": 3.0},
 ]

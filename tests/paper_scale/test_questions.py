@@ -11,7 +11,8 @@ import pytest
 
 from erlib import config, paths
 from erlib.config import ConfigError
-from erlib.paper_scale import questions
+from erlib.engines import llama
+from erlib.paper_scale import questions, steptimes
 from erlib.paper_scale.questions import Question
 from erlib.workload import traces
 from erlib.workload.traces import Trace
@@ -78,7 +79,9 @@ def test_what_cannot_be_asked_is_said(changed: dict[str, object], said: str) -> 
             {"model": "llama-3-70b", "gpus": 1, "formats": ["fp16"]},
             "llama-3-70b in fp16 .* has no form that fits into 1",
         ),
-        ({"gpu": "a100"}, "no step times of GPU 'a100'.*measure it with scripts/measure_step_times.py"),
+        ({"gpu": "v100"}, "no step times of GPU 'v100'.*measure it with scripts/measure_step_times.py"),
+        ({"gpu": "a100", "formats": ["fp8"]}, "llama-3-8b in fp8 .* has no form that fits into 2 GPUs of 80 GB"),
+        ({"gpu": "a100", "model": "smollm2-135m"}, "no step times for smollm2-135m .* a data sheet prices llama-2-13b"),
         ({"gpu": "h1000"}, "no step times of GPU 'h1000'.*h100"),
         ({"gpu": "nowhere.csv", "gpu_gb": 80}, "there is no step table nowhere.csv"),
         ({"gpu": str(MEASURED)}, "does not say how much memory"),
@@ -109,6 +112,33 @@ def test_an_h200_holds_more_than_an_h100(profile: config.Profile) -> None:
     one, other = (questions.ways(asked(gpu=name), profile) for name in ("h100-pytorch", "h200-pytorch"))
     for name in one:
         assert other[name].design.system.kv_tokens > 1.5 * one[name].design.system.kv_tokens
+
+
+def test_a_data_sheet_prices_every_width_of_every_large_model(profile: config.Profile) -> None:
+    def known(gpu: str, model: str) -> set[str]:
+        return set(questions.ways(asked(gpu=gpu, model=model, gpus=4), profile))
+
+    assert known("h100", "llama-3-8b") < known("h200", "llama-3-8b")
+    widths = {
+        f"{4 // width} × {dtype} TP{width}, one model" for width in (1, 2, 4) for dtype in ("FP16", "INT8", "INT4")
+    }
+    for model in ("llama-2-13b", "llama-3-8b", "llama-3.2-1b"):
+        assert widths < known("a100", model) and not any("FP8" in name for name in known("a100", model))
+    large = known("a100", "llama-3-70b")
+    assert "2 × INT8 TP2, one model" in large and "4 × INT8 TP1, one model" in large
+    assert "1 × FP16 TP4, one model" in large and "4 × FP16 TP1, one model" not in large
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h200"])
+def test_steps_of_a_data_sheet_are_the_rooflines(profile: config.Profile, gpu: str) -> None:
+    way = questions.ways(asked(gpu=gpu, gpus=8), profile)["4 × FP16 TP2, one model"]
+    sheet = {"a100": steptimes.A100, "h200": steptimes.H200}[gpu]
+    roofline = steptimes.Roofline(llama.shape("llama-3-8b"), sheet, tensor_parallel=2)
+    assert way.design.system.steps.step_s(2, 600, 30, 12_000) == roofline.step_s(2, 600, 30, 12_000)
+    slower = questions.ways(asked(gpu=gpu, gpus=8), profile)["4 × FP16 TP2, 8 adapters each"].design.system.steps
+    times = asked().adapters_slower
+    assert slower.step_s(2, 600, 30, 12_000) == pytest.approx(times * roofline.step_s(2, 600, 30, 12_000))
+    assert slower.decode_steps_s(2, 30, 12_000)[0] == pytest.approx(times * roofline.step_s(0, 0, 30, 12_000))
 
 
 def test_fewer_experts_have_replicas_where_the_load_is(profile: config.Profile) -> None:
