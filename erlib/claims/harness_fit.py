@@ -16,7 +16,6 @@ import pandas as pd
 from erlib.claims import verdicts
 from erlib.claims.evidence import Evidence
 from erlib.config import Paper, Profile
-from erlib.load import records
 from erlib.machine import processes
 from erlib.machine.progress import Bar
 from erlib.paper_scale import batching, presets, simulation
@@ -93,7 +92,6 @@ def _points(profile: Profile, paper: Paper, around: Harness) -> Iterator[pd.Data
         drawn = prompts.draw(workload, users, "uniform", profile.seed, 0)
         for name in (name for name in settings.configs if not name.endswith("R")):  # of which no paper says a word
             system = batching.paper_system(name, answer_limit=limit)
-            rows = simulation.simulate(
+            yield simulation.simulate(
                 system, drawn, paper=paper, around=around.around(system), seed=profile.seed, columns=about
-            )
-            yield pd.DataFrame(rows).reindex(columns=records.SCHEMA.names)
+            ).to_pandas()

@@ -7,10 +7,11 @@ one file, written under a temporary name and renamed when complete: a file that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -81,9 +82,36 @@ _REPEATING = [name for name in SCHEMA.names if name != "token_ns"]
 """Columns worth a dictionary; timestamps are written in less time without, and smaller."""
 
 
-def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
+def of_columns(n: int, columns: Mapping[str, Any]) -> pa.Table:
+    """Rows from whole columns.
+
+    Parameters
+    ----------
+    n : int
+        Rows.
+    columns : mapping
+        By name: `n` values as a list or an array, or one value that all rows have. What is not named is missing.
+    """
+    if unknown := set(columns) - set(SCHEMA.names):
+        raise KeyError(f"records have no column {min(unknown)}")
+    parts = []
+    for field in SCHEMA:
+        value = columns.get(field.name)
+        if isinstance(value, list | np.ndarray | pa.Array):
+            parts.append(pa.array(value, field.type))
+        else:
+            parts.append(pa.repeat(pa.scalar(value, field.type), n))
+    return pa.Table.from_arrays(parts, schema=SCHEMA)
+
+
+def frame(parts: Iterable[pa.Table]) -> pd.DataFrame:
+    """Tables of records as one frame, as :func:`read_files` has it; an empty one if there are none."""
+    return pa.concat_tables([SCHEMA.empty_table(), *parts]).to_pandas()
+
+
+def write(rows: Iterable[dict[str, Any]] | pa.Table, path: Path) -> None:
     """Write one complete point; if the disk is full or not writable, nothing that looks complete is left behind."""
-    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=SCHEMA)
     with cache.writing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", use_dictionary=_REPEATING)
 

@@ -189,12 +189,13 @@ class Engine(Generic[R]):
         answer = max(request.output_tokens, self.system.answer_limit or 0)
         return math.ceil((request.input_tokens + answer) / self.system.kv_block_tokens)
 
-    def check(self, request: R) -> None:
-        """Refuse a request that would wait for ever.
+    def check(self, request: R) -> int:
+        """KV blocks to reserve for a request.
 
         Raises
         ------
         CannotServe
+            If it would wait for ever.
         """
         needed, most = self.blocks(request), self.system.max_step_tokens
         if needed > self.kv_blocks_total or request.input_tokens > most:
@@ -202,6 +203,7 @@ class Engine(Generic[R]):
                 f"{self.system.config}: a request with {request.input_tokens} prompt tokens needs {needed} KV blocks; "
                 f"an instance has {self.kv_blocks_total}, and a step takes {most} tokens"
             )
+        return needed
 
     def submit(self, request: R) -> None:
         """Queue a request.
@@ -211,8 +213,7 @@ class Engine(Generic[R]):
         CannotServe
             If it would wait for ever.
         """
-        self.check(request)
-        request.kv_blocks = self.blocks(request)
+        request.kv_blocks = self.check(request)
         self.waiting.append(request)
 
     def begin_step(self) -> float:

@@ -76,6 +76,8 @@ class _Client:
 
     def open(self, streams: int) -> None:
         """Servers have so many requests more, or fewer, from now on."""
+        if self._tokens_per_s is None:
+            return
         self._changed_s.append(self._clock.now_s)
         self._open_streams.append(self._open_streams[-1] + streams)
 
@@ -259,8 +261,11 @@ class _Point:
         self._asked[user] += 1
         request = Request(user, turn, prompt, prompt.input_tokens, self._expert(user, prompt), now_s)
         self._requests.append(request)
-        self._sender_free_s = max(self._sender_free_s, now_s) + self._per_request_s
-        self._clock.at(self._sender_free_s, self._queue_up, request)
+        if self._per_request_s:
+            self._sender_free_s = max(self._sender_free_s, now_s) + self._per_request_s
+            self._clock.at(self._sender_free_s, self._queue_up, request)
+        else:
+            self._queue_up(request)
 
     def _expert(self, user: int, prompt: Prompt) -> int:
         if self._system.routing == "expert_router":
@@ -279,7 +284,10 @@ class _Point:
             request, now_s = self._queue.popleft(), self._clock.now_s
             request.queued_s = now_s - request.sent_s
             request.routed_s = self._latencies_s[2 * request.user + (request.turn == "continuation")]
-            self._clock.at(now_s + request.routed_s, self._submit, request)
+            if request.routed_s:
+                self._clock.at(now_s + request.routed_s, self._submit, request)
+            else:
+                self._submit(request)
 
     def _submit(self, request: Request) -> None:
         """Let the least busy replica of the request's expert answer, or another expert, if that is what is done."""

@@ -16,7 +16,6 @@ import json
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 
 from erlib import cache, config
 from erlib.config import ConfigError, Paper, Profile
@@ -133,7 +132,7 @@ def simulated_beside(profile: Profile, sweep_: list[Series], emulated: pd.DataFr
         Records with ``source`` "simulated-hardware", where requests reach the engines at once, and, if there are
         emulated ones, "simulated-replay", where each is as late as it was there, by the gateway's own spans.
     """
-    rows = []
+    parts = []
     delays_s = {} if emulated is None else _routing_s(emulated)
     for series in sweep_:
         for point in points.points(profile, series):
@@ -153,7 +152,7 @@ def simulated_beside(profile: Profile, sweep_: list[Series], emulated: pd.DataFr
                     for user, turn in turns
                 ]
             for source, routing_s in ways.items():
-                rows += simulation.simulate(
+                answered = simulation.simulate(
                     target,
                     drawn,
                     paper=series.paper,
@@ -163,7 +162,8 @@ def simulated_beside(profile: Profile, sweep_: list[Series], emulated: pd.DataFr
                     columns={"source": source, "experiment": series.experiment, "profile": profile.name},
                     continues=series.continues,
                 )
-    return pa.Table.from_pylist(rows, schema=records.SCHEMA).to_pandas()
+                parts.append(answered)
+    return records.frame(parts)
 
 
 def _routing_s(emulated: pd.DataFrame) -> dict[tuple[str, int, str], float]:

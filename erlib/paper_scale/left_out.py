@@ -6,6 +6,8 @@ import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow as pa
+
 from erlib import cache
 from erlib.config import Profile
 from erlib.load import records
@@ -47,8 +49,10 @@ def simulate_left_out(profile: Profile, directory: Path) -> list[Path]:
                 file = f"{mix}-u{users:04d}-r{repeat}-{cache.digest(*base, name, mix, repeat)}.parquet"
                 wanted[name, mix, repeat] = directory / experiment / name / file
         if not all(records.found(path, "left out") for path in wanted.values()):
-            for rows in setups.points(usual, configs, profile, [users], settings.repeats, experiment):
-                path = wanted[rows[0]["config"], rows[0]["mix"], rows[0]["repeat"]]
-                records.write([row | {"point_hash": path.stem.rpartition("-")[2]} for row in rows], path)
+            for point in setups.points(usual, configs, profile, [users], settings.repeats, experiment):
+                path = wanted[tuple(point[name][0].as_py() for name in ("config", "mix", "repeat"))]
+                place = records.SCHEMA.get_field_index("point_hash")
+                named = pa.repeat(path.stem.rpartition("-")[2], len(point))
+                records.write(point.set_column(place, "point_hash", named), path)
         files += wanted.values()
     return files

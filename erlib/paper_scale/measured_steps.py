@@ -9,10 +9,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
-import pyarrow as pa
 
 from erlib import config
 from erlib.config import ConfigError, Dtype, Paper, Profile
@@ -197,11 +196,11 @@ METRICS = ("ttft_mean_s", "tpot_mean_s", "session_tokens_per_s")
 def _simulated(
     system: batching.System, workload: Workload, paper: Paper, seed: int, users: Sequence[int], repeats: int
 ) -> pd.DataFrame:
-    rows: list[dict[str, Any]] = []
+    parts = []
     for crowd, repeat in itertools.product(users, range(repeats)):
         drawn = prompts.draw(workload, crowd, "uniform", seed, repeat)
-        rows += simulation.simulate(system, drawn, paper=paper, repeat=repeat)
-    summary = metrics.summarise(pa.Table.from_pylist(rows, schema=records.SCHEMA).to_pandas())
+        parts.append(simulation.simulate(system, drawn, paper=paper, repeat=repeat))
+    summary = metrics.summarise(records.frame(parts))
     return summary[summary["turn"] == "base"]
 
 

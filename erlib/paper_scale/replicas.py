@@ -105,7 +105,7 @@ def run_replicas(
                     answered = simulation.simulate(
                         wider, drawn[mix], paper="p2", mix=mix, repeat=repeat, seed=profile.seed, columns=about
                     )
-                    summary = metrics.summarise(pd.DataFrame(answered))
+                    summary = metrics.summarise(answered.to_pandas())
                     rows.append(summary.assign(added=added, gpus=len(wider.experts)))
     table = pd.concat(rows, ignore_index=True)
     return table.assign(session_tokens_per_s_per_gpu=table["session_tokens_per_s"] / table["gpus"])

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 
 from erlib import cache, config, paths, provenance
 from erlib.config import Dtype, Mix, Paper, Profile
@@ -162,7 +163,7 @@ def points(
     users: Sequence[int],
     repeats: int,
     experiment: str = "load",
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[pa.Table]:
     """Records of some systems of one paper under a setup, point by point; ``source`` is "simulated-hardware".
 
     Parameters
@@ -199,8 +200,7 @@ def points(
 
 def simulated(*args: Any, **kwargs: Any) -> pd.DataFrame:
     """:func:`points` as one frame."""
-    rows = itertools.chain.from_iterable(points(*args, **kwargs))
-    return pd.DataFrame(rows).reindex(columns=records.SCHEMA.names)
+    return records.frame(points(*args, **kwargs))
 
 
 def mixes(name: str) -> list[Mix]:

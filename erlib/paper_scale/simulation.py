@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 
 from erlib import cache, config, provenance
 from erlib.config import ConfigError, Mix, Paper, Profile
@@ -35,8 +36,7 @@ from erlib.machine import processes
 from erlib.machine.progress import Bar
 from erlib.paper_scale import batching, steptimes
 from erlib.paper_scale.batching import System
-from erlib.paper_scale.clock import HARDWARE, Harness, trace
-from erlib.paper_scale.instances import Request
+from erlib.paper_scale.clock import HARDWARE, Harness, Trace, trace
 from erlib.paper_scale.presets import Preset, preset
 from erlib.routing import building
 from erlib.routing.clusterer import Clusterer
@@ -98,7 +98,7 @@ def simulate(
     routing_s: Sequence[float] | None = None,
     columns: Mapping[str, Any] | None = None,
     continues: bool | Sequence[Prompt] | None = None,
-) -> list[dict[str, Any]]:
+) -> pa.Table:
     """Records of one point (:data:`erlib.load.records.SCHEMA`), one row per request, ``source`` "simulated".
 
     Parameters
@@ -116,13 +116,12 @@ def simulate(
 
     Returns
     -------
-    list of dict
+    pyarrow.Table
         ``host`` names the preset. Of the gateway's spans only ``queue`` (wait for a stream) and ``forward`` (the
         routing latency as a whole) are modelled. Columns about the client's own lag are missing.
     """
     happened = trace(system, drawn, paper == "p1" if continues is None else continues, around, seed, routing_s)
-    stamps = happened.token_ns()
-    shared = {
+    about = {
         "source": "simulated",
         "paper": paper,
         "experiment": "load",
@@ -138,29 +137,36 @@ def simulate(
         "status": "ok",
         **(columns or {}),
     }
-    return [
-        shared | _row(request, token_ns, system) for request, token_ns in zip(happened.requests, stamps, strict=True)
-    ]
+    return records.of_columns(len(happened.requests), about | _requests(happened, system))
 
 
-def _row(request: Request, token_ns: npt.NDArray[np.int64], system: System) -> dict[str, Any]:
-    """What a record says of one request."""
-    row = {
-        "user": request.user,
-        "turn": request.turn,
-        "cluster": request.prompt.cluster,
-        "expert": request.expert,
-        "prompt": request.prompt.prompt,
-        "input_tokens": request.input_tokens,
-        "output_tokens": request.output_tokens,
-        "t_send_ns": round(request.sent_s * 1e9),
-        "t_first_ns": int(token_ns[0]),
-        "t_last_ns": int(token_ns[-1]),
-        "token_ns": token_ns,
+def _requests(happened: Trace, system: System) -> dict[str, Any]:
+    """What records say of each request, by column."""
+    requests = happened.requests
+    tokens = np.array([request.output_tokens for request in requests])
+    ends = np.concatenate([[0], tokens.cumsum()])
+    token_ns = np.concatenate(happened.token_ns())
+    columns = {
+        "user": [request.user for request in requests],
+        "turn": [request.turn for request in requests],
+        "cluster": [request.prompt.cluster for request in requests],
+        "expert": [request.expert for request in requests],
+        "prompt": [request.prompt.prompt for request in requests],
+        "input_tokens": [request.input_tokens for request in requests],
+        "output_tokens": tokens,
+        "t_send_ns": _ns([request.sent_s for request in requests]),
+        "t_first_ns": token_ns[ends[:-1]],
+        "t_last_ns": token_ns[ends[1:] - 1],
+        "token_ns": pa.ListArray.from_arrays(ends.astype(np.int32), token_ns),
     }
     if system.routing in HAVE_GATEWAYS:
-        row |= {"route_queue_ns": round(request.queued_s * 1e9), "route_forward_ns": round(request.routed_s * 1e9)}
-    return row
+        columns["route_queue_ns"] = _ns([request.queued_s for request in requests])
+        columns["route_forward_ns"] = _ns([request.routed_s for request in requests])
+    return columns
+
+
+def _ns(seconds: Sequence[float]) -> npt.NDArray[np.int64]:
+    return np.rint(np.array(seconds) * 1e9).astype(np.int64)
 
 
 @functools.cache
@@ -335,7 +341,7 @@ def _write(profile: Profile, workload: Workload, part: Sequence[Point], columns:
             "profile_hash": profile.digest,
             "point_hash": point.path.stem[-16:],
         }
-        rows = simulate(
+        answered = simulate(
             point.system,
             drawn,
             paper=point.paper,
@@ -345,7 +351,7 @@ def _write(profile: Profile, workload: Workload, part: Sequence[Point], columns:
             seed=_seed(profile.seed, point),
             columns=about | dict(columns or {}),
         )
-        records.write(rows, point.path)
+        records.write(answered, point.path)
 
 
 def _seed(seed: int, point: Point) -> int:

@@ -297,8 +297,12 @@ class _Grid:
         return self._lines[x]
 
     def along(self, x: float, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """:meth:`at` for many `y`, digit by digit."""
-        return np.interp(y, self.y, self._line(x)[0])
+        """:meth:`at` for many ascending `y`, digit by digit."""
+        line, values = self._line(x)
+        j = bisect_right(self.y, y[0], 1, len(self.y) - 1) - 1 if len(y) else 0
+        if not len(y) or y[-1] >= self.y[j + 1]:
+            return np.interp(y, self.y, line)
+        return (values[j + 1] - values[j]) / (self.y[j + 1] - self.y[j]) * (y - self.y[j]) + values[j]
 
     def at(self, x: float, y: float) -> float:
         line = self._line(x)[1]

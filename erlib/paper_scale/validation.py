@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from erlib import config, paths
 from erlib.config import KV_BLOCK_TOKENS, Profile
@@ -297,10 +296,10 @@ def predict(asked: pd.DataFrame, system: batching.System, around: Harness) -> pd
     OutOfRange
         If a step is larger than the step times know.
     """
-    rows = []
+    parts = []
     for (paper, mix, repeat, _), point in asked[asked["status"] == "ok"].groupby(["paper", "mix", "repeat", "users"]):
         by_turn = {turn: list(_prompts(requests)) for turn, requests in point.groupby("turn")}
-        rows += simulation.simulate(
+        answered = simulation.simulate(
             system,
             by_turn["base"],
             paper=paper,
@@ -310,7 +309,8 @@ def predict(asked: pd.DataFrame, system: batching.System, around: Harness) -> pd
             columns={"host": "virtual time, step times fitted to records"},
             continues=by_turn.get("continuation", False),
         )
-    return pa.Table.from_pylist(rows, schema=records.SCHEMA).to_pandas()
+        parts.append(answered)
+    return records.frame(parts)
 
 
 def _prompts(requests: pd.DataFrame) -> Iterator[Prompt]:

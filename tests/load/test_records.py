@@ -4,6 +4,7 @@ import ast
 import errno
 import os
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +27,29 @@ def test_what_is_written_is_read(tmp_path):
     assert list(frame["user"]) == [0, 1]
     assert [list(times) for times in frame["token_ns"]] == [[1, 2, 5], []]
     assert list(frame.columns) == records.SCHEMA.names
+
+
+def test_columns_are_the_rows_that_they_stand_for(tmp_path):
+    columns = {
+        "user": [0, 1],
+        "token_ns": [[1, 2, 5], []],
+        "input_tokens": np.array([3, 4]),
+        "repeat": 7,
+        "status": "ok",
+    }
+    rows = [
+        _row(**{"user": user, "token_ns": stamps, "input_tokens": tokens, "repeat": 7, "status": "ok"})
+        for user, stamps, tokens in ((0, [1, 2, 5], 3), (1, [], 4))
+    ]
+    shared = {"point_hash": "hash", "users": 2, "turn": "base", "config": "p1.A"}
+    table = records.of_columns(2, columns | shared)
+    assert table.to_pylist() == rows
+    records.write(table, tmp_path / "columns" / "point-hash.parquet")
+    records.write(rows, tmp_path / "rows" / "point-hash.parquet")
+    pd.testing.assert_frame_equal(*(records.read(tmp_path / name) for name in ("columns", "rows")))
+    assert len(records.frame([])) == 0 and list(records.frame([table])["user"]) == [0, 1]
+    with pytest.raises(KeyError, match="no column usr"):
+        records.of_columns(2, {"usr": 1})
 
 
 def test_no_table_is_read_by_the_names_of_its_folders():

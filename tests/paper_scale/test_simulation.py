@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -429,9 +428,11 @@ def test_preliminary_systems_have_room_for_the_largest_batch(dtype, tensor_paral
 
 
 def test_columns_may_be_replaced():
-    rows = simulation.simulate(system(), users(3), paper="p2", columns={"source": "simulated/hardware"})
-    table = pa.Table.from_pylist(rows, schema=records.SCHEMA)
+    table = simulation.simulate(system(), users(3), paper="p2", columns={"source": "simulated/hardware"})
+    assert table.schema == records.SCHEMA
     assert set(table["source"].to_pylist()) == {"simulated/hardware"}
+    with pytest.raises(KeyError, match="no column sauce"):
+        simulation.simulate(system(), users(3), paper="p2", columns={"sauce": "simulated/hardware"})
 
 
 def test_only_full_scale_is_simulated(tmp_path):

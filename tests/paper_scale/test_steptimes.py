@@ -9,12 +9,10 @@ import sys
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 
 from erlib import config, paths
 from erlib.engines import llama
-from erlib.load import records
 from erlib.paper_scale import batching, simulation, steptimes
 from erlib.paper_scale.fitting import Fitted
 from erlib.paper_scale.steptimes import OutOfRange, Roofline, Table
@@ -148,22 +146,17 @@ def test_roofline_and_table_tell_of_the_same_hardware(name):
 def _measure(steps, users, batch_size=16):
     system = batching.System("p2.E", "direct", steps, 1, batch_size, 100_000)
     drawn = [Prompt(n, 0, "", 40 + 7 * (n % 5), 60 + 11 * (n % 7), FORCED) for n in range(users)]
-    return simulation.simulate(system, drawn, paper="p1")
-
-
-def _frame(rows):
-    return pa.Table.from_pylist(rows, schema=records.SCHEMA).to_pandas()
+    return simulation.simulate(system, drawn, paper="p1").to_pandas()
 
 
 def test_fitted_finds_the_engine_behind_the_records_and_predicts_other_loads():
-    rows = [row for users in (1, 4, 32) for row in _measure(Linear(), users)]
-    fitted = Fitted(_frame(rows))
+    fitted = Fitted(pd.concat([_measure(Linear(), users) for users in (1, 4, 32)]))
     assert fitted.limits.batch == 16
     for batch in (1, 4, 16):
         assert fitted.decode_s(batch, 50) == pytest.approx(Linear().decode_s(batch, 50), rel=0.02)
     assert fitted.prefill_s(64) == pytest.approx(Linear().prefill_s(64), rel=0.05)
     for users in (2, 8, 24):
-        truth, predicted = (_frame(_measure(steps, users)) for steps in (Linear(), fitted))
+        truth, predicted = (_measure(steps, users) for steps in (Linear(), fitted))
         for column in ("t_first_ns", "t_last_ns"):
             real, guessed = ((rows[column] - rows["t_send_ns"]).mean() for rows in (truth, predicted))
             assert guessed == pytest.approx(real, rel=0.05)
@@ -175,15 +168,14 @@ def test_fitted_tells_reading_alone_from_reading_beside_decoding():
             alone = super().step_s(prompts, prompt_tokens, sequences, context_tokens)
             return alone + 0.05 if prompts and not sequences else alone
 
-    rows = [row for users in (1, 4, 32) for row in _measure(Overlapping(), users)]
-    fitted = Fitted(_frame(rows))
+    fitted = Fitted(pd.concat([_measure(Overlapping(), users) for users in (1, 4, 32)]))
     for step in ((1, 64, 0, 0), (2, 150, 8, 400), (1, 64, 15, 1000)):
         assert fitted.step_s(*step) == pytest.approx(Overlapping().step_s(*step), rel=0.05)
 
 
 def test_fitted_refuses_what_it_cannot_know():
-    rows = _measure(Linear(), 1) + _measure(Linear(), 4)
-    fitted = Fitted(_frame(rows))
+    seen = pd.concat([_measure(Linear(), 1), _measure(Linear(), 4)])
+    fitted = Fitted(seen)
     with pytest.raises(OutOfRange, match="batch 5"):
         fitted.decode_s(5, 50)
     with pytest.raises(OutOfRange, match="context"):
@@ -191,8 +183,8 @@ def test_fitted_refuses_what_it_cannot_know():
     with pytest.raises(OutOfRange, match="does not extrapolate"):
         _measure(fitted, 8)
     with pytest.raises(ValueError, match="single user"):
-        Fitted(_frame(_measure(Linear(), 4)))
+        Fitted(_measure(Linear(), 4))
     with pytest.raises(ValueError, match="one configuration"):
-        Fitted(_frame(rows + [row | {"config": "p2.D"} for row in rows]))
+        Fitted(pd.concat([seen, seen.assign(config="p2.D")]))
     with pytest.raises(ValueError, match="min_gaps"):
-        Fitted(_frame(rows), min_gaps=10**6)
+        Fitted(seen, min_gaps=10**6)

@@ -105,9 +105,9 @@ def _measure(steps, name="p2.E", levels=LEVELS, repeats=2, jitter=0.0) -> pd.Dat
                 columns={"source": "measured", "point_hash": f"{name}-{users}-{repeat}", "host": "a machine"},
             )
             late_ns = round(1e9 * jitter * repeat)
-            for row in point:
-                row |= {name: row[name] + late_ns for name in ("t_first_ns", "t_last_ns", "token_ns")}
-            rows += point
+            for row in point.to_pylist():
+                row |= {name: row[name] + late_ns for name in ("t_first_ns", "t_last_ns")}
+                rows.append(row | {"token_ns": [stamp + late_ns for stamp in row["token_ns"]]})
     return synthetic.frame(rows)
 
 
@@ -176,7 +176,7 @@ def test_continuations_go_where_they_went_and_are_as_long_as_they_were():
     system = validation.measured_system("p1.D", PROFILE, Linear())
     base = [Prompt(n, n, "", 14, 20, FORCED) for n in range(3)]
     second = [Prompt(n, n + 4, "", 25 + n, 10, FORCED) for n in range(3)]
-    asked = synthetic.frame(simulation.simulate(system, base, paper="p1", continues=second))
+    asked = simulation.simulate(system, base, paper="p1", continues=second).to_pandas()
     again = validation.predict(asked, system, clock.HARDWARE)
     seen = again[again["turn"] == "continuation"].sort_values("user")
     assert seen["expert"].tolist() == [4, 5, 6]
