@@ -129,7 +129,7 @@ class Evidence:
             mix = mixes[0]
         at = {level: value for (which, level), value in found.items() if which == mix}
         if not at:
-            short = f": its runs have fewer than {LEAST_BUCKETS} time buckets" * metric.startswith("bucket_")
+            short = f": its runs have fewer than {metrics.LEAST_BUCKETS} time buckets" * metric.startswith("bucket_")
             raise NotTestable(f"no {LABELS[metric]} of {name}{f' ({mix} mix)' * (mix == 'normal')}{short}")
         chosen = self._levels(at, users)
         if not chosen:
@@ -244,12 +244,8 @@ def _of_routing(done: pd.DataFrame) -> dict[str, float]:
     }
 
 
-LEAST_BUCKETS = 6
-"""A run over fewer time buckets has no shape."""
-
-
 def _of_buckets(tokens_per_s: np.ndarray) -> dict[str, float]:
-    if len(tokens_per_s) < LEAST_BUCKETS:
+    if len(tokens_per_s) < metrics.LEAST_BUCKETS:
         return {}
     mean, peak = tokens_per_s.mean(), tokens_per_s.max()
     third = len(tokens_per_s) // 3

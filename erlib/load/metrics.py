@@ -142,6 +142,10 @@ def bucket_width_s(records: pd.DataFrame, paper_s: float) -> float:
     return max(n for n in (power, 2 * power, 5 * power) if n <= most_s * (1 + 1e-9))
 
 
+LEAST_BUCKETS = 6
+"""A run over fewer time buckets has no shape."""
+
+
 def bucket_throughput(records: pd.DataFrame, width_s: float) -> pd.DataFrame:
     """Tokens received in consecutive intervals, whoever received them (paper 1, section V-B; paper 2, section V-B).
 

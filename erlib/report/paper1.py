@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from erlib import config
-from erlib.claims.evidence import LEAST_BUCKETS
 from erlib.load import metrics
 from erlib.report import canvas
 from erlib.report.canvas import GREY
@@ -144,9 +143,11 @@ def paper1_bucket_throughput(records: pd.DataFrame, profile: config.Profile) -> 
         ax.tick_params(labelbottom=True)
     axes[0, 0].set(xlim=(0, None), ylim=(0, None))
     buckets = table.groupby(["config", "users"])["bucket"].max() + 1
-    short = int((buckets < LEAST_BUCKETS).sum())
+    short = int((buckets < metrics.LEAST_BUCKETS).sum())
     unresolved = (
-        f" {short} of {len(buckets)} runs last fewer than {LEAST_BUCKETS} buckets and show no course." if short else ""
+        f" {short} of {len(buckets)} runs last fewer than {metrics.LEAST_BUCKETS} buckets and show no course."
+        if short
+        else ""
     )
     rest = axes.flat[len(configs) :]
     for ax in rest:

@@ -16,7 +16,7 @@ import yaml
 from erlib import config, paths
 from erlib.claims import evidence, explained, scorecards, verdicts
 from erlib.claims.verdicts import AMBIGUOUS, CONSTRUCTION, FAILS, FITTED, HOLDS, NOT_RUN, UNTOLD
-from erlib.load import experiments, records, sweep
+from erlib.load import experiments, metrics, records, sweep
 from tests.support import synthetic
 
 IDS = [f"P1-S{i:02d}" for i in range(1, 23)] + [f"P1-R{i:02d}" for i in range(1, 33)]
@@ -393,7 +393,7 @@ def test_shape_of_throughput_over_time():
     assert one_peak["bucket_end_over_peak"] == pytest.approx(0.05)
     several = evidence._of_buckets(np.array([100.0, 20, 100, 20, 100, 20, 100]))
     assert several["bucket_peaks"] == 4
-    assert evidence._of_buckets(np.ones(evidence.LEAST_BUCKETS - 1)) == {}
+    assert evidence._of_buckets(np.ones(metrics.LEAST_BUCKETS - 1)) == {}
 
 
 def test_users_map_to_the_papers_scale(runs, profile):
