@@ -98,7 +98,7 @@ class WhatIfSettings(Section):
     """The question of notebook 13: which way to serve a model on some GPUs. ``sensitivity.gpu_hour`` is their price."""
 
     model: str = Field("llama-3-8b", description="of data/llama_shapes.yaml")
-    gpu: str = Field("h100", description="h100, h100-pytorch, h200-pytorch, or a file with step times of another one")
+    gpu: str = Field("h100", description="h100, h200, a100, h100-pytorch, h200-pytorch, or a file of step times")
     gpu_gb: float | None = Field(None, gt=0, le=10_000, description="its memory in GB (none: what it is known to have)")
     gpus: int = Field(8, ge=1, le=8, description="how many there are")
     formats: list[Dtype] = Field([], description="of weights (none: all that there are step times for)")
@@ -117,7 +117,7 @@ class WhatIfSettings(Section):
         1.35,
         ge=1,
         le=100,
-        description="steps of engines with adapters, times those without: 1.28 to 1.39 on an H100 with PyTorch's "
+        description="steps of engines with adapters, times those without: 1.28 to 1.40 on an H100 with PyTorch's "
         "kernels, which engines' own may beat",
     )
 

@@ -111,7 +111,7 @@ class Question:
     """Sequences that an engine runs at a time, at most."""
     adapters_slower: float = 1.35
     """Steps of engines with adapters, times those without, whatever the model: an assumption, where Llama 3 8B in FP16
-    has 1.28 to 1.39 with PyTorch's kernels (:mod:`erlib.paper_scale.adapter_steps`; 1 to 256 sequences)."""
+    has 1.28 to 1.40 with PyTorch's kernels (:mod:`erlib.paper_scale.adapter_steps`; 1 to 256 sequences of 512)."""
     window_s: float | None = None
     """For how long requests come, where the most that is carried is searched for; None: several answers' time."""
     users: int | None = None
