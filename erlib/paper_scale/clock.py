@@ -284,10 +284,7 @@ class _Point:
             request, now_s = self._queue.popleft(), self._clock.now_s
             request.queued_s = now_s - request.sent_s
             request.routed_s = self._latencies_s[2 * request.user + (request.turn == "continuation")]
-            if request.routed_s:
-                self._clock.at(now_s + request.routed_s, self._submit, request)
-            else:
-                self._submit(request)
+            self._clock.at(now_s + request.routed_s, self._submit, request)
 
     def _submit(self, request: Request) -> None:
         """Let the least busy replica of the request's expert answer, or another expert, if that is what is done."""
