@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from erlib import config
 from erlib.config import Dtype, Mix, Paper
-from erlib.paper_scale import decisions, known_error, questions, service_levels, what_if
+from erlib.paper_scale import decisions, gpus, known_error, questions, service_levels, what_if
 from erlib.report import plan, style
 from erlib.workload import traces
 
@@ -45,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="e.g. llama-3-70b")
     parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--gpu", default="h100", help=f"{', '.join(questions.GPUS)}, or a file with step times")
+    parser.add_argument("--gpu", default="h100", help=f"{', '.join(gpus.GPUS)}, or a file with step times")
     parser.add_argument("--gpu-gb", type=float, help="its memory, where it is another one's step times")
     load = parser.add_mutually_exclusive_group()
     load.add_argument("--requests-per-s", type=float, help="Poisson arrivals (neither: as a trace has them)")
@@ -69,6 +69,8 @@ def main() -> int:
     for name, file in (("--csv", options.csv), ("--figure", options.figure)):
         if file and not file.absolute().parent.is_dir():
             parser.error(f"{name}: there is no folder {file.absolute().parent}")
+        if file and file.is_dir():
+            parser.error(f"{name}: {file} is a folder: give the name of a file")
     if options.figure and options.figure.suffix not in FIGURES:
         parser.error(f"--figure: {options.figure.name} ends in none of {', '.join(FIGURES)}")
     try:
@@ -82,22 +84,26 @@ def main() -> int:
     except config.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.csv:
-        table.to_csv(options.csv, index=False)
-    if options.figure:
-        style()
-        plan(table, question).savefig(options.figure)
     shown = _shown(question, table)
     print(tabulate(shown, headers="keys", tablefmt="simple", showindex=False, disable_numparse=True, maxcolwidths=34))
     print(f"\n{what_if.verdict(question, table)}\n")
     low, high = known_error.between(known_error.known_error(), questions.throughput_error(question))
     told = {
-        **{"gpus": question.gpus, "said": questions.gpu(question.gpu, question.gpu_gb).said, "low": low, "high": high},
+        **{"gpus": question.gpus, "said": question.its_gpu.said, "low": low, "high": high},
         **{"whose": options.trace or f"paper {options.lengths[1]}", "load": question.load, "slots": question.slots},
-        **{"spread": question.spread, "slower": question.adapters_slower},
+        **{"spread": question.spread_said, "slower": question.adapters_slower},
     }
     print(ASSUMPTIONS.format(**told))
-    print(decisions.too_good(known_error.known_error(), question))
+    print(" ".join([decisions.too_good(known_error.known_error(), question), *decisions.unknown(question)]))
+    try:
+        if options.csv:
+            table.to_csv(options.csv, index=False)
+        if options.figure:
+            style()
+            plan(table, question).savefig(options.figure)
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

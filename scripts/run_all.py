@@ -64,10 +64,12 @@ def _main(args: argparse.Namespace) -> int:
     left_out = report.fitted.left_out if report else {}
     if args.dry_run:
         from erlib.load import readiness
+        from erlib.paper_scale import asked_in_vain
 
         plan = [(step.name, step.what_would_be(args.again, left_out)) for step in steps]
         print(runbook.text(report, plan) if report else "\n".join(f"{name}: {what}" for name, what in plan))
-        for problem in [] if report else readiness.basics(profile):
+        problems = [] if report else readiness.basics(profile)
+        for problem in [*problems, *asked_in_vain.problems(profile, [step.name for step in steps])]:
             print(f"a run would stop here because: {problem}", file=sys.stderr)
         return 0
     if report:
@@ -79,16 +81,17 @@ def _main(args: argparse.Namespace) -> int:
     if not to_run:
         raise config.ConfigError("; ".join(f"{step.name} is left out: {left_out[step.name]}" for step in steps))
     with _alone(profile):
-        if any(step.reason_to_run(args.again) for step in to_run):
-            _check_basics(profile)
+        if due := [step for step in to_run if step.reason_to_run(args.again)]:
+            _check_basics(profile, due)
         return _run(to_run, profile, args.again)
 
 
-def _check_basics(profile: config.Profile) -> None:
-    """ConfigError where a run lacks what any run needs."""
+def _check_basics(profile: config.Profile, steps: list[Step]) -> None:
+    """ConfigError where a run lacks what any run needs, or a notebook asks for what cannot be."""
     from erlib.load import readiness
+    from erlib.paper_scale import asked_in_vain
 
-    if problems := readiness.basics(profile):
+    if problems := [*readiness.basics(profile), *asked_in_vain.problems(profile, [step.name for step in steps])]:
         raise config.ConfigError("\n".join(problems))
 
 

@@ -65,6 +65,26 @@ def test_what_a_data_sheet_says_is_known_for_it(run: Run) -> None:
     assert "(0.76 to 1.14 times)" in said and f"steps {Question.adapters_slower:g} times as long" in said
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--gpu", "h100-pytorch"), "on 1 H100s, measured with PyTorch's kernels"),
+        (("--gpu", "h100-pytorch"), "with other step times nothing is known of them"),
+        (("--gpu-gb", "40"), "kernel times that NVIDIA published, with 40 GB each"),
+    ],
+)
+def test_what_is_not_known_of_other_gpus_is_said(run: Run, more: tuple[str, ...], said: str) -> None:
+    status, out, err = run(*LITTLE, *more)
+    assert status == 0, err
+    assert said in " ".join(out.split())
+
+
+def test_an_answer_is_told_even_if_its_file_cannot_be_written(run: Run) -> None:
+    status, out, err = run(*LITTLE, "--csv", "/proc/plan.csv")
+    assert status == 2 and "No design carries 6 users" in out
+    assert "/proc/plan.csv cannot be written" in err.splitlines()[-1]
+
+
 def test_ones_own_requests_are_planned_for(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "azure.csv"
     rows = [f"2023-11-16 18:{i // 60:02}:{i % 60:02}.{i:07},{100 + i},{20 + i}" for i in range(60)]
@@ -79,6 +99,8 @@ def test_ones_own_requests_are_planned_for(run: Run, tmp_path: Path) -> None:
     ("given", "said"),
     [
         (("--csv", "nowhere/plan.csv"), "--csv: there is no folder"),
+        (("--csv", "."), "--csv: . is a folder"),
+        (("--ttft", "inf"), "ttft_s is 1e-06 to 1e+06, not inf"),
         (("--figure", "nowhere/plan.png"), "--figure: there is no folder"),
         (("--figure", "plan.xlsx"), "--figure: plan.xlsx ends in none of .png, .svg, .pdf"),
         (("--requests-per-s", "3"), "not allowed with argument"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, model_validator
 
@@ -36,7 +36,14 @@ class Section(Settings):
     @model_validator(mode="before")
     @classmethod
     def _may_be_left_empty(cls, value: Any) -> Any:
-        return {} if value is None else value
+        """Also a key, by the word that ``--help`` has for it, and not by YAML's alone."""
+        if not isinstance(value, dict):
+            return {} if value is None else value
+        return {key: None if its == "none" and cls._takes_none(key) else its for key, its in value.items()}
+
+    @classmethod
+    def _takes_none(cls, key: Any) -> bool:
+        return key in cls.model_fields and type(None) in get_args(cls.model_fields[key].annotation)
 
 
 def _is_system(value: str) -> str:

@@ -8,7 +8,8 @@ import pandas as pd
 
 from erlib.paper_scale import known_error, questions
 from erlib.paper_scale.exploring import RESPONSES, Answer
-from erlib.paper_scale.questions import GPUS, IN_TURN, Question
+from erlib.paper_scale.gpus import GPUS
+from erlib.paper_scale.questions import IN_TURN, Question
 
 _LATER, _LESS, _SAME = ("", "> "), ("", "< "), ("", "")
 """Before what is shown; the latter near and beyond what is carried, where it gets worse with time."""
@@ -82,12 +83,8 @@ def carries(answer: Answer, design: str) -> str:
 
 def decision(answer: Answer) -> list[str]:
     """Which decisions the answer is for, a sentence each: whether it is carried, by whom rather, and routed or not."""
-    said = [_carried(answer)]
-    if len(answer.table) > 1:
-        said.append(_rather(answer))
-    if kinds := _of_kinds(answer):
-        said.append(kinds)
-    return said
+    rather = _rather(answer) if len(answer.table) > 1 else ""
+    return [said for said in (_carried(answer), rather, _of_kinds(answer)) if said]
 
 
 def _carried(answer: Answer) -> str:
@@ -96,9 +93,13 @@ def _carried(answer: Answer) -> str:
     room = f"headroom {best['headroom']:.3g} ({best['headroom_low']:.3g} to {best['headroom_high']:.3g})"
     verdict = carries(answer, best["design"])
     if verdict == NO:
+        late = best[f"{best['bottleneck'].lower()}_p99_s"]
+        why = f"{room}, ended by {best['limited_by']}"
+        if late > getattr(asked, f"{best['bottleneck'].lower()}_s"):
+            why = f"p99 {best['bottleneck']} {short(late)} s, {room}"
         return (
-            f"No design carries {asked.load} within {level}. Nearest to it is {best['design']}: {room}, ended by "
-            f"{best['limited_by']}. Ask for less, or give more GPUs."
+            f"No design carries {asked.load} within {level}. Nearest to it is {best['design']}: {why}. Ask for less, "
+            "or give more GPUs."
         )
     if verdict == UNSURE:
         return (
@@ -113,6 +114,8 @@ def _rather(answer: Answer) -> str:
     ratio, low, high = compared(answer, first, second)
     rate = "answers" if answer.question.users else "headroom"
     names = f"{first['design']} rather than {second['design']}"
+    if math.isnan(ratio):
+        return ""
     times = _times(ratio, low, high)
     return f"{names}: {times} the {rate}." if low > 1 else f"{names} is not sure: {times} the {rate}."
 
@@ -122,15 +125,17 @@ def compared(answer: Answer, one: pd.Series, other: pd.Series) -> tuple[float, f
     interval.
 
     Where both have the same step times, an error of these is the same for both, and what is left is by how much draws
-    differ. Otherwise each may err on its own.
+    differ. Otherwise each may err on its own. NaN where one of them carries nothing.
     """
     name = "goodput_per_s" if answer.question.users else "headroom"
-    ratio = one[name] / other[name] if other[name] else math.inf
+    if not (one[name] > 0 and other[name] > 0):
+        return math.nan, math.nan, math.nan
+    ratio = one[name] / other[name]
     low, high = 1.0, 1.0
     if one["form"] != other["form"]:
         least, most = known_error.between(answer.errors, questions.throughput_error(answer.question))
         low, high = least / most, most / least
-    elif name == "goodput_per_s" and not math.isnan(one[f"{name}_low"]) and not math.isnan(other[f"{name}_low"]):
+    elif name == "goodput_per_s" and one[f"{name}_low"] > 0 and other[f"{name}_low"] > 0:
         low = one[f"{name}_low"] / one[name] * other[name] / other[f"{name}_high"]
         high = one[f"{name}_high"] / one[name] * other[name] / other[f"{name}_low"]
     return ratio, ratio * low, ratio * high
@@ -144,6 +149,8 @@ def _of_kinds(answer: Answer) -> str:
         return ""
     mine, its = experts.iloc[0], one.iloc[0]
     ratio, low, high = compared(answer, mine, its)
+    if math.isnan(ratio):
+        return ""
     rate = "answers" if answer.question.users else "headroom"
     told = {
         SURE: f"they carry {answer.question.load}, too",
@@ -178,12 +185,17 @@ def limits(answer: Answer) -> list[str]:
         "and '<' say so.",
     ]
     said.append(too_good(errors, asked))
-    if not sheet and (asked.gpu.lower() not in GPUS or GPUS[asked.gpu.lower()] != GPUS["h100"]):
-        said.append(
-            "These errors are of NVIDIA's step times for the H100; with other step times nothing is known of them."
-        )
+    said += unknown(asked)
     said.append("No host, no gateway and no network are in it.")
     return said
+
+
+def unknown(asked: Question) -> list[str]:
+    """That the errors are of other step times than the question's, if so."""
+    of = asked.its_gpu
+    if of.sheet is not None or of.tables == GPUS["h100"].tables:
+        return []
+    return ["These errors are of NVIDIA's step times for the H100; with other step times nothing is known of them."]
 
 
 def too_good(errors: pd.DataFrame, asked: Question) -> str:

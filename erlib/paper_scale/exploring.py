@@ -90,7 +90,7 @@ def observe(
         If a step is larger than the step times know.
     """
     system = way.design.system
-    asked = questions.for_experts(questions.drawn(question, profile, effort.requests, draw), system)
+    asked = questions.for_experts(question, questions.drawn(question, profile, effort.requests, draw), system)
     rng = np.random.default_rng([profile.seed, draw, len(asked)])
     goes_on: bool | Sequence[Sequence[Prompt]] = False
     if question.users is None:
@@ -321,8 +321,10 @@ def gpus(way: Way) -> int:
 
 
 def room(question: Question, bound: Capacity) -> float:
-    """The most over what is asked."""
-    return bound.users / question.users if question.users else bound.requests_per_s / question.rate_per_s
+    """The most over what is asked; of users, also those who wait for a first token for no longer than they may."""
+    if not question.users:
+        return bound.requests_per_s / question.rate_per_s
+    return (bound.users + bound.requests_per_s * question.ttft_s) / question.users
 
 
 def _expected(question: Question, bound: Capacity) -> float:
@@ -384,8 +386,8 @@ def over_draws(question: Question, draws: Sequence[Mapping[str, float]]) -> dict
 
 
 def interval(draws: Sequence[float] | pd.Series) -> tuple[float, float]:
-    """The interval of a mean over draws, in which it is with probability :data:`LEVEL`; NaN for one draw."""
-    if len(draws) < 2:
+    """The interval of a mean over draws, in which it is with probability :data:`LEVEL`; NaN if it cannot be told."""
+    if len(draws) < 2 or not np.isfinite(draws).all():
         return math.nan, math.nan
     half = stats.t.ppf((1 + LEVEL) / 2, len(draws) - 1) * stats.sem(draws)
     return max(0.0, float(np.mean(draws) - half)), float(np.mean(draws) + half)

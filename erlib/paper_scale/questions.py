@@ -1,31 +1,27 @@
 """What is asked of a deployment, every way to serve it for which there are step times, and the requests that come.
 
-Step times are those of a table (:mod:`erlib.paper_scale.steptimes`): NVIDIA's for the H100, what PyTorch's kernels took
-on an H100 and an H200, or one of your own; or they follow from a data sheet (A100, H200), for any large Llama shape. KV
-caches have all the memory that weights leave.
+Which step times there are, :mod:`erlib.paper_scale.gpus` knows. KV caches have all the memory that weights leave.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from erlib import config, paths
-from erlib.config import ConfigError, Dtype, Mix, Paper, Profile, nearest
+from erlib import config
+from erlib.config import ConfigError, Dtype, Mix, Paper, Profile
 from erlib.engines import llama
-from erlib.paper_scale import known_error, measured_steps, service_levels, setups, steptimes
+from erlib.paper_scale import gpus, known_error, service_levels, setups
 from erlib.paper_scale.batching import System
 from erlib.paper_scale.designs import Design
-from erlib.paper_scale.steptimes import OutOfRange, Roofline, StepTimes, Table
+from erlib.paper_scale.gpus import Form, Gpu
 from erlib.workload import prompts, traces
 from erlib.workload.prompts import Prompt, Workload
 from erlib.workload.traces import Trace
@@ -35,59 +31,9 @@ IN_TURN, ROUTED, ADAPTERS = "one model", "routed experts", "adapters"
 """Kinds of designs: no expert matters, each has servers of its own, or every server has all of them."""
 
 
-class Gpu(NamedTuple):
-    """A GPU that step times are known of."""
-
-    tables: tuple[Path, ...]
-    memory_bytes: float
-    said: str
-    """Whose times these are."""
-    sheet: steptimes.Gpu | None = None
-    """What prices steps where there is no table."""
-
-
-GPUS = {
-    "h100": Gpu((steptimes.TABLE, setups.BESIDE), llama.H100_BYTES, "H100s, kernel times that NVIDIA published"),
-    "h100-pytorch": Gpu(
-        (paths.FACTS / "h100_pytorch_step_times.csv",), llama.H100_BYTES, "H100s, measured with PyTorch's kernels"
-    ),
-    "h200-pytorch": Gpu(
-        (paths.FACTS / "h200_pytorch_step_times.csv",), 141e9, "H200s, measured with PyTorch's kernels"
-    ),
-    "h200": Gpu((), 141e9, "H200s, priced from the data sheet and not from kernels", steptimes.H200),
-    "a100": Gpu((), 80e9, "A100s, priced from the data sheet and not from kernels", steptimes.A100),
-}
-"""By name; the memory of A100 and H200 is the data sheet's."""
-SMALLEST = 1e9
-"""Parameters of a model that a data sheet prices, at least: steps of smaller ones are launches of kernels above all, of
-which it knows nothing."""
-
-
-def gpu(name: str, memory_gb: float | None = None) -> Gpu:
-    """A GPU by its name, or by the file of its step times.
-
-    Raises
-    ------
-    ConfigError
-        If there is neither; the message says how to get one.
-    """
-    measure = "measure it with scripts/measure_step_times.py on one and give the file that it writes"
-    if not name.endswith((".csv", ".parquet")):
-        if name.lower() not in GPUS:
-            others = f"{nearest(name, list(GPUS))}; there are {', '.join(GPUS)}"
-            raise ConfigError(f"no step times of GPU {name!r}{others}. For another one, {measure}")
-        known = GPUS[name.lower()]
-        return known._replace(memory_bytes=memory_gb * 1e9) if memory_gb else known
-    if not (file := paths.ROOT / Path(name).expanduser()).is_file():
-        raise ConfigError(f"there is no step table {name}: {measure}")
-    if not memory_gb:
-        raise ConfigError(f"{name} does not say how much memory its GPU has: give that, too, in GB (gpu_gb)")
-    return Gpu((file,), memory_gb * 1e9, f"GPUs with {memory_gb:g} GB, step times of {file.name}")
-
-
 def throughput_error(question: Question) -> str:
     """Which of the known errors (:mod:`erlib.paper_scale.known_error`) is that of the answer's throughput."""
-    priced = known_error.SHEET if gpu(question.gpu, question.gpu_gb).sheet else ""
+    priced = known_error.SHEET if question.its_gpu.sheet else ""
     return known_error.THROUGHPUT + priced
 
 
@@ -117,7 +63,7 @@ class Question:
     users: int | None = None
     """Who each ask again as soon as they have an answer (closed loop)."""
     gpu: str = "h100"
-    """Of :data:`GPUS`, or a file with step times."""
+    """Of :data:`erlib.paper_scale.gpus.GPUS`, or a file with step times."""
     gpu_gb: float | None = None
     """Memory of one, in GB of 10^9 bytes; None: what it is known to have."""
     gpu_hour: float = 1.0
@@ -136,11 +82,10 @@ class Question:
             raise ConfigError("give requests per second (Poisson arrivals) or users (each asks again), one of them")
         if self.requests_per_s is not None and self.users is not None:
             raise ConfigError("requests per second or users, not both")
-        given = (self.requests_per_s, self.users, self.gpu_gb, self.window_s)
-        numbers = [number for number in given if number is not None]
-        numbers += [self.ttft_s, self.tpot_s, self.slots, self.adapters_slower, self.gpu_hour]
-        if not all(number > 0 for number in numbers):
-            raise ConfigError("rates, users, latencies, slots, factors, windows and prices must be more than 0")
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ConfigError(f"{name} is {least:g} to {most:g}, not {value:g}")
         if self.trace is not None:
             _check(self.trace)
             if self.requests_per_s is None and self.users is None and not math.isfinite(self.trace.requests_per_s):
@@ -149,6 +94,31 @@ class Question:
     @property
     def trace(self) -> Trace | None:
         return None if isinstance(self.lengths, str) else self.lengths
+
+    @property
+    def its_gpu(self) -> Gpu:
+        """What is known of the GPU.
+
+        Raises
+        ------
+        ConfigError
+            If nothing is.
+        """
+        return gpus.gpu(self.gpu, self.gpu_gb)
+
+    @property
+    def clusters(self) -> int:
+        """How many a request may be of: those that the trace names, if it does."""
+        trace = self.trace
+        if trace is None or trace.cluster is None:
+            return CLUSTERS
+        return max(len(trace.experts), int(np.max(trace.cluster)) + 1)
+
+    @property
+    def spread_said(self) -> str:
+        """How requests spread over the experts, in words."""
+        decided = self.trace is not None and self.trace.cluster is not None
+        return "as the trace says" if decided else self.spread
 
     @property
     def rate_per_s(self) -> float:
@@ -167,6 +137,13 @@ class Question:
             return f"{self.users:,} users"
         own = ", as its trace has them" if self.requests_per_s is None else ""
         return f"{self.rate_per_s:.4g} requests/s{own}"
+
+
+_RANGES = {
+    **{"requests_per_s": (1e-3, 1e6), "users": (1, 1e6), "ttft_s": (1e-6, 1e6), "tpot_s": (1e-6, 1e6)},
+    **{"slots": (1, 1e5), "adapters_slower": (1e-3, 1e3), "window_s": (1e-3, 1e6), "gpu_gb": (1, 1e4)},
+    "gpu_hour": (1e-6, 1e9),
+}
 
 
 def _check(trace: Trace) -> None:
@@ -200,7 +177,7 @@ class Way(NamedTuple):
     width: int
     """GPUs of an engine."""
     kind: str
-    form: tuple[Dtype, Dtype, int]
+    form: Form
     """Weights, KV cache and width: designs with the same have the same step times."""
 
 
@@ -213,9 +190,9 @@ def ways(question: Question, profile: Profile) -> dict[str, Way]:
         If there is none, or the model has no shape.
     """
     found: dict[str, Way] = {}
-    of = gpu(question.gpu, question.gpu_gb)
+    of = question.its_gpu
     limit = profile.workload.p2_max_output_tokens if question.lengths == "p2" else None
-    for form, steps in _forms(question, of):
+    for form, steps in gpus.forms(of, question.model, question.gpus, question.formats):
         dtype, kv_dtype, width = form
         n = question.gpus // width
         try:
@@ -227,7 +204,7 @@ def ways(question: Question, profile: Profile) -> dict[str, Way]:
         routed = System(name, "expert_router", steps, n, slots, kv_tokens, limit)
         one = replace(routed, routing="replicas" if n > 1 else "direct")
         found[f"{name}, one model"] = Way(Design(one), width, IN_TURN, form)
-        experts = question.experts or n
+        experts = question.experts or min(n, question.clusters)
         if 1 < experts <= n:
             own = replace(routed, instances=experts, added=_more(question, profile, experts, n - experts))
             said = "an expert each" if experts == n else f"{experts} experts"
@@ -235,27 +212,24 @@ def ways(question: Question, profile: Profile) -> dict[str, Way]:
         if dtype == "fp16":
             slower = question.adapters_slower
             every = setups.slower(replace(routed, adapters=True), slower)
-            many = question.experts or CLUSTERS
+            many = question.experts or question.clusters
             found[f"{name}, {many} adapters each"] = Way(Design(every, slower=slower), width, ADAPTERS, form)
     if not found:
         raise ConfigError(_none(question, of))
     return found
 
 
-def models() -> list[str]:
-    """Models that some GPU has step times for."""
-    return sorted({model for its in GPUS.values() for model in _known(its)["model"]})
-
-
 def _none(question: Question, of: Gpu) -> str:
     """Why there is no way."""
     shape = llama.shape(question.model)
-    mine = _known(of)
-    models = ", ".join(sorted(mine["model"].unique()))
-    if question.model not in set(mine["model"]):
+    known = gpus.known(of)
+    mine = known[known["model"] == question.model]
+    if mine.empty:
         source = f"{of.tables[0].name} has" if of.tables else "a data sheet prices"
-        return f"no step times for {question.model} on {question.gpus} GPUs; {source} {models}"
+        return f"no step times for {question.model} on {question.gpus} GPUs; {source} {_listed(known['model'])}"
     formats = f" in {', '.join(question.formats)}" if question.formats else ""
+    if question.formats and not set(question.formats) & set(mine["dtype"]):
+        return f"no step times for {question.model}{formats} on such GPUs; there are some for {_listed(mine['dtype'])}"
     return (
         f"{question.model}{formats} ({shape.parameters / 1e9:.0f} billion parameters) has no form that fits into "
         f"{question.gpus} GPUs of {of.memory_bytes / 1e9:.0f} GB and whose step times are known: more GPUs, or another "
@@ -263,57 +237,8 @@ def _none(question: Question, of: Gpu) -> str:
     )
 
 
-def _forms(question: Question, of: Gpu) -> Iterator[tuple[tuple[Dtype, Dtype, int], StepTimes]]:
-    """Forms of the model that are known of the GPU, the widest weights first."""
-    rows = _known(of)
-    mine = rows[(rows["model"] == question.model) & (rows["tensor_parallel"] <= question.gpus)]
-    order = list(get_args(Dtype))
-    forms = {(str(r.dtype), str(r.kv_dtype), int(r.tensor_parallel)) for r in mine.itertuples()}
-    for form in sorted(forms, key=lambda form: (order.index(form[0]), form[2], order.index(form[1]))):
-        if question.formats and form[0] not in question.formats:
-            continue
-        if (steps := _steps(question.model, form, of)) is not None:
-            yield form, steps  # type: ignore[misc]
-
-
-@functools.cache
-def _known(of: Gpu) -> pd.DataFrame:
-    """Forms of models that there are step times for."""
-    columns = ["model", "dtype", "kv_dtype", "tensor_parallel"]
-    if of.sheet is not None:
-        return pd.DataFrame(_of_sheet(of.sheet), columns=columns)
-    tables = of.tables
-    try:
-        parts = [
-            pd.read_parquet(file, columns=columns) if file.suffix == ".parquet" else measured_steps.read(file)[columns]
-            for file in tables
-        ]
-    except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(f"{tables[0].name} is no table of step times: {str(error).splitlines()[0]}") from None
-    return pd.concat(parts).astype({"tensor_parallel": int}).drop_duplicates()
-
-
-def _of_sheet(sheet: steptimes.Gpu) -> Iterator[tuple[str, Dtype, Dtype, int]]:
-    """Forms of every large model, in the formats that the GPU computes with."""
-    formats: list[Dtype] = [its for its in get_args(Dtype) if its != "fp8" or sheet.fp8_flops > sheet.fp16_flops]
-    large = {model: shape for model, shape in llama.shapes().items() if shape.parameters >= SMALLEST}
-    for (model, shape), dtype, width in itertools.product(large.items(), formats, (1, 2, 4, 8)):
-        if shape.kv_heads % width == 0:
-            for kv_dtype in ("fp16", dtype) if dtype in ("fp8", "int8") else ("fp16",):
-                yield model, dtype, kv_dtype, width
-
-
-@functools.cache
-def _steps(model: str, form: tuple[Dtype, Dtype, int], of: Gpu) -> StepTimes | None:
-    """Read once: a table has some ten thousand rows."""
-    if of.sheet is not None:
-        return Roofline(llama.shape(model), of.sheet, *form)
-    for file in of.tables:
-        try:
-            return Table(model, *form, None if file == steptimes.TABLE else file)
-        except OutOfRange:  # of a part of a system only, such as one GPU's share without what they exchange
-            continue
-    return None
+def _listed(names: pd.Series) -> str:
+    return ", ".join(sorted(names.unique()))
 
 
 def shares(question: Question, profile: Profile, experts: int) -> npt.NDArray[np.float64]:
@@ -321,12 +246,18 @@ def shares(question: Question, profile: Profile, experts: int) -> npt.NDArray[np
     trace = question.trace
     of_cluster: npt.NDArray[np.float64]
     if trace is not None and trace.cluster is not None:
-        of_cluster = np.bincount(np.asarray(trace.cluster), minlength=CLUSTERS) / len(trace.cluster)
+        of_cluster = np.bincount(np.asarray(trace.cluster), minlength=question.clusters) / len(trace.cluster)
     else:
         of_cluster = prompts.mix_shares(question.spread, CLUSTERS, profile.workload.sigma)
     of_expert = np.zeros(experts)
-    np.add.at(of_expert, np.arange(CLUSTERS) * experts // CLUSTERS, of_cluster)
+    np.add.at(of_expert, _experts_of(question, experts), of_cluster)
     return of_expert
+
+
+def _experts_of(question: Question, experts: int) -> npt.NDArray[np.int64]:
+    """The expert of each cluster: its own, or, where there are fewer, one that neighbours share."""
+    clusters = np.arange(question.clusters)
+    return clusters * experts // question.clusters if experts < question.clusters else clusters
 
 
 def _more(question: Question, profile: Profile, experts: int, servers: int) -> tuple[int, ...]:
@@ -389,7 +320,7 @@ def _of_trace(question: Question, profile: Profile, trace: Trace, n: int, draw: 
     return traces.asked(trace, of_expert.tolist(), rows.tolist())
 
 
-def for_experts(asked: Sequence[Prompt], system: System) -> list[Prompt]:
+def for_experts(question: Question, asked: Sequence[Prompt], system: System) -> list[Prompt]:
     """The prompts with the system's experts in the place of clusters: where there are fewer, neighbours share one."""
-    of_cluster = [cluster * system.instances // CLUSTERS for cluster in range(CLUSTERS)]
+    of_cluster = _experts_of(question, system.instances).tolist()
     return [prompt._replace(cluster=of_cluster[prompt.cluster]) for prompt in asked]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from erlib.config import Profile
+from erlib.config import ConfigError, Profile
 from erlib.machine import processes
 from erlib.machine.progress import Bar
 from erlib.paper_scale import exploring, known_error, questions, service_levels
@@ -28,7 +28,7 @@ _DRAWS = 3
 _WINDOW_S = 30.0
 _MOST_REQUESTS = 20_000
 _PARTS = 100
-"""Of what is asked: in such parts the most is searched for."""
+"""Of what arithmetic allows: in such parts the most is searched for."""
 
 
 def answered(question: Question, profile: Profile, workers: int = 2) -> pd.DataFrame:
@@ -48,13 +48,15 @@ def answered(question: Question, profile: Profile, workers: int = 2) -> pd.DataF
     Raises
     ------
     ConfigError
-        If there are no step times for the question.
+        If there are no step times for the question, or no design can serve such requests at all.
     """
     errors = known_error.between(known_error.known_error(), questions.throughput_error(question))
     with processes.pool(workers) as pool:
         names = questions.ways(question, profile)
         jobs = {pool.submit(_answer, question, profile, name, errors): name for name in names}
         rows = [job.result() for job in Bar(jobs, desc="designs", unit="design")]
+    if not any("price_per_million_tokens" in row for row in rows):
+        raise ConfigError(f"no design can serve this: {rows[0]['bottleneck']}")
     return pd.DataFrame(rows).sort_values("most", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -82,7 +84,8 @@ def verdict(question: Question, table: pd.DataFrame) -> str:
 def _answer(question: Question, profile: Profile, name: str, errors: tuple[float, float]) -> dict[str, object]:
     way = questions.ways(question, profile)[name]
     bound = exploring.bound(question, profile, way)
-    unit, at_most = _unit(question), exploring.room(question, bound)
+    at_most = exploring.room(question, bound)
+    unit = 1 / question.users if question.users else (at_most or 1.0) / _PARTS
     about: dict[str, object] = {"design": name, "kind": way.kind, "gpus": exploring.gpus(way)}
 
     def seen(faster: float, draw: int) -> dict[str, float]:
@@ -91,8 +94,10 @@ def _answer(question: Question, profile: Profile, name: str, errors: tuple[float
             effort = Effort(len(question.trace.arrival_s))  # type: ignore[union-attr]
         elif not question.users:
             window_s = question.window_s or _WINDOW_S
-            twice = 0 if question.window_s else 2 * effort.requests
-            effort = Effort(max(1, twice, round(faster * question.rate_per_s * window_s)))
+            requests = max(1, round(faster * question.rate_per_s * window_s))
+            if not question.window_s:
+                requests = min(max(requests, 2 * effort.requests), 2 * _MOST_REQUESTS)
+            effort = Effort(requests)
         return exploring.observe(question, profile, way, effort, draw, faster)
 
     def keeps(draw: int) -> Callable[[int], bool]:
@@ -129,11 +134,6 @@ _AT_ASKED = ("ttft_p99_s", "tpot_p99_s")
 
 def _own_arrivals(question: Question) -> bool:
     return question.trace is not None and question.requests_per_s is None and not question.users
-
-
-def _unit(question: Question) -> float:
-    """What the search counts in, as a share of what is asked."""
-    return 1 / question.users if question.users else 1 / _PARTS
 
 
 def _excess(question: Question, seen: dict[str, float]) -> dict[str, float]:

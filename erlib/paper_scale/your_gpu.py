@@ -22,6 +22,7 @@ import pandas as pd
 
 from erlib import config, paths
 from erlib.config import ConfigError, Profile
+from erlib.engines import llama
 from erlib.load import metrics, published, records
 from erlib.machine import hardware
 from erlib.machine.progress import Bar, say
@@ -70,14 +71,14 @@ class StepTable:
         return f"{self.device}, measured {'here' if self.here else 'elsewhere'} ({when})"
 
 
-def step_table(profile: Profile) -> StepTable:
-    """Step times of this machine's GPU, measured unless they have been; or others, and a line that says so.
+def check(profile: Profile) -> None:
+    """Refuse at once what :func:`step_table` would refuse, but for what only the GPU knows.
 
     Raises
     ------
     ConfigError
-        In one line: if ``your_gpu.config`` is of a form that PyTorch does not measure, ``your_gpu.steps`` is no table
-        of the script or of other models, or the GPU computes no FP8 or has too little memory.
+        In one line: if ``your_gpu.config`` is of a form that PyTorch does not measure, a model has no shape, or
+        ``your_gpu.steps`` is no table of the script or of other models.
     """
     settings = profile.your_gpu
     system = config.load_configuration(settings.config).system
@@ -86,6 +87,22 @@ def step_table(profile: Profile) -> StepTable:
             f"your_gpu.config={settings.config} has {system.dtype.upper()} weights and {system.kv_dtype.upper()} KV "
             "cache; PyTorch alone measures attention in FP16: choose p2.E or p1.C"
         )
+    for model in settings.models:
+        llama.shape(model.partition(":")[0])
+    if settings.steps:
+        _checked(_described(Path(settings.steps), here=False), settings.config)
+
+
+def step_table(profile: Profile) -> StepTable:
+    """Step times of this machine's GPU, measured unless they have been; or others, and a line that says so.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`check`, and if the GPU computes no FP8 or has too little memory.
+    """
+    check(profile)
+    settings = profile.your_gpu
     if settings.steps:
         found = _described(Path(settings.steps), here=False)
     elif not (gpus := hardware.gpus()):
@@ -102,13 +119,17 @@ def step_table(profile: Profile) -> StepTable:
         found = _described(H200, here=False)
     else:
         found = _measured(gpus[0], python, profile)
-    try:
-        measured_steps.read(found.file)
-        steptimes.for_configuration(config.load_configuration(settings.config), found.file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{_one_line(error)} (for your_gpu.config={settings.config})") from None
+    _checked(found, settings.config)
     print(f"step times: {found.label}")
     return found
+
+
+def _checked(found: StepTable, name: str) -> None:
+    try:
+        measured_steps.read(found.file)
+        steptimes.for_configuration(config.load_configuration(name), found.file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{_one_line(error)} (for your_gpu.config={name})") from None
 
 
 def _described(file: Path, here: bool) -> StepTable:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from matplotlib.figure import Figure
 
 from erlib.config import ConfigError, Dtype, Mix
-from erlib.paper_scale import decisions, questions
+from erlib.paper_scale import decisions, gpus, questions
 from erlib.paper_scale.exploring import Answer, Explorer
 from erlib.paper_scale.questions import Question
 from erlib.report.own import what_if
@@ -49,14 +49,12 @@ class _Controls:
         users = question.users is not None
         self.parts: dict[str, Any] = {
             "model": widgets.Dropdown(
-                options=sorted({question.model, *questions.models()}),
+                options=sorted({question.model, *gpus.models()}),
                 value=question.model,
                 description="model",
                 **chosen,
             ),
-            "gpu": widgets.Combobox(
-                options=list(questions.GPUS), value=question.gpu, description="GPU, or table", **look
-            ),
+            "gpu": widgets.Combobox(options=list(gpus.GPUS), value=question.gpu, description="GPU, or table", **look),
             "gpu_gb": widgets.FloatText(value=question.gpu_gb or 0, description="GB each (0: known)", **look),
             "gpus": widgets.IntSlider(question.gpus, 1, questions.CLUSTERS, description="GPUs", **look),
             "formats": widgets.Dropdown(

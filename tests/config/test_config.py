@@ -158,6 +158,19 @@ def test_a_section_left_empty_has_its_defaults(tmp_path):
         config.load_profile(str(mine), {"corpus.documents": 5})
 
 
+def test_none_is_none_wherever_a_key_may_be_left_out():
+    keys = ("what_if.trace", "emulation.steps", "your_gpu.python", "corpus.label_field", "what_if.gpu_gb")
+    given = config.read_overrides([f"{key}=none" for key in keys])
+    profile = config.load_profile("laptop", given)
+    for section, name in (key.split(".") for key in keys):
+        assert getattr(getattr(profile, section), name) is None
+    assert profile.digest == config.load_profile("laptop", dict.fromkeys(keys)).digest
+    users = config.load_profile("laptop", config.read_overrides(["what_if.requests_per_s=none", "what_if.users=9"]))
+    assert users.what_if.requests_per_s is None
+    with pytest.raises(config.ConfigError, match=r"what_if.gpus"):
+        config.load_profile("laptop", config.read_overrides(["what_if.gpus=none"]))
+
+
 def test_overrides_on_a_command_line():
     items = ["paper1.users=[1, 2]", "corpus.path=~/x", "seed=010", "description=on"]
     assert config.read_overrides(items) == {

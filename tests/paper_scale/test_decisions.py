@@ -61,6 +61,22 @@ def test_the_better_of_two_is_sure_where_no_known_error_turns_them_round() -> No
     assert decisions.decision(same_steps)[1] == "abc 1 rather than abc 2: 1.2 times the headroom."
 
 
+def test_designs_that_carry_nothing_are_compared_with_nobody() -> None:
+    late = {"goodput_per_s": 0.0, "goodput_per_s_low": 0.0, "within": 0.0, "ttft_p99_s": 9.0, "ttft_p99_s_low": 8.0}
+    users = answer(row("abc 1", 0.4, **late), row("abc 2", 0.3, kind=ROUTED, **late), requests_per_s=None, users=9)
+    assert len(decisions.decision(users)) == 1
+    rates = answer(row("abc 1", 0.0), row("xyz 2", 0.0, kind=ROUTED))
+    assert len(decisions.decision(rates)) == 1
+    some = answer(row("abc 1", 1.5, goodput_per_s_low=0.0), row("xyz 2", 1.0), requests_per_s=None, users=9)
+    assert "the answers" in decisions.decision(some)[1]
+
+
+def test_who_is_late_at_any_load_is_not_told_of_slots() -> None:
+    its = answer(row("abc 1", 1.4, ttft_p99_s=2.5, ttft_p99_s_low=2.4, bottleneck="TTFT"))
+    assert "Nearest to it is abc 1: p99 TTFT 2.5 s, headroom 1.4" in decisions.decision(its)[0]
+    assert "ended by" not in decisions.decision(its)[0]
+
+
 def test_one_model_stands_beside_experts() -> None:
     its = answer(row("abc 1", 3.0), row("abc 2", 0.5, kind=ROUTED))
     assert (

@@ -71,7 +71,7 @@ def test_what_is_observed_is_what_the_clock_says(profile: config.Profile) -> Non
     question, n = asked(spread="normal"), 90
     way = questions.ways(question, profile)["2 × FP8 TP1, an expert each"]
     seen = exploring.observe(question, profile, way, Effort(n), draw=1)
-    drawn = questions.for_experts(questions.drawn(question, profile, n, 1), way.design.system)
+    drawn = questions.for_experts(question, questions.drawn(question, profile, n, 1), way.design.system)
     starts_s = np.random.default_rng([profile.seed, 1, n]).exponential(1 / 5.0, n).cumsum()
     happened = clock.trace(way.design.system, drawn, continues=False, starts_s=starts_s.tolist())
     ttft, tpot = [], []

@@ -12,7 +12,8 @@ import pytest
 from erlib import config, paths
 from erlib.config import ConfigError
 from erlib.engines import llama
-from erlib.paper_scale import questions, steptimes
+from erlib.machine import hardware
+from erlib.paper_scale import gpus, questions, steptimes
 from erlib.paper_scale.questions import Question
 from erlib.workload import traces
 from erlib.workload.traces import Trace
@@ -50,9 +51,13 @@ def trace(n: int = 40, **changed: object) -> Trace:
         ({"gpus": 0}, "1 to 8 GPUs, not 0"),
         ({"gpus": 9}, "1 to 8 GPUs, not 9"),
         ({"experts": 9}, "1 to 8 experts, not 9"),
-        ({"requests_per_s": 0.0}, "must be more than 0"),
-        ({"ttft_s": -1.0}, "must be more than 0"),
-        ({"window_s": 0.0}, "must be more than 0"),
+        ({"requests_per_s": 0.0}, r"requests_per_s is 0.001 to 1e\+06, not 0"),
+        ({"requests_per_s": np.inf}, "not inf"),
+        ({"requests_per_s": np.nan}, "not nan"),
+        ({"ttft_s": -1.0}, "ttft_s is .* not -1"),
+        ({"window_s": 0.0}, "window_s is .* not 0"),
+        ({"gpu_gb": 1e300}, r"gpu_gb is 1 to 10000, not 1e\+300"),
+        ({"adapters_slower": np.inf}, "adapters_slower is .* not inf"),
         ({"requests_per_s": None}, "requests per second .* or users"),
         ({"users": 3}, "one of them"),
         ({"lengths": trace(), "users": 3}, "not both"),
@@ -80,7 +85,10 @@ def test_what_cannot_be_asked_is_said(changed: dict[str, object], said: str) -> 
             "llama-3-70b in fp16 .* has no form that fits into 1",
         ),
         ({"gpu": "v100"}, "no step times of GPU 'v100'.*measure it with scripts/measure_step_times.py"),
-        ({"gpu": "a100", "formats": ["fp8"]}, "llama-3-8b in fp8 .* has no form that fits into 2 GPUs of 80 GB"),
+        (
+            {"gpu": "a100", "formats": ["fp8"]},
+            "no step times for llama-3-8b in fp8 .* some for fp16, int4, int8",
+        ),
         ({"gpu": "a100", "model": "smollm2-135m"}, "no step times for smollm2-135m .* a data sheet prices llama-2-13b"),
         ({"gpu": "h1000"}, "no step times of GPU 'h1000'.*h100"),
         ({"gpu": "nowhere.csv", "gpu_gb": 80}, "there is no step table nowhere.csv"),
@@ -108,10 +116,31 @@ def test_a_table_of_ones_own_is_used_like_a_known_one(profile: config.Profile, t
         assert system.kv_tokens < its.kv_tokens
 
 
+def test_memory_is_what_an_engine_sees_of_it() -> None:
+    assert gpus.gpu("h100").memory_bytes == pytest.approx(81_559 * 2**20 - hardware.CONTEXT_BYTES, rel=1e-3)
+    assert 1 < gpus.gpu("a100").memory_bytes / gpus.gpu("h100").memory_bytes < 1.01
+    assert "with 24 GB each" in gpus.gpu("h100", 24).said and gpus.gpu("h100", 24).memory_bytes == 24e9
+
+
 def test_an_h200_holds_more_than_an_h100(profile: config.Profile) -> None:
     one, other = (questions.ways(asked(gpu=name), profile) for name in ("h100-pytorch", "h200-pytorch"))
     for name in one:
         assert other[name].design.system.kv_tokens > 1.5 * one[name].design.system.kv_tokens
+
+
+def test_experts_that_a_trace_names_have_servers_of_their_own(profile: config.Profile) -> None:
+    """However few they are: no server waits for a cluster that does not come."""
+    two = trace(cluster=np.arange(40) % 2, experts=("a", "b"))
+    question = asked(lengths=two, requests_per_s=None)
+    assert question.clusters == 2 and question.spread_said == "as the trace says"
+    ways = questions.ways(question, profile)
+    assert "2 × FP8 TP1, an expert each" in ways and "2 × FP16 TP1, 2 adapters each" in ways
+    system = ways["2 × FP8 TP1, an expert each"].design.system
+    assert questions.shares(question, profile, 2).tolist() == [0.5, 0.5]
+    drawn = questions.for_experts(question, questions.drawn(question, profile, 20, 0), system)
+    assert Counter(prompt.cluster for prompt in drawn) == {0: 10, 1: 10}
+    wide = questions.ways(asked(lengths=two, requests_per_s=None, gpus=8), profile)["8 × FP8 TP1, 2 experts"]
+    assert Counter(wide.design.system.experts) == {0: 4, 1: 4}
 
 
 def test_a_data_sheet_prices_every_width_of_every_large_model(profile: config.Profile) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from erlib import config
+from erlib.config import ConfigError
 from erlib.paper_scale import what_if
 from erlib.paper_scale.questions import Question
+from erlib.workload.traces import Trace
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +54,31 @@ def test_a_stricter_level_carries_less_and_says_what_breaks(profile: config.Prof
 def test_users_who_wait_are_counted_as_users(profile: config.Profile) -> None:
     its = what_if.answered(asked(requests_per_s=None, users=50, gpus=1, slots=32, formats=("fp8",)), profile)
     assert list(its["design"]) == ["1 × FP8 TP1, one model"]
-    assert its["most"][0] == pytest.approx(32, abs=1)  # of more, the last would wait for an answer's time
     assert its["headroom"][0] == pytest.approx(its["most"][0] / 50)
-    assert "No design carries 50 users" in what_if.verdict(asked(requests_per_s=None, users=50), its)
+    assert its["most"][0] > 50  # beyond the slots they wait, but for no longer than they may
+    impatient = asked(requests_per_s=None, users=50, gpus=1, slots=32, formats=("fp8",), ttft_s=0.1)
+    its = what_if.answered(impatient, profile)
+    assert 25 < its["most"][0] <= 36
+    assert "No design carries 50 users" in what_if.verdict(impatient, its)
+
+
+def test_the_most_does_not_hang_on_what_is_asked(profile: config.Profile) -> None:
+    its: list[pd.DataFrame] = []
+    for rate in (1.0, 20.0, 500.0):
+        its.append(
+            what_if.answered(asked(requests_per_s=rate, gpus=1, slots=8, formats=("fp8",), window_s=20.0), profile)
+        )
+    most = [table["most"][0] for table in its]
+    assert max(most) < 1.02 * min(most)
+    assert [table["headroom"][0] for table in its] == pytest.approx([most[0], most[1] / 20, most[2] / 500])
+    assert its[0]["price_per_million_tokens"][0] == pytest.approx(its[2]["price_per_million_tokens"][0], rel=0.05)
+
+
+def test_requests_that_no_design_can_serve_are_refused(profile: config.Profile) -> None:
+    tokens = np.full(40, 9000)
+    trace = Trace("mine.csv", "own", np.arange(40.0), tokens, np.full(40, 5))
+    with pytest.raises(ConfigError, match=r"no design can serve this: .* 9000 prompt tokens"):
+        what_if.answered(asked(lengths=trace, requests_per_s=None, window_s=None, gpus=1), profile)
 
 
 def test_what_follows_is_said_and_ties_are_named(table: pd.DataFrame) -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from erlib import config
-from erlib.paper_scale import decisions, questions
+from erlib.paper_scale import decisions
 from erlib.paper_scale.exploring import Answer
 from erlib.paper_scale.questions import ADAPTERS, IN_TURN, ROUTED, Question
 from erlib.report import canvas
@@ -147,7 +147,7 @@ def plan(table: pd.DataFrame, question: Question) -> Figure:
     ax.set_xlim(0, None)
     ax.grid(axis="y", visible=False)
     canvas.legend(fig, ax, columns=4)
-    said = f"{question.model} on {question.gpus} {questions.gpu(question.gpu, question.gpu_gb).said}, simulated"
+    said = f"{question.model} on {question.gpus} {question.its_gpu.said}, simulated"
     fig.text(0.005, -0.02, said, va="top", fontsize=6, color="#777777")
     plt.close(fig)
     return fig
@@ -198,7 +198,7 @@ def _asked(question: Question) -> str:
     lengths = own or f"paper {str(question.lengths)[1]}'s lengths"
     experts = f", {question.experts} experts" if question.experts else ""
     return (
-        f"{question.model} on {question.gpus} GPUs ({questions.gpu(question.gpu, question.gpu_gb).said}), "
+        f"{question.model} on {question.gpus} GPUs ({question.its_gpu.said}), "
         f"{question.load}, {lengths}, the {question.spread} mix{experts}, p99 TTFT within {question.ttft_s:g} s and "
         f"TPOT within {question.tpot_s:g} s, {question.gpu_hour:g} for a GPU's hour"
     )
@@ -211,7 +211,7 @@ def _finished(
         canvas.save(
             *(fig, profile, "simulated-hardware", "workbench", slug, table, caption, NO_COUNTERPART),
             command=canvas.command(profile, "13_what_if"),
-            host=f"{question.gpus} x {questions.gpu(question.gpu, question.gpu_gb).said}, in virtual time",
+            host=f"{question.gpus} x {question.its_gpu.said}, in virtual time",
         )
     plt.close(fig)
     return fig
