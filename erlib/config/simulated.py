@@ -124,8 +124,8 @@ class WhatIfSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _comes_as_its_trace(cls, value: Any) -> Any:
-        its_own = isinstance(value, dict) and value.get("trace", "none") not in (None, "none")
-        its_own = its_own and "requests_per_s" not in value
+        trace = value.get("trace") if isinstance(value, dict) else None
+        its_own = trace not in (None, "", "none") and "requests_per_s" not in value
         return {**value, "requests_per_s": None} if its_own else value
 
     @model_validator(mode="after")
