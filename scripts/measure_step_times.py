@@ -292,7 +292,9 @@ class Plan(NamedTuple):
 
     @classmethod
     def read(cls, text: str, shapes: dict[str, Shape]) -> Plan:
-        model, dtype, tensor_parallel = (*text.split(":"), *("fp16", "1")[text.count(":") :])[:3]
+        if text.count(":") > 2:
+            raise ValueError(f"{text}: wanted MODEL:DTYPE[:TP], and nothing behind it")
+        model, dtype, tensor_parallel = (*text.split(":"), *("fp16", "1")[text.count(":") :])
         if model not in shapes:
             raise ValueError(f"no shape is called {model!r}; known: {', '.join(shapes)}; --shape adds one")
         if dtype not in ("fp16", "fp8"):
@@ -413,7 +415,7 @@ class Table:
                 raise ValueError(
                     f"{self._beside}, which says what {path} was measured on, is missing; name another file"
                 )
-            self.described = json.loads(self._beside.read_text(encoding="utf-8"))
+            self.described = self._description()
             if different := [name for name, value in described.items() if self.described.get(name) != value]:
                 raise ValueError(f"{path} was measured with another {', '.join(different)}; name another file")
             for name, shape in wanted.items():
@@ -425,13 +427,35 @@ class Table:
         if not path.exists():
             path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
 
+    def _description(self) -> dict[str, Any]:
+        """What is in the file beside the table."""
+        try:
+            found = json.loads(self._beside.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            found = None
+        complete = found.get("complete", []) if isinstance(found, dict) else None
+        named = isinstance(complete, list) and all(isinstance(plan, str) for plan in complete)
+        if not named or not isinstance(found.get("shapes"), dict):
+            raise ValueError(f"{self._beside} does not say what {self._path} was measured on; name another file")
+        return dict(found)
+
     def _read(self) -> None:
         """Take note of what is there; a line that was being written when the machine stopped goes."""
-        text = self._path.read_text(encoding="utf-8")
-        if not text.endswith("\n"):
-            text = text[: text.rfind("\n") + 1]
-            self._path.write_text(text, encoding="utf-8")
-        self.known = {tuple(row[:KEY]) for row in csv.reader(text.splitlines())}
+        header = ",".join(COLUMNS) + "\n"
+        try:
+            text = self._path.read_text(encoding="utf-8-sig")
+            whole = header if header.startswith(text) else text[: text.rfind("\n") + 1]
+            rows = list(csv.reader(whole.splitlines()))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{self._path} is no table of this script ({error}); name another file") from None
+        if not whole.startswith(header):
+            raise ValueError(f"{self._path} is no table of this script: it has other columns; name another file")
+        for line, row in enumerate(rows, 1):
+            if len(row) != len(COLUMNS):
+                raise ValueError(f"{self._path}, line {line}: {len(row)} cells, not {len(COLUMNS)}; remove the line")
+        if text != whole:
+            self._path.write_text(whole, encoding="utf-8")
+        self.known = {tuple(row[:KEY]) for row in rows}
 
     def add(self, key: tuple[Any, ...], measured: Measured) -> None:
         ms = [f"{measured.factor * time_ms:.5g}" for time_ms in measured.times]
@@ -512,7 +536,7 @@ def main() -> None:
 
 def _shape(text: str) -> tuple[str, Shape]:
     name, _, numbers = text.partition("=")
-    values = [int(n) for n in numbers.split(",") if n.isdecimal()]
+    values = [int(n) if n.isdecimal() else 0 for n in numbers.split(",")]
     if not name or len(values) != len(Shape._fields) or not all(values):
         raise ValueError(f"--shape {text}: wanted NAME={','.join(Shape._fields).upper()}, six whole numbers")
     return name, Shape(*values)

@@ -68,18 +68,19 @@ def read_results(path: Path) -> Measured:
     Raises
     ------
     ConfigError
-        If it is none of these, of a version that is not known, or holds no answer.
+        If it is none of these, of a version that is not known, or holds no answer; or if a number is not what it can
+        be: an answer without a count of its tokens, a last token before the first.
     """
     documents = _documents(path)
     first = documents[0]
     if {"metadata", "metrics"} <= first.keys():
-        rows = list(_of_aiperf(documents, path.name))
+        rows = _of_aiperf(documents, path.name)
     elif "benchmarks" in first:
-        rows = list(_of_guidellm(first, path.name))
+        rows = _of_guidellm(first, path.name)
     elif "mean_ttft_ms" in first:
         if not {"ttfts", "itls"} <= first.keys():
-            return _vllm_summary(documents)
-        rows = list(_of_vllm(documents, path.name))
+            return _vllm_summary(documents, path.name)
+        rows = _of_vllm(documents, path.name)
     elif "input_config" in first:
         raise ConfigError(f"{path.name} has AIPerf's averages only: give the file profile_export.jsonl beside it")
     else:
@@ -87,7 +88,7 @@ def read_results(path: Path) -> Measured:
             f"{path.name} is none of AIPerf's profile_export.jsonl, GuideLLM's benchmarks.json and what vllm bench "
             "serve --save-result writes"
         )
-    return _measured(pd.DataFrame(rows, columns=_COLUMNS), path.name)
+    return _measured(pd.DataFrame([_checked(*row) for row in rows], columns=_COLUMNS), path.name)
 
 
 def _documents(path: Path) -> list[dict[str, Any]]:
@@ -95,21 +96,62 @@ def _documents(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"there are no results {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"{path.name} is not a text in UTF-8, as JSON is") from None
     try:
         found = [json.loads(text)]
-    except ValueError:
+    except (ValueError, RecursionError):
         found = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # texts in JSON may hold what else would end a line
             try:
                 found += [json.loads(line)] if line.strip() else []
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ConfigError(f"{path.name}, line {number}: not JSON") from None
     if not found or not all(isinstance(document, dict) for document in found):
         raise ConfigError(f"{path.name} holds no results")
     return found
+
+
+def _checked(
+    place: str,
+    tool: str,
+    run: str,
+    status: str,
+    start: Any,
+    inputs: Any,
+    outputs: Any,
+    ttft: Any,
+    response: Any,
+) -> tuple[Any, ...]:
+    """A row of :data:`_COLUMNS`. None is what a file does not say, as it may of requests that failed."""
+    for what, seconds in {"the moment of sending": start, "TTFT": ttft, "the response time": response}.items():
+        if seconds is not None and not _is_number(seconds):
+            raise ConfigError(f"{place}: {what} must be a number, not {seconds!r:.60}")
+    for what, tokens in {"prompt": inputs, "answer": outputs}.items():
+        if tokens is not None and not (_is_number(tokens) and 0 <= tokens < 2**31 and tokens == int(tokens)):
+            raise ConfigError(f"{place}: tokens of the {what} must be a whole number from 0, not {tokens!r:.60}")
+    if status == "ok" and outputs == 0 and ttft is None:
+        status = "no answer"
+    if status == "ok":
+        if start is None:
+            raise ConfigError(f"{place}: no moment of sending, without which requests have no order: measure again")
+        if not (inputs and outputs):
+            raise ConfigError(
+                f"{place}: no token counts: measure again with a server that reports usage, or let {tool} count with "
+                "the model's tokenizer"
+            )
+        tpot = None if ttft is None or response is None else response - ttft
+        for what, seconds in {"TTFT": ttft, "the response time": response, "TPOT": tpot}.items():
+            if seconds is not None and seconds < 0:
+                raise ConfigError(f"{place}: {what} is negative ({seconds:g} s): leave it out, or measure again")
+    start, ttft, response = (np.nan if its is None else its for its in (start, ttft, response))
+    return tool, run, status, start, int(inputs or 0), int(outputs or 0), ttft, response
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one, finite, and no longer than what a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _measured(requests: pd.DataFrame, name: str) -> Measured:
@@ -153,18 +195,19 @@ def _of_aiperf(documents: Sequence[dict[str, Any]], name: str) -> Iterator[tuple
             error = document.get("error")
             status = "cancelled" if about.get("was_cancelled") else f"error {error.get('code')}" if error else "ok"
             seconds = [
-                its[metric]["value"] * _SECONDS[its[metric]["unit"]] if metric in its else np.nan
+                its[metric]["value"] * _SECONDS[its[metric]["unit"]] if metric in its else None
                 for metric in ("time_to_first_token", "request_latency")
             ]
             counts = [
-                its.get(server, its.get(client, {})).get("value", 0)
+                its.get(server, its.get(client, {})).get("value")
                 for server, client in (
                     ("usage_prompt_tokens", "input_sequence_length"),
                     ("usage_completion_tokens", "output_sequence_length"),
                 )
             ]
-            yield "AIPerf", "profiling", status, about["request_start_ns"] * 1e-9, *counts, *seconds
-        except (KeyError, TypeError, AttributeError) as error:
+            place = f"{name}, line {line}"
+            yield place, "AIPerf", "profiling", status, about["request_start_ns"] * 1e-9, *counts, *seconds
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ConfigError(f"{name}, line {line}: not a record of AIPerf's ({error!r})") from None
 
 
@@ -188,17 +231,19 @@ def _of_guidellm(document: dict[str, Any], name: str) -> Iterator[tuple[Any, ...
             level = next((strategy[key] for key in ("rate", "streams") if strategy.get(key)), None)
             run = f"{place}: {strategy['type_']}" + (f" {level:g}" if level else "")
             for status in ("successful", "errored", "incomplete"):
-                for request in benchmark["requests"][status] or ():
+                for number, request in enumerate(benchmark["requests"][status] or (), 1):
                     timings = request["info"]["timings"]
-                    start, first, last = (
-                        np.nan if timings[moment] is None else timings[moment]
-                        for moment in ("request_start", "first_token_iteration", "last_token_iteration")
+                    start = timings["request_start"]
+                    seconds = (
+                        None if start is None or timings[moment] is None else timings[moment] - start
+                        for moment in ("first_token_iteration", "last_token_iteration")
                     )
                     yield (
-                        *("GuideLLM", run, "ok" if status == "successful" else status, start),
-                        *(request["prompt_tokens"] or 0, request["output_tokens"] or 0, first - start, last - start),
+                        *(f"{name}, run {run!r}, {status} request {number}", "GuideLLM", run),
+                        *("ok" if status == "successful" else status, start),
+                        *(request["prompt_tokens"], request["output_tokens"], *seconds),
                     )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{name}: not a report of GuideLLM's ({error!r})") from None
 
 
@@ -215,17 +260,29 @@ def _of_vllm(documents: Sequence[dict[str, Any]], name: str) -> Iterator[tuple[A
     for place, document in enumerate(documents):
         run = _vllm_run(place, document)
         try:
-            for start, inputs, outputs, ttft, gaps, error in zip(*(document[its] for its in wanted), strict=True):
+            requests = zip(*(document[its] for its in wanted), strict=True)
+            for number, (start, inputs, outputs, ttft, gaps, error) in enumerate(requests, 1):
                 failed = bool(error) or not outputs
-                seconds = (np.nan, np.nan) if failed else (ttft, ttft + sum(gaps))
-                yield "vllm bench", run, "failed" if failed else "ok", start, inputs, outputs, *seconds
-        except (KeyError, TypeError, ValueError) as error:
+                seconds = (None, None) if failed else (ttft, ttft + sum(gaps))
+                about = f"{name}, run {run!r}, request {number}", "vllm bench", run, "failed" if failed else "ok"
+                yield *about, start, inputs, outputs, *seconds
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"{name}: not what vllm bench serve --save-detailed writes ({error!r})") from None
 
 
-def _vllm_summary(documents: Sequence[dict[str, Any]]) -> Measured:
+def _vllm_summary(documents: Sequence[dict[str, Any]], name: str) -> Measured:
     """Of a file without ``--save-detailed``: vLLM's percentiles interpolate, ours do not."""
     names = {"ttft_s": "ttft", "tpot_s": "tpot", "response_s": "e2el"}
+    figures = [f"{how}_{its}_ms" for how in ("mean", "median", "p99") for its in names.values()]
+    for place, document in enumerate(documents):
+        where = f"{name}, run {_vllm_run(place, document)!r}"
+        for key in ("completed", *(key for key in ("failed", *figures) if key in document)):
+            value: Any = document.get(key)
+            if not _is_number(value) or value < 0:
+                what = "is missing" if value is None else f"must be a number from 0, not {value!r:.60}"
+                raise ConfigError(f"{where}: not what vllm bench serve --save-result writes: {key} {what}")
+        if not document["completed"]:
+            raise ConfigError(f"{where}: holds no answered request")
     rows = [
         {
             **{"run": _vllm_run(place, document), "metric": metric},

@@ -5,11 +5,14 @@ Such a table is what ``scripts/measure_step_times.py`` writes; :class:`~erlib.pa
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pandas as pd
 
@@ -34,14 +37,72 @@ def read(file: Path) -> pd.DataFrame:
 
     Raises
     ------
-    ValueError
-        If it has other columns.
+    ConfigError
+        If it has other columns or no row, or a line is not what it should be: cut off, a time that is not more than 0,
+        a batch or a context that is no whole number, an unknown format. The message has the line's number.
     """
-    rows = pd.read_csv(file)
-    wanted = [*FORM, "part", "x", "y", "ms", "p10_ms", "p90_ms", "how"]
-    if missing := [name for name in wanted if name not in rows.columns]:
-        raise ValueError(f"{file} has no column {missing[0]!r}; tables of scripts/measure_step_times.py have it")
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+        lines = csv.reader(io.StringIO(content), strict=True)
+        header = next(lines, [])
+        _check_columns(file, header)
+        for cells in lines:
+            if not cells:
+                continue
+            place = f"{file}, line {lines.line_num}"
+            if len(cells) < len(header) and not content.endswith("\n") and lines.line_num > content.count("\n"):
+                raise ConfigError(
+                    f"{place}: cut off, as a measurement leaves it that was stopped: measure again with the same "
+                    "command, which goes on from there"
+                )
+            if len(cells) != len(header):
+                raise ConfigError(f"{place}: {len(cells)} cells, but {len(header)} columns: {_ADVICE}")
+            _check(dict(zip(header, cells, strict=True)), place)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file} is not a text in UTF-8, as tables of scripts/measure_step_times.py are") from None
+    except csv.Error as error:
+        raise ConfigError(f"{file}, line {lines.line_num}: not CSV ({error}): {_ADVICE}") from None
+    rows = pd.read_csv(io.StringIO(content))
+    if rows.empty:
+        raise ConfigError(f"{file} holds no step times: measure again with the same command, which goes on from there")
     return rows
+
+
+_ADVICE = "remove the line and measure again, which adds what is missing"
+_LEAST = {"tensor_parallel": 1, "x": 1, "y": 0}
+_TIMES = ["ms", "p10_ms", "p90_ms"]
+
+
+def _check_columns(file: Path, header: list[str]) -> None:
+    wanted = [*FORM, "part", "x", "y", *_TIMES, "how"]
+    if missing := [name for name in wanted if name not in header]:
+        raise ConfigError(f"{file} has no column {missing[0]!r}; tables of scripts/measure_step_times.py have it")
+    if twice := [name for name in wanted if header.count(name) > 1]:
+        raise ConfigError(f"{file} has two columns {twice[0]!r}: leave one of them")
+
+
+def _check(row: dict[str, str], place: str) -> None:
+    """Refuse what no measurement says: it would be interpolated as if one had."""
+    for name in ("model", "part"):
+        if not row[name].strip():
+            raise ConfigError(f"{place}: no {name}: {_ADVICE}")
+    for name in ("dtype", "kv_dtype"):
+        if row[name] not in get_args(Dtype):
+            raise ConfigError(f"{place}: {name} must be one of {', '.join(get_args(Dtype))}, not {row[name]!r:.60}")
+    for name, least in _LEAST.items():
+        if not ((number := _number(row[name])).is_integer() and least <= number < 2**31):
+            raise ConfigError(f"{place}: {name} must be a whole number from {least}, not {row[name]!r:.60}: {_ADVICE}")
+    for name in _TIMES:
+        if not 0 < _number(row[name]) < math.inf:
+            raise ConfigError(f"{place}: {name} must be a time of more than 0, not {row[name]!r:.60}: {_ADVICE}")
+
+
+def _number(text: str) -> float:
+    """Not a number, if it is none for pandas and Arrow, which read the column."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        return math.nan
 
 
 def entry_by_entry(file: Path) -> pd.DataFrame:

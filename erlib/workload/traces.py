@@ -43,7 +43,8 @@ class Trace:
     cluster: Ints | None = None
     """Whose expert is to answer, an index from 0; None: the trace does not say."""
     experts: tuple[str, ...] = ()
-    """What the trace calls them, by cluster."""
+    """What the trace calls them, by cluster. If all names are as our own (``expert-0``, ``expert-12``; ``expert-01`` is
+    not), clusters have their numbers; others are clusters in the order of their names."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -139,8 +140,8 @@ def read(path: Path) -> Trace:
     ------
     ConfigError
         If there is no such file, it is of no known format, or a line is not what it should be: a time that is missing,
-        negative or before that of the line above, a number of tokens that is not a whole number from 1. The message
-        has the line's number.
+        negative or before that of the line above, a number of tokens that is not a whole number from 1, more cells than
+        columns, a decision where others have none. The message has the line's number.
     """
     if not path.is_file():
         raise ConfigError(f"there is no trace {path}")
@@ -157,7 +158,7 @@ def _read(name: str, rows: Iterator[tuple[int, dict[str, Any]]]) -> Trace:
     first = next(rows, None)
     if first is None:
         raise ConfigError(f"{name} holds no request")
-    _, fields = first
+    first_line, fields = first
     kind = next((kind for kind, known in FORMATS.items() if known.of(fields)), None)
     if kind is None:
         known = "; ".join(
@@ -175,6 +176,9 @@ def _read(name: str, rows: Iterator[tuple[int, dict[str, Any]]]) -> Trace:
             raise ConfigError(f"{place}: {when} is before that of the line above: sort the lines by it")
         inputs.append(_tokens(row, its.input_tokens, "a request has at least one token", place))
         outputs.append(_tokens(row, its.output_tokens, its.without_answer, place))
+        found = next((column for column in its.decisions if column == who or column in row), None)
+        if found != who:
+            raise ConfigError(f"{name}, line {first_line}: no {found}, which other lines have (line {line})")
         if who:
             decisions.append(_decision(row.get(who), who, its, place))
     start = np.array(arrivals)
@@ -189,12 +193,19 @@ def _rows(name: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     if first.lstrip().startswith(("{", "[")):
         yield from _json_rows(name, file)
         return
-    reader = csv.reader(file)
+    reader = csv.reader(file, strict=True)  # or a quotation mark that is never closed would swallow all lines below
     try:
         header = [column.strip() for column in next(reader, [])]
+        if twice := _twice(list(filter(None, header))):
+            raise ConfigError(f"{name}, line 1: two columns are called {_short(twice)}: leave one of them")
         for cells in reader:
+            if any(cells[len(header) :]):
+                raise ConfigError(
+                    f"{name}, line {reader.line_num}: {len(cells)} cells, but {len(header)} columns: put what has a "
+                    "comma in quotation marks, and write numbers without any"
+                )
             if cells:
-                yield reader.line_num, dict(zip(header, cells, strict=False))
+                yield reader.line_num, dict(itertools.zip_longest(header, cells[: len(header)]))
     except csv.Error as error:
         raise ConfigError(f"{name}, line {reader.line_num}: not CSV ({error})") from None
 
@@ -204,12 +215,29 @@ def _json_rows(name: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
+            row = json.loads(text, object_pairs_hook=_object)
+        except ConfigError as error:
+            raise ConfigError(f"{name}, line {line}: {error}") from None
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise ConfigError(f"{name}, line {line}: not a JSON object: a trace has one request a line")
         yield line, row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As JSON's own, which would take the last of several values silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ConfigError(
+            f"{_short(_twice([name for name, _ in pairs]))} stands twice in one object: leave one of them"
+        )
+    return found
+
+
+def _twice(names: list[str]) -> str | None:
+    """The first that has been there before."""
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
 def _time(value: Any, column: str, its: Format, place: str) -> float:
@@ -277,7 +305,7 @@ def _short(value: Any) -> str:
 
 
 _MOST_CLUSTERS = 10_000
-_OUR_EXPERT = re.compile(r"expert-(\d{1,4})")
+_OUR_EXPERT = re.compile("expert-(0|[1-9][0-9]{0,3})")
 
 
 def _expert(cluster: int) -> str:

@@ -140,6 +140,13 @@ def test_warming_up_is_not_measured(tmp_path: Path) -> None:
         ('{"metadata": {}, "metrics": {}}', r"line 1: not a record of AIPerf's \(KeyError\('request_start_ns'\)\)"),
         ('{"input_config": {}}', "AIPerf's averages only: give the file profile_export.jsonl beside it"),
         ('{"mean_ttft_ms": 1, "ttfts": [], "itls": []}', "not what vllm bench serve --save-detailed writes"),
+        ('{"mean_ttft_ms": 1}', r"run '0: rate \?': not what .* --save-result writes: completed is missing"),
+        ('{"mean_ttft_ms": null, "completed": 1}', "mean_ttft_ms is missing"),
+        ('{"mean_ttft_ms": 1, "completed": "x"}', "completed must be a number from 0, not 'x'"),
+        ('{"mean_ttft_ms": 1, "completed": 1, "p99_tpot_ms": -1}', "p99_tpot_ms must be a number from 0, not -1"),
+        ('{"mean_ttft_ms": 1, "completed": 1}\n{"a": 1}', "run '1: rate .*completed is missing"),
+        ('{"mean_ttft_ms": 0, "completed": 0}', "holds no answered request"),
+        ("[" * 100_000, "line 1: not JSON"),
     ],
 )
 def test_what_is_not_known_is_refused_in_one_line(tmp_path: Path, content: str, said: str) -> None:
@@ -147,6 +154,89 @@ def test_what_is_not_known_is_refused_in_one_line(tmp_path: Path, content: str, 
     with pytest.raises(ConfigError, match=said) as refused:
         other_tools.read_results(tmp_path / "results.json")
     assert "\n" not in str(refused.value)
+
+
+def written(path: Path, tmp_path: Path, **changes: Any) -> Path:
+    """The tool's file with other values in its first answered request; None: without the value."""
+    if path is DETAILED:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in changes.items():
+            document[name][0] = value
+        lines = [document]
+    elif path is GUIDELLM:
+        lines = [guidellm()]
+        request = lines[0]["benchmarks"][0]["requests"]["successful"][0]
+        for name, value in changes.items():
+            (request if name in request else request["info"]["timings"])[name] = value
+    else:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for name, value in changes.items():
+            if value is None:
+                del lines[0]["metrics"][name]
+            else:
+                lines[0]["metrics"][name]["value"] = value
+    (tmp_path / "f.json").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return tmp_path / "f.json"
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "said"),
+    [
+        (
+            DETAILED,
+            {"start_times": "x"},
+            r"f\.json, run '0: rate 20\.0', request 1: the moment of sending must be a nu",
+        ),
+        (DETAILED, {"output_lens": "x"}, "request 1: tokens of the answer must be a whole number from 0, not 'x'"),
+        (DETAILED, {"input_lens": 1e30}, r"request 1: tokens of the prompt must be a whole number from 0, not 1e\+30"),
+        (DETAILED, {"input_lens": 10**400}, "request 1: tokens of the prompt must be"),
+        (DETAILED, {"ttfts": -0.5}, r"request 1: TTFT is negative \(-0\.5 s\)"),
+        (DETAILED, {"itls": [-0.01]}, "request 1: TPOT is negative"),
+        (DETAILED, {"ttfts": float("nan")}, "request 1: TTFT must be a number, not nan"),
+        (DETAILED, {"ttfts": 10**400}, "OverflowError"),
+        (AIPERF, {"usage_prompt_tokens": None, "input_sequence_length": None}, "line 1: no token counts"),
+        (AIPERF, {"usage_completion_tokens": None, "output_sequence_length": None}, "line 1: no token counts"),
+        (AIPERF, {"time_to_first_token": -1}, r"line 1: TTFT is negative \(-0\.001 s\)"),
+        (AIPERF, {"time_to_first_token": 1e6}, "line 1: TPOT is negative"),
+        (AIPERF, {"time_to_first_token": None, "request_latency": -1}, "line 1: the response time is negative"),
+        (AIPERF, {"usage_completion_tokens": 1.5}, "line 1: tokens of the answer must be a whole number from 0"),
+        (GUIDELLM, {"output_tokens": None}, "run '0: constant 20', successful request 1: no token counts"),
+        (GUIDELLM, {"output_tokens": 0}, "request 1: no token counts: measure again with a server that reports usage"),
+        (GUIDELLM, {"prompt_tokens": None}, "request 1: no token counts"),
+        (GUIDELLM, {"first_token_iteration": 1}, "request 1: TTFT is negative"),
+        (GUIDELLM, {"last_token_iteration": 1}, "request 1: the response time is negative"),
+        (GUIDELLM, {"request_start": None}, "request 1: no moment of sending"),
+        (GUIDELLM, {"request_start": "x"}, "not a report of GuideLLM's"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_by_name(
+    tmp_path: Path, path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as refused:
+        other_tools.read_results(written(path, tmp_path, **changes))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_report_whose_rate_is_no_number_is_refused(tmp_path: Path) -> None:
+    report = guidellm()
+    report["benchmarks"][0]["config"]["strategy"]["rate"] = "fast"
+    (tmp_path / "f.json").write_text(json.dumps(report), encoding="utf-8")
+    with pytest.raises(ConfigError, match="not a report of GuideLLM's"):
+        other_tools.read_results(tmp_path / "f.json")
+
+
+def test_an_empty_answer_is_none(tmp_path: Path) -> None:
+    nothing = {"output_tokens": 0, "first_token_iteration": None, "last_token_iteration": None}
+    found = other_tools.read_results(written(GUIDELLM, tmp_path, **nothing))
+    assert found.requests["status"].tolist() == ["no answer", "ok", "ok", "errored"]
+
+
+def test_a_byte_order_mark_and_other_line_separators_are_read(tmp_path: Path) -> None:
+    text = AIPERF.read_text(encoding="utf-8").replace("Mock server", "Mock\u2028server")
+    (tmp_path / "f.jsonl").write_text(f"\ufeff{text}", encoding="utf-8")
+    pd.testing.assert_frame_equal(
+        other_tools.read_results(tmp_path / "f.jsonl").requests, other_tools.read_results(AIPERF).requests
+    )
 
 
 def test_what_is_no_text_file() -> None:

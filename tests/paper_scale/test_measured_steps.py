@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from erlib import config, paths
+from erlib.config import ConfigError
 from erlib.paper_scale import measured_steps
 from erlib.paper_scale.steptimes import PARTS, OutOfRange, Table
+from scripts import compare_step_times
 from scripts import measure_step_times as script
 
 H100, H200 = (paths.FACTS / f"{card}_pytorch_step_times.csv" for card in ("h100", "h200"))
@@ -73,6 +75,91 @@ def test_a_table_knows_what_it_is_of(tiny, tmp_path, monkeypatch):
         run(monkeypatch, copy, *TINY, "--shape", "tiny=2,64,128,4,2,512")
 
 
+@pytest.mark.parametrize(
+    ("text", "beside", "message"),
+    [
+        (None, "[]", r"copy\.json does not say what .*copy\.csv was measured on; name another file"),
+        (None, "nothing", "does not say what"),
+        (None, "[" * 100_000, "does not say what"),
+        (None, "{}", "does not say what"),
+        (None, {"shapes": []}, "does not say what"),
+        (None, {"complete": 3}, "does not say what"),
+        ("hello", None, r"copy\.csv is no table of this script: it has other columns"),
+        ("hello\n", None, "is no table of this script"),
+        ("\xff\n", None, r"copy\.csv is no table of this script \('utf-8' codec"),
+        (",".join(script.COLUMNS) + "\ntiny,fp16\n", None, r"copy\.csv, line 2: 2 cells, not 11; remove the line"),
+    ],
+)
+def test_files_that_are_no_table_of_the_script_are_refused_and_left_alone(
+    text, beside, message, tiny, tmp_path, monkeypatch
+):
+    copy = tmp_path / "copy.csv"
+    copy.write_text(tiny.read_text() if text is None else text, encoding="latin-1")
+    described = tiny.with_suffix(".json").read_text()
+    changed = json.dumps(json.loads(described) | beside) if isinstance(beside, dict) else beside
+    copy.with_suffix(".json").write_text(changed or described)
+    before = copy.read_bytes()
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        run(monkeypatch, copy, *TINY)
+    assert copy.read_bytes() == before
+
+
+@pytest.mark.parametrize("characters", [0, 5])
+def test_a_table_whose_columns_were_being_written_is_begun_again(characters, tiny, tmp_path, monkeypatch):
+    copy = tmp_path / "copy.csv"
+    copy.write_text(tiny.read_text()[:characters])
+    copy.with_suffix(".json").write_text(tiny.with_suffix(".json").read_text())
+    run(monkeypatch, copy, *TINY)
+    assert len(measured_steps.read(copy)) == len(measured_steps.read(tiny))
+
+
+POINT = {
+    **dict(zip(measured_steps.FORM, ("llama-3-8b", "fp16", "fp16", "1"), strict=True)),
+    **{"part": "dense", "x": "1", "y": "0", "ms": "5.78", "p10_ms": "5.76", "p90_ms": "6.64", "how": "graph"},
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        *(
+            ("ms", value, "ms must be a time of more than 0, not")
+            for value in ("nan", "", "inf", "0", "-1", "x", "1_0")
+        ),
+        *(("p90_ms", value, "p90_ms must be a time of more than 0, not") for value in ("nan", "", "x")),
+        *(("x", value, "x must be a whole number from 1, not") for value in ("0", "-1", "1.5", "x", "")),
+        *(("y", value, "y must be a whole number from 0, not") for value in ("-1", "0.5", "x", "inf")),
+        *(("tensor_parallel", value, "tensor_parallel must be a whole number from 1") for value in ("0", "1.5", "x")),
+        *(("dtype", value, "dtype must be one of fp16, fp8, int8, int4, not") for value in ("FP16", "bf16", "")),
+        ("kv_dtype", "auto", "kv_dtype must be one of fp16, fp8, int8, int4, not 'auto'"),
+        ("model", "", "no model"),
+        ("part", "", "no part"),
+        ("how", "graph,more", "12 cells, but 11 columns"),
+        ("how", '"graph', "not CSV"),
+    ],
+)
+def test_what_no_measurement_says_is_refused_by_line(column, value, message, tmp_path, monkeypatch):
+    table = tmp_path / "steps.csv"
+    table.write_text("\n".join(map(",".join, (POINT, POINT.values(), (POINT | {column: value}).values()))) + "\n")
+    with pytest.raises(ConfigError, match=rf"steps\.csv, line 3: {message}") as refused:
+        measured_steps.read(table)
+    assert "\n" not in str(refused.value)
+    monkeypatch.setattr(sys, "argv", ["compare_step_times.py", str(table)])
+    with pytest.raises(SystemExit, match=r"^error: .*line 3"):
+        compare_step_times.main()
+
+
+def test_a_table_that_is_cut_says_how_to_go_on(tiny, tmp_path):
+    cut = tmp_path / "cut.csv"
+    whole = tiny.read_text()
+    cut.write_text(whole[: whole.rindex(",")])
+    with pytest.raises(ConfigError, match=rf"line {len(whole.splitlines())}: cut off, .* measure again with the same"):
+        measured_steps.read(cut)
+    cut.write_text(whole[: whole.index("\n") + 1])
+    with pytest.raises(ConfigError, match="holds no step times: measure again"):
+        measured_steps.read(cut)
+
+
 def test_points_may_stand_in_any_order(tmp_path):
     mixed = tmp_path / "mixed.csv"
     pd.read_csv(H100).sample(frac=1, random_state=0).to_csv(mixed, index=False)
@@ -99,7 +186,10 @@ def test_one_table_is_of_one_machine(tiny, monkeypatch):
         (["--models", "llama"], "no shape is called 'llama'; known: llama-2-13b"),
         (["--models", "tiny:int4"], "not 'int4'"),
         (["--models", "tiny:fp16:3"], "4 heads cannot be shared by '3' GPUs"),
+        (["--models", "tiny:fp16:2:junk"], r"tiny:fp16:2:junk: wanted MODEL:DTYPE\[:TP\], and nothing behind it"),
         (["--shape", "mine=1,2,3"], "six whole numbers"),
+        (["--shape", "mine=4,128,junk,256,4,2,512,foo"], "six whole numbers"),
+        (["--shape", "mine=4,128,junk,4,2,512"], "six whole numbers"),
         (["--device", "cuda"], "no CUDA GPU"),
     ],
 )
@@ -185,8 +275,11 @@ def test_batches_for_which_a_gpu_had_no_memory_are_not_known(tmp_path):
 def test_another_csv_is_refused(tmp_path):
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="no column 'model'"):
+    with pytest.raises(ConfigError, match="no column 'model'"):
         measured_steps.entry_by_entry(other)
+    other.write_text(",".join([*script.COLUMNS, "ms"]) + "\n")
+    with pytest.raises(ConfigError, match="two columns 'ms'"):
+        measured_steps.read(other)
 
 
 def test_an_h200_reads_memory_faster_than_an_h100_and_computes_alike():

@@ -18,6 +18,7 @@ from tests.support import synthetic
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
 OWN = "arrival_s,input_tokens,output_tokens\n"
+ASKED = '{"timestamp": 1, "prompt_tokens": 5, "generated_tokens": 2'
 
 WRITTEN = {
     "own": OWN + "10,5,2\n10.5,6,3\n12,7,1\n",
@@ -90,6 +91,29 @@ def test_clusters_of_an_own_trace(tmp_path: Path) -> None:
         traces.read(given(tmp_path, f"{header}0,5,2,0\n0,5,2,code\n"))
 
 
+def test_empty_cells_at_the_ends_of_lines_are_passed_over(tmp_path: Path) -> None:
+    for header in (OWN, f"{OWN[:-1]},\n", f"{OWN[:-1]},,\n"):
+        assert traces.read(given(tmp_path, f"{header}0,5,2,,\n1,6,3,\n")).output_tokens.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("names", "clusters", "experts"),
+    [
+        (["expert-2", "expert-0"], [2, 0], ("expert-0", "expert-1", "expert-2")),
+        (["expert-02", "expert-01", "expert-08"], [1, 0, 2], ("expert-01", "expert-02", "expert-08")),
+        (["expert-1", "expert-01"], [1, 0], ("expert-01", "expert-1")),
+        (["expert-\u0663", "expert-1"], [1, 0], ("expert-1", "expert-\u0663")),
+    ],
+)
+def test_experts_are_ours_by_number_and_others_by_name(
+    tmp_path: Path, names: list[str], clusters: list[int], experts: tuple[str, ...]
+) -> None:
+    lines = [f'{ASKED}, "selected_model": "{name}"}}\n' for name in names]
+    found = traces.read(given(tmp_path, "".join(lines)))
+    assert found.cluster is not None
+    assert (found.cluster.tolist(), found.experts) == (clusters, experts)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -117,6 +141,17 @@ def test_clusters_of_an_own_trace(tmp_path: Path) -> None:
         (WRITTEN["mooncake"] + "{\n", "line 4: not a JSON object"),
         ("[1]\n", "line 1: not a JSON object"),
         (WRITTEN["semantic-router"] + '{"timestamp":9,"prompt_tokens":5,"generated_tokens":2}', "no selected_model"),
+        (f"{OWN}0,1,234,56\n", "line 2: 4 cells, but 3 columns: put what has a comma in quotation marks"),
+        (f"{OWN}0,5,2\n\n1,1,234,56\n", "line 4: 4 cells"),
+        (f"{OWN}0,5\n", "line 2: no output_tokens"),
+        ("arrival_s,input_tokens,output_tokens,cluster\n0,5,2\n", "line 2: no cluster"),
+        ("arrival_s,input_tokens,output_tokens,input_tokens\n0,5,2,6\n", "line 1: two columns are called 'input_tok"),
+        (f'{OWN[:-1]},note\n0,5,2,"a\n1,6,3,b\n', "line 3: not CSV"),
+        (WRITTEN["mooncake"] + '{"timestamp": 1, "timestamp": 9}\n', "line 4: 'timestamp' stands twice in one object"),
+        (f"{ASKED}}}\n{ASKED}}}\n{ASKED}, \"model\": \"a\"}}\n", r"line 1: no model, which .* have \(line 3\)"),
+        (f'{ASKED}, "model": "a"}}\n{ASKED}, "model": "a", "selected_model": "b"}}\n', "line 1: no selected_model"),
+        ('{"arrival_s": 0, "input_tokens": 5, "output_tokens": 2}\n'
+         '{"arrival_s": 1, "input_tokens": 5, "output_tokens": 2, "cluster": 1}\n', "line 1: no cluster, which other"),
         ('{"timestamp": 1' + "0" * 400 + ', "input_length": 5, "output_length": 2}\n', "timestamp must be a number"),
     ],
 )  # fmt: skip
