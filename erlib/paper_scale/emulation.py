@@ -22,8 +22,7 @@ from erlib.config import ConfigError, Paper, Profile
 from erlib.engines import checkpoint
 from erlib.load import metrics, points, records
 from erlib.load.experiments import Series, System
-from erlib.paper_scale import batching, simulation, steptimes
-from erlib.paper_scale.steptimes import OutOfRange
+from erlib.paper_scale import batching, measured_steps, simulation, steptimes
 from erlib.routing import building, clusterer
 from erlib.serving import wire
 from erlib.serving.share import Classifier
@@ -66,8 +65,10 @@ def system(
     """
     answer_limit = profile.workload.p2_max_output_tokens if name.startswith("p2") else None
     try:
+        if steps and steps.suffix == ".csv":
+            measured_steps.read(steps)
         target = batching.paper_system(name, answer_limit, steps)
-    except (OSError, OutOfRange) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"emulation.configs: {error}") from None
     parameters = {
         "engine": str(checkpoint.checkpoint(profile.engines)),
