@@ -96,7 +96,7 @@ def test_engines_keep_the_time_of_any_table(own_ports, tokenizer, tmp_path):
 def test_a_table_that_was_cut_is_refused(own_ports, tmp_path):
     """As a measurement leaves it that was stopped."""
     table = tmp_path / "cut.csv"
-    table.write_text((paths.FACTS / "h200_pytorch_step_times.csv").read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    table.write_text((paths.FACTS / "h200_pytorch_step_times.csv").read_text(encoding="utf-8")[:-30], encoding="utf-8")
     with pytest.raises(config.ConfigError, match=r"emulation\.configs: .*cut\.csv, line \d+: cut off") as error:
         emulation.system(own_ports, "p2.E", steps=table)
     assert len(str(error.value).splitlines()) == 1
