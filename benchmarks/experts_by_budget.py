@@ -2,7 +2,8 @@
 
 Notebook 11 answers for one budget and one seed. Here every cell of a grid is trained and judged as there, with draws of
 its own (held-out samples, clusters, order, first weights): intervals of notebook 11 are over texts, these rows are over
-trainings. Meant for a GPU, on which some cells run at a time; a CPU does the same, for hours.
+trainings. Meant for a GPU, on which some cells run at a time; two cores take ten minutes for a cell of 1,024 tokens
+and twenty for one of 4,096 (docs/experts.md).
 
     python -m benchmarks.experts_by_budget --out FILE.csv [--workers 8] [--set experts.batch=2 ...]
         [--cells SEED_TOKENS:TOKENS[:CLUSTERS] ...] [--seeds 0 1 2]
