@@ -69,7 +69,8 @@ def _main(args: argparse.Namespace) -> int:
         plan = [(step.name, step.what_would_be(args.again, left_out)) for step in steps]
         print(runbook.text(report, plan) if report else "\n".join(f"{name}: {what}" for name, what in plan))
         problems = [] if report else readiness.basics(profile)
-        for problem in [*problems, *asked_in_vain.problems(profile, [step.name for step in steps])]:
+        wanted = [step.name for step in steps if step.name not in left_out]
+        for problem in [*problems, *asked_in_vain.problems(profile, wanted)]:
             print(f"a run would stop here because: {problem}", file=sys.stderr)
         return 0
     if report:

@@ -91,6 +91,11 @@ def of_columns(n: int, columns: Mapping[str, Any]) -> pa.Table:
         Rows.
     columns : mapping
         By name: `n` values as a list or an array, or one value that all rows have. What is not named is missing.
+
+    Raises
+    ------
+    KeyError
+        If the schema has no such column.
     """
     if unknown := set(columns) - set(SCHEMA.names):
         raise KeyError(f"records have no column {min(unknown)}")

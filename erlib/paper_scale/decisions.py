@@ -172,7 +172,7 @@ def limits(answer: Answer) -> list[str]:
     errors, asked = answer.errors, answer.question
     metric = questions.throughput_error(asked)
     low, high = known_error.between(errors, metric)
-    sheet = metric != known_error.THROUGHPUT
+    sheet = asked.its_gpu.sheet is not None
     how_sure = "in static batches, all of them, which are too few for an interval" if sheet else "with 90 % probability"
     said = [
         "Intervals of latencies and rates: of the mean over draws of prompts, arrivals and order, with 90 % "
@@ -207,7 +207,7 @@ def too_good(errors: pd.DataFrame, asked: Question) -> str:
         What :func:`erlib.paper_scale.known_error.known_error` returned.
     asked : Question
     """
-    if questions.throughput_error(asked) != known_error.THROUGHPUT:
+    if asked.its_gpu.sheet is not None:
         first = errors.loc[known_error.TTFT + known_error.SHEET]
         return (
             "A data sheet knows no kernels: step times assume 60 % of the arithmetic and 75 % of the bandwidth in it, "
