@@ -1,4 +1,4 @@
-"""What does routing to trained experts become worth with more training, a riper seed, or another number of experts?
+"""What is routing to trained experts worth with more training, a riper seed, more experts, or another router?
 
 Notebook 11 answers for one budget and one seed. Here every cell of a grid is trained and judged as there, with draws of
 its own (held-out samples, clusters, order, first weights): intervals of notebook 11 are over texts, these rows are over
@@ -6,7 +6,7 @@ trainings. Meant for a GPU, on which some cells run at a time; two cores take te
 and twenty for one of 4,096 (docs/experts.md).
 
     python -m benchmarks.experts_by_budget --out FILE.csv [--workers 8] [--set experts.batch=2 ...]
-        [--cells SEED_TOKENS:TOKENS[:CLUSTERS] ...] [--seeds 0 1 2]
+        [--cells SEED_TOKENS:TOKENS[:CLUSTERS] ...] [--routers classify embeddings neighbours topics] [--seeds 0 1 2]
 
 Each cell's rows are written when it is done; whoever interrupts it finds again what had been trained.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -44,16 +45,17 @@ class Cell(NamedTuple):
     seed_tokens: int
     tokens: int
     clusters: int
+    router: str
 
     @classmethod
-    def read(cls, text: str, seed: int) -> Cell:
+    def read(cls, text: str, router: str, seed: int) -> Cell:
         """``SEED_TOKENS:TOKENS`` or ``SEED_TOKENS:TOKENS:CLUSTERS``."""
         try:
             seed_tokens, tokens, *clusters = map(int, text.split(":"))
             (k,) = clusters or [8]
         except ValueError:
             raise ConfigError(f"a cell is SEED_TOKENS:TOKENS or SEED_TOKENS:TOKENS:CLUSTERS, not {text!r}") from None
-        return cls(seed, seed_tokens, tokens, k)
+        return cls(seed, seed_tokens, tokens, k, router)
 
 
 def rows(cell: Cell, profile_name: str, overrides: dict[str, object]) -> pd.DataFrame:
@@ -68,6 +70,7 @@ def rows(cell: Cell, profile_name: str, overrides: dict[str, object]) -> pd.Data
     of_cell = {
         "experts.seed_tokens": cell.seed_tokens,
         "experts.tokens": cell.tokens,
+        "experts.router": cell.router,
         "clusterer.n_clusters": cell.clusters,
         "seed": cell.seed,
     }
@@ -92,14 +95,16 @@ def main() -> int:
     parser.add_argument("--profile", default="laptop")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--cells", nargs="+", default=[*CELLS, *BY_CLUSTERS])
+    parser.add_argument("--routers", nargs="+", default=["classify"], help="values of experts.router")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     options = parser.parse_args()
     begun_s = time.monotonic()
     try:
         overrides = config.read_overrides(options.set)
-        config.load_profile(options.profile, overrides)
-        cells = [Cell.read(text, seed) for text in options.cells for seed in options.seeds]
+        for router in options.routers:
+            config.load_profile(options.profile, {**overrides, "experts.router": router})
+        cells = [Cell.read(*each) for each in itertools.product(options.cells, options.routers, options.seeds)]
     except ConfigError as error:
         parser.error(str(error))
     done: list[pd.DataFrame] = []

@@ -64,6 +64,11 @@ class ExpertSettings(Section):
     adapters: LocalPath | None = Field(
         None, description="a folder of your own with expert-0 and so on, in PEFT's format, to be served (none: trained)"
     )
+    router: Literal["classify", "embeddings", "neighbours", "topics"] = Field(
+        "classify",
+        description="whose clusters the experts are of. classify: c-BTM's; embeddings: those of sentence embeddings; "
+        "neighbours: a vote of labelled examples; topics: the labels, which no prompt has",
+    )
     tokens: Count = Field(4096, description="that each expert is trained on, all of its own cluster")
     seed_tokens: int = Field(
         8192, ge=0, le=1_000_000_000, description="of all clusters, that the common seed is trained on before"
@@ -86,6 +91,11 @@ class ExpertSettings(Section):
 
     @model_validator(mode="after")
     def _serves_what_it_can(self) -> ExpertSettings:
+        if self.users and self.router != "classify" and not self.adapters:
+            raise ValueError(
+                f"experts of router={self.router} can be judged, not served: gateways route them by c-BTM's clusters; "
+                "set experts.users=[]"
+            )
         if self.users and (self.checkpoint or self.layers):
             what = "a checkpoint of your own" if self.checkpoint else "some layers alone"
             raise ValueError(f"experts of {what} can be trained and judged, not served: set experts.users=[]")

@@ -24,16 +24,16 @@ from erlib import cache, paths, provenance
 from erlib.config import ConfigError, ExpertSettings, Profile
 from erlib.engines import checkpoint, lora, worker
 from erlib.experts import texts
+from erlib.experts.division import division_of
 from erlib.experts.tables import ADAPTED, AVERAGE, SEED, Judged, read
 from erlib.experts.texts import Blocks, HeldOut
 from erlib.machine import hardware
 from erlib.machine.progress import Bar, say
-from erlib.routing import building
-from erlib.routing.clusterer import Clusterer
 from erlib.workload import corpus
 
 _KEPT = paths.CACHE / "experts"
 _TRAINING, _SCORING = "experts/training.py", "experts/scoring.py"
+_TABLES = ("experts/arms.py", "experts/texts.py", "experts/division.py", _TRAINING, _SCORING)
 _NOT_OF_THE_TABLE = {"temperature", "checkpoint", "adapters", "users", "repeats"}
 """Settings on which scores do not depend, or that are known by content."""
 
@@ -63,17 +63,16 @@ def judged(profile: Profile) -> Judged:
     """
     base = base_of(profile)
     at = texts.on_own_corpus(profile)
-    router = building.build_clusterer(at)
+    division = division_of(at)
     settings = profile.experts.model_dump(mode="json", exclude=_NOT_OF_THE_TABLE)
-    code = [provenance.code_digest("experts/arms.py", "experts/texts.py", _TRAINING, _SCORING), *_versions()]
-    key = cache.digest(base.key, base.dtype, corpus.fingerprint(at.corpus), router.name, settings, profile.seed, code)
+    code = [provenance.code_digest(*_TABLES), *_versions()]
+    key = cache.digest(base.key, base.dtype, corpus.fingerprint(at.corpus), division.key, settings, profile.seed, code)
     directory = paths.run_dir(profile.name) / "experts" / key
     if cache.found(directory, "experts"):
         print(f"experts: reused {key} (same texts, router, checkpoint, settings and code)")
         return read(directory)
-    clusterer = Clusterer.load(router)
-    held_out = texts.held_out(profile, clusterer, base.tokenizer)
-    blocks = texts.training_blocks(profile, clusterer, base.tokenizer, base.end)
+    held_out = texts.held_out(profile, division, base.tokenizer)
+    blocks = texts.training_blocks(profile, division, base.tokenizer, base.end)
     with _workers() as workers:
         adapters = _trained(profile, base, blocks, workers)
         scores = _scored(base, adapters, held_out, workers)
@@ -103,8 +102,13 @@ def adapters(profile: Profile, n: int, served: Path | None = None) -> list[Path]
             f"{n} servers need an expert each, but clusterer.n_clusters is {profile.clusterer.n_clusters}"
         )
     if settings.adapters is None:
-        clusterer = Clusterer.load(building.build_clusterer(texts.on_own_corpus(profile)))
-        blocks = texts.training_blocks(profile, clusterer, base.tokenizer, base.end)
+        if settings.router != "classify":
+            raise ConfigError(
+                f"experts.router={settings.router}: gateways of x1.T route by c-BTM's clusters, so that experts of "
+                "other ones can be judged, not served: set experts.router=classify"
+            )
+        division = division_of(texts.on_own_corpus(profile))
+        blocks = texts.training_blocks(profile, division, base.tokenizer, base.end)
         with _workers() as workers:
             trained = _trained(profile, base, blocks, workers)
         return [trained[f"expert-{cluster}"] for cluster in range(n)]

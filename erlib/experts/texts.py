@@ -16,8 +16,8 @@ import pandas as pd
 from tokenizers import Tokenizer
 
 from erlib.config import ConfigError, Profile
-from erlib.routing import building
-from erlib.routing.clusterer import Clusterer
+from erlib.experts.division import Division, division_of, topics_of
+from erlib.machine.progress import Bar
 from erlib.workload import corpus
 
 Blocks = npt.NDArray[np.int32]
@@ -42,7 +42,7 @@ def on_own_corpus(profile: Profile) -> Profile:
     return profile.model_copy(update={"corpus": profile.experts.corpus})
 
 
-def training_blocks(profile: Profile, clusterer: Clusterer, tokenizer: Tokenizer, end: int) -> dict[str, Blocks]:
+def training_blocks(profile: Profile, division: Division, tokenizer: Tokenizer, end: int) -> dict[str, Blocks]:
     """Tokens of every arm, shape (blocks, ``experts.sequence``).
 
     Texts are drawn in random order; what the seed is adapted to, no other arm sees; the dense model sees what the
@@ -54,19 +54,20 @@ def training_blocks(profile: Profile, clusterer: Clusterer, tokenizer: Tokenizer
         If a cluster has too few tokens.
     """
     settings = profile.experts
-    texts = corpus.load_corpus(settings.corpus, profile.seed, split="train").texts
+    part = corpus.load_corpus(settings.corpus, profile.seed, split="train")
+    texts, topics = part.texts, topics_of(part)
     order = [int(i) for i in np.random.default_rng(profile.seed).permutation(len(texts))]
     packer = _Packer(texts, tokenizer, end, settings.sequence)
     blocks = {}
     if settings.seed_tokens:
         blocks["adapted"], used = packer.pack(order, settings.seed_tokens, "the corpus", "experts.seed_tokens")
         order = order[used:]
-    clusters = clusterer.predict([texts[i] for i in order])
-    for cluster in range(clusterer.n_clusters):
+    clusters = division.choose([texts[i] for i in order], [topics[i] for i in order])
+    for cluster in range(division.n_experts):
         own = [i for i, at in zip(order, clusters, strict=True) if at == cluster]
-        what = f"cluster {cluster} of {clusterer.n_clusters}"
+        what = f"cluster {cluster} of {division.n_experts}"
         blocks[f"expert-{cluster}"], _ = packer.pack(own, settings.tokens, what, "experts.tokens")
-    dense = np.concatenate([blocks[f"expert-{cluster}"] for cluster in range(clusterer.n_clusters)])
+    dense = np.concatenate([blocks[f"expert-{cluster}"] for cluster in range(division.n_experts)])
     blocks["dense"] = np.random.default_rng(profile.seed).permutation(dense)
     for number in range(settings.random):
         mixed = [order[i] for i in np.random.default_rng([profile.seed, number]).permutation(len(order))]
@@ -98,7 +99,7 @@ class _Packer:
         return np.array(ids[: n_blocks * self._sequence], dtype=np.int32).reshape(n_blocks, -1), used
 
 
-def held_out(profile: Profile, clusterer: Clusterer, tokenizer: Tokenizer) -> HeldOut:
+def held_out(profile: Profile, division: Division, tokenizer: Tokenizer) -> HeldOut:
     """``experts.documents`` texts of each cluster, drawn at random from those that are long enough.
 
     Raises
@@ -111,24 +112,26 @@ def held_out(profile: Profile, clusterer: Clusterer, tokenizer: Tokenizer) -> He
     most, least = settings.sequence - 1, min(LEAST_TOKENS, settings.sequence - 1)  # one place is the end's
     documents: list[dict[str, object]] = []
     tokens: list[pd.DataFrame] = []
-    missing = dict.fromkeys(range(clusterer.n_clusters), settings.documents)
-    for i in np.random.default_rng(profile.seed).permutation(len(part.texts)):
-        if not any(missing.values()):
-            break
-        distances = _distances(clusterer, [part.texts[i]])[0]
-        cluster = int(distances.argmin())
-        ids = tokenizer.encode(part.texts[i]).ids[:most] if missing[cluster] else []
-        if len(ids) < least:
-            continue
-        missing[cluster] -= 1
-        topic = part.label_names[part.labels[i]] if part.labels and part.labels[i] >= 0 else ""
-        tokens.append(_routed_tokens(len(documents), ids, clusterer, tokenizer))
-        by_cluster = {f"d{i}": distance for i, distance in enumerate(distances)}
-        documents.append({"document": len(documents), "cluster": cluster, "topic": topic, **by_cluster})
+    missing = dict.fromkeys(range(division.n_experts), settings.documents)
+    topics = topics_of(part)
+    with Bar(total=sum(missing.values()), desc="routing held-out texts", unit="text") as bar:
+        for i in np.random.default_rng(profile.seed).permutation(len(part.texts)):
+            if not any(missing.values()):
+                break
+            distances = division.distances([part.texts[i]], [topics[i]])[0]
+            cluster = int(distances.argmin())
+            ids = tokenizer.encode(part.texts[i]).ids[:most] if missing[cluster] else []
+            if len(ids) < least:
+                continue
+            missing[cluster] -= 1
+            tokens.append(_routed_tokens(len(documents), ids, topics[i], division, tokenizer))
+            by_cluster = {f"d{i}": distance for i, distance in enumerate(distances)}
+            documents.append({"document": len(documents), "cluster": cluster, "topic": topics[i], **by_cluster})
+            bar.update()
     if lacking := {cluster: n for cluster, n in missing.items() if n}:
         cluster, n = next(iter(lacking.items()))
         raise ConfigError(
-            f"cluster {cluster} of {clusterer.n_clusters} has {settings.documents - n} held-out texts of {least} or "
+            f"cluster {cluster} of {division.n_experts} has {settings.documents - n} held-out texts of {least} or "
             f"more tokens, but experts.documents asks for {settings.documents}: lower it or take more documents"
         )
     return HeldOut(pd.DataFrame(documents), pd.concat(tokens, ignore_index=True))
@@ -139,23 +142,18 @@ def cluster_shares(profile: Profile) -> list[float]:
 
     Those that the clusters were made of are spread evenly, by construction.
     """
-    clusterer = Clusterer.load(building.build_clusterer(on_own_corpus(profile)))
+    division = division_of(on_own_corpus(profile))
     part = corpus.load_corpus(profile.experts.corpus, profile.seed, split="holdout")
-    counts = np.bincount(clusterer.predict(part.texts), minlength=clusterer.n_clusters)
+    counts = np.bincount(division.choose(part.texts, topics_of(part)), minlength=division.n_experts)
     shares: list[float] = (counts / counts.sum()).tolist()
     return shares
 
 
-def _routed_tokens(document: int, ids: list[int], clusterer: Clusterer, tokenizer: Tokenizer) -> pd.DataFrame:
+def _routed_tokens(document: int, ids: list[int], topic: str, division: Division, tokenizer: Tokenizer) -> pd.DataFrame:
     """The tokens of one text, and where a router would have sent what stands before each."""
     begun = [tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]
     # A character may be cut between two tokens: until it is whole, nothing is added.
     lengths = np.maximum.accumulate([len(text.encode()) for text in begun])
     facts = {"document": document, "position": np.arange(1, len(ids) + 1), "token": ids, "n_bytes": np.diff(lengths)}
-    columns = [f"d{cluster}" for cluster in range(clusterer.n_clusters)]
-    return pd.DataFrame(facts).join(pd.DataFrame(_distances(clusterer, begun[:-1]), columns=columns))
-
-
-def _distances(clusterer: Clusterer, texts: list[str]) -> npt.NDArray[np.float32]:
-    vectors = clusterer.transform(texts)
-    return ((vectors[:, None] - clusterer.centres[None]) ** 2).sum(axis=2)
+    columns = [f"d{expert}" for expert in range(division.n_experts)]
+    return pd.DataFrame(facts).join(pd.DataFrame(division.distances(begun[:-1], [topic] * len(ids)), columns=columns))

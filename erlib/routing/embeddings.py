@@ -151,13 +151,17 @@ class Neighbours(ByEmbedding):
     n_neighbours: int = NEIGHBOURS
 
     def choose(self, vector: Floats) -> int:
+        return int(self.votes(vector).argmax())
+
+    def votes(self, vector: Floats) -> npt.NDArray[np.float64]:
+        """Votes of each expert's examples, float array (experts,), and less than one by which the more similar wins."""
         cosines = self.examples @ vector
         n = min(self.n_neighbours, len(cosines))
         nearest = np.argpartition(-cosines, n - 1)[:n]
         votes = np.bincount(self.experts[nearest], minlength=self.n_experts)
-        # Of experts with equally many votes the more similar wins; all cosines together weigh less than one vote.
+        # All cosines together weigh less than one vote.
         similarity = np.bincount(self.experts[nearest], cosines[nearest], self.n_experts)
-        return int((votes + similarity / (3 * n)).argmax())
+        return votes + similarity / (3 * n)
 
 
 def experts_of_topics(labels: Sequence[int], n_experts: int) -> Experts:

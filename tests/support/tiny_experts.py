@@ -25,12 +25,12 @@ SETTINGS = {
 
 
 def corpus(file: Path) -> Path:
-    """Write it to `file`, which is returned."""
+    """Write it to `file`, which is returned; the field ``topic`` has the topics."""
     rng = np.random.default_rng(0)
-    lines = [
-        json.dumps({"text": " ".join(f"w{10 + 60 * topic + int(word)}" for word in rng.zipf(1.3, 90) % 60)})
-        for topic in np.tile(np.arange(TOPICS), 80)
-    ]
+    lines = []
+    for topic in np.tile(np.arange(TOPICS), 80):
+        words = [f"w{10 + 60 * topic + int(word)}" for word in rng.zipf(1.3, 90) % 60]
+        lines.append(json.dumps({"text": " ".join(words), "topic": f"topic {topic}"}))
     file.write_text("\n".join(lines))
     return file
 
