@@ -9,9 +9,9 @@ import pandas as pd
 
 from erlib.claims import evidence, verdicts
 from erlib.config import Paper, Profile
+from erlib.config.choices import Preset
 from erlib.paper_scale import presets, simulation
 from erlib.paper_scale.clock import Harness
-from erlib.paper_scale.presets import Preset
 from erlib.workload import lengths
 from erlib.workload.prompts import Workload
 

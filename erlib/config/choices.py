@@ -11,6 +11,7 @@ from erlib.config.reading import Settings, nearest
 from erlib.config.system import HAVE_GATEWAYS, Paper, Routing, config_ids, load_configuration
 
 Mix = Literal["uniform", "normal"]
+Preset = Literal["hardware", "harness", "pinned-host", "thread-client"]
 LeftOpen = Literal[
     "sigma",
     "answers",

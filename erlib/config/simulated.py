@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
-from erlib.config.choices import REPEATS, USERS, Classifying, LeftOpen, Mix, Section, System
+from erlib.config.choices import REPEATS, USERS, Classifying, LeftOpen, Mix, Preset, Section, System
 from erlib.config.system import Dtype, Paper
 from erlib.config.values import Count, Divisor, LocalPath, Repeats, Seconds, Several, Users
 
@@ -19,6 +19,7 @@ class PaperScaleSettings(Section):
     )
     repeats: Repeats = Field(2, description=REPEATS)
     prompts: Count = Field(4096, description="prompts per paper, routed by the profile's own clusterer")
+    presets: Several[Preset] = Field(list(get_args(Preset)), description="what is assumed around the GPUs")
 
 
 class SensitivitySettings(Section):

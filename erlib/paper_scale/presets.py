@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,9 @@ from scipy import stats
 
 from erlib import paths
 from erlib.config import ConfigError, Paper
+from erlib.config.choices import Preset
 from erlib.load import metrics
 from erlib.paper_scale.clock import HARDWARE, Harness
-
-Preset = Literal["hardware", "harness", "pinned-host", "thread-client"]
 
 HARNESS: dict[Paper, Harness] = {
     "p1": Harness("harness", 160, routing_mean_s=0.442, routing_sd_s=0.302, client_tokens_per_s=2000),

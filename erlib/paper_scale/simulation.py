@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from erlib import cache, config, provenance
 from erlib.config import ConfigError, Mix, Paper, Profile
+from erlib.config.choices import Preset
 from erlib.config.system import HAVE_GATEWAYS
 from erlib.engines import checkpoint
 from erlib.load import experiments, records
@@ -37,7 +38,7 @@ from erlib.machine.progress import Bar
 from erlib.paper_scale import batching, steptimes
 from erlib.paper_scale.batching import System
 from erlib.paper_scale.clock import HARDWARE, Harness, Trace, trace
-from erlib.paper_scale.presets import Preset, preset
+from erlib.paper_scale.presets import preset
 from erlib.routing import building
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import lengths, prompts
