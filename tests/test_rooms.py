@@ -189,6 +189,14 @@ def test_a_gateway_starts_without_what_it_does_not_need() -> None:
     assert ran.stdout.strip() == "[]"
 
 
+def test_a_load_run_and_its_figures_start_without_what_trains() -> None:
+    code = "import sys; from erlib import report, load, paper_scale; report.paper1_ttft, load.run, "
+    code += "paper_scale.design_load; "
+    code += "print([name for name in ('torch', 'sklearn', 'nltk', 'transformers') if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=paths.ROOT)
+    assert ran.stdout.strip() == "[]"
+
+
 def test_a_profile_for_laptops_imports_nothing_of_gpus() -> None:
     code = "import sys; from erlib import report, load, claims; report.paper1_ttft, load.run, claims.evaluate; "
     code += "print([name for name in sys.modules if name.startswith(('erlib.dgx', 'erlib.cluster', 'ray'))])"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from erlib import cache
 from erlib.config import ConfigError, Profile
-from erlib.routing import building, embedding_export, embeddings
+from erlib.routing import building, embeddings
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import corpus
 
@@ -71,15 +72,21 @@ def _clusterer(profile: Profile) -> Division:
     return Division(directory.name, model.n_clusters, lambda texts, _: _squared(model.transform(texts), model.centres))
 
 
+def _embedded(profile: Profile) -> Path:
+    from erlib.routing import embedding_export  # noqa: PLC0415  (brings torch and NLTK, which take four seconds)
+
+    return embedding_export.build(profile)
+
+
 def _centres(profile: Profile) -> Division:
-    directory = embedding_export.build(profile)
+    directory = _embedded(profile)
     embedder = embeddings.Embedder(directory)
     centres = embeddings.nearest_centre(directory, embedder).centres
     return Division(directory.name, len(centres), lambda texts, _: _squared(embedder.many(texts), centres))
 
 
 def _neighbours(profile: Profile) -> Division:
-    directory = embedding_export.build(profile)
+    directory = _embedded(profile)
     embedder = embeddings.Embedder(directory)
     model = embeddings.neighbours(directory, embedder)
 
