@@ -17,12 +17,21 @@ from erlib.report.canvas import BLUE, GREEN, GREY, NO_COUNTERPART, VERMILION
 _NOTEBOOK = "11_experts"
 
 
+_CLUSTERS = {
+    "classify": "c-BTM's clusters",
+    "embeddings": "clusters of sentence embeddings",
+    "neighbours": "clusters by a vote of labelled examples",
+    "topics": "topics instead of clusters",
+}
+
+
 def _made_of(profile: config.Profile) -> str:
     settings = profile.experts
     name = "a checkpoint of your own" if settings.checkpoint else "SmolLM2-135M"
     name += f" (its first {settings.layers} layers alone)" if settings.layers else ""
     return (
-        f"{name}, LoRA of rank {settings.rank} at all layers; corpus {settings.corpus.name}; seed adapted to "
+        f"{name}, LoRA of rank {settings.rank} at all layers; corpus {settings.corpus.name}, "
+        f"{_CLUSTERS[settings.router]}; seed adapted to "
         f"{settings.seed_tokens:,} tokens, each expert to {settings.tokens:,} more; {settings.documents} held-out "
         "texts per cluster. One training seed."
     )
