@@ -8,7 +8,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -24,9 +23,6 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # a Python without
 from erlib import cache, config, paths
 from erlib.config import keys
 from erlib.machine import processes
-
-_REASON = re.compile(r"[a-z]+( \w+)?: ")
-"""How erlib's one-line reasons begin: ``sweep: 4 of 4 points found``."""
 
 
 def main() -> int:
@@ -249,8 +245,6 @@ class Step:
 
     def run(self) -> None:
         """Execute with papermill; the executed copy is kept whether or not it succeeds."""
-        import papermill
-
         from erlib.machine import kernel
 
         for directory in (self._executed.parent, self.log.parent):
@@ -258,12 +252,7 @@ class Step:
         before = self._last_run()
         begun = before.begun if before and not before.finished else time.time()
         self._write(Stamp({}, before.wrote if before else {}, begun, finished=""))
-        with _Log(self.log), kernel.environment(paths.CACHE / "jupyter"):
-            papermill.execute_notebook(
-                _literal(self.notebook), _literal(self._executed), self._parameters, kernel_name=kernel.NAME,
-                kernel_manager_class=kernel.Kernel, cwd=str(paths.NOTEBOOKS), log_output=True, progress_bar=False,
-                request_save_on_cell_execute=False, coalesce_streams=True,  # of each bar, its last state is kept
-            )  # fmt: skip
+        kernel.execute(self.notebook, self._executed, self._parameters, self.log)
         kept = before.wrote if before else {}
         wrote = {
             str(path): path.stat().st_size
@@ -275,57 +264,6 @@ class Step:
 
     def _write(self, stamp: Stamp) -> None:
         self._stamp.write_text(json.dumps(asdict(stamp)), encoding="utf-8")
-
-
-def _literal(path: Path) -> str:
-    """A path as papermill takes it, which fills in what stands in braces."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-class _Log(logging.Handler):
-    """Cell output to the step's log and, its last line, to the terminal, where progress bars overwrite themselves."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self._path = path
-        self._bar = False
-
-    def __enter__(self) -> None:
-        self._file = self._path.open("w", encoding="utf-8")
-        self._stderr = os.dup(2)
-        os.dup2(self._file.fileno(), 2)  # the kernel inherits it: its own warnings belong into the log
-        logger = logging.getLogger("papermill")
-        logger.handlers, logger.propagate = [self], False
-        logger.setLevel(logging.INFO)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            print(flush=True)
-        logging.getLogger("papermill").handlers = []
-        os.dup2(self._stderr, 2)
-        os.close(self._stderr)
-        self._file.close()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        self._file.write(text.rstrip("\r\n") + "\n")
-        self._file.flush()
-        lines = [line for line in map(str.strip, re.split(r"[\r\n]", text)) if line]
-        if lines and (_is_bar(lines[0]) or _REASON.match(lines[0])):  # the rest is in the log
-            for line in lines:
-                self._show(line)
-
-    def _show(self, line: str) -> None:
-        width = shutil.get_terminal_size((120, 20)).columns - 3
-        if not _is_bar(line):
-            print(("\n" if self._bar else "") + f"  {line[:width]}", flush=True)
-        elif sys.stdout.isatty():
-            print(f"\r  {line[:width]:<{width}}", end="", flush=True)
-        self._bar = _is_bar(line) and sys.stdout.isatty()
-
-
-def _is_bar(line: str) -> bool:
-    return "%|" in line
 
 
 def _notebooks() -> list[Path]:

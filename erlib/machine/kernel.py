@@ -7,12 +7,17 @@ of the same name, start-up files, a module search path, styles) would reach the 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 import secrets
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import papermill
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -26,6 +31,18 @@ NAME = "python3"
 """What notebooks call it."""
 _USERS_OWN = ("PYTHON", "IPYTHON", "JUPYTER", "MPL", "MATPLOTLIB")
 """How the names of variables begin that a kernel does not inherit."""
+_REASON = re.compile(r"[a-z]+( \w+)?: ")
+"""How one-line reasons begin: ``sweep: 4 of 4 points found``."""
+
+
+def execute(notebook: Path, executed: Path, parameters: dict[str, Any], log: Path) -> None:
+    """Run a notebook; what is `executed` of it is kept whether or not it succeeds, what its cells print is in `log`."""
+    with _Log(log), environment(paths.CACHE / "jupyter"):
+        papermill.execute_notebook(
+            _literal(notebook), _literal(executed), parameters, kernel_name=NAME,
+            kernel_manager_class=Kernel, cwd=str(paths.NOTEBOOKS), log_output=True, progress_bar=False,
+            request_save_on_cell_execute=False, coalesce_streams=True,  # of each bar, its last state is kept
+        )  # fmt: skip
 
 
 class Kernel(AsyncKernelManager):
@@ -81,3 +98,54 @@ def environment(directory: Path) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(before)
         runtime.remove()
+
+
+def _literal(path: Path) -> str:
+    """A path as papermill takes it, which fills in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+class _Log(logging.Handler):
+    """Cell output to the step's log and, its last line, to the terminal, where progress bars overwrite themselves."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+        self._bar = False
+
+    def __enter__(self) -> None:
+        self._file = self._path.open("w", encoding="utf-8")
+        self._stderr = os.dup(2)
+        os.dup2(self._file.fileno(), 2)  # the kernel inherits it: its own warnings belong into the log
+        logger = logging.getLogger("papermill")
+        logger.handlers, logger.propagate = [self], False
+        logger.setLevel(logging.INFO)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            print(flush=True)
+        logging.getLogger("papermill").handlers = []
+        os.dup2(self._stderr, 2)
+        os.close(self._stderr)
+        self._file.close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        self._file.write(text.rstrip("\r\n") + "\n")
+        self._file.flush()
+        lines = [line for line in map(str.strip, re.split(r"[\r\n]", text)) if line]
+        if lines and (_is_bar(lines[0]) or _REASON.match(lines[0])):  # the rest is in the log
+            for line in lines:
+                self._show(line)
+
+    def _show(self, line: str) -> None:
+        width = shutil.get_terminal_size((120, 20)).columns - 3
+        if not _is_bar(line):
+            print(("\n" if self._bar else "") + f"  {line[:width]}", flush=True)
+        elif sys.stdout.isatty():
+            print(f"\r  {line[:width]:<{width}}", end="", flush=True)
+        self._bar = _is_bar(line) and sys.stdout.isatty()
+
+
+def _is_bar(line: str) -> bool:
+    return "%|" in line
