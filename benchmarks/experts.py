@@ -25,7 +25,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from erlib import config
-from erlib.experts import arms, scoring, training
+from erlib.experts import scoring, training
+from erlib.experts.base import base_of
 
 
 def tokens_per_cpu_s(work: Callable[[], int], rounds: int = 3) -> list[float]:
@@ -63,7 +64,7 @@ def main() -> None:
     profile = config.load_profile(options.profile, config.read_overrides(options.set))
     settings = profile.experts
     torch.set_num_threads(1)
-    start = arms.base_of(profile)
+    start = base_of(profile)
     base = training.base_model(start.directory, start.dtype)
     blocks = torch.randint(100, start.tokenizer.get_vocab_size(), (options.steps * settings.batch, settings.sequence))
 

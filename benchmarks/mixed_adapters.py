@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from erlib import config
 from erlib.experts import arms
+from erlib.experts.base import base_of
 from erlib.machine import hardware
 
 CONTEXT = 64
@@ -77,7 +78,7 @@ def main() -> None:
     profile = config.load_profile(options.profile, config.read_overrides(options.set))
     adapters = arms.adapters(profile, profile.clusterer.n_clusters)
     torch.set_num_threads(hardware.cores())
-    base = AutoModelForCausalLM.from_pretrained(arms.base_of(profile).directory, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(base_of(profile).directory, dtype=torch.float32)
     names = [f"expert-{i}" for i in range(len(adapters))]
     model = PeftModel.from_pretrained(base, adapters[0], names[0]).eval()
     for name, adapter in zip(names[1:], adapters[1:], strict=True):

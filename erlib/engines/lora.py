@@ -32,14 +32,17 @@ def own(folder: Path, n: int) -> list[Path]:
     Raises
     ------
     ConfigError
-        If there are more: they were trained on other clusters.
+        If there are more (they were trained on other clusters), or one is no plain adapter of PEFT's.
     """
     if (folder / f"expert-{n}").exists():
         raise ConfigError(
             f"experts.adapters: {folder} has expert-{n}, too, but there are {n} clusters (clusterer.n_clusters): "
             "adapters belong to the clusters that they were trained on"
         )
-    return [folder / f"expert-{cluster}" for cluster in range(n)]
+    found = [folder / f"expert-{cluster}" for cluster in range(n)]
+    for directory in found:
+        _files(directory)
+    return found
 
 
 def read(directory: Path, layers: int, hidden: int, intermediate: int) -> Lora:
@@ -51,8 +54,6 @@ def read(directory: Path, layers: int, hidden: int, intermediate: int) -> Lora:
         If it is none, is of another model, or PEFT would add it by a rule of its own.
     """
     settings, shapes = _files(directory)
-    if unusual := [name for name in _UNUSUAL if settings.get(name)]:
-        raise ConfigError(f"experts.adapters: {directory} is no plain LoRA adapter: it sets {', '.join(unusual)}")
     changed = {int(name.partition(".layers.")[2].partition(".")[0]) for name in shapes if ".layers." in name}
     if not changed or max(changed) >= layers:
         raise ConfigError(
@@ -80,4 +81,6 @@ def _files(directory: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"experts.adapters: {directory} holds no adapter of PEFT's: {error}") from None
+    if unusual := [name for name in _UNUSUAL if settings.get(name)]:
+        raise ConfigError(f"experts.adapters: {directory} is no plain LoRA adapter: it sets {', '.join(unusual)}")
     return settings, shapes

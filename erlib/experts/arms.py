@@ -13,17 +13,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from tokenizers import Tokenizer
 
 from erlib import cache, paths, provenance
-from erlib.config import ConfigError, ExpertSettings, Profile
+from erlib.config import Profile
 from erlib.engines import checkpoint, lora, worker
 from erlib.experts import texts
+from erlib.experts.base import Base, base_of, check_served
 from erlib.experts.division import division_of
 from erlib.experts.tables import ADAPTED, AVERAGE, SEED, Judged, read
 from erlib.experts.texts import Blocks, HeldOut
@@ -33,22 +33,9 @@ from erlib.workload import corpus
 
 _KEPT = paths.CACHE / "experts"
 _TRAINING, _SCORING = "experts/training.py", "experts/scoring.py"
-_TABLES = ("experts/arms.py", "experts/texts.py", "experts/division.py", _TRAINING, _SCORING)
+_TABLES = ("experts/arms.py", "experts/base.py", "experts/texts.py", "experts/division.py", _TRAINING, _SCORING)
 _NOT_OF_THE_TABLE = {"temperature", "checkpoint", "adapters", "users", "repeats"}
 """Settings on which scores do not depend, or that are known by content."""
-
-
-class Base(NamedTuple):
-    """The model that all arms start from."""
-
-    directory: Path
-    tokenizer: Tokenizer
-    end: int
-    """Token that stands before every text."""
-    dtype: str
-    layers: int | None
-    """How many of its layers are taken (none: all)."""
-    key: str
 
 
 def judged(profile: Profile) -> Judged:
@@ -97,16 +84,8 @@ def adapters(profile: Profile, n: int, served: Path | None = None) -> list[Path]
     ClustererError, CorpusError, RuntimeError
     """
     settings, base = profile.experts, base_of(profile)
-    if profile.clusterer.n_clusters != n:
-        raise ConfigError(
-            f"{n} servers need an expert each, but clusterer.n_clusters is {profile.clusterer.n_clusters}"
-        )
+    check_served(profile, n)
     if settings.adapters is None:
-        if settings.router != "classify":
-            raise ConfigError(
-                f"experts.router={settings.router}: gateways of x1.T route by c-BTM's clusters, so that experts of "
-                "other ones can be judged, not served: set experts.router=classify"
-            )
         division = division_of(texts.on_own_corpus(profile))
         blocks = texts.training_blocks(profile, division, base.tokenizer, base.end)
         with _workers() as workers:
@@ -144,49 +123,6 @@ def _by_content(adapter: Path) -> Path:
 
 def _versions() -> list[str]:
     return [version(name) for name in ("torch", "transformers", "peft")]
-
-
-def base_of(profile: Profile) -> Base:
-    """The checkpoint of ``experts.checkpoint``, checked.
-
-    Raises
-    ------
-    ConfigError
-    """
-    settings = profile.experts
-    directory = Path(settings.checkpoint) if settings.checkpoint else checkpoint.checkpoint(profile.engines)
-    file = directory / "config.json"
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"experts.checkpoint: {file} cannot be read: {error}") from None
-    if described.get("model_type") != "llama":
-        raise ConfigError(f"experts.checkpoint: {directory} holds a {described.get('model_type')!r}, no Llama")
-    if not (words := directory / "tokenizer.json").is_file():
-        raise ConfigError(f"experts.checkpoint: {directory} has no tokenizer.json")
-    weights = sorted((path.name, path.stat().st_size) for path in directory.glob("*.safetensors"))
-    if not weights:
-        raise ConfigError(f"experts.checkpoint: {directory} has no weights in safetensors")
-    end = described.get("bos_token_id")
-    end = end if isinstance(end, int) else described["eos_token_id"]
-    if settings.layers and settings.layers > described["num_hidden_layers"]:
-        has = described["num_hidden_layers"]
-        raise ConfigError(f"experts.layers={settings.layers}, but the checkpoint {directory} has {has}")
-    key = cache.digest(described, weights, words, settings.layers)
-    return Base(directory, Tokenizer.from_file(str(words)), end, dtype_of(settings), settings.layers, key)
-
-
-def dtype_of(settings: ExpertSettings) -> str:
-    """``bfloat16`` where the hardware multiplies it and nothing else is asked for.
-
-    Raises
-    ------
-    ConfigError
-    """
-    able = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else hardware.multiplies_bfloat16()
-    if settings.dtype == "bfloat16" and not able:
-        raise ConfigError("experts.dtype=bfloat16, but this machine does not multiply it: set float32 or auto")
-    return settings.dtype if settings.dtype != "auto" else "bfloat16" if able else "float32"
 
 
 def _trained(profile: Profile, base: Base, blocks: Mapping[str, Blocks], workers: worker.Workers) -> dict[str, Path]:

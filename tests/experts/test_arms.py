@@ -17,6 +17,7 @@ import pytest
 from erlib import config, experts, paths
 from erlib.config import ConfigError, Profile
 from erlib.experts import arms
+from erlib.experts.base import base_of, dtype_of
 from erlib.experts.tables import Judged
 from tests.support import tiny_experts, tiny_llama
 from tests.support.tiny_experts import SETTINGS, TOPICS, load
@@ -138,10 +139,10 @@ def test_bfloat16_is_taken_only_where_it_is_multiplied(monkeypatch: pytest.Monke
     settings = config.ExpertSettings(dtype="bfloat16")
     monkeypatch.setattr("erlib.machine.hardware.multiplies_bfloat16", lambda: False)
     with pytest.raises(ConfigError, match="this machine does not multiply it: set float32 or auto"):
-        arms.dtype_of(settings)
-    assert arms.dtype_of(config.ExpertSettings()) == "float32"
+        dtype_of(settings)
+    assert dtype_of(config.ExpertSettings()) == "float32"
     monkeypatch.setattr("erlib.machine.hardware.multiplies_bfloat16", lambda: True)
-    assert arms.dtype_of(config.ExpertSettings()) == "bfloat16"
+    assert dtype_of(config.ExpertSettings()) == "bfloat16"
 
 
 def test_adapters_of_the_users_own_are_looked_at(judged: Judged, profile: Profile, home: Path, tmp_path: Path) -> None:
@@ -203,14 +204,14 @@ def test_what_is_killed_loses_no_arm_that_was_complete(corpus_file: Path, llama:
 
 
 def test_the_same_settings_are_the_same_adapters(judged: Judged, profile: Profile) -> None:
-    base = arms.base_of(profile)
+    base = base_of(profile)
     blocks = np.zeros((1, 64), dtype=np.int32)
     key = arms._key(profile, base, blocks, None)
     assert key == arms._key(profile, base, blocks.copy(), None)
     assert key != arms._key(profile, base, blocks + 1, None)
     assert key != arms._key(profile, base._replace(dtype="bfloat16"), blocks, None)
     fewer = profile.model_copy(update={"experts": profile.experts.model_copy(update={"layers": 1})})
-    assert key != arms._key(fewer, arms.base_of(fewer), blocks, None)
+    assert key != arms._key(fewer, base_of(fewer), blocks, None)
     warmer = profile.experts.model_copy(update={"temperature": 1.0})
     assert key == arms._key(profile.model_copy(update={"experts": warmer}), base, blocks, None)
 
