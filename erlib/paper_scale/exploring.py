@@ -89,7 +89,7 @@ def observe(
     OutOfRange
         If a step is larger than the step times know.
     """
-    system = way.design.system
+    system = way.system
     asked = questions.for_experts(question, questions.drawn(question, profile, effort.requests, draw), system)
     rng = np.random.default_rng([profile.seed, draw, len(asked)])
     goes_on: bool | Sequence[Sequence[Prompt]] = False
@@ -289,7 +289,7 @@ class Explorer:
             for name, faster in points
         ]
         rows = [
-            {"design": name, "kind": known[name].kind, "gpus": gpus(known[name]), "load": faster, **found}
+            {"design": name, "kind": known[name].kind, "gpus": known[name].gpus, "load": faster, **found}
             for (name, faster), found in zip(points, self._map(jobs) if jobs else [], strict=True)
             if not isinstance(found, str)
         ]
@@ -310,14 +310,9 @@ class Explorer:
 
 def bound(question: Question, profile: Profile, way: Way) -> Capacity:
     """What a design carries at most, by arithmetic."""
-    system = way.design.system
     asked = questions.drawn(question, profile, _LEAST, 0)
-    return capacity.capacity(system, asked, questions.shares(question, profile, system.instances), question.tpot_s)
-
-
-def gpus(way: Way) -> int:
-    """That it uses."""
-    return way.design.gpus * way.width
+    share = questions.shares(question, profile, way.system.instances)
+    return capacity.capacity(way.system, asked, share, question.tpot_s)
 
 
 def room(question: Question, bound: Capacity) -> float:
@@ -361,7 +356,7 @@ def _about(question: Question, name: str, way: Way, bound: Capacity, errors: pd.
     headroom = room(question, bound)
     low, high = known_error.between(errors, questions.throughput_error(question))
     return {
-        **{"design": name, "kind": way.kind, "gpus": gpus(way), "form": " ".join(map(str, way.form))},
+        **{"design": name, "kind": way.kind, "gpus": way.gpus, "form": " ".join(map(str, way.form))},
         **{"headroom": headroom, "headroom_low": headroom * low, "headroom_high": headroom * high},
         "limited_by": bound.limited_by,
     }

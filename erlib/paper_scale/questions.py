@@ -20,7 +20,6 @@ from erlib.config import ConfigError, Dtype, Mix, Paper, Profile
 from erlib.engines import llama
 from erlib.paper_scale import gpus, known_error, service_levels, setups
 from erlib.paper_scale.batching import System
-from erlib.paper_scale.designs import Design
 from erlib.paper_scale.gpus import Form, Gpu
 from erlib.workload import prompts, traces
 from erlib.workload.prompts import Prompt, Workload
@@ -173,12 +172,15 @@ def asked_in(profile: Profile) -> Question:
 class Way(NamedTuple):
     """One way to serve."""
 
-    design: Design
-    width: int
-    """GPUs of an engine."""
+    system: System
     kind: str
     form: Form
-    """Weights, KV cache and width: designs with the same have the same step times."""
+    """Designs with the same have the same step times."""
+
+    @property
+    def gpus(self) -> int:
+        """That it uses: as many as an engine is wide, for each engine."""
+        return len(self.system.experts) * self.form[2]
 
 
 def ways(question: Question, profile: Profile) -> dict[str, Way]:
@@ -203,17 +205,16 @@ def ways(question: Question, profile: Profile) -> dict[str, Way]:
         slots = int(min(question.slots, steps.limits.batch))
         routed = System(name, "expert_router", steps, n, slots, kv_tokens, limit)
         one = replace(routed, routing="replicas" if n > 1 else "direct")
-        found[f"{name}, one model"] = Way(Design(one), width, IN_TURN, form)
+        found[f"{name}, one model"] = Way(one, IN_TURN, form)
         experts = question.experts or min(n, question.clusters)
         if 1 < experts <= n:
             own = replace(routed, instances=experts, added=_more(question, profile, experts, n - experts))
             said = "an expert each" if experts == n else f"{experts} experts"
-            found[f"{name}, {said}"] = Way(Design(own), width, ROUTED, form)
+            found[f"{name}, {said}"] = Way(own, ROUTED, form)
         if dtype == "fp16":
-            slower = question.adapters_slower
-            every = setups.slower(replace(routed, adapters=True), slower)
+            every = setups.slower(replace(routed, adapters=True), question.adapters_slower)
             many = question.experts or question.clusters
-            found[f"{name}, {many} adapters each"] = Way(Design(every, slower=slower), width, ADAPTERS, form)
+            found[f"{name}, {many} adapters each"] = Way(every, ADAPTERS, form)
     if not found:
         raise ConfigError(_none(question, of))
     return found

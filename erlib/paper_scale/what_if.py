@@ -86,7 +86,7 @@ def _answer(question: Question, profile: Profile, name: str, errors: tuple[float
     bound = exploring.bound(question, profile, way)
     at_most = exploring.room(question, bound)
     unit = 1 / question.users if question.users else (at_most or 1.0) / _PARTS
-    about: dict[str, object] = {"design": name, "kind": way.kind, "gpus": exploring.gpus(way)}
+    about: dict[str, object] = {"design": name, "kind": way.kind, "gpus": way.gpus}
 
     def seen(faster: float, draw: int) -> dict[str, float]:
         effort = exploring.effort_for(question, bound, faster, _MOST_REQUESTS)

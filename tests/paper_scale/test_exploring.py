@@ -71,9 +71,9 @@ def test_what_is_observed_is_what_the_clock_says(profile: config.Profile) -> Non
     question, n = asked(spread="normal"), 90
     way = questions.ways(question, profile)["2 × FP8 TP1, an expert each"]
     seen = exploring.observe(question, profile, way, Effort(n), draw=1)
-    drawn = questions.for_experts(question, questions.drawn(question, profile, n, 1), way.design.system)
+    drawn = questions.for_experts(question, questions.drawn(question, profile, n, 1), way.system)
     starts_s = np.random.default_rng([profile.seed, 1, n]).exponential(1 / 5.0, n).cumsum()
-    happened = clock.trace(way.design.system, drawn, continues=False, starts_s=starts_s.tolist())
+    happened = clock.trace(way.system, drawn, continues=False, starts_s=starts_s.tolist())
     ttft, tpot = [], []
     for request, stamps in zip(happened.requests, happened.token_ns(), strict=True):
         if request.sent_s >= starts_s[-1] / 3:
@@ -94,12 +94,12 @@ def test_users_ask_again_when_they_have_an_answer_and_no_sooner(profile: config.
     assert seen["requests_per_s"] * bound.response_s(0) == pytest.approx(3, rel=0.2)
     more = exploring.observe(question, profile, way, effort, faster=4.0)
     assert more["requests_per_s"] > 3 * seen["requests_per_s"]
-    assert seen["slots_used"] == 3 / way.design.system.batch_size
+    assert seen["slots_used"] == 3 / way.system.batch_size
 
 
 def test_the_next_question_is_sent_with_the_last_token_and_none_after_the_end(profile: config.Profile) -> None:
     question = asked(gpus=1)
-    system = questions.ways(question, profile)["1 × FP8 TP1, one model"].design.system
+    system = questions.ways(question, profile)["1 × FP8 TP1, one model"].system
     drawn = questions.drawn(question, profile, 6, 0)
     happened = clock.trace(system, drawn[:2], [drawn[2:4], drawn[4:6]], starts_s=[0.0, 0.5])
     for user, texts in enumerate(((0, 2, 3), (1, 4, 5))):

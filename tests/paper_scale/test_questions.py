@@ -111,7 +111,7 @@ def test_a_table_of_ones_own_is_used_like_a_known_one(profile: config.Profile, t
     known = questions.ways(asked(gpu="h100-pytorch"), profile)
     assert list(mine) == list(known) and "2 × FP8 TP1, KV FP16, one model" in mine
     for name, way in mine.items():
-        system, its = way.design.system, known[name].design.system
+        system, its = way.system, known[name].system
         assert system.steps.decode_s(8, 300) == pytest.approx(2 * its.steps.decode_s(8, 300))
         assert system.kv_tokens < its.kv_tokens
 
@@ -125,7 +125,7 @@ def test_memory_is_what_an_engine_sees_of_it() -> None:
 def test_an_h200_holds_more_than_an_h100(profile: config.Profile) -> None:
     one, other = (questions.ways(asked(gpu=name), profile) for name in ("h100-pytorch", "h200-pytorch"))
     for name in one:
-        assert other[name].design.system.kv_tokens > 1.5 * one[name].design.system.kv_tokens
+        assert other[name].system.kv_tokens > 1.5 * one[name].system.kv_tokens
 
 
 def test_experts_that_a_trace_names_have_servers_of_their_own(profile: config.Profile) -> None:
@@ -135,12 +135,12 @@ def test_experts_that_a_trace_names_have_servers_of_their_own(profile: config.Pr
     assert question.clusters == 2 and question.spread_said == "as the trace says"
     ways = questions.ways(question, profile)
     assert "2 × FP8 TP1, an expert each" in ways and "2 × FP16 TP1, 2 adapters each" in ways
-    system = ways["2 × FP8 TP1, an expert each"].design.system
+    system = ways["2 × FP8 TP1, an expert each"].system
     assert questions.shares(question, profile, 2).tolist() == [0.5, 0.5]
     drawn = questions.for_experts(question, questions.drawn(question, profile, 20, 0), system)
     assert Counter(prompt.cluster for prompt in drawn) == {0: 10, 1: 10}
     wide = questions.ways(asked(lengths=two, requests_per_s=None, gpus=8), profile)["8 × FP8 TP1, 2 experts"]
-    assert Counter(wide.design.system.experts) == {0: 4, 1: 4}
+    assert Counter(wide.system.experts) == {0: 4, 1: 4}
 
 
 def test_a_data_sheet_prices_every_width_of_every_large_model(profile: config.Profile) -> None:
@@ -163,8 +163,8 @@ def test_steps_of_a_data_sheet_are_the_rooflines(profile: config.Profile, gpu: s
     way = questions.ways(asked(gpu=gpu, gpus=8), profile)["4 × FP16 TP2, one model"]
     sheet = {"a100": steptimes.A100, "h200": steptimes.H200}[gpu]
     roofline = steptimes.Roofline(llama.shape("llama-3-8b"), sheet, tensor_parallel=2)
-    assert way.design.system.steps.step_s(2, 600, 30, 12_000) == roofline.step_s(2, 600, 30, 12_000)
-    slower = questions.ways(asked(gpu=gpu, gpus=8), profile)["4 × FP16 TP2, 8 adapters each"].design.system.steps
+    assert way.system.steps.step_s(2, 600, 30, 12_000) == roofline.step_s(2, 600, 30, 12_000)
+    slower = questions.ways(asked(gpu=gpu, gpus=8), profile)["4 × FP16 TP2, 8 adapters each"].system.steps
     times = asked().adapters_slower
     assert slower.step_s(2, 600, 30, 12_000) == pytest.approx(times * roofline.step_s(2, 600, 30, 12_000))
     assert slower.decode_steps_s(2, 30, 12_000)[0] == pytest.approx(times * roofline.step_s(0, 0, 30, 12_000))
@@ -172,7 +172,7 @@ def test_steps_of_a_data_sheet_are_the_rooflines(profile: config.Profile, gpu: s
 
 def test_fewer_experts_have_replicas_where_the_load_is(profile: config.Profile) -> None:
     ways = questions.ways(asked(gpus=8, experts=3, spread="normal"), profile)
-    system = ways["8 × FP8 TP1, 3 experts"].design.system
+    system = ways["8 × FP8 TP1, 3 experts"].system
     assert len(system.experts) == 8
     share = questions.shares(asked(spread="normal"), profile, 3)
     servers = Counter(system.experts)
