@@ -6,6 +6,7 @@ arithmetic (:mod:`erlib.paper_scale.capacity`). All latencies are the simulation
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -107,11 +108,11 @@ def observe(
 
 
 def _arrivals(question: Question, n: int, draw: int, rng: np.random.Generator) -> Floats:
-    trace = question.trace
-    if trace is None or question.requests_per_s is not None:
+    trace = question.own_arrivals
+    if trace is None:
         return rng.exponential(1 / question.rate_per_s, n).cumsum()
-    rows = questions.stretch(trace, n, draw, DRAWS)
-    gaps_s = np.diff(np.asarray(trace.arrival_s, float)[rows], prepend=np.asarray(trace.arrival_s, float)[rows[0]])
+    comes_s = np.asarray(trace.arrival_s, float)[questions.stretch(trace, n, draw)]
+    gaps_s = np.diff(comes_s, prepend=comes_s[0])
     gaps_s[gaps_s < 0] = 1 / question.rate_per_s  # where it begins anew
     return gaps_s.cumsum()
 
@@ -145,13 +146,20 @@ def _summary(question: Question, seen: clock.Trace, until_s: float, faster: floa
     }
 
 
-def _job(
-    question: Question, profile: Profile, name: str, effort: Effort, draw: int, faster: float = 1.0
-) -> dict[str, float] | str:
+class _Job(NamedTuple):
+    """A simulation of one design; see :func:`observe`."""
+
+    design: str
+    effort: Effort
+    draw: int = 0
+    faster: float = 1.0
+
+
+def _observed(question: Question, profile: Profile, job: _Job) -> dict[str, float] | str:
     """:func:`observe` in a process that has nothing but the question; or why that cannot be."""
-    way = questions.ways(question, profile)[name]
+    way = questions.ways(question, profile)[job.design]
     try:
-        return observe(question, profile, way, effort, draw, faster)
+        return observe(question, profile, way, job.effort, job.draw, job.faster)
     except (CannotServe, OutOfRange) as error:
         return str(error)
 
@@ -203,10 +211,11 @@ class Explorer:
             self._pool.shutdown()
             self._pool = None
 
-    def _map(self, jobs: Sequence[tuple[object, ...]]) -> list[dict[str, float] | str]:
+    def _map(self, question: Question, jobs: Sequence[_Job]) -> list[dict[str, float] | str]:
+        """What is observed in each job; or why that cannot be."""
         if self._pool is None:
             self._pool = processes.pool(self._workers)
-        return list(self._pool.map(_job, *zip(*jobs, strict=True)))
+        return list(self._pool.map(functools.partial(_observed, question, self.profile), jobs))
 
     def answer(self, question: Question) -> Answer:
         """The designs, first those that keep most requests within their bounds.
@@ -239,17 +248,16 @@ class Explorer:
         simulations = max(1, _BUDGET // max(requests, RESPONSES * (question.users or 0)))
         draws = next((n for n in (DRAWS, DRAWS - 1) if simulations >= 2 * (n - 1) + len(order)), _FEWEST_DRAWS)
         first = order[: max(2, simulations - 2 * (draws - 1))]
-        found = dict(zip(first, self._map([self._task(question, name, efforts[name]) for name in first]), strict=True))
+        found = dict(zip(first, self._map(question, [_Job(name, efforts[name]) for name in first]), strict=True))
         able = {name: [its] for name, its in found.items() if not isinstance(its, str)}
         refused = {name: its for name, its in found.items() if isinstance(its, str)}
         if not able:
             raise ConfigError(f"no design can serve this: {next(iter(refused.values()))}")
         best = sorted(able, key=lambda name: _rank(question, able[name][0], order.index(name)))
-        again = [(name, draw) for name in best[:2] for draw in range(1, draws)]
-        more = self._map([self._task(question, name, efforts[name], draw) for name, draw in again])
-        for (name, _), its in zip(again, more, strict=True):
+        again = [_Job(name, efforts[name], draw) for name in best[:2] for draw in range(1, draws)]
+        for job, its in zip(again, self._map(question, again), strict=True):
             if not isinstance(its, str):
-                able[name].append(its)
+                able[job.design].append(its)
         ranked = best + [name for name in order if name not in able]
         rows = [
             _about(question, name, known[name], bounds[name], errors)
@@ -278,19 +286,16 @@ class Explorer:
         """
         known = questions.ways(question, self.profile)
         bounds = self._bounds(question, known)
-        points = [
-            (name, share * headroom)
+        jobs = [
+            _Job(name, effort_for(question, bounds[name], share * headroom, _MOST_OF_FRONTIER), faster=share * headroom)
             for name in known
             if (headroom := room(question, bounds[name])) > 0
             for share in loads
         ]
-        jobs = [
-            self._task(question, name, effort_for(question, bounds[name], faster, _MOST_OF_FRONTIER), faster=faster)
-            for name, faster in points
-        ]
         rows = [
-            {"design": name, "kind": known[name].kind, "gpus": known[name].gpus, "load": faster, **found}
-            for (name, faster), found in zip(points, self._map(jobs) if jobs else [], strict=True)
+            {"design": job.design, "kind": known[job.design].kind, "gpus": known[job.design].gpus, "load": job.faster}
+            | found
+            for job, found in zip(jobs, self._map(question, jobs), strict=True)
             if not isinstance(found, str)
         ]
         if not rows:
@@ -298,11 +303,6 @@ class Explorer:
         table = pd.DataFrame(rows)
         table["goodput_per_gpu"] = table["goodput_per_s"] / table["gpus"]
         return table.assign(on_frontier=service_levels.unbeaten(table["goodput_per_gpu"], table["ttft_p99_s"]))
-
-    def _task(
-        self, question: Question, name: str, effort: Effort, draw: int = 0, faster: float = 1.0
-    ) -> tuple[object, ...]:
-        return question, self.profile, name, effort, draw, faster
 
     def _bounds(self, question: Question, known: Mapping[str, Way]) -> dict[str, Capacity]:
         return {name: bound(question, self.profile, way) for name, way in known.items()}
@@ -368,16 +368,22 @@ def over_draws(question: Question, draws: Sequence[Mapping[str, float]]) -> dict
         return {}
     frame = pd.DataFrame(draws)
     frame["price_per_million_tokens"] = question.gpus * question.gpu_hour / 3600 / frame["tokens_per_s"] * 1e6
-    mean = frame.mean()
+    mean = frame.mean().to_dict()
     ends = {name: interval(frame[name]) for name in frame}
-    p99 = {"TTFT": mean["ttft_p99_s"] / question.ttft_s, "TPOT": mean["tpot_p99_s"] / question.tpot_s}
+    excess = over_bounds(question, mean)
     return {
-        **mean.to_dict(),
+        **mean,
         **{
             f"{name}{end}": its for name, pair in ends.items() for end, its in zip(("_low", "_high"), pair, strict=True)
         },
-        "bottleneck": max(p99, key=lambda what: -math.inf if math.isnan(p99[what]) else p99[what]),
+        "bottleneck": max(excess, key=excess.__getitem__),
     }
+
+
+def over_bounds(question: Question, seen: Mapping[str, float]) -> dict[str, float]:
+    """Each p99 over its bound; without that of TPOT, where all answers are one token long."""
+    p99 = {"TTFT": seen["ttft_p99_s"] / question.ttft_s, "TPOT": seen["tpot_p99_s"] / question.tpot_s}
+    return {what: its for what, its in p99.items() if not math.isnan(its)}
 
 
 def interval(draws: Sequence[float] | pd.Series) -> tuple[float, float]:

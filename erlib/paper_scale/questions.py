@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from erlib import config
 from erlib.config import ConfigError, Dtype, Mix, Paper, Profile
 from erlib.engines import llama
 from erlib.paper_scale import gpus, known_error, service_levels, setups
@@ -87,7 +86,7 @@ class Question:
                 raise ConfigError(f"{name} is {least:g} to {most:g}, not {value:g}")
         if self.trace is not None:
             _check(self.trace)
-            if self.requests_per_s is None and self.users is None and not math.isfinite(self.trace.requests_per_s):
+            if not math.isfinite(self.rate_per_s):
                 raise ConfigError("all requests of the trace come at once: give requests per second, or users")
 
     @property
@@ -120,21 +119,22 @@ class Question:
         return "as the trace says" if decided else self.spread
 
     @property
+    def own_arrivals(self) -> Trace | None:
+        """The trace, if requests come when it says: if neither another rate is asked for, nor users who wait."""
+        return self.trace if self.requests_per_s is None and self.users is None else None
+
+    @property
     def rate_per_s(self) -> float:
         """Requests per second that come by themselves; 0 where users wait for answers."""
-        if self.users is not None:
-            return 0.0
-        if self.requests_per_s is not None:
-            return self.requests_per_s
-        assert self.trace is not None  # or there would be a rate, or users
-        return self.trace.requests_per_s
+        trace = self.own_arrivals
+        return trace.requests_per_s if trace is not None else self.requests_per_s or 0.0
 
     @property
     def load(self) -> str:
         """What is asked for, in words."""
         if self.users is not None:
             return f"{self.users:,} users"
-        own = ", as its trace has them" if self.requests_per_s is None else ""
+        own = ", as its trace has them" if self.own_arrivals is not None else ""
         return f"{self.rate_per_s:.4g} requests/s{own}"
 
 
@@ -275,12 +275,11 @@ def _more(question: Question, profile: Profile, experts: int, servers: int) -> t
 _POOLS: dict[tuple[str, str], Workload] = {}
 
 
-def pool(profile: Profile, paper: Paper) -> Workload:
+def _pool(profile: Profile, paper: Paper) -> Workload:
     """Prompts of a paper's lengths, made once per process."""
     key = profile.digest, paper
     if key not in _POOLS:
-        at_scale = config.at_paper_scale(profile)
-        _POOLS[key] = replace(setups.workload(at_scale, paper), sigma=profile.workload.sigma)
+        _POOLS[key] = setups.workload(profile, paper, setups.Setup(sigma=profile.workload.sigma))
     return _POOLS[key]
 
 
@@ -290,29 +289,29 @@ _MOST_DRAWS = 64
 
 def drawn(question: Question, profile: Profile, n: int, draw: int) -> list[Prompt]:
     """Prompts of `n` requests, by clusters; the same for every design."""
-    trace = question.trace
-    if trace is not None:
-        return _of_trace(question, profile, trace, n, draw)
-    key = profile.digest, question.lengths, question.spread, n, draw
+    lengths = question.lengths
+    if not isinstance(lengths, str):
+        return _of_trace(question, profile, lengths, n, draw)
+    key = profile.digest, lengths, question.spread, n, draw
     if key not in _DRAWS:
         if len(_DRAWS) >= _MOST_DRAWS:
             _DRAWS.clear()
-        its = pool(profile, question.lengths)  # type: ignore[arg-type]
-        _DRAWS[key] = prompts.draw(its, n, question.spread, profile.seed, draw)
+        _DRAWS[key] = prompts.draw(_pool(profile, lengths), n, question.spread, profile.seed, draw)
     return _DRAWS[key]
 
 
-def stretch(trace: Trace, n: int, draw: int, draws: int) -> npt.NDArray[np.int64]:
-    """Rows of `n` requests that follow each other in a trace, whose end its start follows; draws begin apart."""
-    start = draw * len(trace.arrival_s) // draws
-    return (np.argsort(np.asarray(trace.arrival_s), kind="stable"))[(start + np.arange(n)) % len(trace.arrival_s)]
-
-
 DRAWS = 5
+"""How many there are of a question, at most."""
+
+
+def stretch(trace: Trace, n: int, draw: int) -> npt.NDArray[np.int64]:
+    """Rows of `n` requests that follow each other in a trace, whose end its start follows; draws begin apart."""
+    start = draw * len(trace) // DRAWS
+    return np.argsort(np.asarray(trace.arrival_s), kind="stable")[(start + np.arange(n)) % len(trace)]
 
 
 def _of_trace(question: Question, profile: Profile, trace: Trace, n: int, draw: int) -> list[Prompt]:
-    rows = stretch(trace, n, draw, DRAWS)
+    rows = stretch(trace, n, draw)
     if trace.cluster is None:
         rng = np.random.default_rng([profile.seed, draw, n])
         of_expert = prompts.spread(n, shares(question, profile, CLUSTERS), rng)

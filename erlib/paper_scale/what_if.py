@@ -90,8 +90,8 @@ def _answer(question: Question, profile: Profile, name: str, errors: tuple[float
 
     def seen(faster: float, draw: int) -> dict[str, float]:
         effort = exploring.effort_for(question, bound, faster, _MOST_REQUESTS)
-        if _own_arrivals(question):
-            effort = Effort(len(question.trace.arrival_s))  # type: ignore[union-attr]
+        if question.own_arrivals is not None:
+            effort = Effort(len(question.own_arrivals))
         elif not question.users:
             window_s = question.window_s or _WINDOW_S
             requests = max(1, round(faster * question.rate_per_s * window_s))
@@ -101,7 +101,7 @@ def _answer(question: Question, profile: Profile, name: str, errors: tuple[float
         return exploring.observe(question, profile, way, effort, draw, faster)
 
     def keeps(draw: int) -> Callable[[int], bool]:
-        return lambda n: max(_excess(question, seen(n * unit, draw)).values()) <= 1
+        return lambda n: max(exploring.over_bounds(question, seen(n * unit, draw)).values()) <= 1
 
     try:
         limit = math.floor(at_most / unit + 1e-9)
@@ -111,7 +111,7 @@ def _answer(question: Question, profile: Profile, name: str, errors: tuple[float
         typical = round(float(np.mean(most)))
         broken = {bound.limited_by: 1.0}
         if most[0] < limit or not limit:
-            broken |= _excess(question, seen(math.ceil(max(1, most[0]) * PRECISION) * unit, 0))
+            broken |= exploring.over_bounds(question, seen(math.ceil(max(1, most[0]) * PRECISION) * unit, 0))
         asked = exploring.over_draws(question, [seen(1.0, draw) for draw in range(_DRAWS)])
         tokens_per_s = seen(typical * unit, 0)["tokens_per_s"] if typical else 0.0
     except (CannotServe, OutOfRange) as error:
@@ -130,13 +130,3 @@ def _answer(question: Question, profile: Profile, name: str, errors: tuple[float
 
 
 _AT_ASKED = ("ttft_p99_s", "tpot_p99_s")
-
-
-def _own_arrivals(question: Question) -> bool:
-    return question.trace is not None and question.requests_per_s is None and not question.users
-
-
-def _excess(question: Question, seen: dict[str, float]) -> dict[str, float]:
-    """Each p99 over its bound."""
-    p99 = {"TTFT": seen["ttft_p99_s"] / question.ttft_s, "TPOT": seen["tpot_p99_s"] / question.tpot_s}
-    return {what: its for what, its in p99.items() if not math.isnan(its)}
