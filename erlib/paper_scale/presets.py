@@ -18,12 +18,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import stats
 
 from erlib import paths
 from erlib.config import ConfigError, Paper
@@ -47,15 +46,6 @@ CLIENT_THREADS = paths.FACTS / "client_threads.csv"
 """What ``benchmarks.client_threads`` has measured: CPU time per token of a client that is offered too many."""
 
 
-class Cost(NamedTuple):
-    """CPU time in microseconds, with the 95 % interval of its mean over rounds and levels of users."""
-
-    us: float
-    low_us: float
-    high_us: float
-    n: int
-
-
 def preset(name: Preset, paper: Paper) -> Harness:
     """What a preset puts around the engines of a paper; change single numbers with :func:`dataclasses.replace`.
 
@@ -75,22 +65,16 @@ def preset(name: Preset, paper: Paper) -> Harness:
     raise ConfigError(f"preset must be one of {', '.join(get_args(Preset))}, not {name!r}")
 
 
-def host_cost(programs: Sequence[str], servers: int, cores: int) -> Cost:
-    """What a streamed token costs in some of a host's processes.
+def host_us(programs: Sequence[str], servers: int, cores: int) -> float:
+    """Microseconds that a streamed token costs in some of a host's processes (:data:`HOST`).
 
-    Parameters
-    ----------
-    programs : sequence of str
-        Of :data:`HOST`.
-    servers, cores : int
-        How many servers shared how many cores; each with one process per Python model, a response for each token.
+    The mean over rounds and levels of users. So many servers share so many cores; each has one process per Python
+    model, and a response for each token.
     """
     rows = pd.read_csv(HOST_BINDING)
     rows = rows[(rows["servers"] == servers) & (rows["cores"] == cores) & (rows["users"] >= BUSY_FROM_USERS)]
     rows = rows[(rows["processes"] == 1) & (rows["tokens_per_response"] == 1)]
-    us = rows[[f"{program}_us_per_token" for program in programs]].sum(axis=1).to_numpy()
-    low, high = stats.t.interval(0.95, len(us) - 1, us.mean(), stats.sem(us)) if len(us) > 1 else (np.nan, np.nan)
-    return Cost(float(us.mean()), float(low), float(high), len(us))
+    return float(rows[[f"{program}_us_per_token" for program in programs]].sum(axis=1).to_numpy().mean())
 
 
 def host_binding() -> pd.DataFrame:
@@ -117,18 +101,14 @@ def pinned_host(core_speed: float = 1.0) -> Harness:
     """Servers of one GPU share one core; one of more than two ranks has a socket, and one postprocessing process.
 
     Every message waits for the core to have brought those before it; every prompt, for those before it to have been
-    preprocessed. What the engines themselves need of the core is not in it, nor is what a core loses by turns.
-
-    Parameters
-    ----------
-    core_speed : float
-        How many times as fast the core is as the one that was measured.
+    preprocessed. What the engines themselves need of the core is not in it, nor is what a core loses by turns. The core
+    is `core_speed` times as fast as the one that was measured.
     """
     answer_tokens = float(pd.read_csv(HOST_BINDING, usecols=["answer_tokens"])["answer_tokens"].iloc[0])
 
     def around(message: Sequence[str], servers: int, cores: int, per_server: bool = False) -> Harness:
-        token_us = host_cost(message, servers, cores).us
-        request_us = host_cost(["preprocessing"], servers, cores).us * answer_tokens
+        token_us = host_us(message, servers, cores)
+        request_us = host_us(["preprocessing"], servers, cores) * answer_tokens
         return Harness(
             "pinned-host" if core_speed == 1 else f"pinned-host-{core_speed:g}",
             client_tokens_per_s=core_speed * 1e6 / token_us,
@@ -158,12 +138,8 @@ def thread_client(core_speed: float = 1.0) -> Harness:
     """All tokens wait for one interpreter, which has less time for each the more threads want it.
 
     What is measured on one core is drawn as a line with one bend (:class:`Harness`); how far off that is, the notice
-    beside the file says. How long it takes until all threads have sent is not in it.
-
-    Parameters
-    ----------
-    core_speed : float
-        How many times as fast the core is as the one that was measured.
+    beside the file says. How long it takes until all threads have sent is not in it. The core is `core_speed` times as
+    fast as the one that was measured.
     """
     cost = client_cost().loc[1, "us_per_token"]
     knee, us, slope = _bent_line(cost.index.to_numpy(), cost.to_numpy())

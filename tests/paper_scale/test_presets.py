@@ -43,9 +43,7 @@ def test_presets_have_names():
 
 @pytest.mark.usefixtures("measured")
 def test_a_token_costs_what_it_costs_under_load_and_without_the_stand_in():
-    cost = presets.host_cost(["tritonserver", "postprocessing"], servers=8, cores=1)
-    assert (cost.us, cost.n) == (pytest.approx(1000), 2)
-    assert cost.low_us < 1000 < cost.high_us
+    assert presets.host_us(["tritonserver", "postprocessing"], servers=8, cores=1) == pytest.approx(1000)
 
 
 @pytest.mark.usefixtures("measured")
