@@ -21,7 +21,7 @@ from erlib import config
 from erlib.config import ConfigError, Profile
 from erlib.load import metrics, points, records, sweep, users
 from erlib.load.experiments import Series
-from erlib.paper_scale import emulation
+from erlib.paper_scale import emulation, measured_steps
 from erlib.routing import sklearn_pipeline
 from erlib.serving import wire
 from erlib.serving.share import Classifier
@@ -34,7 +34,7 @@ ARMS: list[tuple[users.Client, Classifier]] = list(product(get_args(users.Client
 _BYTES_PER_WEIGHT = 22
 """Of a stock router: float64, the copy that each classification makes, and the vocabulary beside them."""
 
-METRICS = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s", "gateway_mean_s", "client_cpu_us_per_token"]
+METRICS = [*measured_steps.METRICS, "gateway_mean_s", "client_cpu_us_per_token"]
 """Columns of :func:`by_point`."""
 
 
@@ -91,27 +91,22 @@ def _require_memory(profile: Profile, models: int) -> None:
 
 def by_point(records: pd.DataFrame) -> pd.DataFrame:
     """One row per arm, users and repeat: :data:`METRICS` and ``kept_pace``."""
+    keys = ["client", "classifier", "users", "repeat"]
     rows = []
-    for (client, classifier, level, repeat), point in records.groupby(["client", "classifier", "users", "repeat"]):
+    for key, point in records.groupby(keys):
         (row,) = metrics.summarise(point).to_dict("records")
         gateway_s = metrics.routing_spans(point)["gateway"] * 1e-3  # the threaded client cannot see the spans
         elapsed_s = (point["t_last_ns"].max() - point["t_send_ns"].min()) * 1e-9
+        client_cpu_s = point["client_cpu_cores"].iloc[0] * elapsed_s
         rows.append(
             {
-                "client": client,
-                "classifier": classifier,
-                "users": level,
-                "repeat": repeat,
-                **{name: row.get(name) for name in ("ttft_mean_s", "tpot_mean_s", "session_tokens_per_s")},
+                **dict(zip(keys, key, strict=True)),
+                **{name: row[name] for name in measured_steps.METRICS},
                 "gateway_mean_s": gateway_s.mean(),
-                "client_cpu_us_per_token": point["client_cpu_cores"].iloc[0]
-                * elapsed_s
-                / point["output_tokens"].sum()
-                * 1e6,
+                "client_cpu_us_per_token": client_cpu_s / point["output_tokens"].sum() * 1e6,
             }
         )
-    kept = emulation.pace(records)[["client", "classifier", "users", "repeat", "kept_pace"]]
-    return pd.DataFrame(rows).merge(kept)
+    return pd.DataFrame(rows).merge(emulation.pace(records)[[*keys, "kept_pace"]])
 
 
 def _interval(values: pd.Series) -> dict[str, float]:
@@ -146,8 +141,8 @@ def ablation_effects(points: pd.DataFrame) -> pd.DataFrame:
         below that may be the engines'.
     """
     rows = []
-    for part, other in (("client", "classifier"), ("classifier", "client")):
-        theirs, ours = (dict(zip(("client", "classifier"), arm, strict=True))[part] for arm in (PAPERS, OURS))
+    parts = ("client", "classifier")
+    for part, other, theirs, ours in zip(parts, reversed(parts), PAPERS, OURS, strict=True):
         in_pace = points.groupby(["users", other])["kept_pace"].all()
         for metric in METRICS:
             wide = points.pivot_table(index=["users", "repeat", other], columns=part, values=metric)
