@@ -33,8 +33,6 @@ from erlib.workload.prompts import Workload
 
 KEPT_PACE = 0.05
 """Largest share of the engines' time that a point may lose to late steps and still count as their doing."""
-COMPARED = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s"]
-"""Metrics in which emulation and simulation should agree."""
 
 
 def system(
@@ -63,7 +61,7 @@ def system(
     ConfigError
         If that table does not hold it.
     """
-    answer_limit = profile.workload.p2_max_output_tokens if name.startswith("p2") else None
+    answer_limit = profile.workload.p2_max_output_tokens if config.paper_of(name) == "p2" else None
     try:
         if steps and steps.suffix == ".csv":
             measured_steps.read(steps)
@@ -208,7 +206,7 @@ def beside_simulation(emulated: pd.DataFrame, virtual: pd.DataFrame) -> pd.DataF
 
     def means(frame: pd.DataFrame) -> pd.Series:
         table = metrics.aggregate(metrics.summarise(frame))
-        return table[table["metric"].isin(COMPARED)].set_index(keys)["mean"]
+        return table[table["metric"].isin(measured_steps.METRICS)].set_index(keys)["mean"]
 
     both = pd.DataFrame(
         {

@@ -19,6 +19,7 @@ from erlib.config import ConfigError, Dtype, nearest
 from erlib.engines import llama
 from erlib.machine import hardware
 from erlib.paper_scale import measured_steps, setups, steptimes
+from erlib.paper_scale.measured_steps import FORM
 from erlib.paper_scale.steptimes import OutOfRange, Roofline, StepTimes, Table
 
 Form = tuple[Dtype, Dtype, int]
@@ -103,17 +104,15 @@ def forms(of: Gpu, model: str, gpus: int, formats: Sequence[Dtype] = ()) -> Iter
 @functools.cache
 def known(of: Gpu) -> pd.DataFrame:
     """Forms of models that there are step times for."""
-    columns = ["model", "dtype", "kv_dtype", "tensor_parallel"]
     if of.sheet is not None:
-        return pd.DataFrame(_of_sheet(of.sheet), columns=columns)
-    tables = of.tables
+        return pd.DataFrame(_of_sheet(of.sheet), columns=FORM)
     try:
         parts = [
-            pd.read_parquet(file, columns=columns) if file.suffix == ".parquet" else measured_steps.read(file)[columns]
-            for file in tables
+            pd.read_parquet(file, columns=FORM) if file.suffix == ".parquet" else measured_steps.read(file)[FORM]
+            for file in of.tables
         ]
     except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(f"{tables[0].name} is no table of step times: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{of.tables[0].name} is no table of step times: {str(error).splitlines()[0]}") from None
     return pd.concat(parts).astype({"tensor_parallel": int}).drop_duplicates()
 
 

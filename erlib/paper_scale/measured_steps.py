@@ -218,17 +218,14 @@ def simulated_from(
     ConfigError
         If the GPU's memory does not.
     """
-    paper: Paper = "p1" if name.startswith("p1") else "p2"
+    paper = config.paper_of(name)
     workload = simulation.textless_workload(profile, paper)
     limit = profile.workload.p2_max_output_tokens if paper == "p2" else None
     system = batching.paper_system(name, answer_limit=limit)
     measured = replace(system, steps=steptimes.for_configuration(config.load_configuration(name), file))
     if gpu_bytes is not None:
         measured = _in_memory(measured, gpu_bytes)
-    means = [
-        _simulated(one, workload, paper, profile.seed, users, repeats).groupby("users")[list(METRICS)].mean()
-        for one in (system, measured)
-    ]
+    means = [by_users(_simulated(one, workload, paper, profile.seed, users, repeats)) for one in (system, measured)]
     ratios = (means[1] / means[0]).add_suffix("_ratio")
     return pd.concat([means[0], means[1].add_suffix("_measured"), ratios], axis=1).reset_index()
 
@@ -251,7 +248,13 @@ def _in_memory(system: batching.System, gpu_bytes: float) -> batching.System:
     return replace(system, kv_tokens=tokens, batch_size=min(system.batch_size, slots))
 
 
-METRICS = ("ttft_mean_s", "tpot_mean_s", "session_tokens_per_s")
+METRICS = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s"]
+
+
+def by_users(some: pd.DataFrame) -> pd.DataFrame:
+    """Means of :data:`METRICS` over the repeats of some records, by users; of a user's first prompt alone."""
+    summary = metrics.summarise(some)
+    return summary[summary["turn"] == "base"].groupby("users")[METRICS].mean()
 
 
 def _simulated(
@@ -261,8 +264,7 @@ def _simulated(
     for crowd, repeat in itertools.product(users, range(repeats)):
         drawn = prompts.draw(workload, crowd, "uniform", seed, repeat)
         parts.append(simulation.simulate(system, drawn, paper=paper, repeat=repeat))
-    summary = metrics.summarise(records.frame(parts))
-    return summary[summary["turn"] == "base"]
+    return records.frame(parts)
 
 
 class _Form(NamedTuple):

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ import pandas as pd
 from erlib import config, paths
 from erlib.config import ConfigError, Profile
 from erlib.engines import llama
-from erlib.load import metrics, published, records
+from erlib.load import published, records
 from erlib.machine import hardware
 from erlib.machine.progress import Bar, say
 from erlib.paper_scale import measured_steps, steptimes, validation
 from erlib.paper_scale.clock import HARDWARE
 from erlib.paper_scale.fitting import Fitted
-from erlib.paper_scale.measured_steps import FORM, METRICS
+from erlib.paper_scale.measured_steps import FORM
 from erlib.paper_scale.steptimes import PARTS, OutOfRange
 
 SCRIPT = paths.ROOT / "scripts" / "measure_step_times.py"
@@ -342,10 +342,4 @@ def from_records(served: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     (theirs,) = served["profile"].unique()
     at = profile if theirs == profile.name else config.load_profile(theirs)
     apart = validation.predict(served, validation.measured_system(name, at, steps), HARDWARE)
-    return _means(served).join(_means(apart).add_suffix("_apart"))
-
-
-def _means(some: pd.DataFrame) -> pd.DataFrame:
-    summary = metrics.summarise(some)
-    columns: Sequence[str] = METRICS
-    return summary[summary["turn"] == "base"].groupby("users")[list(columns)].mean()
+    return measured_steps.by_users(served).join(measured_steps.by_users(apart).add_suffix("_apart"))
