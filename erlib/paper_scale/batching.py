@@ -70,19 +70,10 @@ class System:
 
 
 def paper_system(name: str, answer_limit: int | None = None, steps: Path | None = None) -> System:
-    """A configuration of a paper (or a baseline beside one) on 8 H100s.
+    """A configuration of a paper (or a baseline beside one) on 8 H100s, or on GPUs with such a table of `steps`.
 
     KV tokens are those that the text states where they agree with the printed KV cache, and otherwise those that the
     printed cache holds (p1.C states more than twice as many).
-
-    Parameters
-    ----------
-    name : str
-        ``p1.A`` ... ``p2.R``.
-    answer_limit : int, optional
-        See :class:`System`.
-    steps : Path, optional
-        A table of step times of other GPUs; see :class:`~erlib.paper_scale.steptimes.Table`.
     """
     configuration = config.load_configuration(name)
     printed = configuration.system

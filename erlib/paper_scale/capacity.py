@@ -56,17 +56,9 @@ def lengths(asked: Sequence[Prompt]) -> Lengths:
 def capacity(
     system: System, asked: Sequence[Prompt], share: npt.NDArray[np.float64], tpot_s: float = math.inf
 ) -> Capacity:
-    """The most that a system carries.
+    """The most that a system carries of requests with such lengths, if no step may last longer than `tpot_s`.
 
-    Parameters
-    ----------
-    system : System
-    asked : sequence of Prompt
-        Whose lengths count.
-    share : float array
-        Of the requests that each expert gets; matters where they are routed.
-    tpot_s : float
-        Bound of a step's duration.
+    `share` is each expert's of the requests; it matters where they are routed.
     """
     mean = lengths(asked)
     limit = system.answer_limit or 0

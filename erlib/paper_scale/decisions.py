@@ -30,12 +30,7 @@ SURE, UNSURE, NO = "carries", "cannot be told", "does not carry"
 
 
 def side_by_side(answer: Answer) -> pd.DataFrame:
-    """The two best designs, a column each: means over draws with the 90 % interval of that mean; headroom, its end.
-
-    Parameters
-    ----------
-    answer : Answer
-    """
+    """The two best designs, a column each: means over draws with the 90 % interval of that mean; headroom, its end."""
     columns = {}
     for _, row in answer.best.iterrows():
         grows = not answer.question.users and row["headroom"] < NEAR  # a queue that grows for longer than was simulated
@@ -199,14 +194,7 @@ def unknown(asked: Question) -> list[str]:
 
 
 def too_good(errors: pd.DataFrame, asked: Question) -> str:
-    """Where the simulation is known to be optimistic, in a sentence.
-
-    Parameters
-    ----------
-    errors : DataFrame
-        What :func:`erlib.paper_scale.known_error.known_error` returned.
-    asked : Question
-    """
+    """Where the simulation is known to be optimistic, in a sentence."""
     if asked.its_gpu.sheet is not None:
         first = errors.loc[known_error.TTFT + known_error.SHEET]
         return (

@@ -44,17 +44,8 @@ def system(
 ) -> System:
     """A configuration of a paper on 8 emulated H100s (see :func:`erlib.paper_scale.batching.paper_system`).
 
-    Parameters
-    ----------
-    profile : Profile
-        For the tokenizer and the router.
-    name : str
-        ``p1.A`` ... ``p2.R``.
-    slow_motion : float
-        Wall seconds for one second of the engines.
-    classifier : {"ours", "stock"}
-    steps : Path, optional
-        Step times of other GPUs than H100s: a table of ``scripts/measure_step_times.py``.
+    One second of the engines takes `slow_motion` seconds on the wall. Other GPUs than H100s have `steps`, a table of
+    ``scripts/measure_step_times.py``.
 
     Raises
     ------

@@ -62,21 +62,10 @@ class Effort(NamedTuple):
 def observe(
     question: Question, profile: Profile, way: Way, effort: Effort, draw: int = 0, faster: float = 1.0
 ) -> dict[str, float]:
-    """Simulate one design at the load that is asked.
+    """Simulate one design at the load that is asked, or one that is so many times `faster`.
 
-    What is told is of the last two thirds of the time in which requests come; all of them are answered.
-
-    Parameters
-    ----------
-    question : Question
-    profile : Profile
-        Gives the seed.
-    way : Way
-    effort : Effort
-    draw : int
-        Which prompts, arrivals and order of users.
-    faster : float
-        The load, times that of the question.
+    What is told is of the last two thirds of the time in which requests come; all of them are answered. Prompts,
+    arrivals and the order of users are another's in each draw.
 
     Returns
     -------

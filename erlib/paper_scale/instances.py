@@ -140,11 +140,7 @@ class Server:
 class SharedMachine:
     """Hardware that all instances share: each gets an equal part, so their steps go on at one pace, and end in turn.
 
-    Parameters
-    ----------
-    clock : Clock
-    slowdown : callable
-        How many times as long a step takes while so many are under way.
+    `slowdown` says how many times as long a step takes while so many are under way.
     """
 
     def __init__(self, clock: Clock, slowdown: Callable[[int], float]):

@@ -192,18 +192,9 @@ def simulated_from(
 ) -> pd.DataFrame:
     """A paper's configuration in virtual time, with the H100 table's step times and with measured ones.
 
-    Parameters
-    ----------
-    name : str
-        A configuration of one GPU per expert that the measured table holds, e.g. ``p2.E``.
-    file : Path
-    profile : Profile
-        At full scale (``dgx-h100``).
-    users : sequence of int
-        At once; both see the same draws, uniform over clusters, without gateways' costs (preset "hardware").
-    repeats : int
-    gpu_bytes : float, optional
-        Memory of the measured GPU, if it is known: with less than an H100's, engines hold fewer tokens and sequences.
+    It has one GPU per expert, as ``p2.E`` has, and the profile is at full scale (``dgx-h100``). All users come at once;
+    both see the same draws, uniform over clusters, without gateways' costs (preset "hardware"). Where the memory of the
+    measured GPU is known to be less than an H100's, its engines hold fewer tokens and sequences.
 
     Returns
     -------

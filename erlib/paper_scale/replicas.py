@@ -42,16 +42,7 @@ AGREEMENT = 0.05
 def hottest(shares: npt.NDArray[np.float64], replicas: int) -> tuple[int, ...]:
     """Experts that get `replicas` more instances, each the one that has the most demand per instance by then.
 
-    Parameters
-    ----------
-    shares : float array (k,)
-        Share of the requests of each expert.
-    replicas : int
-
-    Returns
-    -------
-    tuple of int
-        Experts in the order in which they are added to; of equally hot ones the first.
+    In the order in which they are added to; of equally hot ones the first.
     """
     instances = np.ones(len(shares))
     added = []

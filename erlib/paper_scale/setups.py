@@ -166,17 +166,7 @@ def points(
 ) -> Iterator[pa.Table]:
     """Records of some systems of one paper under a setup, point by point; ``source`` is "simulated-hardware".
 
-    Parameters
-    ----------
-    setup : Setup
-    configs : sequence of str
-        Of one paper; routed ones of paper 2 under both mixes.
-    profile : Profile
-        Gives the seed.
-    users : sequence of int
-    repeats : int
-    experiment : str
-        For the records.
+    All of them are of one paper; routed ones of paper 2 run under both mixes. `experiment` is only what records say.
     """
     paper = config.paper_of(configs[0])
     pool = workload(profile, paper, setup)

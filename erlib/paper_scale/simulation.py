@@ -102,24 +102,12 @@ def simulate(
 ) -> pa.Table:
     """Records of one point (:data:`erlib.load.records.SCHEMA`), one row per request, ``source`` "simulated".
 
-    Parameters
-    ----------
-    system, drawn, around, seed, routing_s
-        See :func:`trace`.
-    paper : {"p1", "p2"}
-        For the records; in the load experiment, paper 1's users send a continuation prompt.
-    mix, repeat
-        For the records; the draw has them already.
-    columns : mapping, optional
-        Further columns, or others than these, e.g. ``profile`` or ``source``.
-    continues : bool or sequence of Prompt, optional
-        See :func:`trace`; by default what the load experiment of `paper` does.
+    What happens is what :func:`trace` makes of the same arguments; unless `continues` is given, paper 1's users send a
+    continuation prompt, as in its load experiment. Mix and repeat are columns only, for the draw has them already;
+    `columns` has further ones, or others than these, e.g. ``profile`` or ``source``.
 
-    Returns
-    -------
-    pyarrow.Table
-        ``host`` names the preset. Of the gateway's spans only ``queue`` (wait for a stream) and ``forward`` (the
-        routing latency as a whole) are modelled. Columns about the client's own lag are missing.
+    ``host`` names the preset. Of the gateway's spans only ``queue`` (wait for a stream) and ``forward`` (the routing
+    latency as a whole) are modelled. Columns about the client's own lag are missing.
     """
     happened = trace(system, drawn, paper == "p1" if continues is None else continues, around, seed, routing_s)
     about = {

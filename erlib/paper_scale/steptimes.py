@@ -139,18 +139,9 @@ class Table(StepTimes):
     ``output`` (output layer, by sequences), ``decode`` (attention of decoded tokens, by sequences and mean context) and
     ``prefill`` (attention of prompts, by prompts and mean length). Between the table's points each is linear.
 
-    Parameters
-    ----------
-    model : str
-        Of ``data/llama_shapes.yaml``.
-    dtype, kv_dtype : {"fp16", "fp8", "int8", "int4"}
-    tensor_parallel : int
-    file : Path, optional
-        Another table with the same columns, e.g. one that ``scripts/measure_step_times.py`` measured (CSV). Prompts
-        beyond the most that it read at once each take as long as those between its last two points: their attention is
-        work of its own, and a small part of a step.
-    dense : str
-        The part that holds the matrices, if it has another name there.
+    Another `file` has the same columns, e.g. one that ``scripts/measure_step_times.py`` measured (CSV); the part that
+    holds the matrices may have another name there. Prompts beyond the most that it read at once each take as long as
+    those between its last two points: their attention is work of its own, and a small part of a step.
 
     Raises
     ------
@@ -341,14 +332,6 @@ class Roofline(StepTimes):
     """Step times of any Llama shape on any GPU: the slower of computing and reading, plus attention and all-reduce.
 
     Cruder than :class:`Table` (which knows real kernels), but it needs no measurement and knows no limits.
-
-    Parameters
-    ----------
-    shape : LlamaShape
-    gpu : Gpu
-    dtype, kv_dtype : {"fp16", "fp8", "int8", "int4"}
-        Of weights and KV cache.
-    tensor_parallel : int
     """
 
     limits = Limits(np.inf, np.inf, np.inf)

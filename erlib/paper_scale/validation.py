@@ -282,14 +282,7 @@ def measured_system(name: str, profile: Profile, steps: steptimes.StepTimes) -> 
 
 
 def predict(asked: pd.DataFrame, system: batching.System, around: Harness) -> pd.DataFrame:
-    """Records that a simulation makes of the same requests.
-
-    Parameters
-    ----------
-    asked : DataFrame
-        Records of some points; no time in them is looked at.
-    system : System
-    around : Harness
+    """Records that a simulation makes of the requests that others ask for; no time in those is looked at.
 
     Raises
     ------
