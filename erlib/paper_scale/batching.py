@@ -70,7 +70,7 @@ class System:
 
 
 def paper_system(name: str, answer_limit: int | None = None, steps: Path | None = None) -> System:
-    """A configuration of a paper (or a baseline beside one) on 8 H100s, or on GPUs with such a table of `steps`.
+    """A configuration of a paper (or a baseline beside one) on 8 H100s, or on other GPUs that `steps` is a table of.
 
     KV tokens are those that the text states where they agree with the printed KV cache, and otherwise those that the
     printed cache holds (p1.C states more than twice as many).

@@ -107,12 +107,11 @@ def _carried(answer: Answer) -> str:
 def _rather(answer: Answer) -> str:
     first, second = (row for _, row in answer.best.iterrows())
     ratio, low, high = compared(answer, first, second)
-    rate = "answers" if answer.question.users else "headroom"
     names = f"{first['design']} rather than {second['design']}"
     if math.isnan(ratio):
         return ""
-    times = _times(ratio, low, high)
-    return f"{names}: {times} the {rate}." if low > 1 else f"{names} is not sure: {times} the {rate}."
+    times = _times(answer.question, ratio, low, high)
+    return f"{names}: {times}." if low > 1 else f"{names} is not sure: {times}."
 
 
 def compared(answer: Answer, one: pd.Series, other: pd.Series) -> tuple[float, float, float]:
@@ -146,7 +145,6 @@ def _of_kinds(answer: Answer) -> str:
     ratio, low, high = compared(answer, mine, its)
     if math.isnan(ratio):
         return ""
-    rate = "answers" if answer.question.users else "headroom"
     told = {
         SURE: f"they carry {answer.question.load}, too",
         UNSURE: f"whether they carry {answer.question.load} cannot be told",
@@ -154,12 +152,13 @@ def _of_kinds(answer: Answer) -> str:
     }[carries(answer, mine["design"])]
     return (
         f"Experts instead of one model ({mine['design']} against {its['design']}) have "
-        f"{_times(ratio, low, high)} the {rate}; {told}. Which answers are better is not asked."
+        f"{_times(answer.question, ratio, low, high)}; {told}. Which answers are better is not asked."
     )
 
 
-def _times(ratio: float, low: float, high: float) -> str:
-    return f"{ratio:.3g} times" + (f" ({low:.3g} to {high:.3g})" if low < high else "")
+def _times(question: Question, ratio: float, low: float, high: float) -> str:
+    interval = f" ({low:.3g} to {high:.3g})" if low < high else ""
+    return f"{ratio:.3g} times{interval} the {'answers' if question.users else 'headroom'}"
 
 
 def limits(answer: Answer) -> list[str]:

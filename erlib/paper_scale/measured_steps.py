@@ -116,15 +116,15 @@ def entry_by_entry(file: Path) -> pd.DataFrame:
     DataFrame
         The measured rows with ``table_ms`` and ``ratio`` (measured over table).
     """
-    known = {(t.model, t.dtype, t.tensor_parallel): t.kv_dtype for t in _forms(pd.read_parquet(steptimes.TABLE))}
+    tables = _by_form(pd.read_parquet(steptimes.TABLE))
+    known = {(form.model, form.dtype, form.tensor_parallel): form.kv_dtype for form, _ in tables}
     rows = []
-    for form in _forms(measured := read(file)):
+    for form, mine in _by_form(measured := read(file)):
         kv_dtype = known.get((form.model, form.dtype, form.tensor_parallel))
         if kv_dtype is None:
             continue
         table = Table(form.model, form.dtype, kv_dtype, form.tensor_parallel)
         parts = {"dense", SHARE, "output"} | ({"decode", "prefill"} if kv_dtype == form.kv_dtype else set())
-        mine = _of(measured, form)
         for row in mine[mine["part"].isin(parts)].itertuples():
             try:
                 ms = table.part_ms("dense" if row.part == SHARE else row.part, row.x, row.y)
@@ -145,8 +145,7 @@ def sums_beside_whole_steps(file: Path) -> pd.DataFrame:
         over whole).
     """
     rows = []
-    for form in _forms(measured := read(file)):
-        mine = _of(measured, form)
+    for form, mine in _by_form(read(file)):
         dense = "dense" if "dense" in set(mine["part"]) else SHARE  # neither exchanges anything between GPUs
         for row in mine[mine["part"].str.startswith("whole ")].itertuples():
             turn = row.part.removeprefix("whole ")
@@ -265,10 +264,7 @@ class _Form(NamedTuple):
     tensor_parallel: int
 
 
-def _forms(rows: pd.DataFrame) -> Iterator[_Form]:
-    for form in rows[FORM].drop_duplicates().itertuples(index=False):
-        yield _Form(form.model, form.dtype, form.kv_dtype, int(form.tensor_parallel))
-
-
-def _of(rows: pd.DataFrame, form: _Form) -> pd.DataFrame:
-    return rows[(rows[FORM] == list(form)).all(axis=1)]
+def _by_form(rows: pd.DataFrame) -> Iterator[tuple[_Form, pd.DataFrame]]:
+    """Forms in the order in which a table begins them, and the rows of each."""
+    for (model, dtype, kv_dtype, tensor_parallel), mine in rows.groupby(FORM, sort=False):
+        yield _Form(model, dtype, kv_dtype, int(tensor_parallel)), mine

@@ -31,8 +31,7 @@ IN_TURN, ROUTED, ADAPTERS = "one model", "routed experts", "adapters"
 
 def throughput_error(question: Question) -> str:
     """Which of the known errors (:mod:`erlib.paper_scale.known_error`) is that of the answer's throughput."""
-    priced = known_error.SHEET if question.its_gpu.sheet else ""
-    return known_error.THROUGHPUT + priced
+    return known_error.THROUGHPUT + (known_error.SHEET if question.its_gpu.sheet else "")
 
 
 @dataclass(frozen=True)
