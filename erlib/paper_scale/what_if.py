@@ -122,11 +122,8 @@ def _answer(question: Question, profile: Profile, name: str, errors: tuple[float
     return {
         **about,
         **{"most": float(np.mean(most)) * per_unit, "most_low": low * errors[0], "most_high": high * errors[1]},
-        **{"headroom": float(np.mean(most)) * unit, "bottleneck": max(broken, key=lambda what: broken[what])},
-        **{f"{metric}{end}": asked[f"{metric}{end}"] for metric in _AT_ASKED for end in ("", "_low", "_high")},
+        **{"headroom": float(np.mean(most)) * unit, "bottleneck": max(broken, key=broken.__getitem__)},
+        **{name: asked[name] for p99 in ("ttft_p99_s", "tpot_p99_s") for name in (p99, f"{p99}_low", f"{p99}_high")},
         "tokens_per_gpu_hour": tokens_per_gpu_hour,
         "price_per_million_tokens": question.gpu_hour / tokens_per_gpu_hour * 1e6 if typical else np.nan,
     }
-
-
-_AT_ASKED = ("ttft_p99_s", "tpot_p99_s")
