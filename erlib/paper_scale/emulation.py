@@ -1,7 +1,7 @@
 """The papers' systems in wall-clock time on any machine: engines that only keep time, everything around them real.
 
 An emulated engine is a Triton model whose steps last as long as :mod:`erlib.paper_scale.steptimes` says
-(``engines/triton/ emulated``); clients, NGINX, gateways and servers are those of the measured sweeps, which
+(``engines/triton/emulated``); clients, NGINX, gateways and servers are those of the measured sweeps, which
 :mod:`erlib.load.sweep` runs and records. A machine with few cores cannot carry the tokens of eight H100s in real time;
 in *slow motion* it can: every step takes so many times longer, and the records' times are divided by as much. What the
 harness costs shrinks by the same factor, as if its cores were faster. Where even that is too much, steps end late, and

@@ -162,7 +162,7 @@ def replicas_beside_simulation(profile: Profile, plan: Sequence[Series], emulate
     ----------
     profile : Profile
     plan : sequence of Series
-        What :func:`plan` returned.
+        What :func:`replicas_plan` returned.
     emulated : DataFrame
         Records of :func:`erlib.load.sweep.run` with it.
 
