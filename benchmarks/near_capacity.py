@@ -37,7 +37,7 @@ from erlib.config import Mix, Profile
 from erlib.load import metrics
 from erlib.load.experiments import Series
 from erlib.machine.progress import Bar
-from erlib.paper_scale import batching, clock, emulation, replicas, service_levels
+from erlib.paper_scale import batching, clock, emulation, service_levels, setups
 from erlib.serving import wire
 from erlib.workload import prompts
 from erlib.workload.prompts import Workload
@@ -85,7 +85,7 @@ class Prediction:
         self.case, self._profile = case, profile
         self.pool = workload(profile, case)
         shares = prompts.mix_shares("normal", self.pool.n_clusters, self.pool.sigma)
-        self.added = replicas.hottest(shares, case.added)
+        self.added = setups.hottest(shares, case.added)
         limit = profile.workload.p2_max_output_tokens if case.config.startswith("p2") else None
         self._system = replace(batching.paper_system(case.config, limit), added=self.added)
         self.most = service_levels.most(lambda n: keeps(self.p99_s(n)), 1.01)

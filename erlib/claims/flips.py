@@ -130,8 +130,8 @@ def _configs(unknown: str) -> tuple[str, ...]:
 def _file(profile: Profile, unknown: str, setup: Setup) -> Path:
     """Where the numbers of a setup are, under a hash of what they are computed from."""
     numbers = provenance.code_digest("load/metrics.py", "claims/evidence.py")
-    levels = [*profile.sensitivity.users, profile.sensitivity.repeats, profile.seed]
-    inputs = [setups.code(), numbers, asdict(setup), _configs(unknown), levels]
+    levels = [*profile.sensitivity.users, profile.sensitivity.repeats]
+    inputs = [setups.given(profile), numbers, asdict(setup), _configs(unknown), levels]
     name = f"{unknown}-{getattr(setup, unknown):g}" if unknown else "default"
     return paths.run_dir(profile.name) / "simulated" / "sensitivity" / f"{name}-{cache.digest(*inputs)}.parquet"
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 
 from erlib.config import ConfigError, Profile
 from erlib.experts import base
-from erlib.paper_scale import questions, your_gpu
+from erlib.paper_scale import emulation, questions, your_gpu
 
 _CHECKS: dict[str, Callable[[Profile], object]] = {
+    "07_paper_scale": emulation.check,
     "11_experts": base.check,
     "12_your_gpu": your_gpu.check,
     "13_what_if": lambda profile: questions.ways(questions.asked_in(profile), profile),

@@ -150,7 +150,7 @@ def design_load(profile: Profile, shares: Sequence[float], workers: int = 2) -> 
     places = [f"paper_scale/{name}.py" for name in ("designs", "adapter_steps", "service_levels")]
     own = cache.digest(provenance.code_digest(*places, "load/metrics.py"), adapter_steps.MEASURED)
     spread = [round(float(share), 6) for share in shares]
-    digest = cache.digest(setups.code(), own, used, spread, profile.workload.sigma, profile.seed)
+    digest = cache.digest(setups.given(profile), own, used, spread)
     file = paths.run_dir(profile.name) / "simulated" / "designs" / f"{digest}.parquet"
     if (kept := cache.recalled(file, pd.read_parquet, "designs")) is not None:
         return kept

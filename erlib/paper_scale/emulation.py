@@ -52,13 +52,8 @@ def system(
     ConfigError
         If that table does not hold it.
     """
-    answer_limit = profile.workload.p2_max_output_tokens if config.paper_of(name) == "p2" else None
-    try:
-        if steps and steps.suffix == ".csv":
-            measured_steps.read(steps)
-        target = batching.paper_system(name, answer_limit, steps)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"emulation.configs: {error}") from None
+    answer_limit = _answer_limit(profile, name)
+    target = _timed(profile, name, steps)
     parameters = {
         "engine": str(checkpoint.checkpoint(profile.engines)),
         "config": name,
@@ -80,6 +75,32 @@ def system(
         classifier=classifier,
         relay=profile.serving.relay,
     )
+
+
+def _answer_limit(profile: Profile, name: str) -> int | None:
+    return profile.workload.p2_max_output_tokens if config.paper_of(name) == "p2" else None
+
+
+def _timed(profile: Profile, name: str, steps: Path | None) -> batching.System:
+    """What keeps time for a configuration."""
+    try:
+        if steps and steps.suffix == ".csv":
+            measured_steps.read(steps)
+        return batching.paper_system(name, _answer_limit(profile, name), steps)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"emulation.configs: {error}") from None
+
+
+def check(profile: Profile) -> None:
+    """Refuse at once step times that :func:`emulated_load` would refuse.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if profile.emulation.steps:
+        for name in profile.emulation.configs:
+            _timed(profile, name, Path(profile.emulation.steps))
 
 
 def workload(profile: Profile, paper: Paper) -> Workload:

@@ -42,7 +42,7 @@ def simulate_left_out(profile: Profile, directory: Path) -> list[Path]:
     files: list[Path] = []
     for experiment, (setup, configs) in EXPERIMENTS.items():
         usual = replace(setup, sigma=profile.workload.sigma)
-        base = [setups.code(), asdict(usual), users, profile.seed]
+        base = [setups.given(profile), asdict(usual), users]
         wanted = {}
         for name, repeat in itertools.product(configs, range(settings.repeats)):
             for mix in setups.mixes(name):

@@ -261,11 +261,8 @@ def _experts_of(question: Question, experts: int) -> npt.NDArray[np.int64]:
 
 
 def _more(question: Question, profile: Profile, experts: int, servers: int) -> tuple[int, ...]:
-    """Whose replicas further servers are: each the expert's who has the most requests per server."""
-    share, has = shares(question, profile, experts), np.ones(experts)
-    for _ in range(servers):
-        has[np.argmax(share / has)] += 1
-    return tuple(np.repeat(np.arange(experts), has.astype(int) - 1).tolist())
+    """Whose replicas further servers are."""
+    return tuple(sorted(setups.hottest(shares(question, profile, experts), servers)))
 
 
 # --- what is asked of them ----------------------------------------------------------------------------------------

@@ -15,8 +15,6 @@ import typing
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from erlib import config
@@ -24,7 +22,7 @@ from erlib.config import Mix, Profile
 from erlib.load import metrics, points
 from erlib.load.experiments import Series
 from erlib.machine.progress import Bar
-from erlib.paper_scale import batching, emulation, simulation
+from erlib.paper_scale import batching, emulation, setups, simulation
 from erlib.serving import wire
 from erlib.workload import prompts
 
@@ -37,20 +35,6 @@ NAMES = {
 }
 AGREEMENT = 0.05
 """Emulation and simulation that differ by no more than this share are said to agree."""
-
-
-def hottest(shares: npt.NDArray[np.float64], replicas: int) -> tuple[int, ...]:
-    """Experts that get `replicas` more instances, each the one that has the most demand per instance by then.
-
-    In the order in which they are added to; of equally hot ones the first.
-    """
-    instances = np.ones(len(shares))
-    added = []
-    for _ in range(replicas):
-        expert = int((shares / instances).round(12).argmax())  # rounded: shares that mirror each other are equal
-        instances[expert] += 1
-        added.append(expert)
-    return tuple(added)
 
 
 def run_replicas(
@@ -92,7 +76,7 @@ def run_replicas(
                 system = batching.paper_system(name, answer_limit=full.workload.p2_max_output_tokens)
                 for mix, added in arms:
                     about = {"source": "simulated-hardware", "point_hash": f"{added} added"}
-                    wider = replace(system, added=hottest(shares, added))
+                    wider = replace(system, added=setups.hottest(shares, added))
                     answered = simulation.simulate(
                         wider, drawn[mix], paper="p2", mix=mix, repeat=repeat, seed=profile.seed, columns=about
                     )
@@ -149,7 +133,7 @@ def replicas_plan(profile: Profile) -> list[Series]:
     system = emulation.system(profile, settings.config, settings.slow_motion)
     series = []
     for added in settings.added:
-        wider = replace(system, servers=system.servers[:1] * (experts + added), added=hottest(shares, added))
+        wider = replace(system, servers=system.servers[:1] * (experts + added), added=setups.hottest(shares, added))
         mixes: list[Mix] = ["normal"] if added else ["uniform", "normal"]
         series.append(Series(paper, "replicas", wider, pool, settings.users, settings.repeats, mixes))
     return series

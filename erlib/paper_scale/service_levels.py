@@ -90,7 +90,7 @@ def goodput(profile: Profile, ttft_s: float = TTFT_S, tpot_s: float = TPOT_S, wo
     """
     settings = profile.sensitivity
     own = provenance.code_digest("paper_scale/service_levels.py", "load/metrics.py")
-    digest = cache.digest(setups.code(), own, settings.model_dump(), profile.seed, ttft_s, tpot_s)
+    digest = cache.digest(setups.given(profile), own, settings.model_dump(), ttft_s, tpot_s)
     file = paths.run_dir(profile.name) / "simulated" / "sensitivity" / f"goodput-{digest}.parquet"
     if (kept := cache.recalled(file, pd.read_parquet, "goodput")) is not None:
         return kept

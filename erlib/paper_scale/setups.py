@@ -199,11 +199,31 @@ def mixes(name: str) -> list[Mix]:
     return ["uniform", "normal"] if routed and config.paper_of(name) == "p2" else ["uniform"]
 
 
+def hottest(shares: npt.NDArray[np.float64], replicas: int) -> tuple[int, ...]:
+    """Experts that get `replicas` more instances, each the one that has the most demand per instance by then.
+
+    In the order in which they are added to; of equally hot ones the first.
+    """
+    instances = np.ones(len(shares))
+    added = []
+    for _ in range(replicas):
+        expert = int((shares / instances).round(12).argmax())  # rounded: shares that mirror each other are equal
+        instances[expert] += 1
+        added.append(expert)
+    return tuple(added)
+
+
 @functools.cache
 def code() -> str:
-    """Hash of what simulated records are computed with: code, and step times."""
+    """Hash of what simulated records are computed with: code, step times, and what the papers' systems are."""
     places = ("paper_scale/setups.py", *simulation.CODE)
-    return cache.digest(provenance.code_digest(*places), steptimes.TABLE, BESIDE)
+    systems = [paths.FACTS / "llama_shapes.yaml", *sorted(paths.ENGINE_SPECS.glob("*.yaml"))]
+    return cache.digest(provenance.code_digest(*places), steptimes.TABLE, BESIDE, *systems)
+
+
+def given(profile: Profile) -> str:
+    """Hash of :func:`code` and of all that a profile says of prompts and answers."""
+    return cache.digest(code(), profile.workload.model_dump(mode="json"), profile.seed)
 
 
 def continuations(drawn: Sequence[Prompt], moved: float, clusters: int, seed: Sequence[int]) -> list[Prompt]:

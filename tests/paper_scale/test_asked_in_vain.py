@@ -23,6 +23,7 @@ _SERVED = {"experts.layers": None, "experts.users": [4]}
         ("12_your_gpu", {"your_gpu.models": ["llama-9"]}, "no shape for 'llama-9'"),
         ("12_your_gpu", {"your_gpu.steps": "/nowhere.csv"}, "nowhere.csv was measured on, cannot be read"),
         ("12_your_gpu", {"your_gpu.config": "p1.D"}, "PyTorch alone measures attention in FP16"),
+        ("07_paper_scale", {"emulation.steps": "/nowhere.csv"}, "emulation.configs: [Errno 2] No such file"),
         ("11_experts", _OTHER_CORPUS, "experts.corpus: no corpus file /nowhere.jsonl"),
         ("11_experts", {"experts.checkpoint": "/tmp"}, "experts.checkpoint: /tmp/config.json cannot be read"),
         ("11_experts", {**_SERVED, "clusterer.n_clusters": 4}, "8 servers need an expert each"),
@@ -52,4 +53,4 @@ def test_what_is_not_here_is_said_before_it_is_missed(monkeypatch: pytest.Monkey
 def test_profiles_ask_for_what_can_be() -> None:
     for name in ("smoke", "laptop"):
         profile = config.load_profile(name)
-        assert asked_in_vain.problems(profile, ["11_experts", "12_your_gpu", "13_what_if"]) == []
+        assert asked_in_vain.problems(profile, ["07_paper_scale", "11_experts", "12_your_gpu", "13_what_if"]) == []

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from erlib import config, paths
 from erlib.config.simulated import ReplicaSettings
 from erlib.load import experiments, points, sweep, users
-from erlib.paper_scale import batching, clock, emulation, replicas
+from erlib.paper_scale import batching, clock, emulation, replicas, setups
 from erlib.paper_scale.batching import CannotServe
 from erlib.report.own import hot_experts
 from erlib.serving import stack, wire
@@ -38,13 +38,13 @@ def test_no_other_choice_leaves_less_demand_on_the_busiest_instance(weights: lis
         return float((shares / (1 + np.bincount(added, minlength=len(shares)))).max())
 
     others = itertools.combinations_with_replacement(range(len(shares)), n)
-    added = replicas.hottest(shares, n)
+    added = setups.hottest(shares, n)
     assert busiest(added) == pytest.approx(min(map(busiest, others)))
-    assert added[:-1] == replicas.hottest(shares, max(0, n - 1))  # one at a time
+    assert added[:-1] == setups.hottest(shares, max(0, n - 1))  # one at a time
 
 
 def test_the_normal_mix_is_hottest_in_the_middle() -> None:
-    assert set(replicas.hottest(prompts.mix_shares("normal", 8, 2.0), 2)) == {3, 4}
+    assert set(setups.hottest(prompts.mix_shares("normal", 8, 2.0), 2)) == {3, 4}
 
 
 @given(added=st.lists(st.integers(0, 7), max_size=5), clusters=st.lists(st.integers(0, 7), min_size=1, max_size=60))

@@ -109,7 +109,10 @@ def test_left_out_records_are_whole_named_and_made_once(
     frame = records.read_files(files)
     assert set(frame["experiment"]) == set(left_out.EXPERIMENTS)
     tokens = frame[frame["paper"] == "p1"].groupby("experiment")["output_tokens"].unique()
+    shorter = profile.workload.model_copy(update={"p2_max_output_tokens": 300})
     assert tokens["short-answers"].tolist() == [150] and tokens["no-allreduce"].tolist() == [1200]
+    asked_for = left_out.simulate_left_out(profile.model_copy(update={"workload": shorter}), tmp_path)
+    assert set(asked_for).isdisjoint(files), "answers of another length are other records"
     monkeypatch.setattr(setups, "points", None)
     assert left_out.simulate_left_out(profile, tmp_path) == files
 
