@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pandas as pd
 
@@ -26,6 +27,9 @@ from erlib.dgx.containers import Command, Runner, load_image
 from erlib.dgx.tensorrt_llm import Plan
 from erlib.machine import processes
 from erlib.machine.progress import Bar
+
+PlannedSteps: TypeAlias = Sequence[tuple[Plan, Command]]
+"""Steps, each with the first plan that asks for it."""
 
 
 class StepFailed(RuntimeError):
@@ -46,11 +50,10 @@ def is_done(command: Command) -> bool:
         return False
     if command.program[0] == "hf" and "dataset" not in command.options:
         return True
-    try:
-        return json.loads(stamp(command).read_text(encoding="utf-8"))["argv"] == list(command.argv)
-    except (OSError, ValueError, KeyError):
-        # Texts have no index that would show what is still to come; hf's own notes show that it has begun.
-        return command.program[0] == "hf" and not (command.makes / ".cache" / "huggingface").exists()
+    if said := _stamped(command, "argv"):
+        return said == list(command.argv)
+    # Texts have no index that would show what is still to come; hf's own notes show that it has begun.
+    return command.program[0] == "hf" and not (command.makes / ".cache" / "huggingface").exists()
 
 
 def lacking(command: Command) -> list[str]:
@@ -89,8 +92,13 @@ def _size(file: Path) -> int:
 
 def seconds(command: Command) -> float | None:
     """How long a step took when it was run here; None if it was not."""
+    return _stamped(command, "seconds")
+
+
+def _stamped(command: Command, what: str) -> Any:
+    """What a step's stamp says of it; None if it has none, or one that was cut off."""
     try:
-        return json.loads(stamp(command).read_text(encoding="utf-8"))["seconds"]
+        return json.loads(stamp(command).read_text(encoding="utf-8"))[what]
     except (OSError, ValueError, KeyError):
         return None
 

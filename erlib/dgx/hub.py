@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from erlib.config import Profile
-from erlib.dgx import builds, checkpoints
+from erlib.dgx.builds import PlannedSteps
 from erlib.dgx.checkpoints import CALIBRATION, CHECKPOINTS, TEXTS
 from erlib.dgx.tensorrt_llm import Plan
 from erlib.workload import corpus
@@ -23,22 +23,18 @@ LICENCES = {
 }
 
 
-def problems_with_the_hub(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
+def problems_with_the_hub(profile: Profile, plans: Sequence[Plan], todo: PlannedSteps) -> Iterable[str]:
     """Checkpoints and texts that are neither here nor to be had."""
-    places = checkpoints.places(profile)
     wanted: dict[str, Path | None] = {}
-    for _, step in builds.missing(plans):
+    for _, step in todo:
         if step.purpose == "fetch" and step.program[0] == "hf":
             wanted[step.options[0]] = step.makes
-    models = {plan.system.model for plan in plans}
-    wanted |= {
-        CHECKPOINTS[model]: checkpoints.source(model, places)
-        for model in models
-        if not (checkpoints.source(model, places) / "tokenizer.json").exists()
-    }
+    for plan in plans:
+        if not (plan.source / "tokenizer.json").exists():
+            wanted[CHECKPOINTS[plan.system.model]] = plan.source
     if profile.corpus.name == "c4" and not corpus.c4_is_cached(profile.corpus):
         wanted["allenai/c4"] = None
-    if any(step.tool == "hf_ptq.py" for _, step in builds.missing(plans)):
+    if any(step.tool == "hf_ptq.py" for _, step in todo):
         wanted[TEXTS] = None
     if not wanted:
         return

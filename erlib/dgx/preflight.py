@@ -21,6 +21,7 @@ from erlib.cluster import placement
 from erlib.config import ConfigError, Passable, Profile, RunnerKind
 from erlib.dgx import builds, checkpoints, estimates, recipes
 from erlib.dgx.adapters import ADAPTERS_SHARE
+from erlib.dgx.builds import PlannedSteps
 from erlib.dgx.containers import Image, Runner, load_image
 from erlib.dgx.fit import Fitted, fitted
 from erlib.dgx.hub import ANSWER_S, last_line, problems_with_the_hub
@@ -85,20 +86,21 @@ def check(profile: Profile) -> Report:
     fit = fitted(profile, assumed)
     report = Report(profile, fit, here)
     plans = fit.plans
+    todo = builds.missing(plans)
     checks: dict[str, Callable[[], Iterable[str]]] = {
         "gpus": lambda: _gpus(profile, here),
         "driver": lambda: _driver(fit, here),
         "gpus_in_use": lambda: _gpus_in_use(fit, here),
-        "calibration": lambda: _calibration(plans, here),
+        "calibration": lambda: _calibration(todo, here),
         "fit": lambda: _fit(fit),
         "adapters": lambda: _adapters(fit, plans),
-        "runner": lambda: _runner(profile, plans),
-        "checkpoints": lambda: _checkpoints(profile, plans),
-        "host_memory": lambda: _host_memory(plans),
+        "runner": lambda: _runner(profile, todo),
+        "checkpoints": lambda: _checkpoints(profile, todo),
+        "host_memory": lambda: _host_memory(todo),
         "shared_memory": lambda: _shared_memory(profile),
         "disk": lambda: _disk(profile, plans),
         "options": lambda: _options(fit, plans),
-        "hub": lambda: problems_with_the_hub(profile, plans),
+        "hub": lambda: problems_with_the_hub(profile, plans, todo),
         "names": lambda: _names_on_gpus(profile),
         "basics": lambda: basics(profile),
     }
@@ -168,8 +170,8 @@ def _gpus_in_use(fit: Fitted, gpus: Sequence[Gpu]) -> Iterable[str]:
             yield f"somebody uses {used / 1e9:.1f} GB of GPU {index}: nvidia-smi shows who; wait, or end it"
 
 
-def _calibration(plans: Sequence[Plan], gpus: Sequence[Gpu]) -> Iterable[str]:
-    fp8 = [plan for plan, step in builds.missing(plans) if step.purpose == "quantise" and plan.system.dtype == "fp8"]
+def _calibration(todo: PlannedSteps, gpus: Sequence[Gpu]) -> Iterable[str]:
+    fp8 = [plan for plan, step in todo if step.purpose == "quantise" and plan.system.dtype == "fp8"]
     room = sum(gpu.usable_bytes for gpu in gpus)
     if gpus and fp8 and room < (needed_bytes := max(map(estimates.calibration_bytes, fp8))):
         names = ", ".join(dict.fromkeys(plan.configuration.id for plan in fp8))
@@ -198,10 +200,10 @@ def _fit(fit: Fitted) -> Iterable[str]:
                 yield f"{reason}, or leave it out with --set paper1.configs=[...]"
 
 
-def _runner(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
+def _runner(profile: Profile, todo: PlannedSteps) -> Iterable[str]:
     kind = profile.tensorrt_llm.runner
     programs: list[str] = ["trtllm-build", "tritonserver", "mpirun"] if kind == "bare" else [kind]
-    if any(step.purpose == "fetch" for _, step in builds.missing(plans)):
+    if any(step.purpose == "fetch" for _, step in todo):
         programs.append("hf")
     for program in programs:
         if not shutil.which(program):
@@ -224,10 +226,10 @@ def _remedy(program: str, kind: str) -> str:
     return f"install it, or choose {others}"
 
 
-def _checkpoints(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
+def _checkpoints(profile: Profile, todo: PlannedSteps) -> Iterable[str]:
     """Paths for which TensorRT-LLM's scripts take a Llama for another model: they look for its name in all of it."""
     home = str(checkpoints.places(profile).checkpoints)
-    reads = any(step.purpose in ("convert", "quantise") for _, step in builds.missing(plans))
+    reads = any(step.purpose in ("convert", "quantise") for _, step in todo)
     for word in ("mpt", "vila"):
         if reads and word in home.lower():
             yield (
@@ -236,9 +238,8 @@ def _checkpoints(profile: Profile, plans: Sequence[Plan]) -> Iterable[str]:
             )
 
 
-def _host_memory(plans: Sequence[Plan]) -> Iterable[str]:
-    steps = builds.missing(plans)
-    convert = [estimates.host_memory_bytes(plan) for plan, step in steps if step.purpose in ("convert", "quantise")]
+def _host_memory(todo: PlannedSteps) -> Iterable[str]:
+    convert = [estimates.host_memory_bytes(plan) for plan, step in todo if step.purpose in ("convert", "quantise")]
     free = hardware.free_memory_bytes()
     if convert and free < max(convert):
         yield (
@@ -302,8 +303,8 @@ def _options(fit: Fitted, plans: Sequence[Plan]) -> Iterable[str]:
 
 
 def _warnings(report: Report) -> Iterable[str]:
-    fit, gpus = report.fitted, report.gpus
-    if (image := _image(fit)) and gpus and not image.is_made_for(fit.gpu.driver) and _is_covered(fit):
+    fit, gpus, image = report.fitted, report.gpus, _image(report.fitted)
+    if gpus and not image.is_made_for(fit.gpu.driver) and _is_covered(fit):
         yield (
             f"driver {fit.gpu.driver} is older than {image.driver}, which {image.tag} is made for; the image's "
             "compatibility package covers its branch on these GPUs"
@@ -314,7 +315,7 @@ def _warnings(report: Report) -> Iterable[str]:
             f"driver {fit.gpu.driver} is older than {newest.driver}, which {newest.tag} is made for, so this takes "
             f"{image.tag} with TensorRT-LLM {version}; --set tensorrt_llm.version={NEWEST} insists on the other"
         )
-    for runner in runners(report.fitted.plans, report.fitted.profile).values():
+    for runner in runners(fit.plans, fit.profile).values():
         if runner.kind != "bare" and not runner.image.digest:
             yield (
                 f"{runner.image.tag} is not pinned: write the digest that docker buildx imagetools inspect "
@@ -322,10 +323,9 @@ def _warnings(report: Report) -> Iterable[str]:
             )
         if runner.kind == "enroot" and runner.image.digest:
             yield f"enroot takes tags only: {runner.image.tag} is not held to its digest"
-    yield from (f"not run: {reason}" for reason in report.fitted.refused if reason not in " ".join(report.problems))
-    gpu = report.fitted.gpu
-    if report.gpus and "H100" not in gpu.name:
-        yield f"the papers had H100s, these are {gpu.name}: times are not the papers'"
+    yield from (f"not run: {reason}" for reason in fit.refused if reason not in " ".join(report.problems))
+    if gpus and "H100" not in fit.gpu.name:
+        yield f"the papers had H100s, these are {fit.gpu.name}: times are not the papers'"
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:

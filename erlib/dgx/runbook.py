@@ -19,7 +19,7 @@ from erlib.config.system import HAVE_GATEWAYS
 from erlib.dgx import checkpoints, estimates, fit, layout, preflight, repository, tensorrt_llm
 from erlib.dgx.fit import Fitted
 from erlib.dgx.preflight import Report
-from erlib.dgx.steps import Steps, _folded, commands, table_of_steps
+from erlib.dgx.steps import Steps, commands, folded, table_of_steps
 from erlib.engines import llama, table1
 from erlib.engines.llama import Paper
 from erlib.machine import hardware
@@ -210,7 +210,7 @@ def _launch(fitted: Fitted, group: Sequence[Configuration], port: int) -> str:
     words = [*(f"{name}={value}" for name, value in launch.environment.items()), *first, *(others[0] if others else [])]
     words = [word.replace(str(plans[0].repository), str(plans[0].repository.with_name("$CONFIG"))) for word in words]
     words = [word.replace(triton.UNTOLD, "$UNTOLD") for word in words]
-    lines = [f"# {', '.join(each.id for each in group)}: the first server", _folded(words, plan.places)]
+    lines = [f"# {', '.join(each.id for each in group)}: the first server", folded(words, plan.places)]
     if len(others) > 1:
         lines.append(f"# ... and so on to rank {len(others)}, each with a shared-memory prefix of its own")
     if len(plans) > 1:
@@ -231,18 +231,15 @@ def _ranks(command: Sequence[str]) -> list[list[str]]:
 
 
 def _load(sweeps: Sequence[estimates.Sweep]) -> list[list[str]]:
-    rows = []
-    together: defaultdict[str, list[estimates.Sweep]] = defaultdict(list)
+    """A row for each system in each experiment; the preliminary experiment's many are one."""
+    together: defaultdict[tuple[str, str], list[estimates.Sweep]] = defaultdict(list)
     for each in sweeps:
-        preliminary = each.experiment == "preliminary"
-        together[f"{each.experiment}\0{'' if preliminary else each.configuration.id}"].append(each)
-    for key, group in together.items():
-        experiment, _, name = key.partition("\0")
-        rows.append(
-            [experiment, name or f"{len(group)} systems", f"{sum(each.points for each in group):,}",
-             *_hours(group)]
-        )  # fmt: skip
-    return rows
+        name = "" if each.experiment == "preliminary" else each.configuration.id
+        together[each.experiment, name].append(each)
+    return [
+        [experiment, name or f"{len(group)} systems", f"{sum(each.points for each in group):,}", *_hours(group)]
+        for (experiment, name), group in together.items()
+    ]
 
 
 def _hours(group: Sequence[estimates.Sweep]) -> list[str]:

@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from erlib import config
 from erlib.dgx import builds, checkpoints, estimates, preflight, recipes, tensorrt_llm
+from erlib.dgx.builds import PlannedSteps
 from erlib.dgx.containers import Command, Places, Runner
 from erlib.dgx.fit import Fitted
 from erlib.dgx.layout import WIDTH
@@ -42,10 +43,10 @@ class Steps:
         self.missing = builds.missing(fitted.plans)
         self._to_make = {command.makes for _, command in self.missing}
 
-    def used_by(self, group: Sequence[tuple[Plan, Command]]) -> str:
+    def used_by(self, group: PlannedSteps) -> str:
         return ", ".join(dict.fromkeys(name for _, command in group for name in self.users[command.makes]))
 
-    def state(self, group: Sequence[tuple[Plan, Command]]) -> str:
+    def state(self, group: PlannedSteps) -> str:
         todo = sum(command.makes in self._to_make for _, command in group)
         if todo in (0, len(group)):
             return "to do" if todo else "done"
@@ -86,8 +87,8 @@ def commands(report: Report, steps: Steps) -> str:
     lines += ["mkdir -p $CHECKPOINTS $WORK && cd $WORK"]
     for version, runner in runners.items():
         if runner.kind != "bare":
-            lines += ["", *(_folded(words, places) for words in runner.setup)]
-            lines += [f"{_in_image(version, runners)}() {{", _folded([*runner.start(()), '"$@"'], places, 2), "}"]
+            lines += ["", *(folded(words, places) for words in runner.setup)]
+            lines += [f"{_in_image(version, runners)}() {{", folded([*runner.start(()), '"$@"'], places, 2), "}"]
         lines += _elsewhere(runner, steps)
     named = ""
     for group in steps.groups.values():
@@ -98,7 +99,7 @@ def commands(report: Report, steps: Steps) -> str:
         in_image = command.tool and runners[plan.version].kind != "bare"
         lines.append(_loop(group, [_in_image(plan.version, runners)] if in_image else [], places))
         if command.purpose == "build":
-            lines += [_folded(recipes.commands(each)[-1].argv, places) for each, _ in group if _is_printed(each)]
+            lines += [folded(recipes.commands(each)[-1].argv, places) for each, _ in group if _is_printed(each)]
     return "\n".join(lines)
 
 
@@ -121,18 +122,18 @@ def _is_printed(plan: Plan) -> bool:
     return name in config.config_ids() and config.load_configuration(name).system == plan.system
 
 
-def _loop(group: Sequence[tuple[Plan, Command]], prefix: Sequence[str], places: Places) -> str:
+def _loop(group: PlannedSteps, prefix: Sequence[str], places: Places) -> str:
     plan, command = group[0]
     if len(group) == 1:
-        return _folded([*prefix, *command.argv], places)
+        return folded([*prefix, *command.argv], places)
     size = plan.system.batch_size
     words = [word.replace(f"-bs{size}-", "-bs${batch_size}-") for word in command.argv]
     words[words.index("--max_batch_size") + 1] = "$batch_size"
     sizes = " ".join(str(each.system.batch_size) for each, _ in group)
-    return "\n".join([f"for batch_size in {sizes}; do", _folded([*prefix, *words], places, 2), "done"])
+    return "\n".join([f"for batch_size in {sizes}; do", folded([*prefix, *words], places, 2), "done"])
 
 
-def _folded(words: Iterable[str], places: Places, indent: int = 0) -> str:
+def folded(words: Iterable[str], places: Places, indent: int = 0) -> str:
     """A command as one would type it, cut between options, with names for the two directories."""
     names = {str(places.checkpoints): "$CHECKPOINTS", str(places.work): "$WORK"}
     pieces: list[str] = []
