@@ -146,6 +146,25 @@ def save(
     return _write(fig, directory / slug, data, about)
 
 
+def save_and_close(
+    fig: Figure,
+    profile: config.Profile,
+    source: str,
+    paper: str,
+    slug: str,
+    data: pd.DataFrame,
+    caption: str,
+    reference: str,
+    notebook: str | None = None,
+    **about: Any,
+) -> Figure:
+    """:func:`save` what `notebook` draws, and close it so that it is shown once."""
+    again = command(profile, notebook) if notebook else None
+    save(fig, profile, source, paper, slug, data, caption, reference, command=again, **about)
+    plt.close(fig)
+    return fig
+
+
 def _write(fig: Figure, target: Path, data: pd.DataFrame, about: Mapping[str, Any]) -> Path:
     with mpl.rc_context({"svg.hashsalt": target.name}):  # element ids and dates must not differ between two runs
         fig.savefig(target.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
@@ -220,6 +239,10 @@ def buckets(records: pd.DataFrame, paper_s: float, profile: config.Profile) -> t
     if width_s == scaled_s:
         return width_s, f"{width_s:.2g} s ({divided})"
     return width_s, f"{width_s:.2g} s ({divided} would not resolve the runs)"
+
+
+DRAWN_IN = {"paper1": "08_figures_paper1", "paper2": "09_figures_paper2", "workbench": "06_routing_overhead"}
+"""Notebooks of what is measured, by paper."""
 
 
 REPEATS = " Points are means over repeats, bars one standard deviation between repeats."

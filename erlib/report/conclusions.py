@@ -157,14 +157,8 @@ class Numbers:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """How many claims have which verdict, by source; verdicts in the scorecard's order."""
-        counted = self._scorecard.groupby(["source", "verdict"]).size()
-        known = list(verdicts.VERDICTS)
-        table: dict[str, dict[str, int]] = {source: {} for source in self._scorecard["source"].unique()}
-        for source, word in sorted(
-            counted.index, key=lambda key: known.index(key[1]) if key[1] in known else len(known)
-        ):
-            table[source][word] = int(counted[source, word])
-        return table
+        counted = verdicts.counts(self._scorecard)
+        return {str(source): row[row > 0].to_dict() for source, row in counted.iterrows()}
 
 
 _WORDS = {

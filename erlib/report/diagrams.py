@@ -17,7 +17,7 @@ from erlib import config, paths
 from erlib.load import published
 from erlib.provenance import MissingRecords
 from erlib.report import canvas
-from erlib.report.canvas import VERMILION, cluster_colours, command, save
+from erlib.report.canvas import VERMILION, cluster_colours
 
 
 def read_cluster_map(profile: config.Profile) -> pd.DataFrame:
@@ -75,7 +75,7 @@ def architecture(clusters: pd.DataFrame, profile: config.Profile, paper: Literal
         "and coloured by cluster; the papers draw dots for c-BTM's C4 clusters. Baselines go round NGINX and the "
         "gateways."
     )
-    save(
+    return canvas.save_and_close(
         fig,
         profile,
         "measured",
@@ -84,11 +84,9 @@ def architecture(clusters: pd.DataFrame, profile: config.Profile, paper: Literal
         dots[["x", "y", "cluster"]],
         caption,
         f"Paper {paper[-1]}, Fig. 1",
-        command=command(profile, f"{'08' if paper == 'paper1' else '09'}_figures_{paper}"),
+        notebook=canvas.DRAWN_IN[paper],
         evidence="diagram; the dots are documents of this profile's corpus",
     )
-    plt.close(fig)
-    return fig
 
 
 def _numbered_arrows(ax: Axes) -> None:
@@ -190,10 +188,8 @@ def table1_models(table: pd.DataFrame, profile: config.Profile, paper: Literal["
         "line says how. The csv holds further readings (GB, MiB, as loaded) and the full sequences that fit. The "
         "paper prints weights, KV cache and batch size only."
     )
-    save(
+    return canvas.save_and_close(
         *(fig, profile, "measured", paper, "table1_models", table, caption, f"Paper {paper[-1]}, Table I"),
-        command=command(profile, f"{'08' if paper == 'paper1' else '09'}_figures_{paper}"),
+        notebook=canvas.DRAWN_IN[paper],
         evidence="arithmetic on the paper's numbers, nothing was timed",
     )
-    plt.close(fig)
-    return fig

@@ -95,10 +95,9 @@ def finish(
     number = re.match(r"(fig|table)0?(\d+)", slug)
     if number:
         reference = f"Paper {paper[-1]}, {number[1].capitalize()}{'.' * (number[1] == 'fig')} {number[2]}"
-    notebook = {"paper1": "08_figures_paper1", "paper2": "09_figures_paper2", "workbench": "06_routing_overhead"}[paper]
     source = used["source"].iloc[0]
     in_order = source == "measured" or used["experiment"].iloc[0] == "replicas"
-    again = command(profile, notebook if in_order else "07_paper_scale")
+    again = command(profile, canvas.DRAWN_IN[paper] if in_order else "07_paper_scale")
     if source.startswith("simulated"):  # drawn at the papers' scale, whose settings are nobody's overrides
         again = f"./run_all.sh --profile {profile.name}  # draws it in 07_paper_scale"
     started = used["started"].dropna()
@@ -106,7 +105,7 @@ def finish(
         save,
         fig,
         profile,
-        used["source"].iloc[0],
+        source,
         paper,
         slug,
         data,

@@ -211,16 +211,16 @@ def _render(profile: config.Profile, scorecard: pd.DataFrame, shown: list[Pictur
         undefined=jinja2.StrictUndefined,
     )
     sources = {p.source for p in shown if p.timed} | set(scorecard["source"]) - {verdicts.ARITHMETIC}
-    figures: dict[str, dict[str, list[Picture]]] = {paper: {} for paper in PAPERS}
+    figures: dict[str, dict[str, list[Picture]]] = {}
     for picture in shown:
-        figures[picture.paper].setdefault(picture.anchor, []).append(picture)
+        figures.setdefault(picture.paper, {}).setdefault(picture.anchor, []).append(picture)
     page = environment.get_template(TEMPLATE.name).render(
         profile=profile,
         commit=provenance.git_commit(),
         sources=sorted(sources, key=source_order),
         arithmetic=verdicts.ARITHMETIC,
         papers=PAPERS,
-        figures={paper: by_anchor for paper, by_anchor in figures.items() if by_anchor},
+        figures=figures,
         counts=verdicts.counts(scorecard).to_dict("index"),
         verdicts=scorecards.SIGNS,
         titles=scorecards.TITLES,
@@ -230,8 +230,7 @@ def _render(profile: config.Profile, scorecard: pd.DataFrame, shown: list[Pictur
         beside=_beside(scorecard),
         download=_base64(scorecard.to_csv(index=False).encode()),
     )
-    size_mb = len(page.encode()) / 1e6
-    return page.replace("@@SIZE@@", f"{size_mb:.1f} MB")
+    return page.replace("@@SIZE@@", f"{len(page.encode()) / 1e6:.1f} MB")
 
 
 def _by_claim(scorecard: pd.DataFrame) -> list[dict[str, Any]]:

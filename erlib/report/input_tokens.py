@@ -29,14 +29,12 @@ def paper1_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figur
         "sent on this machine, counted with the tokenizer of the model under test (right)."
         f"{canvas.scale(profile)}"
     )
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "measured", "workbench", "paper1_input_tokens", counts, caption),
         "Paper 1, section IV (stated in the text, no figure)",
-        command=canvas.command(profile, "02_workload"),
+        notebook="02_workload",
         evidence="token counts, nothing was timed",
     )
-    plt.close(fig)
-    return fig
 
 
 def paper2_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -54,13 +52,11 @@ def paper2_input_tokens(lengths: pd.DataFrame, profile: config.Profile) -> Figur
         "data set, which is what the paper's test set mirrors (left), and what is sent on this machine, counted with "
         f"the tokenizer of the model under test (right).{canvas.scale(profile)}"
     )
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "measured", "paper2", "fig02_input_tokens", counts, caption, "Paper 2, Fig. 2"),
-        command=canvas.command(profile, "09_figures_paper2"),
+        notebook="09_figures_paper2",
         evidence="token counts, nothing was timed",
     )
-    plt.close(fig)
-    return fig
 
 
 def _draw(lengths: pd.DataFrame, profile: config.Profile, title: str, width: int) -> tuple[Figure, pd.DataFrame]:

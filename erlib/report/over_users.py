@@ -170,9 +170,8 @@ def line(
         ax=ax,
         **looks,
     )
-    ax.lines[before].set_data(
-        over_repeats.index, over_repeats
-    )  # seaborn would draw through a level at which nothing was answered
+    # seaborn would draw through a level at which nothing was answered
+    ax.lines[before].set_data(over_repeats.index, over_repeats)
     if bars:
         over = moved.groupby("users")[[metric, bars]].mean()
         above = np.nan_to_num(over[bars])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from itertools import product
 from typing import Any
@@ -21,8 +20,6 @@ from erlib.report.canvas import GREY, look
 from erlib.report.drawing import finish, is_routed, load_records, select, summarised
 from erlib.report.over_users import BENEATH, Panel, line, means, systems
 
-_PRELIMINARY = re.compile(r"p2\.(fp16|fp8|int8|int4)-tp(\d+)-bs(\d+)")
-
 
 def _preliminary(
     records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None
@@ -34,7 +31,7 @@ def _preliminary(
     about = {"paper": "p2", "experiment": "preliminary", "notebook": "04_preliminary_sweep"}
     used, summary = summarised(lambda frame: select(frame, wanted, **about), records, summary)
     table = means(summary, [Panel("response_mean_s", "")])
-    parts = table["config"].str.extract(_PRELIMINARY.pattern)
+    parts = table["config"].str.extract(r"p2\.(\w+)-tp(\d+)-bs(\d+)")
     table = table.assign(dtype=parts[0], tensor_parallel=parts[1].astype(int), batch_size=parts[2].astype(int))
     top = table[table["users"] == table["users"].max()]
     best = top.loc[top.groupby(["dtype", "tensor_parallel"])["mean"].idxmin(), "config"]
@@ -58,12 +55,9 @@ def paper2_preliminary(records: pd.DataFrame, profile: config.Profile, summary: 
         ax.legend(loc="upper left", title="best batch size", alignment="left")
     canvas.from_zero(axes[0])
     axes[0].set_ylabel("mean response time [s]")
-    instance = {
-        "tensorrt_llm": "TP=8 is one instance of the 70B model on eight GPUs, TP=4 one instance on four.",
-    }.get(
-        profile.serving.backend,
-        "TP=8 stands here for one engine on all cores, TP=4 for one engine on half of them.",
-    )
+    instance = "TP=8 stands here for one engine on all cores, TP=4 for one engine on half of them."
+    if profile.serving.backend == "tensorrt_llm":
+        instance = "TP=8 is one instance of the 70B model on eight GPUs, TP=4 one instance on four."
     caption = (
         "Preliminary experiment: mean response time by data type and batch size. Bold: each data type's best batch "
         f"size, the one with the lowest response time at the most users; faint: the others. {instance} In the paper "
@@ -76,13 +70,10 @@ def paper2_preliminary(records: pd.DataFrame, profile: config.Profile, summary: 
 def paper2_ttft(records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None = None) -> Figure:
     """Paper 2, Fig. 4: median time to first token over users, and its distribution at the most users."""
     text = (
-        "The paper finds C lowest throughout, A to C below the routed 70B system D, E close to the baselines, and "
-        "higher minima for D and E because of the gateway."
+        "Time to first token. The paper finds C lowest throughout, A to C below the routed 70B system D, E close to "
+        "the baselines, and higher minima for D and E because of the gateway."
     )
-    return _median_and_box(
-        *(records, profile, summary, "ttft", "time to first token [s]", "fig04_ttft"),
-        text="Time to first token. " + text,
-    )
+    return _median_and_box(*(records, profile, summary, "ttft", "time to first token [s]", "fig04_ttft"), text=text)
 
 
 def paper2_tpot(records: pd.DataFrame, profile: config.Profile, summary: pd.DataFrame | None = None) -> Figure:

@@ -52,13 +52,11 @@ def measured_beside_simulated(
         f"simulated for {config_name}. Points are medians and p99. TPOT is (last - first) / (n - 1) in both. Not taken "
         f"from the file: {', '.join(measured.left_out)}."
     )
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "simulated-hardware", "workbench", "measured_beside_simulated", table, caption, NO_COUNTERPART),
         host=measured_on,
         evidence=f"measured by {measured.tool} on {measured_on}, beside {config_name} simulated",
     )
-    plt.close(fig)
-    return fig
 
 
 def _steps(ax: Axes, values: np.ndarray, colour: str, label: str) -> None:

@@ -55,17 +55,15 @@ def published_points(beside: pd.DataFrame, profile: config.Profile) -> Figure:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(axis="y", visible=False)
     canvas.legend(fig, ax, columns=len(LOOKS))
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "simulated-hardware", "workbench", "published_points"),
         beside,
         _caption(beside),
         NO_COUNTERPART,
-        command=canvas.command(profile, "07_paper_scale"),
+        notebook="07_paper_scale",
         host="virtual time",
         evidence="simulated in virtual time, beside published measurements",
     )
-    plt.close(fig)
-    return fig
 
 
 def _caption(beside: pd.DataFrame) -> str:

@@ -33,9 +33,7 @@ def quality_and_load(table: pd.DataFrame, profile: config.Profile) -> Figure:
     shown = table[table["users"] == users]
     names = list(dict.fromkeys(shown["design"]))
     place = {name: len(names) - 1 - i for i, name in enumerate(names)}
-    fig, (lost, carried, late) = plt.subplots(
-        1, 3, figsize=(9.6, 0.3 * len(names) + 1.3), sharey=True, width_ratios=[1, 1, 1]
-    )
+    fig, (lost, carried, late) = plt.subplots(1, 3, figsize=(9.6, 0.3 * len(names) + 1.3), sharey=True)
     for shift, (spread, (colour, marker, label)) in zip((0.2, 0, -0.2), _SPREADS.items(), strict=True):
         its = shown[shown["spread"] == spread]
         y = np.array([place[name] for name in its["design"]]) + shift
@@ -63,10 +61,8 @@ def quality_and_load(table: pd.DataFrame, profile: config.Profile) -> Figure:
         f"{adapter_steps.RANK}); engines have kernels of their own, for which factors of a step are assumed. One draw "
         "of prompts, one training seed."
     )
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "simulated-hardware", "workbench", "quality_and_load", table, caption, NO_COUNTERPART),
-        command=canvas.command(profile, "11_experts"),
+        notebook="11_experts",
         host=f"8 x H100 in virtual time, preset hardware; language: {hardware.machine()}",
     )
-    plt.close(fig)
-    return fig

@@ -42,14 +42,12 @@ def engine_formats(measured: pd.DataFrame, profile: config.Profile) -> Figure:
     speed.set_xticks(range(len(speeds)), speeds.index, ha="right")
     for ax in (bits, loss):
         ax.margins(y=0.1)
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "measured", "workbench", "engines", measured),
         caption="Laptop engines: bits per weight and perplexity against FP16 are the formats' own. A CPU stores low "
         "precision and computes in float32, so tokens per second (continuous batching, called directly, prefill "
         "included, one measurement each) are not the formats' speed.",
         reference="What stands for the models of both papers' Table I",
-        command=canvas.command(profile, "03_engines"),
+        notebook="03_engines",
         note="every engine computes in float32, whatever it stores: not the formats' speed",
     )
-    plt.close(fig)
-    return fig

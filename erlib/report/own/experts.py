@@ -78,12 +78,10 @@ def expert_matrix(matrix: pd.DataFrame, profile: config.Profile) -> Figure:
         f"Loss of every expert on every cluster, relative to the best of the {len(rows)} experts there (0: the best). "
         f"The own expert is the best on {best_on_own(matrix)} of {len(rows)} clusters. {_made_of(profile)}"
     )
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "measured", "workbench", "expert_matrix", matrix.reset_index(), caption, NO_COUNTERPART),
-        command=canvas.command(profile, _NOTEBOOK),
+        notebook=_NOTEBOOK,
     )
-    plt.close(fig)
-    return fig
 
 
 def routing_worth(table: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -111,12 +109,10 @@ def routing_worth(table: pd.DataFrame, profile: config.Profile) -> Figure:
         "the expert of a text's own cluster; green is better than that, red is worse, grey cannot be told. Paired "
         f"bootstrap over texts within clusters. {_made_of(profile)}"
     )
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "measured", "workbench", "routing_worth", table, caption, NO_COUNTERPART),
-        command=canvas.command(profile, _NOTEBOOK),
+        notebook=_NOTEBOOK,
     )
-    plt.close(fig)
-    return fig
 
 
 def router_sees(table: pd.DataFrame, profile: config.Profile) -> Figure:
@@ -159,9 +155,7 @@ def router_sees(table: pd.DataFrame, profile: config.Profile) -> Figure:
         "at every token (dashed), weights of ensembles as in c-BTM. Right: share of the texts that go where the whole "
         f"text goes; dotted: chance. {_made_of(profile)}"
     )
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "measured", "workbench", "router_sees", table, caption, NO_COUNTERPART),
-        command=canvas.command(profile, _NOTEBOOK),
+        notebook=_NOTEBOOK,
     )
-    plt.close(fig)
-    return fig

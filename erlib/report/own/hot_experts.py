@@ -62,13 +62,11 @@ def replicas_simulated(table: pd.DataFrame, profile: config.Profile) -> Figure:
         f"none. Means over {table['repeat'].nunique()} repeats; engines only, no harness. With few users the longest "
         "answers decide p99, and replicas cannot shorten them."
     )
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "simulated-hardware", "workbench", "replicas", table, caption, NO_COUNTERPART),
-        command=canvas.command(profile, "06_routing_overhead"),
+        notebook="06_routing_overhead",
         host="8 x H100 and those added, in virtual time",
     )
-    plt.close(fig)
-    return fig
 
 
 def replicas_emulated(table: pd.DataFrame, emulated: pd.DataFrame, profile: config.Profile) -> Figure:

@@ -35,7 +35,7 @@ def routing_overhead(records: pd.DataFrame, profile: config.Profile) -> Figure:
     """What the gateway adds to a request, by number of users and span, beside the papers' 442 +- 302 ms."""
     sweep = profile.overhead
     wanted = product([sweep.config], ["uniform"], sweep.users)
-    paper = sweep.config.split(".")[0]
+    paper = config.paper_of(sweep.config)
     used = drawing.select(records, wanted, paper=paper, experiment="overhead", notebook="06_routing_overhead")
     table = metrics.routing_overhead(used)
     if table.empty:

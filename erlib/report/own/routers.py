@@ -88,9 +88,7 @@ def router_comparison(table: pd.DataFrame, profile: config.Profile) -> Figure:
     agreement.set_yticks(place, [comparison.NAMES[name].replace(", ", ",\n", 1) for name in table["router"]])
     agreement.set_ylim(len(table) - 0.5, -0.5)
     caption = _caption(table, profile)
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "measured", "workbench", "router_comparison", table, caption, NO_COUNTERPART),
-        command=canvas.command(profile, "06_routing_overhead"),
+        notebook="06_routing_overhead",
     )
-    plt.close(fig)
-    return fig

@@ -190,10 +190,8 @@ def _title(name: str) -> str:
 
 
 def _saved(fig: Figure, profile: config.Profile, slug: str, table: pd.DataFrame, caption: str) -> Figure:
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "simulated-hardware", "workbench", slug, table, caption, NO_COUNTERPART),
-        command=canvas.command(profile, "07_paper_scale"),
+        notebook="07_paper_scale",
         host="8 x H100 in virtual time, preset hardware",
     )
-    plt.close(fig)
-    return fig

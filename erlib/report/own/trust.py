@@ -81,18 +81,16 @@ def simulation_trust(
     caption = _caption(published, predictions, measured)
     panels = {"published": published, "aisimulate": aisimulate, "predicted": predictions}
     data = [frame.assign(panel=name) for name, frame in panels.items()]
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "simulated-hardware", "workbench", "simulation_trust"),
         pd.concat(data, ignore_index=True),
         caption,
         NO_COUNTERPART,
         records=measured["point_hash"].unique().tolist(),
-        command=canvas.command(profile, "07_paper_scale"),
+        notebook="07_paper_scale",
         host=hosts,
         evidence=f"simulated, beside published numbers, AISimulate and engines measured on {hosts}",
     )
-    plt.close(fig)
-    return fig
 
 
 def _caption(published: pd.DataFrame, predictions: pd.DataFrame, measured: pd.DataFrame) -> str:

@@ -20,7 +20,6 @@ from erlib.report import canvas
 from erlib.report.canvas import BLUE, GREEN, GREY, NO_COUNTERPART, VERMILION
 
 _KINDS = {IN_TURN: (BLUE, "o"), ROUTED: (VERMILION, "D"), ADAPTERS: (GREEN, "s")}
-_SLUGS = "what_if_two_best", "what_if_frontier"
 
 
 def two_best(answer: Answer, profile: config.Profile | None = None) -> Figure:
@@ -65,7 +64,7 @@ def two_best(answer: Answer, profile: config.Profile | None = None) -> Figure:
         f"The two best of {len(answer.table)} designs for {_asked(asked)}. "
         f"{' '.join(decisions.decision(answer))} {' '.join(decisions.limits(answer))}"
     )
-    return _finished(fig, profile, _SLUGS[0], answer.table, caption, asked)
+    return _finished(fig, profile, "what_if_two_best", answer.table, caption, asked)
 
 
 def frontier(table: pd.DataFrame, question: Question, profile: config.Profile | None = None) -> Figure:
@@ -81,7 +80,6 @@ def frontier(table: pd.DataFrame, question: Question, profile: config.Profile | 
     """
     fig, ax = plt.subplots(figsize=(7.2, 3.6))
     best = table[table["on_frontier"]].sort_values("ttft_p99_s")
-    named = list(dict.fromkeys(best["design"]))
     for kind, (colour, marker) in _KINDS.items():
         for n, (_, its) in enumerate(table[table["kind"] == kind].groupby("design", sort=False)):
             label = kind if n == 0 else None
@@ -96,16 +94,15 @@ def frontier(table: pd.DataFrame, question: Question, profile: config.Profile | 
         its = best[best["kind"] == kind]
         ax.plot(1e3 * its["ttft_p99_s"], its["goodput_per_gpu"], color=colour, marker=marker, ms=5.5, ls="none")
     ax.step(1e3 * best["ttft_p99_s"], best["goodput_per_gpu"], where="post", color="black", lw=1, label="frontier")
-    ax.plot([], [], color=GREY, lw=0.8, ls=":", label=f"bound of TTFT, {1e3 * question.ttft_s:,g} ms")
+    bound_ms = 1e3 * question.ttft_s
+    ax.plot([], [], color=GREY, lw=0.8, ls=":", label=f"bound of TTFT, {bound_ms:,g} ms")
     ax.set(xlabel="p99 TTFT [ms]", ylabel="requests/s of each GPU\nwithin the service level", ylim=(0, None))
-    for name in named:
-        its = best[best["design"] == name].iloc[-1]
+    for name, its in best.groupby("design", sort=False).last().iterrows():
         ax.annotate(
             name, (1e3 * its["ttft_p99_s"], its["goodput_per_gpu"]), (6, -3), textcoords="offset points",
             va="top", fontsize=6.5, bbox={"color": "white", "alpha": 0.8, "pad": 0.5},
         )  # fmt: skip
     ax.set_xscale("log")
-    bound_ms = 1e3 * question.ttft_s
     if bound_ms < 4 * ax.dataLim.x1:  # what is beyond it counts for nothing
         ax.axvline(bound_ms, color=GREY, lw=0.8, ls=":")
         ax.set_xlim(None, 1.3 * bound_ms)
@@ -120,7 +117,7 @@ def frontier(table: pd.DataFrame, question: Question, profile: config.Profile | 
         "most. Black: no design has more goodput and an earlier first token. One draw of prompts; engines only, and "
         "near saturation published latencies are several times as long as simulated ones (docs/results.md)."
     )
-    return _finished(fig, profile, _SLUGS[1], table, caption, question)
+    return _finished(fig, profile, "what_if_frontier", table, caption, question)
 
 
 def plan(table: pd.DataFrame, question: Question) -> Figure:

@@ -61,17 +61,15 @@ def your_gpu(beside: pd.DataFrame, simulated: pd.DataFrame, table: StepTable, pr
     right[1].yaxis.set_major_formatter("{x:,.0f}")
     left.legend(loc="lower left", fontsize=6.5, title="beside", title_fontsize=6.5, alignment="left")
     right[0].legend(loc="center left", fontsize=6.5, title="simulated", title_fontsize=6.5, alignment="left")
-    canvas.save(
+    return canvas.save_and_close(
         *(fig, profile, "simulated-hardware", "workbench", "your_gpu"),
         simulated.assign(config=name),
         _caption(beside, simulated, table, name),
         NO_COUNTERPART,
-        command=canvas.command(profile, "12_your_gpu"),
+        notebook="12_your_gpu",
         host="virtual time",
         evidence=f"step times: {table.label}; users in virtual time",
     )
-    plt.close(fig)
-    return fig
 
 
 def _ratios(ax: plt.Axes, beside: pd.DataFrame) -> None:
