@@ -155,11 +155,8 @@ def stable(
         at = [level for level in values if level in base or not over]
         if len(at) < 2:
             raise NotTestable(f"no two levels at which both {name} and {over} were run")
-
-        def relative(level: int, values: dict[int, Value] = values, base: dict[int, Value] = base) -> float:
-            return values[level].mean / (base[level].mean if base else 1)
-
-        least, most = min(at, key=relative), max(at, key=relative)
+        relative = {level: values[level].mean / (base[level].mean if base else 1) for level in at}
+        least, most = (pick(relative, key=relative.__getitem__) for pick in (min, max))
         above, under = [values[most], *_one(base, least)], [values[least], *_one(base, most)]
         spans.append(ratio(above, under, _named(name, which)))
     return _factors(spans, high=high)
@@ -186,31 +183,31 @@ def _trend(e: Evidence, metric: str, name: str, users: Levels, turn: str) -> dic
     return values
 
 
-def _by_config(what: str, values: Mapping[tuple[str, str], float]) -> str:
-    parts = [f"{_named(name, turn)} {value:.2f}" for (name, turn), value in values.items()]
-    return f"{what}: {', '.join(parts)}"
-
-
 @predicate("{metric} of {of} rises with users (Spearman > 0.9) {users}")
 def rises(e: Evidence, *, metric: str, of: list[str], users: Levels, turn: str = "") -> Finding:
     """Rank correlation with users above 0.9."""
     found = _spearman(e, metric, of, users, turn)
-    return Finding(min(found.values()) > 0.9, _by_config("Spearman", found))
+    return Finding(min(found.values()) > 0.9, _said(found))
 
 
 @predicate("{metric} of {of} falls with users (Spearman < -0.9) {users}")
 def falls(e: Evidence, *, metric: str, of: list[str], users: Levels, turn: str = "") -> Finding:
     """Rank correlation with users below -0.9."""
     found = _spearman(e, metric, of, users, turn)
-    return Finding(max(found.values()) < -0.9, _by_config("Spearman", found))
+    return Finding(max(found.values()) < -0.9, _said(found))
 
 
-def _spearman(e: Evidence, metric: str, of: list[str], users: Levels, turn: str) -> dict[tuple[str, str], float]:
+def _said(found: Mapping[str, float]) -> str:
+    return f"Spearman: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}"
+
+
+def _spearman(e: Evidence, metric: str, of: list[str], users: Levels, turn: str) -> dict[str, float]:
     found = {}
     for which, name in itertools.product(_turns(turn, *of), of):
         means = {level: value.mean for level, value in _trend(e, metric, name, users, which).items()}
         steady = min(means.values()) == max(means.values())
-        found[name, which] = 0.0 if steady else float(stats.spearmanr(list(means), list(means.values())).statistic)
+        rank = 0.0 if steady else float(stats.spearmanr(list(means), list(means.values())).statistic)
+        found[_named(name, which)] = rank
     return found
 
 

@@ -313,8 +313,8 @@ def _figure(profile: Profile, source: str, picture: str) -> str:
 def counts(scorecard: pd.DataFrame) -> pd.DataFrame:
     """Verdicts (columns) by source (rows)."""
     table = scorecard.groupby(["source", "verdict"]).size().unstack(fill_value=0)
-    order = [source for source in scorecard["source"].unique() if source != ARITHMETIC] + [ARITHMETIC]
-    return table.reindex(index=[name for name in order if name in table.index], columns=VERDICTS, fill_value=0)
+    order = sorted(scorecard["source"].unique(), key=ARITHMETIC.__eq__)  # which comes last
+    return table.reindex(index=order, columns=VERDICTS, fill_value=0)
 
 
 def inconsistencies(scorecard: pd.DataFrame) -> pd.DataFrame:
