@@ -156,7 +156,7 @@ def stable(
         if len(at) < 2:
             raise NotTestable(f"no two levels at which both {name} and {over} were run")
         relative = {level: values[level].mean / (base[level].mean if base else 1) for level in at}
-        least, most = (pick(relative, key=relative.__getitem__) for pick in (min, max))
+        least, most = min(relative, key=relative.__getitem__), max(relative, key=relative.__getitem__)
         above, under = [values[most], *_one(base, least)], [values[least], *_one(base, most)]
         spans.append(ratio(above, under, _named(name, which)))
     return _factors(spans, high=high)

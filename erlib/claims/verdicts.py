@@ -313,7 +313,7 @@ def _figure(profile: Profile, source: str, picture: str) -> str:
 def counts(scorecard: pd.DataFrame) -> pd.DataFrame:
     """Verdicts (columns) by source (rows)."""
     table = scorecard.groupby(["source", "verdict"]).size().unstack(fill_value=0)
-    order = sorted(scorecard["source"].unique(), key=ARITHMETIC.__eq__)  # which comes last
+    order = sorted(scorecard["source"].unique(), key=lambda source: source == ARITHMETIC)  # which comes last
     return table.reindex(index=order, columns=VERDICTS, fill_value=0)
 
 
