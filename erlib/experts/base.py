@@ -44,20 +44,28 @@ def base_of(profile: Profile) -> Base:
         described = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"experts.checkpoint: {file} cannot be read: {error}") from None
-    if described.get("model_type") != "llama":
-        raise ConfigError(f"experts.checkpoint: {directory} holds a {described.get('model_type')!r}, no Llama")
+    kind = described.get("model_type") if isinstance(described, dict) else described
+    if kind != "llama":
+        raise ConfigError(f"experts.checkpoint: {directory} holds a {kind!r:.60}, no Llama")
     if not (words := directory / "tokenizer.json").is_file():
         raise ConfigError(f"experts.checkpoint: {directory} has no tokenizer.json")
     weights = sorted((path.name, path.stat().st_size) for path in directory.glob("*.safetensors"))
     if not weights:
         raise ConfigError(f"experts.checkpoint: {directory} has no weights in safetensors")
-    end = described.get("bos_token_id")
-    end = end if isinstance(end, int) else described["eos_token_id"]
-    if settings.layers and settings.layers > described["num_hidden_layers"]:
-        has = described["num_hidden_layers"]
+    named = [described.get(name) for name in ("bos_token_id", "eos_token_id")]
+    ends = [end for end in named if isinstance(end, int)]
+    has = described.get("num_hidden_layers")
+    if not ends or not isinstance(has, int):
+        lacks = "num_hidden_layers" if ends else "bos_token_id or eos_token_id"
+        raise ConfigError(f"experts.checkpoint: {file} has no {lacks}")
+    if settings.layers and settings.layers > has:
         raise ConfigError(f"experts.layers={settings.layers}, but the checkpoint {directory} has {has}")
+    try:
+        tokenizer = Tokenizer.from_file(str(words))
+    except Exception as error:  # tokenizers raises nothing more particular
+        raise ConfigError(f"experts.checkpoint: {words} cannot be read: {error}") from None
     key = cache.digest(described, weights, words, settings.layers)
-    return Base(directory, Tokenizer.from_file(str(words)), end, dtype_of(settings), settings.layers, key)
+    return Base(directory, tokenizer, ends[0], dtype_of(settings), settings.layers, key)
 
 
 def dtype_of(settings: ExpertSettings) -> str:

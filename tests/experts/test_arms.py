@@ -130,6 +130,18 @@ def test_what_is_no_llama_is_refused(corpus_file: Path, llama: Path, tmp_path: P
     (other / "config.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match=r"experts.layers=9, but the checkpoint .* has 2"):
         experts.judged(load(corpus_file, other, layers=9))
+    for changed, message in (
+        ([], r"holds a \[\], no Llama"),
+        ({"model_type": "llama", "eos_token_id": 0}, "config.json has no num_hidden_layers"),
+        ({**described, "bos_token_id": None, "eos_token_id": None}, "config.json has no bos_token_id or eos_token_id"),
+    ):
+        (other / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match=message):
+            experts.judged(load(corpus_file, other))
+    (other / "config.json").write_text(json.dumps(described))
+    (other / "tokenizer.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
+        experts.judged(load(corpus_file, other))
     (other / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="has no weights in safetensors"):
         experts.judged(load(corpus_file, other))
