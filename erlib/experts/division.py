@@ -15,11 +15,15 @@ import numpy.typing as npt
 
 from erlib import cache
 from erlib.config import ConfigError, Profile
+from erlib.machine.progress import Bar
 from erlib.routing import building, embeddings
 from erlib.routing.clusterer import Clusterer
 from erlib.workload import corpus
 
 Distances = npt.NDArray[np.float32]
+
+_AT_ONCE = 256
+"""Texts that are embedded between two steps of a bar."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def _centres(profile: Profile) -> Division:
     directory = _embedded(profile)
     embedder = embeddings.Embedder(directory)
     centres = embeddings.nearest_centre(directory, embedder).centres
-    return Division(directory.name, len(centres), lambda texts, _: _squared(embedder.many(texts), centres))
+    return Division(directory.name, len(centres), lambda texts, _: _squared(_vectors(embedder, texts), centres))
 
 
 def _neighbours(profile: Profile) -> Division:
@@ -91,10 +95,21 @@ def _neighbours(profile: Profile) -> Division:
     model = embeddings.neighbours(directory, embedder)
 
     def distances(texts: Sequence[str], _: Sequence[str]) -> Distances:
-        votes = [model.votes(vector) for vector in embedder.many(texts)]
+        votes = [model.votes(vector) for vector in _vectors(embedder, texts)]
         return (1 - np.array(votes) / model.n_neighbours).astype(np.float32)
 
     return Division(f"votes-{directory.name}", model.n_experts, distances)
+
+
+def _vectors(embedder: embeddings.Embedder, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    """Vectors of many texts, with a bar where that takes long."""
+    parts = [texts[first : first + _AT_ONCE] for first in range(0, len(texts), _AT_ONCE)]
+    with Bar(total=len(texts), desc="sentence embeddings", unit="text", delay=5, leave=False) as bar:
+        vectors = []
+        for part in parts:
+            vectors.append(embedder.many(part))
+            bar.update(len(part))
+    return np.concatenate(vectors)
 
 
 def _topics(profile: Profile) -> Division:

@@ -239,6 +239,7 @@ def _in_memory(system: batching.System, gpu_bytes: float) -> batching.System:
 
 
 METRICS = ["ttft_mean_s", "tpot_mean_s", "session_tokens_per_s"]
+"""By which two ways to make or to measure the same point are compared."""
 
 
 def by_users(some: pd.DataFrame) -> pd.DataFrame:

@@ -19,18 +19,8 @@ from erlib.config import ConfigError, Profile
 from erlib.experts import arms
 from erlib.experts.base import base_of, dtype_of
 from erlib.experts.tables import Judged
-from tests.support import tiny_experts, tiny_llama
+from tests.support import tiny_llama
 from tests.support.tiny_experts import SETTINGS, TOPICS, load
-
-
-@pytest.fixture(scope="module")
-def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_experts.corpus(tmp_path_factory.mktemp("corpus") / "topics.jsonl")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama.make(tmp_path_factory.mktemp("experts") / "llama")
 
 
 @pytest.fixture(scope="module")
