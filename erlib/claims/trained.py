@@ -10,7 +10,7 @@ import pandas as pd
 from erlib.claims import verdicts
 from erlib.claims.uncertainty import Estimate, decide
 from erlib.experts import worth
-from erlib.experts.tables import DENSE, Judged
+from erlib.experts.tables import DENSE, PROMPT, Judged
 from erlib.experts.worth import (
     ALL_EXPERTS,
     LABELS,
@@ -22,7 +22,6 @@ from erlib.experts.worth import (
     routed_by_first,
 )
 
-_PROMPT = 32
 NEAR = 0.01
 """Losses that differ by less are alike."""
 BEST = 7 / 8
@@ -59,7 +58,7 @@ EXPECTED = [
     Expectation("E6", "c-BTM", "Routed experts are no worse than one dense model of the same tokens.",
                 LABELS[DENSE], ROUTED, 0),
     Expectation("E7", "both papers", "The beginning of a prompt is enough to route by.",
-                routed_by_first(_PROMPT), ROUTED, high=NEAR, after=_PROMPT),
+                routed_by_first(PROMPT), ROUTED, high=NEAR, after=PROMPT),
 ]  # fmt: skip
 
 

@@ -13,29 +13,31 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
 from erlib import cache, paths, provenance
-from erlib.config import Profile
+from erlib.config import ConfigError, Profile
 from erlib.engines import checkpoint, lora, worker
 from erlib.experts import texts
 from erlib.experts.base import Base, base_of, check_served
 from erlib.experts.division import division_of
-from erlib.experts.tables import ADAPTED, AVERAGE, SEED, Judged, read
+from erlib.experts.tables import ADAPTED, AVERAGE, PROMPT, SEED, TEXT, Judged, read
 from erlib.experts.texts import Blocks, HeldOut
 from erlib.machine import hardware
 from erlib.machine.progress import Bar, say
 from erlib.workload import corpus
 
 _KEPT = paths.CACHE / "experts"
-_TRAINING, _SCORING = "experts/training.py", "experts/scoring.py"
+_TRAINING, _SCORING, _ANSWERING = "experts/training.py", "experts/scoring.py", "experts/answering.py"
 _TABLES = ("experts/arms.py", "experts/base.py", "experts/texts.py", "experts/division.py", _TRAINING, _SCORING)
-_NOT_OF_THE_TABLE = {"temperature", "checkpoint", "adapters", "users", "repeats"}
+_NOT_OF_THE_TABLE = {"temperature", "checkpoint", "adapters", "users", "repeats", "answer_tokens"}
 """Settings on which scores do not depend, or that are known by content."""
+_SAMPLES = 4
+"""Answers to each prompt."""
 
 
 def judged(profile: Profile) -> Judged:
@@ -70,6 +72,40 @@ def judged(profile: Profile) -> Judged:
         for name, frame in made._asdict().items():
             frame.to_parquet(partial / f"{name}.parquet", compression="zstd", index=False)
     return made
+
+
+def answered(profile: Profile, judged: Judged) -> pd.DataFrame:
+    """What every arm answers to the first tokens of each held-out text, four times each.
+
+    Returns
+    -------
+    DataFrame
+        ``document``; ``arm``, among them ``text``, how the text itself goes on; ``prompt`` and ``answer``, as text.
+
+    Raises
+    ------
+    ConfigError
+        If the texts are too short for a prompt and ``experts.answer_tokens`` more.
+    """
+    base, n = base_of(profile), profile.experts.answer_tokens
+    texts_ids = judged.tokens.groupby("document")["token"].agg(list).to_list()
+    if (shortest := min(map(len, texts_ids))) < PROMPT + n:
+        raise ConfigError(
+            f"experts.answer_tokens={n} after a prompt of {PROMPT}, but a held-out text has {shortest} tokens: "
+            "lower it, or raise experts.sequence"
+        )
+    division = division_of(texts.on_own_corpus(profile))
+    blocks = texts.training_blocks(profile, division, base.tokenizer, base.end)
+    with _workers() as workers:
+        drawn = _answered(profile, base, _trained(profile, base, blocks, workers), texts_ids, workers)
+    drawn[TEXT] = np.array([[ids[PROMPT : PROMPT + n]] for ids in texts_ids])
+    rows = []
+    for arm, of_texts in drawn.items():
+        for document, (ids, samples) in enumerate(zip(texts_ids, of_texts.tolist(), strict=True)):
+            prompt = base.tokenizer.decode(ids[:PROMPT])
+            whole = base.tokenizer.decode_batch([ids[:PROMPT] + answer for answer in samples])
+            rows += [(document, arm, prompt, text[len(prompt) :]) for text in whole]
+    return pd.DataFrame(rows, columns=["document", "arm", "prompt", "answer"])
 
 
 def adapters(profile: Profile, n: int, served: Path | None = None) -> list[Path]:
@@ -176,26 +212,64 @@ def _job(base: Base, arm: str, target: Path) -> dict[str, Any]:
     return about | {"arm": arm, "target": str(target)}
 
 
+class _Task(NamedTuple):
+    """What every arm does with the same texts."""
+
+    makes: str
+    """scores or answers."""
+    texts: str
+    """What its job calls the texts."""
+    ids: list[list[int]]
+    how: dict[str, int]
+    code: tuple[str, ...]
+    tokens: int
+    """Of each arm, for its progress."""
+    doing: str
+
+
 def _scored(base: Base, adapters: Mapping[str, Path], held_out: HeldOut, workers: worker.Workers) -> dict[str, Any]:
     """Log-probabilities of all held-out tokens, per arm."""
     ids = [[base.end, *tokens] for _, tokens in held_out.tokens.groupby("document")["token"].agg(list).items()]
-    of_arm: dict[str, list[Path]] = {SEED: [], **{arm: [path] for arm, path in adapters.items()}}
-    of_arm[AVERAGE] = [path for arm, path in adapters.items() if arm.startswith("expert-")]
-    code = [provenance.code_digest(_SCORING), *_versions()]
-    names = {arm: [path.name for path in made_of] for arm, made_of in of_arm.items()}
-    targets = {arm: _KEPT / f"scores-{cache.digest(base.key, base.dtype, ids, names[arm], code)}.npy" for arm in of_arm}
-    kept = {arm: cache.recalled(file, np.load, "experts") for arm, file in targets.items()}
-    missing = [arm for arm, values in kept.items() if values is None]
-    say(f"experts: {len(of_arm) - len(missing)} arms' scores found by content hash, {len(missing)} to make")
+    average = {AVERAGE: [path for arm, path in adapters.items() if arm.startswith("expert-")]}
+    task = _Task("scores", "texts", ids, {}, (_SCORING,), sum(map(len, ids)), "judging experts")
+    return _by_arm(base, _made_of(adapters) | average, task, workers)
+
+
+def _answered(
+    profile: Profile, base: Base, adapters: Mapping[str, Path], ids: list[list[int]], workers: worker.Workers
+) -> dict[str, Any]:
+    """Tokens of all arms' answers, (texts, samples, tokens) each."""
+    prompts, n = [[base.end, *text[:PROMPT]] for text in ids], profile.experts.answer_tokens
+    how = {"answer_tokens": n, "samples": _SAMPLES, "seed": profile.seed}
+    code = (_ANSWERING, _SCORING)
+    task = _Task("answers", "prompts", prompts, how, code, len(ids) * _SAMPLES * n, "asking experts")
+    return _by_arm(base, _made_of(adapters), task, workers)
+
+
+def _made_of(adapters: Mapping[str, Path]) -> dict[str, list[Path]]:
+    """The adapters of every arm: none of the seed, one of all others."""
+    return {SEED: [], **{arm: [path] for arm, path in adapters.items()}}
+
+
+def _by_arm(base: Base, made_of: Mapping[str, list[Path]], task: _Task, workers: worker.Workers) -> dict[str, Any]:
+    """An array of every arm, made where an earlier run has not kept it."""
+    code = [provenance.code_digest(*task.code), *_versions()]
+    keys = {
+        arm: cache.digest(base.key, base.dtype, task.ids, task.how, [path.name for path in adapters], code)
+        for arm, adapters in made_of.items()
+    }
+    targets = {arm: _KEPT / f"{task.makes}-{key}.npy" for arm, key in keys.items()}
+    missing = [arm for arm, file in targets.items() if cache.recalled(file, np.load, "experts") is None]
+    say(f"experts: {len(targets) - len(missing)} arms' {task.makes} found by content hash, {len(missing)} to make")
     _KEPT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_KEPT, prefix=".partial-") as scratch:
         file = Path(scratch) / "texts.json"
-        file.write_text(json.dumps(ids), encoding="utf-8")
-        jobs = [
-            _job(base, arm, targets[arm]) | {"texts": str(file), "adapters": [str(path) for path in of_arm[arm]]}
-            for arm in missing
-        ]
-        _do(workers, jobs, dict.fromkeys(missing, sum(map(len, ids))), "judging experts")
+        file.write_text(json.dumps(task.ids), encoding="utf-8")
+        jobs = []
+        for arm in missing:
+            about = {task.texts: str(file), "adapters": [str(path) for path in made_of[arm]], **task.how}
+            jobs.append(_job(base, arm, targets[arm]) | about)
+        _do(workers, jobs, dict.fromkeys(missing, task.tokens), task.doing)
     return {arm: np.load(file) for arm, file in targets.items()}
 
 

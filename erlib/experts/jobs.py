@@ -1,4 +1,4 @@
-"""Trains, scores and merges experts, in a process of its own: ``python -m erlib.experts.jobs``."""
+"""Trains, scores, asks and merges experts, in a process of its own: ``python -m erlib.experts.jobs``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from transformers import logging as transformers_logging
 
 from erlib.engines.worker import do_jobs
-from erlib.experts import scoring, training
+from erlib.experts import answering, scoring, training
 
 
 def _work(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -23,7 +23,8 @@ def _work(jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield from training.trained(base, job)
             continue
         model = scoring.merged(base, [Path(path) for path in job["adapters"]]).eval()
-        yield from (scoring.scored(model, job) if "texts" in job else scoring.written(model, job))
+        do = scoring.scored if "texts" in job else answering.drawn if "prompts" in job else scoring.written
+        yield from do(model, job)
 
 
 if __name__ == "__main__":

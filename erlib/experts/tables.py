@@ -9,6 +9,10 @@ import pandas as pd
 
 SEED, ADAPTED, DENSE, AVERAGE = "seed", "adapted", "dense", "average"
 """Arms that are no expert's."""
+TEXT = "text"
+"""Beside the arms' answers: how the text itself goes on."""
+PROMPT = 32
+"""Tokens of a held-out text that are its prompt, by which the expert is chosen that answers."""
 
 
 class Judged(NamedTuple):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import logsumexp
 
-from erlib.experts.tables import ADAPTED, AVERAGE, DENSE, SEED, Judged
+from erlib.experts.tables import ADAPTED, AVERAGE, DENSE, PROMPT, SEED, Judged
 
 Floats = npt.NDArray[np.float64]
 
@@ -91,7 +91,7 @@ class Designs:
         right = np.take_along_axis(self.experts, own[:, None], axis=1)[:, 0]
         found = {LABELS[arm]: self.wide[arm].to_numpy(np.float64) for arm in LABELS if arm in self.wide}
         found[ROUTED] = right
-        found |= {routed_by_first(n): self.routed(self.seen(n)) for n in (32, 64, 128)}
+        found |= {routed_by_first(n): self.routed(self.seen(n)) for n in (PROMPT, 64, 128)}
         found |= {
             TWO_NEAREST: self.routed(self.whole, 2),
             ALL_EXPERTS: self.routed(self.whole, self.k),
@@ -178,7 +178,7 @@ def against(designs: Designs, seed: int, design: str, reference: str, after: int
     return pd.DataFrame(_beside(designs, of, reference, seed, after)).iloc[0]
 
 
-def served(judged: Judged, temperature: float, seed: int, prompt: int = 32) -> pd.DataFrame:
+def served(judged: Judged, temperature: float, seed: int, prompt: int = PROMPT) -> pd.DataFrame:
     """What each way to serve costs in language: experts are chosen by a prompt of so many tokens, what follows counts.
 
     Returns

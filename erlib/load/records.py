@@ -78,8 +78,14 @@ SCHEMA = pa.schema(
 )
 
 
-_REPEATING = [name for name in SCHEMA.names if name != "token_ns"]
-"""Columns worth a dictionary; timestamps are written in less time without, and smaller."""
+_WRITTEN_AS: dict[str, Any] = {
+    # Each column but the timestamps repeats a few values: a dictionary is all that makes it smaller in no time.
+    "use_dictionary": [name for name in SCHEMA.names if name != "token_ns"],
+    # Timestamps' high bytes are alike: side by side, and all in one page, they take a quarter of the room.
+    "compression": {"token_ns.list.element": "zstd"},
+    "column_encoding": {"token_ns.list.element": "BYTE_STREAM_SPLIT"},
+    "data_page_size": 16 << 20,
+}
 
 
 def of_columns(n: int, columns: Mapping[str, Any]) -> pa.Table:
@@ -118,7 +124,7 @@ def write(rows: Iterable[dict[str, Any]] | pa.Table, path: Path) -> None:
     """Write one complete point; if the disk is full or not writable, nothing that looks complete is left behind."""
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=SCHEMA)
     with cache.writing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", use_dictionary=_REPEATING)
+        pq.write_table(table, temporary, **_WRITTEN_AS)
 
 
 class DamagedRecords(RuntimeError):

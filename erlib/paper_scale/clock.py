@@ -142,7 +142,7 @@ class Trace:
 
 
 @contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
     """No garbage collection: half of a simulation's time would go into looking at what lives until its end."""
     enabled = gc.isenabled()
     gc.disable()
@@ -153,7 +153,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-@_without_collections()
+@without_collections()
 def trace(
     system: System,
     drawn: Sequence[Prompt],
@@ -253,6 +253,8 @@ class _Point:
         self._clock.run()
         for client in self._clients:
             client.take(math.inf)
+        for server in self._servers:
+            del server.finish  # which knows this point, which knows the server: else only a collection would end them
         return Trace(self._requests, self._servers)
 
     def _send(self, user: int) -> None:

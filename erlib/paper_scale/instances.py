@@ -119,7 +119,9 @@ class Server:
 
     def note(self, now_s: float) -> None:
         """Note the steps that have ended."""
-        ended = int(self._running_s.searchsorted(now_s, "right"))
+        self._note(int(self._running_s.searchsorted(now_s, "right")))
+
+    def _note(self, ended: int) -> None:
         self.ends_s += self._running_s[:ended].tolist()
         self.sequences += [self.engine.sequences] * ended
         self._running_s = self._running_s[ended:]
@@ -127,7 +129,7 @@ class Server:
     def _end(self, plan: int) -> None:
         if plan != self._plans:  # somebody has come since, and this is no longer the end
             return
-        self.note(self._clock.now_s)
+        self._note(len(self._running_s))
         steps = len(self.ends_s) - self._begun
         done = self.engine.end_steps(steps)
         self.kv_blocks += [done.kv_blocks] * steps

@@ -37,7 +37,7 @@ from erlib.machine import processes
 from erlib.machine.progress import Bar
 from erlib.paper_scale import batching, steptimes
 from erlib.paper_scale.batching import System
-from erlib.paper_scale.clock import HARDWARE, Harness, Trace, trace
+from erlib.paper_scale.clock import HARDWARE, Harness, Trace, trace, without_collections
 from erlib.paper_scale.presets import preset
 from erlib.routing import building
 from erlib.routing.clusterer import Clusterer
@@ -320,6 +320,7 @@ def _simulate_in_parallel(
             raise
 
 
+@without_collections()
 def _write(profile: Profile, workload: Workload, part: Sequence[Point], columns: Mapping[str, Any] | None) -> None:
     """Simulate points that have the same draw."""
     drawn = prompts.draw(workload, part[0].users, part[0].mix, profile.seed, part[0].repeat)

@@ -222,8 +222,9 @@ class Table(StepTimes):
     def decode_steps_s(self, steps: int, sequences: int, context_tokens: int) -> npt.NDArray[np.float64]:
         self._check(0, 0, sequences, context_tokens + max(0, steps - 1) * sequences)
         contexts = np.arange(context_tokens, context_tokens + steps * sequences, sequences) / sequences
-        matrices_s = self._dense[sequences] + self._output[sequences]
-        return matrices_s + self._decode.along(sequences, contexts)
+        seconds = self._decode.along(sequences, contexts)
+        seconds += self._dense[sequences] + self._output[sequences]
+        return seconds
 
 
 def for_configuration(configuration: Configuration, file: Path | None = None) -> Table:
