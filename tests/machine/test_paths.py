@@ -3,6 +3,10 @@
 import ast
 import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -86,3 +90,36 @@ def test_no_file_is_read_or_written_in_the_encoding_of_whoever_runs_it():
         and "encoding" not in {word.arg for word in node.keywords}
     ]
     assert where == []
+
+
+_HOLDS_IT = """
+import sys, time
+from pathlib import Path
+from erlib import cache
+with cache.scratch(Path(sys.argv[1])) as made:
+    (made / "half.bin").write_bytes(b"x")
+    print(made, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_leaves_goes_with_the_next_and_what_a_living_one_has_stays(tmp_path):
+    started = [
+        subprocess.Popen([sys.executable, "-c", _HOLDS_IT, tmp_path], stdout=subprocess.PIPE, text=True, cwd=paths.ROOT)
+        for _ in range(3)
+    ]
+    killed, killed_just_now, alive = (Path(process.stdout.readline().strip()) for process in started)
+    for process in started[:2]:
+        process.kill()
+        process.wait()
+    an_hour_ago = time.time() - 3600
+    for made in (killed, alive):
+        os.utime(made, (an_hour_ago, an_hour_ago))
+    try:
+        with cache.building(tmp_path / "kept") as partial:
+            assert {killed_just_now, alive, partial.parent} == set(tmp_path.iterdir())
+    finally:
+        started[2].terminate()
+        started[2].wait()
+        for process in started:
+            process.stdout.close()
