@@ -128,13 +128,23 @@ def test_verdicts_cross_over(gain: float, specialise: str, routing: str) -> None
     assert found[["E2", "E3", "E4", "E6"]].to_list() == [routing] * 4
 
 
+def noisy(judged: Judged) -> Judged:
+    """The same tables, in which each arm finds each token a little likelier or less likely by chance."""
+    noise = 0.3 * np.random.default_rng(3).standard_normal(len(judged.scores))
+    return judged._replace(scores=judged.scores.assign(log_probability=judged.scores["log_probability"] + noise))
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(0.2, "holds"), (0.02, "cannot be told"), (-0.2, "fails")])
+def test_how_many_experts_are_best_on_their_own_is_as_sure_as_texts_make_it(gain: float, verdict: str) -> None:
+    judged = noisy(table(gain=gain))
+    row = claims.judge_experts(judged, 0.1, 0).set_index("id").loc["E1"]
+    assert row["verdict"] == verdict
+    assert row["effect"] == worth.best_on_own(experts.matrix(judged)) / K
+    assert row["ci95_low"] <= row["effect"] <= row["ci95_high"]
+
+
 def test_what_is_in_the_noise_cannot_be_told() -> None:
-    judged = table(gain=0.0)
-    rng = np.random.default_rng(3)
-    noisy = judged.scores.assign(
-        log_probability=judged.scores["log_probability"] + 0.3 * rng.standard_normal(len(judged.scores))
-    )
-    found = claims.judge_experts(judged._replace(scores=noisy), 0.1, 0).set_index("id")
+    found = claims.judge_experts(noisy(table(gain=0.0)), 0.1, 0).set_index("id")
     assert found.loc["E2", "verdict"] == "cannot be told"
     assert found.loc["E2", "ci95_low"] < 0 < found.loc["E2", "ci95_high"]
 
