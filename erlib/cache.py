@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -32,34 +33,42 @@ _SIZES = "sizes.json"
 _Content = TypeVar("_Content")
 
 
-_PARTIAL = ".partial-"
 _JUST_MADE_S = 60
-"""A directory that is younger may not have been locked yet."""
+"""A temporary directory that is younger may not have been locked yet."""
 
 
 @contextmanager
 def scratch(directory: Path) -> Iterator[Path]:
     """A temporary directory below `directory`, from which what is complete can be renamed to its place.
 
-    What a killed process has left of its own goes first: nobody holds the lock on it any more.
+    What killed processes of this machine have left there goes first: nobody holds a lock on it any more.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob(f"{_PARTIAL}*"):
-        with suppress(OSError):  # somebody works there, or it has just gone
+    prefix = f".partial-{platform.node()}-"  # others may share the disk, and not know of this machine's locks
+    for left in directory.glob(f"{prefix}*"):
+        with suppress(OSError):  # it has just gone
             if time.time() - left.stat().st_mtime > _JUST_MADE_S:
-                with _locked(left):
-                    shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=_PARTIAL) as made, _locked(Path(made)):
+                with _locked(left) as nobody_else:
+                    if nobody_else:
+                        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=prefix) as made, _locked(Path(made)):
         yield Path(made)
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """As long as this process lives, and the block lasts; OSError if another's does."""
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether this process has a directory to itself, until the block ends or the process does.
+
+    False where another process has locked it, or the file system knows no locks.
+    """
     opened = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(opened)
 

@@ -86,7 +86,7 @@ class ExpertSettings(Section):
     repeats: Repeats = Field(2, description=REPEATS)
     documents: Count = Field(8, description="held-out texts per cluster that the experts are judged by")
     answer_tokens: int = Field(
-        0, ge=0, le=1024, description="of answers that an independent language model judges (0: none are asked for)"
+        0, ge=0, le=128, description="of answers that an independent language model judges (0: none are asked for)"
     )
     temperature: float = Field(
         0.1, gt=0, le=1000, description="of an ensemble's weights, from squared distances to the clusters, as c-BTM's"

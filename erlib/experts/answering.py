@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from erlib import cache
 
@@ -23,7 +24,9 @@ def drawn(model: Any, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """
     prompts = torch.tensor(json.loads(Path(job["prompts"]).read_text(encoding="utf-8")), device=model.device)
     n, samples = job["answer_tokens"], job["samples"]
-    model.generation_config.pad_token_id = model.generation_config.eos_token_id  # which is never drawn
+    end = model.generation_config.eos_token_id
+    # Nothing else that a checkpoint asks for, such as a penalty for repetitions; no answer ends, or is padded.
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end[0] if isinstance(end, list) else end)
     torch.manual_seed(job["seed"])
     answers = []
     for batch in prompts.split(_BATCH):

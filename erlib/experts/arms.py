@@ -22,7 +22,7 @@ from erlib import cache, paths, provenance
 from erlib.config import ConfigError, Profile
 from erlib.engines import checkpoint, lora, worker
 from erlib.experts import texts
-from erlib.experts.base import Base, base_of, check_served
+from erlib.experts.base import Base, base_of, check, check_served
 from erlib.experts.division import division_of
 from erlib.experts.tables import ADAPTED, AVERAGE, PROMPT, SEED, TEXT, Judged, read
 from erlib.experts.texts import Blocks, HeldOut
@@ -84,15 +84,13 @@ def answered(profile: Profile, judged: Judged) -> pd.DataFrame:
     Raises
     ------
     ConfigError
-        If the texts are too short for a prompt and ``experts.answer_tokens`` more.
+        If no answers are asked for, or longer ones than the texts that they stand beside.
     """
+    check(profile)
     base, n = base_of(profile), profile.experts.answer_tokens
+    if not n:
+        raise ConfigError("experts.answer_tokens=0: no answers are asked for")
     texts_ids = judged.tokens.groupby("document")["token"].agg(list).to_list()
-    if (shortest := min(map(len, texts_ids))) < PROMPT + n:
-        raise ConfigError(
-            f"experts.answer_tokens={n} after a prompt of {PROMPT}, but a held-out text has {shortest} tokens: "
-            "lower it, or raise experts.sequence"
-        )
     division = division_of(texts.on_own_corpus(profile))
     blocks = texts.training_blocks(profile, division, base.tokenizer, base.end)
     with _workers() as workers:
@@ -213,22 +211,26 @@ class _Task(NamedTuple):
     """What every arm does with the same texts."""
 
     makes: str
-    """scores or answers."""
+    """What comes of it: scores or answers."""
     texts: str
     """What its job calls the texts."""
     ids: list[list[int]]
-    how: dict[str, int]
+    """The tokens of each text."""
+    how: dict[str, int | str]
+    """What else its job says."""
     code: tuple[str, ...]
+    """What the result depends on, beside the arm."""
     tokens: int
-    """Of each arm, for its progress."""
+    """How many are worked on for an arm: of its progress."""
     doing: str
+    """What the progress is called."""
 
 
 def _scored(base: Base, adapters: Mapping[str, Path], held_out: HeldOut, workers: worker.Workers) -> dict[str, Any]:
     """Log-probabilities of all held-out tokens, per arm."""
     ids = [[base.end, *tokens] for _, tokens in held_out.tokens.groupby("document")["token"].agg(list).items()]
     average = {AVERAGE: [path for arm, path in adapters.items() if arm.startswith("expert-")]}
-    task = _Task("scores", "texts", ids, {}, (_SCORING,), sum(map(len, ids)), "judging experts")
+    task = _Task("scores", "texts", ids, {}, (_TRAINING, _SCORING), sum(map(len, ids)), "judging experts")
     return _by_arm(base, _made_of(adapters) | average, task, workers)
 
 
@@ -237,8 +239,9 @@ def _answered(
 ) -> dict[str, Any]:
     """Tokens of all arms' answers, (texts, samples, tokens) each."""
     prompts, n = [[base.end, *text[:PROMPT]] for text in ids], profile.experts.answer_tokens
-    how = {"answer_tokens": n, "samples": _SAMPLES, "seed": profile.seed}
-    code = (_ANSWERING, _SCORING)
+    how: dict[str, int | str] = {"answer_tokens": n, "samples": _SAMPLES, "seed": profile.seed}
+    how["device"] = "cuda" if torch.cuda.is_available() else "cpu"  # each draws in its own way
+    code = (_TRAINING, _ANSWERING, _SCORING)
     task = _Task("answers", "prompts", prompts, how, code, len(ids) * _SAMPLES * n, "asking experts")
     return _by_arm(base, _made_of(adapters), task, workers)
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from erlib import cache
 from erlib.config import ConfigError, ExpertSettings, Profile
 from erlib.engines import checkpoint, llama, lora
+from erlib.experts.tables import LEAST_TOKENS, PROMPT
 from erlib.machine import hardware
 from erlib.routing import embeddings
 from erlib.routing.clusterer import RouterError
@@ -107,10 +108,22 @@ def check(profile: Profile) -> None:
     except RouterError as error:
         raise ConfigError(f"experts.router={settings.router}: {error}") from None
     dtype_of(settings)
+    _check_answers(settings)
     if settings.checkpoint:
         base_of(profile)
     if settings.users and profile.serving.backend == "openvino":
         check_served(profile, llama.GPUS)
+
+
+def _check_answers(settings: ExpertSettings) -> None:
+    """Refuse answers beside which held-out texts may have nothing to show."""
+    most = min(LEAST_TOKENS, settings.sequence - 1) - PROMPT
+    if settings.answer_tokens > most:
+        raise ConfigError(
+            f"experts.answer_tokens={settings.answer_tokens}, but with experts.sequence={settings.sequence} held-out "
+            f"texts may have only {max(0, most)} tokens after a prompt of {PROMPT}: lower the first"
+            + (" or raise the second" if settings.sequence <= LEAST_TOKENS else "")
+        )
 
 
 def check_served(profile: Profile, n: int) -> None:

@@ -1,8 +1,8 @@
 """How likely are experts' answers to a judge that is none of them, and has not read what they were trained on?
 
-The judge is CMU Sphinx' trigram model of US English, which the package ``pocketsphinx`` brings along: the one language
-model beside SmolLM2 that is to be had by name. It knows 19,794 words without capitals, and of a prompt the last two; so
-it tells English from what is none, and not whether an answer fits the topic.
+The judge is CMU Sphinx' trigram model of US English, which the package ``pocketsphinx`` brings along. It knows words
+without capitals, and of a prompt the last two; so it tells English from what is none, and not whether an answer fits.
+Fewer bits are plainer words and not better answers: what to be near is the text itself.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import pandas as pd
 import pocketsphinx
 
 from erlib.experts.tables import ADAPTED, DENSE, PROMPT, SEED, TEXT, Judged
-from erlib.experts.worth import LABELS, RANDOM_CLUSTERS, RANDOM_ROUTING, WRONG, Designs, routed_by_first
+from erlib.experts.worth import LABELS, RANDOM_CLUSTERS, RANDOM_ROUTING, Designs, routed_by_first
 
 Floats = npt.NDArray[np.float64]
 
-ROUTED = routed_by_first(PROMPT)
+ROUTED, OTHER = routed_by_first(PROMPT), "other experts than that"
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
 _IMPOSSIBLE = -(1 << 28)
 """Below the logarithm of any probability: that of a word which is none of the model's."""
@@ -37,26 +37,23 @@ class Trigrams:
     def bits(self, prompt: str, answer: str) -> tuple[float, int, int]:
         """-log2 of the probability of an answer's words, how many were judged, and how many the model does not know.
 
-        A word that it does not know is not judged, and what follows it is judged without it.
+        A word that it does not know is not judged, and what follows it is judged without what stood before. Nor is one
+        judged that may have been cut: the first, where prompt and answer meet within it, and the last.
         """
-        before = [word for word in _words(prompt)[-2:] if self._knows(word)]
         log, judged, unknown = 0, 0, 0
-        for word in _words(answer):
-            if not self._knows(word):
-                unknown += 1
+        before: list[str] = []
+        prompt, answer = (text.lower().replace("’", "'") for text in (prompt, answer))
+        whole = prompt + answer
+        for word in _WORD.finditer(whole):
+            if word.start() < len(prompt) < word.end() or (word.end() == len(whole) and answer):
                 before = []
                 continue
-            log += self._model.prob([word, *before[::-1]])  # the latest first
-            judged += 1
-            before = [*before, word][-2:]
+            known = bool(self._model.prob([word[0]]) > _IMPOSSIBLE)
+            if word.start() >= len(prompt):
+                judged, unknown = judged + known, unknown + (not known)
+                log += self._model.prob([word[0], *before[::-1]]) if known else 0  # the latest first
+            before = [*before, word[0]][-2:] if known else []
         return -self._logs.log_to_ln(log) / np.log(2), judged, unknown
-
-    def _knows(self, word: str) -> bool:
-        return bool(self._model.prob([word]) > _IMPOSSIBLE)
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower().replace("’", "'"))
 
 
 def judge_answers(judged: Judged, answers: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -74,9 +71,10 @@ def judge_answers(judged: Judged, answers: pd.DataFrame, seed: int) -> pd.DataFr
     Returns
     -------
     DataFrame
-        ``design``; ``bits_per_word`` of the answers under the judge; ``worse_by``, how much greater that is than of
+        ``design``; ``bits_per_word`` of the answers under the judge; ``more_bits``, how much more that is than of
         experts routed by the prompt (0.01: one per cent), with ``ci95_low`` and ``ci95_high``, by bootstrap over the
-        texts; ``words`` that were judged; ``unknown``, the share of all words that the judge does not know; ``texts``.
+        texts; ``words`` that were judged; ``unknown``, the share of all words that the judge does not know, without
+        which designs do not compare; ``texts``.
     """
     trigrams = Trigrams()
     columns = ["bits", "words", "unknown"]
@@ -97,7 +95,7 @@ def judge_answers(judged: Judged, answers: pd.DataFrame, seed: int) -> pd.DataFr
             {
                 "design": design,
                 "bits_per_word": _bits_per_word(counts.sum(axis=0)),
-                "worse_by": _bits_per_word(counts.sum(axis=0)) / _bits_per_word(routed) - 1,
+                "more_bits": _bits_per_word(counts.sum(axis=0)) / _bits_per_word(routed) - 1,
                 "ci95_low": low,
                 "ci95_high": high,
                 "words": int(words),
@@ -118,7 +116,7 @@ def _of_design(designs: Designs, of_arm: dict[str, Floats]) -> dict[str, Floats]
         **{LABELS[arm]: of_arm[arm] for arm in (SEED, ADAPTED, DENSE) if arm in of_arm},
         ROUTED: routed,
         RANDOM_ROUTING: all_experts,
-        WRONG: all_experts - routed,
+        OTHER: all_experts - routed,
         RANDOM_CLUSTERS: np.sum([of for arm, of in of_arm.items() if arm.startswith("random-")], axis=0),
     }
 

@@ -11,6 +11,8 @@ SEED, ADAPTED, DENSE, AVERAGE = "seed", "adapted", "dense", "average"
 """Arms that are no expert's."""
 TEXT = "text"
 """Beside the arms' answers: how the text itself goes on."""
+LEAST_TOKENS = 160
+"""Of a held-out text, where blocks are as long: enough to judge what follows a prompt of 128."""
 PROMPT = 32
 """Tokens of a held-out text that are its prompt, by which the expert is chosen that answers."""
 

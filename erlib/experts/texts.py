@@ -17,13 +17,11 @@ from tokenizers import Tokenizer
 
 from erlib.config import ConfigError, Profile
 from erlib.experts.division import Division, division_of, topics_of
+from erlib.experts.tables import LEAST_TOKENS
 from erlib.machine.progress import Bar
 from erlib.workload import corpus
 
 Blocks = npt.NDArray[np.int32]
-
-LEAST_TOKENS = 160
-"""Of a held-out text, where blocks are as long: enough to judge what follows a prompt of 128."""
 
 
 class HeldOut(NamedTuple):

@@ -11,9 +11,10 @@ import pytest
 from erlib import experts, paths
 from erlib.config import ConfigError, Profile
 from erlib.experts import arms
-from erlib.experts.judge import ROUTED, Trigrams
+from erlib.experts.base import check
+from erlib.experts.judge import OTHER, ROUTED, Trigrams
 from erlib.experts.tables import PROMPT, Judged
-from erlib.experts.worth import RANDOM_ROUTING, WRONG
+from erlib.experts.worth import RANDOM_ROUTING
 from tests.support.tiny_experts import TOPICS, load
 
 N = 8
@@ -75,9 +76,19 @@ def test_the_text_itself_is_among_the_answers(profile: Profile, judged: Judged, 
         assert texts.loc[document, "prompt"] + texts.loc[document, "answer"] == expected
 
 
-def test_answers_longer_than_texts_are_refused(corpus_file: Path, llama: Path, judged: Judged) -> None:
-    with pytest.raises(ConfigError, match=r"answer_tokens=32 after a prompt of 32, but a held-out text has 63 tokens"):
-        experts.answered(load(corpus_file, llama, answer_tokens=32), judged)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"answer_tokens": 32}, "answer_tokens=32, but with experts.sequence=64 .* only 31 tokens .* or raise"),
+        ({"answer_tokens": 0}, "no answers are asked for"),
+    ],
+)
+def test_answers_that_texts_cannot_stand_beside_are_refused(
+    corpus_file: Path, llama: Path, judged: Judged, changed: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        experts.answered(load(corpus_file, llama, **changed), judged)
+    check(load(corpus_file, llama, answer_tokens=128, sequence=512))
 
 
 def test_the_judge_knows_english_and_the_two_words_before() -> None:
@@ -92,23 +103,30 @@ def test_the_judge_knows_english_and_the_two_words_before() -> None:
     assert unknown == 0
     assert right < 0.7 * wrong
     # What was said before makes the next word likelier, and not only the last word of it.
-    alone, after_one, after_two = (trigrams.bits(prompt, "states")[0] for prompt in ("", "united", "the united"))
+    alone, after_one, after_two = (trigrams.bits(prompt, " states.")[0] for prompt in ("", "united", "the united"))
     assert after_two < after_one < alone
-    assert (
-        trigrams.bits("x1 the united", "States of America.")[0] == trigrams.bits("the United", "states of america")[0]
-    )
+    assert trigrams.bits("x1 the united", " States of America.") == trigrams.bits("the United", " states of america.")
 
 
 def test_words_that_the_judge_does_not_know_are_counted_and_not_judged() -> None:
     trigrams = Trigrams()
-    bits, words, unknown = trigrams.bits("", "the zzqxish house")
+    bits, words, unknown = trigrams.bits("", "the zzqxish house.")
     assert (words, unknown) == (2, 1)
-    assert bits == pytest.approx(trigrams.bits("", "the")[0] + trigrams.bits("", "house")[0])
+    assert bits == pytest.approx(trigrams.bits("", "the ")[0] + trigrams.bits("", "house ")[0])
     assert trigrams.bits("", "42 + 17 = ...") == (0.0, 0, 0)
+    # Nor does the judge look past one, wherever it stands.
+    assert trigrams.bits("the united zzqxish", " states.") == trigrams.bits("", " states.")
+
+
+def test_words_that_may_have_been_cut_are_not_judged() -> None:
+    trigrams = Trigrams()
+    assert trigrams.bits("the uni", "ted states of ame") == trigrams.bits("", " states of ")
+    assert trigrams.bits("the united", " states of america.")[1] == 3
+    assert trigrams.bits("", "house") == (0.0, 0, 0)
 
 
 def test_designs_are_those_of_the_experts_that_answer(judged: Judged) -> None:
-    sense, nonsense = " that he would like to go to the store", " store like the to to would go that he"
+    sense, nonsense = " that he would like to go to the store.", " store like the to to would go that he."
     rows = []
     for document, cluster in judged.documents["cluster"].items():
         for arm in ("seed", "adapted", "dense", "random-0", "random-1", *(f"expert-{i}" for i in range(TOPICS))):
@@ -116,10 +134,10 @@ def test_designs_are_those_of_the_experts_that_answer(judged: Judged) -> None:
         rows.append((document, "text", "He said", sense))
     answers = pd.DataFrame(rows, columns=["document", "arm", "prompt", "answer"])
     table = experts.judge_answers(judged, answers, seed=0).set_index("design")
-    assert table.loc[ROUTED, "worse_by"] == table.loc["the text itself", "worse_by"] == 0
-    wrong = table.loc[WRONG, "worse_by"]
+    assert table.loc[ROUTED, "more_bits"] == table.loc["the text itself", "more_bits"] == 0
+    wrong = table.loc[OTHER, "more_bits"]
     assert wrong > 0.3
-    assert table.loc[RANDOM_ROUTING, "worse_by"] == pytest.approx(wrong * (TOPICS - 1) / TOPICS)
-    assert table.loc[WRONG, "ci95_low"] == pytest.approx(table.loc[WRONG, "ci95_high"])  # every text says the same
+    assert table.loc[RANDOM_ROUTING, "more_bits"] == pytest.approx(wrong * (TOPICS - 1) / TOPICS)
+    assert table.loc[OTHER, "ci95_low"] == pytest.approx(table.loc[OTHER, "ci95_high"])  # every text says the same
     assert table.loc[RANDOM_ROUTING, "words"] == TOPICS * table.loc[ROUTED, "words"]
     assert (table["unknown"] == 0).all()

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -104,22 +103,22 @@ with cache.scratch(Path(sys.argv[1])) as made:
 
 
 def test_what_a_killed_process_leaves_goes_with_the_next_and_what_a_living_one_has_stays(tmp_path):
-    started = [
-        subprocess.Popen([sys.executable, "-c", _HOLDS_IT, tmp_path], stdout=subprocess.PIPE, text=True, cwd=paths.ROOT)
-        for _ in range(3)
-    ]
-    killed, killed_just_now, alive = (Path(process.stdout.readline().strip()) for process in started)
-    for process in started[:2]:
-        process.kill()
-        process.wait()
-    an_hour_ago = time.time() - 3600
-    for made in (killed, alive):
-        os.utime(made, (an_hour_ago, an_hour_ago))
+    command = [sys.executable, "-c", _HOLDS_IT, tmp_path]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=paths.ROOT) for _ in range(3)]
     try:
+        killed, killed_just_now, alive = (tmp_path / process.stdout.readline().strip() for process in started)
+        for process in started[:2]:
+            process.kill()
+            process.wait()
+        elsewhere = tmp_path / ".partial-another-machine-x"
+        elsewhere.mkdir()
+        an_hour_ago = time.time() - 3600
+        for made in (killed, alive, elsewhere):
+            os.utime(made, (an_hour_ago, an_hour_ago))
+        os.utime(killed_just_now)
         with cache.building(tmp_path / "kept") as partial:
-            assert {killed_just_now, alive, partial.parent} == set(tmp_path.iterdir())
+            assert {killed_just_now, alive, elsewhere, partial.parent} == set(tmp_path.iterdir())
     finally:
-        started[2].terminate()
-        started[2].wait()
         for process in started:
-            process.stdout.close()
+            process.kill()
+            process.communicate()

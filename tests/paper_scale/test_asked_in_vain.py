@@ -44,6 +44,7 @@ def test_what_is_not_here_is_said_before_it_is_missed(monkeypatch: pytest.Monkey
     for key, value, said in (
         ("dtype", "bfloat16", "does not multiply"),
         ("router", "embeddings", "extra `embeddings`"),
+        ("answer_tokens", 100, "only 15 tokens after a prompt of 32"),
     ):
         profile = config.load_profile("smoke", {f"experts.{key}": value})
         (problem,) = asked_in_vain.problems(profile, ["11_experts"])

@@ -1,3 +1,4 @@
+import weakref
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -229,6 +230,17 @@ def test_requests_go_where_the_routing_says():
         experts("expert_router", [Prompt(0, 4, "", 10, 2, FORCED)])
     with pytest.raises(CannotServe, match="cluster -1"):
         experts("expert_router", [Prompt(0, -1, "", 10, 2, FORCED)])
+
+
+@pytest.mark.parametrize("around", [HARDWARE, HARNESS["p1"], HARNESS["p2"]], ids=["hardware", "p1", "p2"])
+@pytest.mark.parametrize("steps", [Linear(), Crowded()], ids=["apart", "together"])
+def test_what_happened_is_gone_with_its_trace_and_leaves_nothing_to_collect(around, steps):
+    with clock.without_collections():
+        happened = clock.trace(system(instances=8, routing="expert_router", steps=steps), users(9), True, around)
+        server = weakref.ref(happened.servers[0])
+        assert server() is not None
+        del happened
+        assert server() is None
 
 
 def test_what_can_never_be_served_is_an_error():
