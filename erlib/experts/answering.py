@@ -13,7 +13,8 @@ from transformers import GenerationConfig
 
 from erlib import cache
 
-_BATCH = 16
+_BATCH = 64
+"""Prompts at a time: weights are read for all of them at once."""
 
 
 @torch.inference_mode()
