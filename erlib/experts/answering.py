@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 
 from erlib import cache
 
-_BATCH = 64
-"""Prompts at a time: weights are read for all of them at once."""
+_BATCH = 16
+"""Prompts at a time: a gigabyte of memory with four answers each, twelve with four times as many."""
 
 
 @torch.inference_mode()
