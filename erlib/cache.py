@@ -30,11 +30,10 @@ def digest(*parts: Any) -> str:
 _SIZES = "sizes.json"
 """Written last into what is kept: the name and size of every file."""
 
-_Content = TypeVar("_Content")
-
-
 _JUST_MADE_S = 60
 """A temporary directory that is younger may not have been locked yet."""
+
+_Content = TypeVar("_Content")
 
 
 @contextmanager

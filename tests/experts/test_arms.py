@@ -28,23 +28,10 @@ def profile(corpus_file: Path, llama: Path) -> Profile:
     return load(corpus_file, llama)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
 @pytest.fixture(autouse=True)
 def own_places(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "_KEPT", home / "experts")
     monkeypatch.setattr(paths, "RUNS", home / "runs")
-
-
-@pytest.fixture(scope="module")
-def judged(profile: Profile, home: Path) -> Judged:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arms, "_KEPT", home / "experts")
-        patch.setattr(paths, "RUNS", home / "runs")
-        return experts.judged(profile)
 
 
 def test_experts_of_topics_know_their_own(judged: Judged) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from erlib import experts, paths
+from erlib import experts
 from erlib.config import ConfigError, Profile
 from erlib.experts import arms
 from erlib.experts.base import check
@@ -23,19 +23,6 @@ N = 8
 @pytest.fixture(scope="module")
 def profile(corpus_file: Path, llama: Path) -> Profile:
     return load(corpus_file, llama, answer_tokens=N)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def judged(profile: Profile, home: Path) -> Judged:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arms, "_KEPT", home / "experts")
-        patch.setattr(paths, "RUNS", home / "runs")
-        return experts.judged(profile)
 
 
 def test_every_arm_answers_every_text_and_is_not_asked_twice(
